@@ -1,0 +1,85 @@
+"""Causal attention over the kept key blocks only (or over all of them)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.block_selection import BlockSelection
+from kernels.dispatch import Choice, check_impl, triton_unavailable
+
+__all__ = ["block_sparse_attention", "choose_block_sparse_attention"]
+
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+
+
+def choose_block_sparse_attention(q: Tensor, block_size: int = 128, impl: str = "auto") -> Choice:
+    """The implementation that `block_sparse_attention` uses for queries like `q`."""
+    check_impl(impl)
+    missing = triton_unavailable(q.device)
+    if impl in ("triton", "gluon") and missing:
+        raise ValueError(f"block_sparse_attention: impl={impl!r} cannot run: {missing}")
+    if impl == "auto":
+        on_gpu = q.device.type == "cuda" and not missing
+        return Choice("triton") if on_gpu else Choice("reference", missing if q.device.type == "cuda" else "")
+    return Choice(impl)
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: BlockSelection | None,
+    *,
+    query_start: int = 0,
+    block_size: int = 128,
+    scale: float | None = None,
+    window: int | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(q k^T * scale) v over the kept key blocks, with the token-level causal mask; online softmax in float32.
+
+    q: [N, H, Lq, D]; the tokens [query_start, query_start + Lq) of the prompt, query_start a multiple of block_size.
+    k, v: [N, Hkv, Lk, D], Lk >= query_start + Lq; H is a multiple of Hkv, head h reads KV head h // (H // Hkv).
+        Any strides with a contiguous last dimension. bfloat16, float16 or float32, all three the same.
+    selection: kept blocks for each of the ceil(Lq / block_size) query blocks; None keeps every causal block (dense).
+    scale: defaults to 1 / sqrt(D).
+    window: token t sees keys in (t - window, t] only (transformers' sliding window); None for no limit.
+    Returns out [N, H, Lq, D] in q's dtype (memory laid out [N, Lq, H, D], as transformers wants it next), and with
+    `return_lse` also the natural log-sum-exp of the scaled scores, float32 [N, H, Lq].
+    Raises ValueError for shapes or types that do not fit, or an implementation that cannot run here.
+    """
+    _check(q, k, v, selection, query_start, block_size, window)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    choice = choose_block_sparse_attention(q, block_size, impl)
+    from kernels.block_sparse_attention import reference
+
+    out, lse = reference.block_sparse_attention(q, k, v, selection, query_start, block_size, scale, window)
+    return (out, lse) if return_lse else out
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection | None, query_start: int, block_size: int, window: int | None
+) -> None:
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
+        raise ValueError(
+            f"q must be [N, H, Lq, D] and k, v [N, Hkv, Lk, D], got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    N, H, Lq, D = q.shape
+    if k.shape[0] != N or k.shape[3] != D or H % k.shape[1]:
+        raise ValueError(f"k {tuple(k.shape)} does not go with q {tuple(q.shape)}: batch and D equal, H a multiple of Hkv")
+    if not (q.dtype == k.dtype == v.dtype and q.dtype in (torch.bfloat16, torch.float16, torch.float32)):
+        raise ValueError(f"q, k, v must share bfloat16, float16 or float32, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size}")
+    if Lq < 1 or query_start < 0 or query_start % block_size or k.shape[2] < query_start + Lq:
+        raise ValueError(
+            f"queries [{query_start}, {query_start + Lq}) must start at a multiple of block_size={block_size} and lie inside "
+            f"the {k.shape[2]} keys"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    rows = -(-Lq // block_size)
+    if selection is not None and selection.counts.shape != (N, H, rows):
+        raise ValueError(f"selection must have counts [{N}, {H}, {rows}], got {tuple(selection.counts.shape)}")
