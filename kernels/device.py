@@ -1,0 +1,25 @@
+"""What the kernels ask of a GPU. Call these through the module (`device.capability(...)`): the compile-only
+tests replace them to compile for a GPU that is not there."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+
+@lru_cache(maxsize=16)
+def capability(device: torch.device) -> tuple[int, int]:
+    """CUDA compute capability, e.g. (9, 0). (0, 0) on a CPU, where kernels run under Triton's interpreter."""
+    if device.type != "cuda":
+        return (0, 0)
+    major, minor = torch.cuda.get_device_capability(device)
+    return (major, minor)
+
+
+@lru_cache(maxsize=16)
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of the GPU: the grid of a persistent kernel. 4 on a CPU (interpreter)."""
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
