@@ -60,23 +60,32 @@ def block_sparse_attention(
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection | None, query_start: int, block_size: int, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: BlockSelection | None,
+    query_start: int,
+    block_size: int,
+    window: int | None,
 ) -> None:
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
         raise ValueError(
-            f"q must be [N, H, Lq, D] and k, v [N, Hkv, Lk, D], got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+            f"q must be [N, H, Lq, D] and k, v [N, Hkv, Lk, D], got {tuple(q.shape)}, "
+            f"{tuple(k.shape)}, {tuple(v.shape)}"
         )
     N, H, Lq, D = q.shape
     if k.shape[0] != N or k.shape[3] != D or H % k.shape[1]:
-        raise ValueError(f"k {tuple(k.shape)} does not go with q {tuple(q.shape)}: batch and D equal, H a multiple of Hkv")
+        raise ValueError(
+            f"k {tuple(k.shape)} does not go with q {tuple(q.shape)}: batch and D equal, H a multiple of Hkv"
+        )
     if not (q.dtype == k.dtype == v.dtype and q.dtype in (torch.bfloat16, torch.float16, torch.float32)):
         raise ValueError(f"q, k, v must share bfloat16, float16 or float32, got {q.dtype}, {k.dtype}, {v.dtype}")
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size}")
     if Lq < 1 or query_start < 0 or query_start % block_size or k.shape[2] < query_start + Lq:
         raise ValueError(
-            f"queries [{query_start}, {query_start + Lq}) must start at a multiple of block_size={block_size} and lie inside "
-            f"the {k.shape[2]} keys"
+            f"queries [{query_start}, {query_start + Lq}) must start at a multiple of block_size={block_size} and "
+            f"lie inside the {k.shape[2]} keys"
         )
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")

@@ -8,15 +8,14 @@ from torch import Tensor
 from kernels.block_selection import BlockSelection
 
 
-def _softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attention of q [..., T, D] to k, v [..., K, D] where `visible` [..., T, K]; (out, lse), float32 inside."""
-    scores = torch.matmul(q.float(), k.float().mT) * scale
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of q [H, T, D] to k, v [H, K, D] where `visible` [H, T, K]; (out, lse), in float32 or wider."""
+    compute = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.matmul(q.to(compute), k.to(compute).mT) * scale
     scores = scores.masked_fill_(~visible, -torch.inf)
     lse = torch.logsumexp(scores, dim=-1)
     weights = scores.sub_(lse.unsqueeze(-1)).exp_()
-    return torch.matmul(weights, v.float()), lse
+    return torch.matmul(weights, v.to(compute)).to(q.dtype), lse.float()
 
 
 def block_sparse_attention(
@@ -34,7 +33,7 @@ def block_sparse_attention(
     Returns out [N, H, Lq, D] in q's dtype (a view of [N, Lq, H, D]) and lse float32 [N, H, Lq].
     """
     N, H, Lq, D = q.shape
-    group = H // k.shape[1]
+    kv_head = (torch.arange(H, device=q.device) // (H // k.shape[1]))[:, None]
     out = torch.empty(N, Lq, H, D, dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty(N, H, Lq, dtype=torch.float32, device=q.device)
     offsets = torch.arange(block_size, device=q.device)
@@ -57,8 +56,7 @@ def block_sparse_attention(
             visible &= tokens[:, :, None, :] > positions[:, None] - window
         inside = tokens.clamp(max=known - 1)
         for n in range(N):
-            for h in range(H):
-                out[n, h, begin:end], lse[n, h, begin:end] = _softmax_attention(  # type: ignore[assignment]
-                    q[n, h, begin:end], k[n, h // group, inside[n, h]], v[n, h // group, inside[n, h]], visible[n, h], scale
-                )
+            out[n, :, begin:end], lse[n, :, begin:end] = _softmax_attention(
+                q[n, :, begin:end], k[n, kv_head, inside[n]], v[n, kv_head, inside[n]], visible[n], scale
+            )
     return out, lse

@@ -39,16 +39,16 @@ def decode_attention(
     """Attention of each document's newest token to everything that document holds in the arena.
 
     q: [S, H, D], one query per document. k, v: the arena [Hkv, T, D], last dimension contiguous; H a multiple of Hkv.
-    starts: int64 [S]; lengths: int32 [S]: document s occupies arena rows [starts[s], starts[s] + lengths[s]), its newest
-        token (the query's own) last. A length of 0 (an unused slot) gives zeros.
+    starts: int64 [S]; lengths: int32 [S]: document s occupies arena rows [starts[s], starts[s] + lengths[s]), its
+        newest token (the query's own) last. A length of 0 (an unused slot) gives zeros.
     max_length: a bound on `lengths` known on the host; it fixes the launch grid, so that a CUDA graph can be captured.
     scale: defaults to 1 / sqrt(D). window: only the last `window` tokens are seen.
     Returns [S, H, D] in q's dtype. Raises ValueError for shapes or types that do not fit.
     """
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or k.shape[2] != q.shape[2] or q.shape[1] % k.shape[0]:
         raise ValueError(
-            f"q must be [S, H, D] and k, v [Hkv, T, D] with H a multiple of Hkv, got {tuple(q.shape)}, {tuple(k.shape)}, "
-            f"{tuple(v.shape)}"
+            f"q must be [S, H, D] and k, v [Hkv, T, D] with H a multiple of Hkv, got {tuple(q.shape)}, "
+            f"{tuple(k.shape)}, {tuple(v.shape)}"
         )
     S = q.shape[0]
     if starts.shape != (S,) or lengths.shape != (S,) or starts.dtype != torch.int64 or lengths.dtype != torch.int32:

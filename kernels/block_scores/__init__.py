@@ -1,0 +1,170 @@
+"""How much each key block matters to each query block: Stem's output-aware metric, and attention mass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.dispatch import Choice, check_impl, triton_unavailable
+
+__all__ = ["KeySummary", "choose_block_scores", "mass_scores", "oam_scores"]
+
+MASS_ROWS = ("mean", "sample")
+
+
+@dataclass
+class KeySummary:
+    """The key side of one layer's OAM scores for one document, kept between the chunks of its prefill.
+
+    Without it every chunk would read all earlier keys and values again. Sizes are for the whole prompt.
+
+    key_sums:  float32 [N, Hkv, n_max, stride, D]; per block and offset the sum of its keys at that offset.
+    log_norms: float32 [N, Hkv, n_max, block_size / stride]; log of the largest value norm in each group of `stride`
+        consecutive tokens; NaN where a group is not complete.
+    blocks: complete blocks summarised so far.
+    """
+
+    key_sums: Tensor
+    log_norms: Tensor
+    blocks: int = 0
+
+    @classmethod
+    def allocate(
+        cls,
+        batch: int,
+        kv_heads: int,
+        max_tokens: int,
+        head_dim: int,
+        *,
+        block_size: int,
+        stride: int,
+        device: torch.device,
+    ) -> KeySummary:
+        """An empty summary for prompts of up to `max_tokens` tokens."""
+        n_max = -(-max_tokens // block_size)
+        sums = torch.empty(batch, kv_heads, n_max, stride, head_dim, dtype=torch.float32, device=device)
+        norms = torch.empty(batch, kv_heads, n_max, block_size // stride, dtype=torch.float32, device=device)
+        return cls(sums, norms)
+
+
+def choose_block_scores(q: Tensor, impl: str = "auto") -> Choice:
+    """The implementation that `oam_scores` and `mass_scores` use for queries like `q`."""
+    check_impl(impl)
+    if impl == "gluon":
+        raise ValueError("block_scores has no gluon implementation; use impl='triton' or 'reference'")
+    missing = triton_unavailable(q.device)
+    if impl == "triton" and missing:
+        raise ValueError(f"block_scores: impl='triton' cannot run: {missing}")
+    if impl == "auto":
+        on_gpu = q.device.type == "cuda" and not missing
+        return Choice("triton") if on_gpu else Choice("reference", missing if q.device.type == "cuda" else "")
+    return Choice(impl)
+
+
+def oam_scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    query_start: int = 0,
+    block_size: int = 128,
+    stride: int = 16,
+    value_weight: float = 0.2,
+    scale: float | None = None,
+    summary: KeySummary | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Stem's Output-Aware Metric for every causal pair of blocks (arXiv 2603.06274, sections on OAM).
+
+    score[i, j] = mean over the antidiagonal pairs (t + u) % stride == stride - 1 of q_t . k_u * scale
+                + value_weight * mean over the groups of block j of max(0, z),
+    z being the standardised log of the largest value norm in a group of `stride` tokens. Mean and (population) standard
+    deviation run over the complete groups of tokens [0, (j + 1) * block_size): causal, unlike the published
+    implementations' whole-sequence statistics. Tokens that do not exist enter neither sums nor statistics.
+
+    q: [N, H, Lq, D], the tokens [query_start, query_start + Lq), query_start a multiple of block_size.
+    k, v: [N, Hkv, Lk, D], Lk >= query_start + Lq; later tokens are ignored. Last dimension contiguous.
+    scale: defaults to 1 / sqrt(D).
+    summary: holds the blocks of earlier chunks and is extended by this one's; the scores are the same with and without.
+    Returns float32 [N, H, rows, n_keys], rows = ceil(Lq / block_size), n_keys = ceil((query_start + Lq) / block_size),
+    -inf for j > i. Raises ValueError for shapes or types that do not fit.
+    """
+    _check(q, k, query_start, block_size)
+    if v.shape != k.shape:
+        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    if stride < 1 or block_size % stride:
+        raise ValueError(f"stride must divide block_size={block_size}, got {stride}")
+    if summary is not None and summary.blocks < query_start // block_size:
+        raise ValueError(
+            f"summary holds {summary.blocks} blocks, but this chunk starts at block {query_start // block_size}: "
+            "pass the chunks of a prompt in order"
+        )
+    if summary is None:
+        summary = KeySummary.allocate(
+            k.shape[0],
+            k.shape[1],
+            query_start + q.shape[2],
+            k.shape[3],
+            block_size=block_size,
+            stride=stride,
+            device=k.device,
+        )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if choose_block_scores(q, impl).impl == "triton":
+        from kernels.block_scores import triton as implementation
+    else:
+        from kernels.block_scores import reference as implementation  # type: ignore[no-redef]
+    return implementation.oam_scores(q, k, v, query_start, block_size, stride, value_weight, scale, summary)
+
+
+def mass_scores(
+    q: Tensor,
+    k: Tensor,
+    *,
+    query_start: int = 0,
+    block_size: int = 128,
+    group: int = 4,
+    rows: str = "mean",
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """The largest share of attention that a key block gets from any of a few rows of the query block.
+
+    Row r stands for queries [r * group, (r + 1) * group) of the block: their mean (rows="mean") or the last of them
+    (rows="sample"); the last row of a part-filled block covers the queries that exist. It sees the keys up to its last
+    query's position, and its shares are softmax-normalised over all of them:
+        score[i, j] = max over r of sum over u in block j of exp(q_r . k_u * scale - logsumexp_u(q_r . k_u * scale)).
+
+    q, k, query_start, block_size, scale: as for `oam_scores`. group divides block_size.
+    Returns float32 [N, H, rows, n_keys] in [0, 1], -inf for j > i. Raises ValueError for what does not fit.
+    """
+    _check(q, k, query_start, block_size)
+    if group < 1 or block_size % group:
+        raise ValueError(f"group must divide block_size={block_size}, got {group}")
+    if rows not in MASS_ROWS:
+        raise ValueError(f"rows must be one of {MASS_ROWS}, got {rows!r}")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if choose_block_scores(q, impl).impl == "triton":
+        from kernels.block_scores import triton_mass as implementation
+    else:
+        from kernels.block_scores import reference as implementation  # type: ignore[no-redef]
+    return implementation.mass_scores(q, k, query_start, block_size, group, rows, scale)
+
+
+def _check(q: Tensor, k: Tensor, query_start: int, block_size: int) -> None:
+    if q.ndim != 4 or k.ndim != 4:
+        raise ValueError(f"q must be [N, H, Lq, D] and k [N, Hkv, Lk, D], got {tuple(q.shape)} and {tuple(k.shape)}")
+    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"k {tuple(k.shape)} does not go with q {tuple(q.shape)}: batch and D equal, H a multiple of Hkv"
+        )
+    if q.dtype != k.dtype or not q.is_floating_point():
+        raise ValueError(f"q and k must share a floating-point type, got {q.dtype} and {k.dtype}")
+    end = query_start + q.shape[2]
+    if q.shape[2] < 1 or query_start < 0 or query_start % block_size or k.shape[2] < end:
+        raise ValueError(
+            f"queries [{query_start}, {end}) must start at a multiple of block_size={block_size} and lie inside the "
+            f"{k.shape[2]} keys"
+        )
