@@ -1,0 +1,245 @@
+"""The attention function that patched transformers models call, and Stem prefill itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kernels.block_scores import KeySummary, mass_scores, oam_scores
+from kernels.block_selection import BlockSelection, select_blocks
+from kernels.block_sparse_attention import block_sparse_attention
+from kernels.decode_attention import decode_attention
+from stem_core.budget import PromptBudget, prompt_budget
+from stem_core.config import StemConfig
+from stem_core.context import DecodeContext, PrefillContext, StemContext
+
+DENSE_BLOCK_SIZE = 128
+
+
+@dataclass(frozen=True)
+class LayerPolicy:
+    """How one attention layer of a patched model runs. config None: dense everywhere."""
+
+    config: StemConfig | None
+    layer: int
+
+    def budget(self, prompt_length: int, window: int | None) -> PromptBudget:
+        """The budget of this layer: leading layers and layers with a sliding window never drop blocks."""
+        sparse = self.config is not None and self.layer >= self.config.dense_layers and window is None
+        return prompt_budget(prompt_length, self.config if sparse else None)
+
+
+def stem_selection(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: StemConfig,
+    budget: PromptBudget,
+    *,
+    start: int = 0,
+    scale: float | None = None,
+    summary: KeySummary | None = None,
+    impl: str = "auto",
+) -> BlockSelection:
+    """The key blocks that each query block of the chunk [start, start + Lq) keeps; shapes as for `stem_prefill`."""
+    if config.estimator == "mass":
+        scores = mass_scores(
+            q,
+            k,
+            query_start=start,
+            block_size=config.block_size,
+            group=config.mass_group,
+            rows=config.mass_rows,
+            scale=scale,
+            impl=impl,
+        )
+    else:
+        scores = oam_scores(
+            q,
+            k,
+            v,
+            query_start=start,
+            block_size=config.block_size,
+            stride=config.stride,
+            value_weight=config.value_weight,
+            scale=scale,
+            summary=summary,
+            impl=impl,
+        )
+    first, rows = start // config.block_size, scores.shape[2]
+    return select_blocks(
+        scores,
+        budget.rows(first, first + rows, q.device),
+        first_row=first,
+        sink_blocks=config.sink_blocks,
+        local_blocks=config.local_blocks,
+        max_blocks=budget.max_blocks(first, first + rows),
+        impl=impl,
+    )
+
+
+def stem_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: StemConfig | None,
+    budget: PromptBudget,
+    *,
+    start: int = 0,
+    scale: float | None = None,
+    window: int | None = None,
+    summary: KeySummary | None = None,
+) -> Tensor:
+    """Causal attention of one chunk of a prompt, sparse or dense as `budget` says.
+
+    q [N, H, Lq, D] are the tokens [start, start + Lq); k, v [N, Hkv, Lk, D] hold at least the tokens [0, start + Lq).
+    Returns [N, H, Lq, D] in q's dtype (a view of [N, Lq, H, D]).
+    """
+    if config is None or budget.budgets is None:
+        selection, block_size = None, DENSE_BLOCK_SIZE if config is None else config.block_size
+    else:
+        selection = stem_selection(q, k, v, config, budget, start=start, scale=scale, summary=summary)
+        block_size = config.block_size
+    out = block_sparse_attention(
+        q, k, v, selection, query_start=start, block_size=block_size, scale=scale, window=window
+    )
+    assert isinstance(out, Tensor)
+    return out
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    stem_context: StemContext | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers' AttentionInterface calls it, registered under the name "stem".
+
+    query [N, H, Lq, D], key and value [N, Hkv, Lk, D]: positions encoded, cache merged. attention_mask is None, or bool
+    [N, Lk] marking padding (see stem_core.patch). Returns ([N, Lq, H, D], None).
+    Raises RuntimeError for a module that `patch_model` has not seen, ValueError for what the kernels do not compute.
+    """
+    policy: LayerPolicy | None = getattr(module, "stem_policy", None)
+    if policy is None:
+        raise RuntimeError(
+            "this model uses attention 'stem' without patch_model: call stem_core.patch_model(model, config)"
+        )
+    if softcap is not None or s_aux is not None:
+        feature = "logit soft-capping" if softcap is not None else "attention sinks"
+        raise ValueError(f"Stem attention does not compute {feature}; run this model with its own attention")
+    if dropout:
+        raise ValueError(f"Stem attention is for inference; got dropout={dropout}: call model.eval()")
+
+    if isinstance(stem_context, DecodeContext):
+        decoded = decode_attention(
+            query[:, :, 0],
+            key[0],
+            value[0],
+            stem_context.starts,
+            stem_context.lengths,
+            max_length=stem_context.max_length,
+            scale=scaling,
+            window=sliding_window,
+        )
+        return decoded.unsqueeze(1), None
+    if isinstance(stem_context, PrefillContext):
+        out = _prefill_chunk(policy, query, key, value, stem_context, scaling, sliding_window)
+    elif attention_mask is None:
+        out = _whole_cache(policy, query, key, value, scaling, sliding_window)
+    else:
+        out = _padded_batch(policy, query, key, value, attention_mask, scaling, sliding_window)
+    return out.transpose(1, 2), None
+
+
+def _prefill_chunk(
+    policy: LayerPolicy,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context: PrefillContext,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    budget = policy.budget(context.prompt_length, window)
+    config = policy.config
+    summary = None
+    if config is not None and budget.budgets is not None and config.estimator == "oam":
+        summary = context.summaries.get(policy.layer)
+        if summary is None or context.start == 0:
+            summary = KeySummary.allocate(
+                k.shape[0],
+                k.shape[1],
+                context.prompt_length,
+                k.shape[3],
+                block_size=config.block_size,
+                stride=config.stride,
+                device=k.device,
+            )
+            context.summaries[policy.layer] = summary
+    return stem_prefill(q, k, v, config, budget, start=context.start, scale=scale, window=window, summary=summary)
+
+
+def _whole_cache(
+    policy: LayerPolicy, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None
+) -> Tensor:
+    """Plain `model(...)` and `model.generate(...)`: a prompt in one piece, or a few tokens after a cache.
+
+    Only a prompt in one piece is sparse: what continues a cache (decoding, a second turn, assisted decoding) attends
+    densely, since its rows need not begin at a block boundary and the full prompt's length is not known.
+    """
+    if q.shape[2] == k.shape[2]:
+        return stem_prefill(q, k, v, policy.config, policy.budget(q.shape[2], window), scale=scale, window=window)
+    return _dense_continuation(q, k, v, scale, window)
+
+
+def _dense_continuation(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
+    """Queries are the last Lq of the Lk tokens. Rows go in pieces, so that the mask stays small."""
+    Lq, Lk = q.shape[2], k.shape[2]
+    out = torch.empty(q.shape[0], Lq, q.shape[1], q.shape[3], dtype=q.dtype, device=q.device).transpose(1, 2)
+    positions = torch.arange(Lk, device=q.device)
+    for begin in range(0, Lq, 1024):
+        rows = positions[Lk - Lq + begin : Lk - Lq + min(Lq, begin + 1024), None]
+        visible = positions <= rows
+        if window is not None:
+            visible &= positions > rows - window
+        out[:, :, begin : begin + 1024] = nn.functional.scaled_dot_product_attention(
+            q[:, :, begin : begin + 1024], k, v, attn_mask=visible, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    return out
+
+
+def _padded_batch(
+    policy: LayerPolicy, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, window: int | None
+) -> Tensor:
+    """Each row of a padded batch on its own tokens alone, so that its result does not depend on its neighbours.
+
+    Padding may stand at either end of a row; outputs at padded queries are zero.
+    """
+    out = torch.zeros(q.shape[0], q.shape[2], q.shape[1], q.shape[3], dtype=q.dtype, device=q.device).transpose(1, 2)
+    offset = k.shape[2] - q.shape[2]
+    for n in range(q.shape[0]):
+        real = mask[n].nonzero()[:, 0]
+        first, last = int(real[0]), int(real[-1]) + 1
+        if last - first != len(real):
+            raise ValueError(
+                f"row {n} of attention_mask has padding between tokens; only padding at its ends is supported"
+            )
+        rows = slice(max(0, first - offset), max(0, last - offset))
+        if rows.start == rows.stop:
+            continue
+        part = slice(n, n + 1)
+        out[part, :, rows] = _whole_cache(
+            policy, q[part, :, rows], k[part, :, first:last], v[part, :, first:last], scale, window
+        )
+    return out

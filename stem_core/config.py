@@ -1,0 +1,136 @@
+"""Every choice that Stem leaves open, in one frozen record."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+SCHEDULES = ("paper", "release", "density")
+ESTIMATORS = ("oam", "mass")
+MASS_ROWS = ("mean", "sample")
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class StemConfig:
+    """How key blocks are scored, and how many of them each query block keeps.
+
+    Sources: the Stem paper (arXiv 2603.06274) and the released implementation (Tencent/AngelSlim, commit 67394ce).
+    Raises ValueError when a field is out of range.
+    """
+
+    schedule: str = "release"
+    """Row budgets: "paper" and "release" are Stem's two published schedules, "density" solves for `density`."""
+    density: float | None = None
+    """Share of the causal blocks kept over the whole prompt, in (0, 1]; only with schedule "density"."""
+    block_size: int = 128
+    """Tokens in a query or key block."""
+    stride: int = 16
+    """Token stride of the antidiagonal sampling, and group length of the value term; divides block_size."""
+    sink_blocks: int = 4
+    """Leading key blocks that every row keeps."""
+    local_blocks: int = 4
+    """Nearest key blocks, the diagonal one included, that every row keeps."""
+    decay: float = 0.7
+    """Token Position Decay: the last row's budget as a share of the first one's; 1 is a uniform budget."""
+    value_weight: float = 0.2
+    """Weight of the value term in the output-aware metric (lambda in the paper)."""
+    estimator: str = "oam"
+    """Block scores: "oam" is Stem's output-aware metric, "mass" the attention mass of a few rows (ours)."""
+    mass_group: int = 4
+    """Queries for each row of the mass estimator; its cost is 1 / (2 * mass_group) of dense attention's flops."""
+    mass_rows: str = "mean"
+    """A mass row is the "mean" of its queries, or a "sample": the last of them."""
+    dense_layers: int = 2
+    """Leading layers that attend to everything."""
+    dense_below: int = 0
+    """Prompts shorter than this many tokens attend to everything."""
+    dense_tail: int = 0
+    """Blocks at the prompt's end whose rows keep every causal block (ours; the question usually stands there)."""
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("estimator", self.estimator, ESTIMATORS)
+        _one_of("mass_rows", self.mass_rows, MASS_ROWS)
+        _one_of("block_size", self.block_size, BLOCK_SIZES)
+        if (self.schedule == "density") != (self.density is not None):
+            raise ValueError(
+                f"density={self.density} does not go with schedule={self.schedule!r}: schedule 'density' needs one "
+                "in (0, 1], the others take none"
+            )
+        _within("density", self.density, 0.0, 1.0, open_low=True)
+        _within("decay", self.decay, 0.0, 1.0, open_low=True)
+        _within("value_weight", self.value_weight, 0.0, 100.0)
+        for name in ("stride", "mass_group"):
+            value = getattr(self, name)
+            if value < 1 or self.block_size % value:
+                raise ValueError(f"{name} must divide block_size={self.block_size}, got {value}")
+        _within("local_blocks", self.local_blocks, 1, 1 << 20)
+        for name in ("sink_blocks", "dense_layers", "dense_below", "dense_tail"):
+            _within(name, getattr(self, name), 0, 1 << 30)
+
+    def _check_types(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            kind = type(field.default) if field.name != "density" else float
+            number = kind is float and isinstance(value, int | float) and not isinstance(value, bool)
+            if number or (field.name == "density" and value is None) or type(value) is kind:
+                continue
+            raise ValueError(f"{field.name} must be {kind.__name__}, got {value!r}")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> StemConfig:
+        """A named configuration with `changes` applied: "paper" and "release" are Stem's, "robust" is ours."""
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r} is not known; use one of {', '.join(PRESETS)}{_nearest(name, PRESETS)}")
+        return cls.from_dict(asdict(PRESETS[name]) | changes)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> StemConfig:
+        """The inverse of `to_dict`; fields that are left out keep their defaults, unknown ones raise ValueError."""
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ValueError(f"{name!r} is not a field of StemConfig{_nearest(name, known)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values that JSON and YAML can hold."""
+        return asdict(self)
+
+    def replace(self, **changes: Any) -> StemConfig:
+        """A copy with `changes` applied, validated again."""
+        return replace(self, **changes)
+
+    def fingerprint(self) -> str:
+        """12 hex digits that differ whenever a field differs."""
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _one_of(name: str, value: object, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+
+
+def _within(name: str, value: float | None, low: float, high: float, open_low: bool = False) -> None:
+    if value is not None and not (low < value <= high if open_low else low <= value <= high):
+        raise ValueError(f"{name} must be in {'(' if open_low else '['}{low}, {high}], got {value}")
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+# "robust" spends faithful Stem's time at 25% density differently: half of it on an estimator that sees single tokens,
+# and it lets the prompt's end, where the question stands, see everything.
+PRESETS: dict[str, StemConfig] = {
+    "paper": StemConfig(schedule="paper"),
+    "release": StemConfig(schedule="release"),
+    "robust": StemConfig(schedule="density", density=0.125, decay=1.0, estimator="mass", dense_tail=4),
+}

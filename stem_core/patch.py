@@ -1,0 +1,119 @@
+"""Switches a transformers model to Stem attention and back."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from stem_core.attention import LayerPolicy, attention_forward
+from stem_core.config import StemConfig
+
+# Must not contain "flash", "sdpa" or "flex_attention": transformers reads meaning into such names.
+ATTENTION_NAME = "stem"
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# The attention each patched model had before, to give it back.
+_previous: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+class UnsupportedModelError(ValueError):
+    """The model computes something in its attention that Stem's kernels do not."""
+
+
+def patch_model(model: Model, config: StemConfig | None) -> Model:
+    """Make `model` prefill with Stem sparse attention; decoding stays dense. Changes the model in place and returns it.
+
+    model: any transformers decoder whose layers go through AttentionInterface.
+    config: None runs dense attention through the same kernels.
+    A prompt must arrive in one piece (plain `model(...)` or `model.generate(...)`) or with a PrefillContext for each
+    chunk. Raises UnsupportedModelError naming the feature when the model's attention is not plain causal
+    attention with an optional sliding window.
+    """
+    modules = list(_attention_modules(model))
+    _check(model, [module for _, module in modules])
+    _register()
+    if model not in _previous:
+        _previous[model] = model.config._attn_implementation  # type: ignore[union-attr, assignment]
+    for layer, module in modules:
+        module.stem_policy = LayerPolicy(config, layer)  # type: ignore[assignment]
+    model.set_attn_implementation(ATTENTION_NAME)  # type: ignore[operator]
+    return model
+
+
+def unpatch_model(model: Model) -> Model:
+    """Give a patched model its own attention back; a model that is not patched stays as it is."""
+    previous = _previous.pop(model, None)
+    if previous is not None:
+        model.set_attn_implementation(previous)  # type: ignore[operator]
+        for _, module in _attention_modules(model):
+            del module.stem_policy
+    return model
+
+
+def _attention_modules(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
+    """(layer index, module) of the self-attention modules of the decoder."""
+    for module in model.modules():
+        if "Attention" in type(module).__name__ and isinstance(getattr(module, "layer_idx", None), int):
+            yield module.layer_idx, module  # type: ignore[misc]
+
+
+def _check(model: nn.Module, modules: list[nn.Module]) -> None:
+    name = type(model).__name__
+    if not hasattr(model, "set_attn_implementation") or not modules:
+        raise UnsupportedModelError(
+            f"{name} has no attention layers that go through transformers' AttentionInterface; Stem needs a "
+            "transformers causal language model"
+        )
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedModelError(
+            f"{name} computes its attention itself, not through transformers' AttentionInterface"
+        )
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    features = {
+        "logit soft-capping (attn_logit_softcapping)": getattr(config, "attn_logit_softcapping", None),
+        "chunked attention (attention_chunk_size)": getattr(config, "attention_chunk_size", None),
+        "multi-head latent attention (kv_lora_rank)": getattr(config, "kv_lora_rank", None),
+        "position biases (ALiBi)": getattr(config, "alibi", None),
+        "attention sinks": any(hasattr(module, "sinks") for module in modules),
+        "attention that is not causal": any(getattr(module, "is_causal", True) is False for module in modules),
+    }
+    for feature, present in features.items():
+        if present:
+            raise UnsupportedModelError(
+                f"{name} uses {feature}, which Stem's kernels do not compute; run it with attention='dense' of "
+                "transformers, or another model"
+            )
+
+
+def _padding_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor | None:
+    """transformers' mask interface: None where nothing is padded, else bool [batch, kv_length]; never N x N.
+
+    Raises ValueError for masks that are more than causal, sliding-window and padding (packed sequences, images).
+    """
+    if q_length > 1 and not allow_is_causal_skip:
+        raise ValueError(
+            "Stem attention takes one causal sequence a row: packed sequences and custom masks do not go with it"
+        )
+    if attention_mask is None:
+        return None
+    # Layers with a sliding-window cache hold the last tokens only.
+    attention_mask = attention_mask[:, -kv_length:].bool()
+    return None if attention_mask.all() else attention_mask
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(ATTENTION_NAME, attention_forward)
+    AttentionMaskInterface.register(ATTENTION_NAME, _padding_mask)
