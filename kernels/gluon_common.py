@@ -59,6 +59,12 @@ def statement(text: gl.constexpr):
     )
 
 
+@gluon.jit
+def log2_approx(x):
+    """lg2.approx: absolute error below 2^-22 for x >= 1. gl.log2 is a polynomial with divergent branches."""
+    return gl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
 # ---------------------------------------------------------------- "some row maximum of this warp grew"
 # Gluon has neither a warp vote nor a tensor -> per-warp scalar, so the flag is a PTX register declared by hand, one
 # for each consumer warpgroup (their code is separate, their PTX scope is one).

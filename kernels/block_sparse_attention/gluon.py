@@ -38,6 +38,7 @@ from kernels.gluon_common import (
     growth_declare,
     growth_note,
     growth_seen,
+    log2_approx,
     opaque,
     row_max,
     row_sum_partial,
@@ -81,10 +82,8 @@ def produce(
             q_phase ^= 1
             block = row0 + row
             for j in range(count):
-                if DENSE:
-                    following = j
-                else:
-                    following = gl.load(kept + j)  # read early: its latency hides behind the waits below
+                # Read early: the latency hides behind the waits below.
+                following = j if DENSE else gl.load(kept + j)
                 mbarrier.wait(k_empty.index(stage), phase)
                 mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
                 tma.async_copy_global_to_shared(
@@ -143,10 +142,7 @@ def consume(
         if tile < tiles:
             n, head, kv_head, row = tile_coordinates(tile, rows, KV_HEADS, GROUP)
             flat_head = n * (KV_HEADS * GROUP) + head
-            if DENSE:
-                count = row0 + row + 1
-            else:
-                count = gl.load(counts + (flat_head * rows + row))
+            count = row0 + row + 1 if DENSE else gl.load(counts + (flat_head * rows + row))
             # Prologue: the diagonal block. Its causal mask also hides the keys past the last token, which TMA
             # has filled with zeros: they lie behind every query of the prompt.
             mbarrier.wait(q_full.index(WARPGROUP), q_phase)
@@ -196,7 +192,7 @@ def consume(
             row_total = gl.convert_layout(gl.sum(total, axis=1), row_layout)
             if WITH_LSE:
                 query = row * 128 + WARPGROUP * 64 + gl.arange(0, 64, row_layout)
-                natural = (m * log2_scale + gl.log2(row_total)) * 0.6931471805599453
+                natural = (m * log2_scale + log2_approx(row_total)) * 0.6931471805599453
                 gl.store(lse + flat_head.to(gl.int64) * n_queries + query, natural, mask=query < n_queries)
             inverse = gl.convert_layout(1.0 / row_total, o_row_layout)
             o = warpgroup_mma_wait(0, deps=[o_next])
