@@ -103,7 +103,7 @@ class PromptBudget:
         """Budgets of rows [first, last) as int32 on `device`, copied there once."""
         assert self.budgets is not None
         if device not in self._on_device:
-            self._on_device[device] = torch.from_numpy(self.budgets).to(device)
+            self._on_device[device] = torch.tensor(self.budgets, device=device)
         return self._on_device[device][first:last]
 
     def max_blocks(self, first: int, last: int) -> int:

@@ -8,16 +8,6 @@ from torch import Tensor
 from kernels.block_selection import BlockSelection
 
 
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of q [H, T, D] to k, v [H, K, D] where `visible` [H, T, K]; (out, lse), in float32 or wider."""
-    compute = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.matmul(q.to(compute), k.to(compute).mT) * scale
-    scores = scores.masked_fill_(~visible, -torch.inf)
-    lse = torch.logsumexp(scores, dim=-1)
-    weights = scores.sub_(lse.unsqueeze(-1)).exp_()
-    return torch.matmul(weights, v.to(compute)).to(q.dtype), lse.float()
-
-
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -33,30 +23,57 @@ def block_sparse_attention(
     Returns out [N, H, Lq, D] in q's dtype (a view of [N, Lq, H, D]) and lse float32 [N, H, Lq].
     """
     N, H, Lq, D = q.shape
-    kv_head = (torch.arange(H, device=q.device) // (H // k.shape[1]))[:, None]
+    kv_heads = k.shape[1]
     out = torch.empty(N, Lq, H, D, dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty(N, H, Lq, dtype=torch.float32, device=q.device)
-    offsets = torch.arange(block_size, device=q.device)
     for row in range(-(-Lq // block_size)):
         begin, end = row * block_size, min(Lq, (row + 1) * block_size)
         positions = torch.arange(query_start + begin, query_start + end, device=q.device)
-        known = query_start + end  # keys past the last query of this block are never visible
         if selection is None:
             first = 0 if window is None else max(0, query_start + begin - window + 1)
-            tokens = torch.arange(first, known, device=q.device).expand(N, H, -1)
+            tokens = torch.arange(first, query_start + end, device=q.device).expand(N, 1, -1)
+            keys, values = k[:, :, first : query_start + end], v[:, :, first : query_start + end]
+            # Heads of one KV head are stacked as further rows, so that keys are not repeated.
+            queries = q[:, :, begin:end].reshape(N, kv_heads, -1, D)
         else:
-            width = int(selection.counts[:, :, row].max())
-            slots = torch.arange(width, device=q.device)
-            blocks = selection.indices[:, :, row, :width].long()
-            # A slot past the row's count points behind every query, where the causal mask hides it.
-            blocks = torch.where(slots < selection.counts[:, :, row, None], blocks, known // block_size + 1)
-            tokens = (blocks[..., None] * block_size + offsets).flatten(-2)
-        visible = tokens[:, :, None, :] <= positions[:, None]
+            tokens, keys, values = _gather(k, v, selection, row, block_size, query_start + end)
+            queries = q[:, :, begin:end]
+        visible = tokens[..., None, :] <= positions[:, None]
         if window is not None:
-            visible &= tokens[:, :, None, :] > positions[:, None] - window
-        inside = tokens.clamp(max=known - 1)
-        for n in range(N):
-            out[n, :, begin:end], lse[n, :, begin:end] = _softmax_attention(
-                q[n, :, begin:end], k[n, kv_head, inside[n]], v[n, kv_head, inside[n]], visible[n], scale
-            )
+            visible &= tokens[..., None, :] > positions[:, None] - window
+        if selection is None:
+            visible = visible.repeat(1, 1, H // kv_heads, 1)
+        part, part_lse = _softmax_attention(queries, keys, values, visible, scale)
+        out[:, :, begin:end] = part.reshape(N, H, end - begin, D)
+        lse[:, :, begin:end] = part_lse.reshape(N, H, end - begin)
     return out, lse
+
+
+def _gather(
+    k: Tensor, v: Tensor, selection: BlockSelection, row: int, block_size: int, known: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kept keys of one query block: positions [N, H, K], keys and values [N, H, K, D].
+
+    known: tokens up to the block's last query; a slot past the row's count gets positions behind it, where the causal
+    mask hides them.
+    """
+    N, H = selection.counts.shape[:2]
+    counts = selection.counts[:, :, row, None]
+    slots = torch.arange(int(counts.max()), device=k.device)
+    blocks = torch.where(slots < counts, selection.indices[:, :, row, : len(slots)].long(), known // block_size + 1)
+    tokens = (blocks[..., None] * block_size + torch.arange(block_size, device=k.device)).flatten(-2)
+    inside = tokens.clamp(max=known - 1)
+    batch = torch.arange(N, device=k.device)[:, None, None]
+    kv_head = (torch.arange(H, device=k.device) // (H // k.shape[1]))[:, None]
+    return tokens, k[batch, kv_head, inside], v[batch, kv_head, inside]
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of q [..., T, D] to k, v [..., K, D] where `visible` [..., T, K]: (out, lse), in float32 or wider."""
+    compute = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.matmul(q.to(compute), k.to(compute).mT).mul_(scale).masked_fill_(~visible, -torch.inf)
+    largest = scores.amax(dim=-1, keepdim=True)
+    weights = scores.sub_(largest).exp_()
+    total = weights.sum(dim=-1, keepdim=True)
+    out = torch.matmul(weights, v.to(compute)) / total
+    return out.to(q.dtype), (largest + total.log()).squeeze(-1).float()
