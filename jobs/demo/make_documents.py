@@ -1,0 +1,68 @@
+"""Writes the demo's documents and the findings that they hold: `python -m jobs.demo.make_documents`.
+
+Eight synthetic reports, and copies of the two real texts with findings planted in them. The same seed gives the same
+files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from random import Random
+
+from transformers import AutoTokenizer
+
+from jobs.demo.grammar import NAMES, PLACES
+from jobs.demo.reports import Report, invent_facts, plant, synthetic_report
+
+# Length in tokens of models/tiny-reader's tokenizer, and the number of findings, of each synthetic report.
+SYNTHETIC = [(8200, 4), (8400, 6), (8600, 3), (8800, 5), (9200, 7), (10000, 4), (12000, 6), (16000, 5)]
+REAL_TEXTS = ["jargon-file", "newton-opticks"]
+REAL_FINDINGS = 4
+NOTES_PER_REPORT = 8
+
+
+def make_reports(model: str, documents: Path, seed: int) -> dict[str, Report]:
+    """All documents with known findings, by document id. The real texts are read from `documents`."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def count_tokens(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False).input_ids)
+
+    reports = {}
+    for index, (n_tokens, n_findings) in enumerate(SYNTHETIC, start=1):
+        rng = Random(f"{seed}/report-{index}")
+        title = f"Report on the {rng.choice(NAMES)} {rng.choice(PLACES)}"
+        report = synthetic_report(rng, title, n_tokens, n_findings, NOTES_PER_REPORT, count_tokens)
+        reports[f"report-{index:02}"] = report
+    for name in REAL_TEXTS:
+        rng = Random(f"{seed}/{name}")
+        findings, _ = invent_facts(rng, REAL_FINDINGS, n_notes=0)
+        text = (documents / f"{name}.txt").read_text(encoding="utf-8")
+        reports[f"{name}-planted"] = plant(rng, text, findings, notes=[])
+    return reports
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--documents", type=Path, default=Path("examples/documents"), help="folder to write the texts to"
+    )
+    parser.add_argument(
+        "--findings", type=Path, default=Path("examples/findings.jsonl"), help="file to write the findings to"
+    )
+    parser.add_argument("--model", default="models/tiny-reader", help="whose tokenizer measures the lengths")
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+
+    reports = make_reports(args.model, args.documents, args.seed)
+    for document_id, report in reports.items():
+        (args.documents / f"{document_id}.txt").write_text(report.text, encoding="utf-8")
+    lines = [json.dumps({"document_id": name, "findings": list(report.findings)}) for name, report in reports.items()]
+    args.findings.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"wrote {len(reports)} documents to {args.documents} and their findings to {args.findings}")
+
+
+if __name__ == "__main__":
+    main()
