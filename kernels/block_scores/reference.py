@@ -111,10 +111,15 @@ def mass_scores(q: Tensor, k: Tensor, query_start: int, block_size: int, group: 
             padded = F.pad(q[:, :, begin:end].float(), (0, 0, 0, -(end - begin) % group))
             picked = padded.unflatten(2, (-1, group)).sum(3) / (lasts - starts + 1)[:, None]
         known = query_start + end
-        picked = picked.reshape(N, kv_heads, -1, D)
-        logits = (picked @ k[:, :, :known].float().mT * scale).unflatten(2, (H // kv_heads, len(lasts)))
-        hidden = torch.arange(known, device=q.device) > query_start + lasts[:, None]
-        share = logits.masked_fill(hidden, -torch.inf).softmax(-1).flatten(1, 2)
-        share = F.pad(share, (0, -known % block_size)).unflatten(-1, (-1, block_size)).sum(-1)
+        picked = picked.mul(scale).reshape(N, kv_heads, -1, D)
+        known = query_start + end
+        logits = (picked @ k[:, :, :known].float().mT).unflatten(2, (H // kv_heads, len(lasts)))
+        # Only the query block's own keys can lie behind a row.
+        own = torch.arange(query_start + begin, known, device=q.device)
+        logits[..., query_start + begin :].masked_fill_(own > query_start + lasts[:, None], -torch.inf)
+        share = logits.softmax(-1).flatten(1, 2)
+        if known % block_size:
+            share = F.pad(share, (0, -known % block_size))
+        share = share.unflatten(-1, (-1, block_size)).sum(-1)
         scores[:, :, row, : share.shape[-1]] = share.amax(2)
     return scores

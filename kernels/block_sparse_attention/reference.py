@@ -26,6 +26,8 @@ def block_sparse_attention(
     kv_heads = k.shape[1]
     out = torch.empty(N, Lq, H, D, dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty(N, H, Lq, dtype=torch.float32, device=q.device)
+    # Heads that keep different numbers of blocks are padded to the same width by keys that the mask hides.
+    uneven = selection is not None and bool((selection.counts != selection.counts[:1, :1]).any())
     for row in range(-(-Lq // block_size)):
         begin, end = row * block_size, min(Lq, (row + 1) * block_size)
         positions = torch.arange(query_start + begin, query_start + end, device=q.device)
@@ -38,6 +40,8 @@ def block_sparse_attention(
         else:
             tokens, keys, values = _gather(k, v, selection, row, block_size, query_start + end)
             queries = q[:, :, begin:end]
+        if window is None and not uneven:
+            tokens = tokens[..., -block_size:]  # only keys of the query block itself can be hidden
         visible = tokens[..., None, :] <= positions[:, None]
         if window is not None:
             visible &= tokens[..., None, :] > positions[:, None] - window
@@ -69,9 +73,13 @@ def _gather(
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of q [..., T, D] to k, v [..., K, D] where `visible` [..., T, K]: (out, lse), in float32 or wider."""
+    """Attention of q [..., T, D] to k, v [..., K, D]: (out, lse), computed in float32 or wider.
+
+    visible: bool [..., T, C] says which of the last C keys are seen; all keys before those are.
+    """
     compute = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.matmul(q.to(compute), k.to(compute).mT).mul_(scale).masked_fill_(~visible, -torch.inf)
+    scores = torch.matmul(q.to(compute) * scale, k.to(compute).mT)
+    scores[..., -visible.shape[-1] :].masked_fill_(~visible, -torch.inf)
     largest = scores.amax(dim=-1, keepdim=True)
     weights = scores.sub_(largest).exp_()
     total = weights.sum(dim=-1, keepdim=True)
