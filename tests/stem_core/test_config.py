@@ -1,0 +1,51 @@
+"""StemConfig: validation with messages that help, presets, round trips."""
+
+import pytest
+
+from stem_core import StemConfig
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_size": 100}, "block_size must be one of"),
+        ({"stride": 24}, "stride must divide block_size=128, got 24"),
+        ({"mass_group": 0}, "mass_group must divide"),
+        ({"decay": 0.0}, r"decay must be in \(0.0, 1.0\]"),
+        ({"decay": "0.7"}, "decay must be float, got '0.7'"),
+        ({"schedule": "relaese"}, "schedule must be one of"),
+        ({"density": 0.25}, "schedule 'density' needs one"),
+        ({"schedule": "density"}, "schedule 'density' needs one"),
+        ({"schedule": "density", "density": -0.25}, r"density must be in \(0.0, 1.0\]"),
+        ({"sink_blocks": -1}, "sink_blocks must be in"),
+        ({"sink_blocks": True}, "sink_blocks must be int, got True"),
+        ({"local_blocks": 0}, "local_blocks must be in"),
+        ({"estimator": "magic"}, "estimator must be one of"),
+        ({"dense_bellow": 1}, "did you mean 'dense_below'"),
+    ],
+)
+def test_bad_fields_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        StemConfig.from_dict(changes)
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'release'"):
+        StemConfig.preset("releas")
+
+
+@pytest.mark.parametrize("preset", ["paper", "release", "robust"])
+def test_round_trip_and_fingerprint(preset):
+    config = StemConfig.preset(preset)
+    assert StemConfig.from_dict(config.to_dict()) == config
+    assert StemConfig.from_dict(config.to_dict()).fingerprint() == config.fingerprint()
+    assert config.replace(sink_blocks=2).fingerprint() != config.fingerprint()
+    assert len({config, StemConfig.preset(preset)}) == 1
+
+
+def test_presets_of_stem_are_faithful():
+    for preset in ("paper", "release"):
+        config = StemConfig.preset(preset)
+        assert (config.block_size, config.stride, config.decay, config.value_weight) == (128, 16, 0.7, 0.2)
+        assert (config.sink_blocks, config.local_blocks, config.dense_layers, config.dense_tail) == (4, 4, 2, 0)
+        assert config.estimator == "oam"
