@@ -207,7 +207,8 @@ def consume(
     tma.store_wait(0)
 
 
-@gluon.jit
+# Lengths change from call to call: specialising on them (== 1, % 16 == 0) would only compile the kernel again.
+@gluon.jit(do_not_specialize=["rows", "tiles", "row0", "n_queries", "max_blocks"])
 def block_sparse_attention_hopper(
     q_desc, k_desc, v_desc, o_desc, lse, indices, counts, rows, tiles, row0, n_queries, max_blocks, log2_scale,
     D: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
