@@ -40,7 +40,8 @@ def block_sparse_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(q k^T * scale) v over the kept key blocks, with the token-level causal mask; online softmax in float32.
 
-    q: [N, H, Lq, D]; the tokens [query_start, query_start + Lq) of the prompt, query_start a multiple of block_size.
+    q: [N, H, Lq, D]; the tokens [query_start, query_start + Lq) of the prompt; with a selection query_start must be a
+        multiple of block_size, without one it may be anything.
     k, v: [N, Hkv, Lk, D], Lk >= query_start + Lq; H is a multiple of Hkv, head h reads KV head h // (H // Hkv).
         Any strides with a contiguous last dimension. bfloat16, float16 or float32, all three the same.
     selection: kept blocks for each of the ceil(Lq / block_size) query blocks; None keeps every causal block (dense).
@@ -82,11 +83,10 @@ def _check(
         raise ValueError(f"q, k, v must share bfloat16, float16 or float32, got {q.dtype}, {k.dtype}, {v.dtype}")
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size}")
-    if Lq < 1 or query_start < 0 or query_start % block_size or k.shape[2] < query_start + Lq:
-        raise ValueError(
-            f"queries [{query_start}, {query_start + Lq}) must start at a multiple of block_size={block_size} and "
-            f"lie inside the {k.shape[2]} keys"
-        )
+    if Lq < 1 or query_start < 0 or k.shape[2] < query_start + Lq:
+        raise ValueError(f"queries [{query_start}, {query_start + Lq}) must lie inside the {k.shape[2]} keys")
+    if selection is not None and query_start % block_size:
+        raise ValueError(f"a selection needs a query_start that block_size={block_size} divides, got {query_start}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
     rows = -(-Lq // block_size)
