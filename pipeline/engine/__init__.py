@@ -1,0 +1,18 @@
+"""The engine on one device: prompts prefilled in chunks with Stem or dense attention, decoded as one ragged batch."""
+
+from pipeline.engine.config import Completion, EngineConfig, EngineError, Request, Sampling
+from pipeline.engine.engine import Engine
+from pipeline.engine.loading import ModelLoadError
+from pipeline.engine.plan import MemoryPlan, estimate_plan
+
+__all__ = [
+    "Completion",
+    "Engine",
+    "EngineConfig",
+    "EngineError",
+    "MemoryPlan",
+    "ModelLoadError",
+    "Request",
+    "Sampling",
+    "estimate_plan",
+]

@@ -1,0 +1,98 @@
+"""What transformers' attention layers see as `past_key_values`: they call `update`, the masks call the rest.
+
+Duck-typed on purpose: transformers' Cache classes own their tensors, ours writes into the arena and copies no more.
+Checked against transformers 5.17 and 5.23.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from pipeline.engine.arena import Extent, KVArena, LayerShape
+
+
+class UnsupportedCacheError(AttributeError):
+    """The model asks its cache for something that the engine does not keep (recurrent state, say).
+
+    An AttributeError, so that a model's hasattr() still gets its answer.
+    """
+
+
+class EngineCache:
+    """The part that prefill, decode and the shape probe have in common."""
+
+    is_compileable = False
+
+    def __init__(self, seen: int) -> None:
+        self.seen = seen
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens cached before this call of the model."""
+        return self.seen
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Position of the first query."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """(keys, offset of the first key)."""
+        return self.seen + query_length, 0
+
+    def __getattr__(self, name: str) -> NoReturn:
+        # Only reached for names that are not there.
+        raise UnsupportedCacheError(
+            f"the model uses its cache's {name!r}, which the engine does not provide: only models whose whole state is "
+            "keys and values of attention layers can run"
+        )
+
+    def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+
+class ProbeCache(EngineCache):
+    """Records what each layer would cache, and keeps nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(seen=0)
+        self.shapes: dict[int, LayerShape] = {}
+
+    def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """k [1, Hkv, L, D], v [1, Hkv, L, Dv], unchanged."""
+        self.shapes[layer_idx] = LayerShape(k.shape[1], k.shape[3], v.shape[3])
+        return k, v
+
+
+class PrefillCache(EngineCache):
+    """One chunk of one document: tokens [seen, seen + L) of its extent."""
+
+    def __init__(self, arena: KVArena, extent: Extent, seen: int) -> None:
+        super().__init__(seen)
+        self._arena = arena
+        self._extent = extent
+
+    def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write k, v [1, Hkv, L, D] in place; return views of the document so far, [1, Hkv, seen + L, D]."""
+        first = self._extent.start
+        begin, end = first + self.seen, first + self.seen + k.shape[2]
+        arena_k, arena_v = self._arena.k[layer_idx], self._arena.v[layer_idx]
+        arena_k[:, begin:end] = k[0]
+        arena_v[:, begin:end] = v[0]
+        return arena_k[None, :, first:end], arena_v[None, :, first:end]
+
+
+class DecodeCache(EngineCache):
+    """One token for each row of a decode batch, written at arena index slots[s]."""
+
+    def __init__(self, arena: KVArena, slots: Tensor) -> None:
+        super().__init__(seen=0)
+        self._arena = arena
+        self._slots = slots
+
+    def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write k, v [S, Hkv, 1, D] in place; return the whole arena of the layer, [1, Hkv, T, D]."""
+        arena_k, arena_v = self._arena.k[layer_idx], self._arena.v[layer_idx]
+        arena_k.index_copy_(1, self._slots, k[:, :, 0].transpose(0, 1))
+        arena_v.index_copy_(1, self._slots, v[:, :, 0].transpose(0, 1))
+        return arena_k[None], arena_v[None]

@@ -1,0 +1,146 @@
+"""What goes into the engine and what comes out: configuration, requests, completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from stem_core.config import StemConfig
+
+Status = Literal["ok", "error", "oom", "too_long"]
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+LOAD_FORMATS = ("auto", "dummy")
+
+
+class EngineError(Exception):
+    """The engine cannot be built or cannot go on; the message says why and what to change."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How one engine holds and runs a model.
+
+    model: path of a model folder, or a hub id.
+    device: "auto" (the first GPU, else the CPU) or a torch device name.
+    dtype: "auto" (bfloat16 on a GPU, float32 on the CPU) or one of DTYPES.
+    attention: sparse prefill; None is dense attention through the same kernels.
+    chunk_tokens: prompt tokens per prefill step; rounded up to whole blocks of the attention.
+    max_live: documents that hold KV at the same time, i.e. the largest decode batch.
+    arena_tokens: tokens of KV in all; None takes what the free memory holds.
+    max_context: most tokens of one document, prompt and output; None asks the model's config.
+    load_format: "auto" reads safetensors; "dummy" makes random weights on the device from the config alone.
+    revision, trust_remote_code: as in transformers.
+    seed: of the dummy weights.
+    cuda_graphs: replay captured decode steps (GPU only).
+    decode_lag: decode steps that the host may launch ahead of the tokens that it has read back; steps launched for a
+        document that has stopped are discarded. None is 2 on a GPU, 0 on the CPU. Results do not depend on it.
+    """
+
+    model: str
+    device: str = "auto"
+    dtype: str = "auto"
+    attention: StemConfig | None = None
+    chunk_tokens: int = 8192
+    max_live: int = 8
+    arena_tokens: int | None = None
+    max_context: int | None = None
+    load_format: str = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    seed: int = 0
+    cuda_graphs: bool = True
+    decode_lag: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.load_format not in LOAD_FORMATS:
+            raise ValueError(f"load_format must be one of {LOAD_FORMATS}, got {self.load_format!r}")
+        for name in ("chunk_tokens", "max_live"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("arena_tokens", "max_context"):
+            value = getattr(self, name)
+            if value is not None and value < 2:
+                raise ValueError(f"{name} must be at least 2 tokens (one of prompt, one of output), got {value}")
+        if self.decode_lag is not None and self.decode_lag < 0:
+            raise ValueError(f"decode_lag must not be negative, got {self.decode_lag}")
+
+    def torch_device(self) -> torch.device:
+        """The device to run on. Raises EngineError if a GPU is asked for and there is none."""
+        if self.device == "auto":
+            return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        device = torch.device(self.device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise EngineError(f"device={self.device!r} asked for, but torch sees no CUDA device; use device='cpu'")
+        return torch.device("cuda", 0) if device.type == "cuda" and device.index is None else device
+
+    def torch_dtype(self, device: torch.device) -> torch.dtype:
+        """The dtype of weights and KV on `device`."""
+        if self.dtype == "auto":
+            return torch.float32 if device.type == "cpu" else torch.bfloat16
+        return DTYPES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy. top_p keeps the smallest set of most likely tokens whose probability reaches it.
+
+    The random numbers of a document come from `seed` and its request id alone.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be finite and not negative, got {self.temperature}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One document. prompt_ids: token ids; stop_ids end the output besides the model's own end-of-sequence ids."""
+
+    request_id: str
+    prompt_ids: Sequence[int]
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What became of a request.
+
+    token_ids: generated tokens, the stop token included (as transformers' generate returns them).
+    finish_reason: "stop" (a stop token), "length" (max_new_tokens reached) or "error".
+    attention: "stem" or "dense" as it ran for this document, attention_reason: why, where it is not all as configured.
+    density: kept share of the causal block pairs over all layers and heads; 1.0 is dense.
+    queue_seconds: from add() to the first prefill step. prefill_seconds, decode_seconds: wall time of the engine's
+    prefill steps of this document and of the decode steps that it took part in; the time in which it waits for other
+    documents' prefill is in neither. time_to_first_token: from add().
+    peak_bytes: most GPU memory allocated while the document was in the engine; 0 on a CPU.
+    """
+
+    request_id: str
+    status: Status
+    error: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str = "error"
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    attention: str = ""
+    attention_reason: str = ""
+    density: float = 1.0
+    kernel: str = ""
+    queue_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    time_to_first_token: float = 0.0
+    peak_bytes: int = 0

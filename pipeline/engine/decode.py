@@ -1,0 +1,166 @@
+"""Decode: steps of the whole batch, as CUDA graphs where there is a GPU, and tokens read back behind them."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from pipeline.engine.arena import KVArena
+from pipeline.engine.batch import EMITTED, LENGTH, LIMIT, START, TOKEN, DecodeBatch
+from pipeline.engine.cache import DecodeCache
+from pipeline.engine.runner import ModelRunner
+from stem_core.context import DecodeContext
+
+SMALLEST_LENGTH_BUCKET = 2048
+
+Tag = TypeVar("Tag")
+
+
+def batch_bucket(rows: int, max_rows: int) -> int:
+    """The next power of two, at most `max_rows`."""
+    return min(1 << (rows - 1).bit_length(), max_rows)
+
+
+def length_bucket(length: int, capacity: int) -> int:
+    """The next of 2048, 3072, 4096, 6144, ... that holds `length`, at most `capacity`.
+
+    The decode kernel's grid is fixed by this bound. Half-octave steps keep the idle part of the grid below a third and
+    the number of graphs to capture small.
+    """
+    bucket = SMALLEST_LENGTH_BUCKET
+    while bucket < length:
+        bucket = bucket * 3 // 2 if bucket & (bucket - 1) == 0 else bucket * 4 // 3
+    return min(bucket, capacity)
+
+
+@dataclass(frozen=True)
+class StepKey:
+    """What a captured step is specialised to."""
+
+    rows: int
+    max_length: int
+    sampled: bool
+
+
+class DecodeRunner:
+    """Runs decode steps of a DecodeBatch against the arena."""
+
+    def __init__(self, runner: ModelRunner, arena: KVArena, batch: DecodeBatch, use_graphs: bool) -> None:
+        self._runner = runner
+        self._arena = arena
+        self._batch = batch
+        self._use_graphs = use_graphs
+        self._warm: set[StepKey] = set()
+        self._graphs: dict[StepKey, torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle() if use_graphs else None
+        self._stream = torch.cuda.Stream() if use_graphs else None
+        self.mode = "cuda graphs" if use_graphs else "eager"
+
+    def run(self, key: StepKey) -> None:
+        """One step of rows [0, key.rows): launched, not waited for.
+
+        The first step of a key runs eagerly (kernels compile and handles are made), the second is captured.
+        """
+        if not self._use_graphs or key not in self._warm:
+            self._step(key)
+            self._warm.add(key)
+            return
+        graph = self._graphs.get(key)
+        if graph is None:
+            graph = self._capture(key)
+        if graph is None:
+            self._step(key)
+        else:
+            graph.replay()
+
+    def prepare(self, keys: list[StepKey]) -> None:
+        """Capture steps ahead of time. All rows must be idle: nothing but the scratch token is written."""
+        if self._use_graphs:
+            for key in keys:
+                self.run(key)
+                if self._use_graphs and key not in self._graphs:
+                    self._capture(key)
+
+    def _step(self, key: StepKey) -> None:
+        ints = self._batch.ints[:, : key.rows]
+        lengths, starts = ints[LENGTH], ints[START]
+        positions = (lengths - 1).clamp(min=0)
+        slots = torch.where(lengths > 0, starts + positions, self._arena.scratch)
+        context = DecodeContext(starts=starts, lengths=lengths.to(torch.int32), max_length=key.max_length)
+        cache = DecodeCache(self._arena, slots)
+        bounds = lengths - ints[EMITTED] + ints[LIMIT]
+        logits = self._runner.logits(ints[TOKEN][:, None], positions[:, None], cache, context, bounds)
+        self._batch.advance(logits, 0, key.sampled)
+
+    def _capture(self, key: StepKey) -> torch.cuda.CUDAGraph | None:
+        """The captured step; None, and eager steps from then on, for a model that cannot be captured.
+
+        torch.cuda.graph() would also collect garbage and empty the allocator's cache, at every capture.
+        """
+        assert self._stream is not None
+        assert self._pool is not None
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        try:
+            with torch.cuda.stream(self._stream):
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    self._step(key)
+                finally:
+                    graph.capture_end()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            self._use_graphs = False
+            self.mode = f"eager (capture failed: {str(error).splitlines()[0]})"
+            warnings.warn(f"decode runs without CUDA graphs: {error}", RuntimeWarning, stacklevel=2)
+            return None
+        torch.cuda.current_stream().wait_stream(self._stream)
+        self._graphs[key] = graph
+        return graph
+
+
+class Readback(Generic[Tag]):
+    """Brings each step's report to the host without stalling the device.
+
+    push() starts a copy, pop() waits for the oldest one. On a GPU a copy lands in pinned memory, followed by an event.
+    """
+
+    def __init__(self, rows: int, depth: int, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        # A slot is used again only after its report was popped.
+        self._slots = [torch.empty(rows, dtype=torch.int64, pin_memory=self._on_gpu) for _ in range(depth)]
+        self._events = [torch.cuda.Event() for _ in range(depth)] if self._on_gpu else []
+        self._pending: deque[tuple[int, int, Tag]] = deque()
+        self._next = 0
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    def push(self, report: Tensor, tag: Tag) -> None:
+        """Queue a copy of report int64 [S]; `tag` comes back with it."""
+        if len(self._pending) == len(self._slots):
+            raise RuntimeError(f"{len(self._slots)} reports are pending already: pop one first")
+        slot = self._next
+        self._next = (slot + 1) % len(self._slots)
+        self._slots[slot][: report.shape[0]].copy_(report, non_blocking=True)
+        if self._on_gpu:
+            self._events[slot].record()
+        self._pending.append((slot, report.shape[0], tag))
+
+    def pop(self) -> tuple[list[int], Tag]:
+        """The oldest report, waited for."""
+        slot, rows, tag = self._pending.popleft()
+        if self._on_gpu:
+            self._events[slot].synchronize()
+        return self._slots[slot][:rows].tolist(), tag
+
+    def clear(self) -> None:
+        """Forget what is pending; the caller has synchronised with the device."""
+        self._pending.clear()

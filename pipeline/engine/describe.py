@@ -1,0 +1,42 @@
+"""Which kernels and versions the engine runs with, for result rows and benchmarks."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+import torch
+
+from kernels.block_scores import choose_block_scores
+from kernels.block_selection import choose_block_selection
+from kernels.block_sparse_attention import choose_block_sparse_attention
+from kernels.decode_attention import choose_decode_attention
+from pipeline.engine.runner import ModelRunner
+from stem_core.config import StemConfig
+
+PACKAGES = ("torch", "transformers", "triton")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what decides speed and results."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def describe_kernels(runner: ModelRunner, attention: StemConfig | None) -> dict[str, str]:
+    """Implementation of each operation on the runner's device, dtype and head size."""
+    shape = next(iter(runner.shapes.values()))
+    q = torch.empty(1, 1, 1, shape.head_dim, dtype=runner.dtype, device=runner.device)
+    block_size = 128 if attention is None else attention.block_size
+    chosen = {
+        "prefill": str(choose_block_sparse_attention(q, block_size)),
+        "decode": str(choose_decode_attention(q[0])),
+    }
+    if attention is not None:
+        chosen["scores"] = f"{attention.estimator} {choose_block_scores(q)}"
+        chosen["selection"] = str(choose_block_selection(runner.device))
+    return chosen

@@ -1,0 +1,323 @@
+"""The engine: documents in, completions out, one unit of work at a time.
+
+Policy. Prefill is bound by arithmetic and costs the same whenever it runs. A decode step is bound by reading the
+weights and the KV of the live documents, and reads the weights once for all of them. So documents an hour are highest
+when as few decode steps as possible serve as many documents as possible each: whenever the next document fits, its
+prefill goes first; when nothing more fits, the live documents decode together, until one ends and makes room. A shorter
+document may overtake one that does not fit yet, a bounded number of times; then the arena drains until that one fits.
+
+Memory cannot be over-committed: a document starts when its whole extent (prompt + max_new_tokens) is reserved.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.engine.batch import IDLE, NOT_FINITE, DecodeBatch
+from pipeline.engine.config import Completion, EngineConfig, EngineError, Request, Status
+from pipeline.engine.decode import DecodeRunner, Readback, StepKey, batch_bucket, length_bucket
+from pipeline.engine.describe import describe_kernels, versions
+from pipeline.engine.document import Document, WaitingLine, accept
+from pipeline.engine.loading import load_model, stop_token_ids
+from pipeline.engine.memory import allocate_arena, plan_memory
+from pipeline.engine.plan import MemoryPlan
+from pipeline.engine.prefill import AttentionPlan, Prefill, attention_plan, chunk_size
+from pipeline.engine.runner import ModelRunner
+
+
+class Engine:
+    """One model on one device. Not thread-safe: add(), step() and abort() belong to one thread.
+
+    Raises EngineError (ModelLoadError for the model's files) if the model cannot be loaded or run here.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self._chunk = chunk_size(config.chunk_tokens, config.attention)
+        model = load_model(config)
+        self._eos = stop_token_ids(model)
+        try:
+            self._runner = ModelRunner(model, config.attention)
+        except (ValueError, AttributeError) as error:
+            raise EngineError(f"model {config.model!r} cannot run here: {error}") from error
+        device = self._device = self._runner.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        on_gpu = device.type == "cuda"
+        plan = plan_memory(self._runner, config, self._chunk)
+        self._arena, self._plan = allocate_arena(self._runner, config, plan, self._chunk)
+        self._batch = DecodeBatch(config.max_live, device)
+        self._lag = config.decode_lag if config.decode_lag is not None else 2 * on_gpu
+        self._decode = DecodeRunner(self._runner, self._arena, self._batch, on_gpu and config.cuda_graphs)
+        self._readback: Readback[list[tuple[int, Document]]] = Readback(config.max_live, self._lag + 1, device)
+        self._kernels = describe_kernels(self._runner, config.attention)
+        self._waiting = WaitingLine()
+        self._prefilling: Document | None = None
+        self._live: dict[int, Document] = {}
+        self._done: list[Completion] = []
+        # Since when the running decode steps are not charged to the live documents yet; None while there are none.
+        self._mark: float | None = None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether step() has anything to do or to hand over."""
+        return bool(self._waiting or self._prefilling or self._live or self._done)
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens of one document, prompt and output."""
+        return self._plan.max_context
+
+    def plan(self) -> MemoryPlan:
+        """How the device's memory is divided."""
+        return self._plan
+
+    @torch.inference_mode()
+    def prepare(self, document_tokens: Sequence[int]) -> None:
+        """Capture the decode steps that documents of these lengths (prompt and output) will need, so that none is
+        captured while documents wait. Does nothing on a CPU. Raises RuntimeError while a document is live.
+        """
+        if self._live or self._prefilling:
+            raise RuntimeError("prepare() needs an engine without live documents")
+        lengths = {length_bucket(min(n, self.max_context), self._arena.capacity) for n in document_tokens}
+        rows = {batch_bucket(n, self.config.max_live) for n in range(1, self.config.max_live + 1)}
+        self._decode.prepare([StepKey(r, n, sampled=False) for r in sorted(rows) for n in sorted(lengths)])
+
+    def describe(self) -> dict[str, Any]:
+        """What runs here: device, dtype, attention, kernels, decode mode, versions."""
+        attention = self.config.attention
+        return {
+            "model": self.config.model,
+            "device": str(self._device),
+            "gpu": torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "",
+            "dtype": str(self._runner.dtype).removeprefix("torch."),
+            "attention": "dense" if attention is None else "stem",
+            "attention_config": None if attention is None else attention.to_dict(),
+            "chunk_tokens": self._chunk,
+            "kernels": self._kernels,
+            "decode": self._decode.mode,
+            "versions": versions(),
+        }
+
+    def add(self, request: Request) -> None:
+        """Queue a document. One that cannot run ends in a Completion with status "error" or "too_long", never in an
+        exception; only an id that is in the engine already raises ValueError.
+        """
+        if self._find(request.request_id) is not None:
+            raise ValueError(f"request_id {request.request_id!r} is in the engine already")
+        document = Document(request)
+        problem = accept(document, self._runner.vocabulary, self._eos, self._plan)
+        if problem is None:
+            self._waiting.append(document)
+        else:
+            self._end(document, *problem)
+
+    def abort(self, request_id: str) -> bool:
+        """Drop a document without a completion. Returns whether it was in the engine."""
+        document = self._find(request_id)
+        if document is not None:
+            self._release(document)
+        return document is not None
+
+    @torch.inference_mode()
+    def step(self) -> list[Completion]:
+        """Advance by one unit of work, a prefill chunk or a decode step; return what ended since the last call.
+
+        On a GPU the work is launched, not waited for, except at the end of a prefill. Raises EngineError when the
+        device is lost: only a new process can use it again.
+        """
+        if self._prefilling is None:
+            self._admit()
+        if self._prefilling is not None:
+            self._prefill_step(self._prefilling)
+        elif self._live:
+            self._decode_step()
+        done, self._done = self._done, []
+        return done
+
+    def close(self) -> None:
+        """Give the device's memory back; the engine is of no use afterwards."""
+        self._waiting.clear()
+        self._live.clear()
+        self._prefilling = None
+        del self._decode, self._batch, self._arena, self._runner, self._readback
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()
+
+    def _find(self, request_id: str) -> Document | None:
+        current = [*self._waiting, *self._live.values(), *([self._prefilling] if self._prefilling else [])]
+        return next((document for document in current if document.request.request_id == request_id), None)
+
+    # -- units of work
+
+    def _admit(self) -> None:
+        """Start the next document that fits, if a row of the decode batch is free for it."""
+        if not self._waiting or len(self._live) >= self.config.max_live:
+            return
+        document = self._waiting.take(self._arena.extents.largest_free)
+        if document is None:
+            return
+        # Steps in flight belong to the decode time of the live documents, not to this one's prefill.
+        self._collect_all()
+        self._mark = None
+        self._note_peak(reset=True)
+        document.started = time.perf_counter()
+        document.extent = self._arena.extents.allocate(document.need)
+        assert document.extent is not None, "take() checked that it fits"
+        self._prefilling = document
+
+    def _prefill_step(self, document: Document) -> None:
+        try:
+            if document.prefill is None:
+                assert document.extent is not None
+                new_tokens = document.request.max_new_tokens
+                document.prefill = Prefill(
+                    self._runner, self._arena, document.extent, document.prompt_ids, new_tokens, self._chunk
+                )
+            logits = document.prefill.step()
+            if document.prefill.done:
+                self._start_decoding(document, logits)
+        except Exception as error:
+            self._fail([document], error)
+
+    def _start_decoding(self, document: Document, logits: Tensor) -> None:
+        """Give the document a row and its first token, and wait for that token."""
+        row = min(set(range(self.config.max_live)) - set(self._live))
+        self._batch.begin(row, document.row_start())
+        self._batch.advance(logits, row, document.request.sampling.temperature > 0)
+        document.prefill = None
+        document.launched = 1
+        self._prefilling = None
+        self._live[row] = document
+        self._readback.push(self._batch.report[row : row + 1], [(0, document)])
+        self._collect_all()
+
+    def _decode_step(self) -> None:
+        if self._mark is None:
+            self._mark = time.perf_counter()
+        running = {row: doc for row, doc in self._live.items() if doc.launched < doc.request.max_new_tokens}
+        try:
+            if running:
+                longest = max(document.prompt_tokens + document.launched for document in running.values())
+                key = StepKey(
+                    rows=batch_bucket(max(running) + 1, self.config.max_live),
+                    max_length=length_bucket(longest, self._arena.capacity),
+                    sampled=any(document.request.sampling.temperature > 0 for document in running.values()),
+                )
+                self._decode.run(key)
+                self._readback.push(self._batch.report[: key.rows], list(running.items()))
+                for document in running.values():
+                    document.launched += 1
+            # Without a step to hide behind, what is in flight is all that is left to wait for.
+            while len(self._readback) > (self._lag if running else 0):
+                self._collect()
+        except Exception as error:
+            self._fail(self._victims(error), error)
+
+    def _charge_decode(self) -> None:
+        """Add the time since the last call to the decode time of the live documents."""
+        if self._mark is not None:
+            now = time.perf_counter()
+            for document in self._live.values():
+                document.decode_seconds += now - self._mark
+            self._mark = now
+
+    def _collect(self) -> None:
+        """Wait for the oldest step in flight and take its tokens; those of documents that ended before are dropped."""
+        report, documents = self._readback.pop()
+        self._charge_decode()
+        for index, document in documents:
+            if document.finished:
+                continue
+            token = report[index]
+            if token == NOT_FINITE:
+                message = f"the model returned logits that are not finite at output token {len(document.tokens)}"
+                self._end(document, "error", message)
+                continue
+            assert token != IDLE, "a row stopped on the device before its document ended on the host"
+            if not document.tokens:
+                document.first_token = time.perf_counter()
+            document.tokens.append(token)
+            if token in document.stop_ids:
+                self._end(document, "ok", finish_reason="stop")
+            elif len(document.tokens) == document.request.max_new_tokens:
+                self._end(document, "ok", finish_reason="length")
+
+    def _collect_all(self) -> None:
+        while len(self._readback):
+            self._collect()
+
+    # -- endings
+
+    def _victims(self, error: Exception) -> list[Document]:
+        """Who ends when a decode step fails: out of memory the newest document alone, otherwise all live ones."""
+        live = sorted(self._live.values(), key=lambda document: document.started)
+        return live[-1:] if is_out_of_memory(error) else live
+
+    def _fail(self, documents: list[Document], error: Exception) -> None:
+        """End documents after an exception in their unit of work. Raises EngineError if the device is lost."""
+        if self._device.type == "cuda":
+            try:
+                torch.cuda.synchronize(self._device)
+            except RuntimeError as lost:
+                raise EngineError(f"the GPU is lost to this process: {lost}") from error
+        status: Status = "oom" if is_out_of_memory(error) else "error"
+        # The traceback holds the tensors of the unit that failed.
+        error.__traceback__ = None
+        self._collect_all()
+        for document in documents:
+            if not document.finished:
+                self._end(document, status, f"{type(error).__name__}: {error}")
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _end(self, document: Document, status: Status, error: str = "", finish_reason: str = "error") -> None:
+        """Hand the document over as a completion and release what it holds."""
+        self._note_peak()
+        self._release(document)
+        plan = AttentionPlan("", "", 1.0)
+        if document.prompt_tokens:
+            plan = attention_plan(self._runner.model, document.prompt_tokens)
+        kernel = ", ".join(f"{name}: {chosen}" for name, chosen in self._kernels.items())
+        self._done.append(document.completion(status, error, finish_reason, plan, kernel))
+
+    def _release(self, document: Document) -> None:
+        """Take the document out of wherever it is; the arena extent and the row are free afterwards."""
+        document.finished = True
+        document.prefill = None
+        if document in self._waiting:
+            self._waiting.remove(document)
+        if self._prefilling is document:
+            self._prefilling = None
+        if document.extent is not None:
+            self._arena.extents.release(document.extent)
+            document.extent = None
+        row = next((row for row, live in self._live.items() if live is document), None)
+        if row is not None:
+            del self._live[row]
+            self._batch.clear(row)
+            # Close the gap, so that the batch can shrink to a smaller bucket.
+            last = max(self._live, default=-1)
+            if last > row:
+                self._batch.move(last, row)
+                self._live[row] = self._live.pop(last)
+
+    def _note_peak(self, reset: bool = False) -> None:
+        if self._device.type != "cuda":
+            return
+        peak = torch.cuda.max_memory_allocated(self._device)
+        for document in [*self._live.values(), *([self._prefilling] if self._prefilling else [])]:
+            document.peak_bytes = max(document.peak_bytes, peak)
+        if reset:
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that device or host memory ran out."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,144 @@
+"""Sizes the arena: measured on a GPU, a share of what is free on a CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from kernels.block_scores import KeySummary
+from pipeline.engine.arena import Extent, KVArena
+from pipeline.engine.cache import PrefillCache
+from pipeline.engine.config import EngineConfig, EngineError
+from pipeline.engine.loading import context_limit, weight_bytes
+from pipeline.engine.plan import (
+    GIB,
+    HOST_SHARE,
+    RESERVE_FACTOR,
+    SLACK_BYTES,
+    MemoryPlan,
+    fit_arena,
+    host_memory,
+)
+from pipeline.engine.prefill import Prefill
+from pipeline.engine.runner import ModelRunner
+from stem_core.attention import LayerPolicy
+from stem_core.context import PrefillContext
+
+# The sort of top-p sampling holds about this many float64 copies of the logits of the whole batch.
+SAMPLING_COPIES = 6
+GRAPH_BYTES = 256 * 2**20
+SHRINK_STEPS = 4
+
+
+def plan_memory(runner: ModelRunner, config: EngineConfig, chunk_tokens: int) -> MemoryPlan:
+    """The plan for a loaded model. Raises EngineError if no useful arena fits."""
+    per_token = sum(shape.bytes_per_token(runner.dtype) for shape in runner.shapes.values())
+    context = config.max_context or context_limit(runner.model.config)
+    if runner.device.type == "cuda":
+        peak = measure_chunk(runner, chunk_tokens)
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(runner.device)
+        sampling = SAMPLING_COPIES * config.max_live * runner.vocabulary * 8
+        reserve = int(peak * RESERVE_FACTOR) + sampling + GRAPH_BYTES + SLACK_BYTES
+    else:
+        free, total = host_memory()
+        reserve = int(free * (1 - HOST_SHARE))
+    tokens = fit_arena(config, free - reserve, per_token, context)
+    return MemoryPlan(
+        device=str(runner.device),
+        total_bytes=total,
+        weight_bytes=weight_bytes(runner.model),
+        reserve_bytes=reserve,
+        bytes_per_token=per_token,
+        arena_tokens=tokens,
+        max_context=min(tokens, context),
+        max_live=config.max_live,
+    )
+
+
+@torch.inference_mode()
+def measure_chunk(runner: ModelRunner, chunk_tokens: int) -> int:
+    """Most GPU bytes that one prefill chunk takes beside weights and KV, the allocator's own losses included.
+
+    Also the run in which kernels compile.
+    """
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(runner.device)
+    base = torch.cuda.memory_reserved(runner.device)
+    arena = KVArena(runner.shapes, chunk_tokens, runner.dtype, runner.device)
+    ids = np.zeros(chunk_tokens, dtype=np.int64)
+    Prefill(runner, arena, Extent(0, chunk_tokens), ids, 0, chunk_tokens).step()
+    torch.cuda.synchronize(runner.device)
+    return max(0, torch.cuda.max_memory_reserved(runner.device) - base - arena.nbytes)
+
+
+@torch.inference_mode()
+def rehearse(runner: ModelRunner, arena: KVArena, plan: MemoryPlan, chunk_tokens: int) -> None:
+    """Run the last chunk of the longest document that the plan admits. Raises torch.OutOfMemoryError."""
+    length = plan.max_context
+    start = (length - 1) // chunk_tokens * chunk_tokens
+    context = PrefillContext(prompt_length=length, start=start)
+    _fill_summaries(runner, context)
+    cache = PrefillCache(arena, Extent(0, length), seen=start)
+    ids = torch.zeros(1, length - start, dtype=torch.int64, device=runner.device)
+    positions = torch.arange(start, length, device=runner.device)[None]
+    runner.logits(ids, positions, cache, context, torch.full_like(ids[:, 0], length))
+    torch.cuda.synchronize(runner.device)
+
+
+def _fill_summaries(runner: ModelRunner, context: PrefillContext) -> None:
+    """Summaries as the earlier chunks would have left them, of zeros."""
+    for module in runner.model.modules():
+        policy = getattr(module, "stem_policy", None)
+        if not isinstance(policy, LayerPolicy) or policy.config is None or policy.config.estimator != "oam":
+            continue
+        window = getattr(module, "sliding_window", None)
+        if policy.budget(context.prompt_length, window).budgets is None:
+            continue
+        shape = runner.shapes[policy.layer]
+        summary = KeySummary.allocate(
+            1,
+            shape.kv_heads,
+            context.prompt_length,
+            shape.head_dim,
+            block_size=policy.config.block_size,
+            stride=policy.config.stride,
+            device=runner.device,
+        )
+        summary.key_sums.zero_()
+        summary.log_norms.zero_()
+        summary.blocks = context.start // policy.config.block_size
+        context.summaries[policy.layer] = summary
+
+
+def allocate_arena(
+    runner: ModelRunner, config: EngineConfig, plan: MemoryPlan, chunk_tokens: int
+) -> tuple[KVArena, MemoryPlan]:
+    """The arena, proven by a rehearsal on a GPU: a plan that runs out of memory there is shrunk by 5% at a time.
+
+    Returns the arena and the plan that it follows. Raises EngineError if `config.arena_tokens` asked for too much.
+    """
+    for _ in range(SHRINK_STEPS):
+        try:
+            arena = KVArena(runner.shapes, plan.arena_tokens, runner.dtype, runner.device)
+            if runner.device.type == "cuda":
+                rehearse(runner, arena, plan, chunk_tokens)
+            return arena, plan
+        except torch.OutOfMemoryError:
+            arena = None  # type: ignore[assignment]
+            torch.cuda.empty_cache()
+            if config.arena_tokens is not None:
+                break
+            tokens = int(plan.arena_tokens * 0.95)
+            plan = replace(
+                plan,
+                arena_tokens=tokens,
+                max_context=min(plan.max_context, tokens),
+                reserve_bytes=plan.reserve_bytes + plan.arena_bytes - tokens * plan.bytes_per_token,
+            )
+    raise EngineError(
+        f"an arena of {plan.arena_tokens:,} tokens ({plan.arena_bytes / GIB:.1f} GiB) and a chunk of {chunk_tokens:,} "
+        f"tokens do not fit {plan.device} together; lower arena_tokens, max_context or chunk_tokens"
+    )

@@ -1,0 +1,98 @@
+"""Prefill: one document at a time, in chunks, straight into its arena extent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.engine.arena import Extent, KVArena
+from pipeline.engine.cache import PrefillCache
+from pipeline.engine.runner import ModelRunner
+from stem_core.attention import DENSE_BLOCK_SIZE, LayerPolicy
+from stem_core.config import StemConfig
+from stem_core.context import PrefillContext
+
+
+def chunk_size(chunk_tokens: int, attention: StemConfig | None) -> int:
+    """`chunk_tokens` rounded up to whole blocks, so that every chunk but a prompt's last ends on a block boundary."""
+    block = DENSE_BLOCK_SIZE if attention is None else attention.block_size
+    return -(-chunk_tokens // block) * block
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """How a prompt of one length attends, before it runs: budgets depend on nothing else."""
+
+    attention: str
+    reason: str
+    density: float
+
+
+def attention_plan(model: nn.Module, prompt_tokens: int) -> AttentionPlan:
+    """Stem or dense, why, and the density over all layers of a patched model."""
+    densities: list[float] = []
+    reasons: list[str] = []
+    for module in model.modules():
+        policy = getattr(module, "stem_policy", None)
+        if isinstance(policy, LayerPolicy):
+            window = getattr(module, "sliding_window", None)
+            budget = policy.budget(prompt_tokens, window)
+            densities.append(budget.density)
+            if policy.config is not None and policy.layer < policy.config.dense_layers:
+                reasons.append("leading layer")
+            else:
+                reasons.append(budget.reason if window is None else "sliding window")
+    sparse = reasons.count("")
+    if sparse == 0:
+        of_prompt = [reason for reason in reasons if reason not in ("leading layer", "sliding window")]
+        return AttentionPlan(
+            "dense", of_prompt[0] if of_prompt else "every layer is dense or has a sliding window", 1.0
+        )
+    dense = len(reasons) - sparse
+    reason = f"{dense} of {len(reasons)} layers are dense" if dense else ""
+    return AttentionPlan("stem", reason, sum(densities) / len(densities))
+
+
+class Prefill:
+    """The prefill of one document. Nothing here waits for the device.
+
+    prompt_ids: int64 [prompt tokens]. chunk_tokens: see chunk_size().
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        arena: KVArena,
+        extent: Extent,
+        prompt_ids: np.ndarray,
+        max_new_tokens: int,
+        chunk_tokens: int,
+    ) -> None:
+        device = arena.device
+        ids = torch.from_numpy(prompt_ids)
+        if device.type == "cuda":
+            ids = ids.pin_memory()
+        self._ids = ids.to(device, non_blocking=True)[None]
+        self._runner = runner
+        self._bound = torch.full((1,), len(prompt_ids) + max_new_tokens, device=device)
+        self._arena = arena
+        self._extent = extent
+        self._chunk = chunk_tokens
+        self._context = PrefillContext(prompt_length=len(prompt_ids))
+
+    @property
+    def done(self) -> bool:
+        return self._context.start >= self._context.prompt_length
+
+    def step(self) -> Tensor:
+        """Run the next chunk. Returns logits [1, V] of its last token; they count after the last chunk only."""
+        begin = self._context.start
+        end = min(begin + self._chunk, self._context.prompt_length)
+        positions = torch.arange(begin, end, device=self._ids.device)[None]
+        cache = PrefillCache(self._arena, self._extent, seen=begin)
+        logits = self._runner.logits(self._ids[:, begin:end], positions, cache, self._context, self._bound)
+        self._context.start = end
+        return logits

@@ -1,0 +1,56 @@
+"""The transformers model as the engine calls it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.engine.arena import LayerShape
+from pipeline.engine.cache import EngineCache, ProbeCache
+from pipeline.engine.rope import prepare_rope
+from stem_core.config import StemConfig
+from stem_core.context import PrefillContext, StemContext
+from stem_core.patch import patch_model
+
+
+class ModelRunner:
+    """A patched model on its device.
+
+    Raises stem_core's UnsupportedModelError or EngineError for a model whose attention or rotary embedding cannot run
+    here, UnsupportedCacheError for one that caches more than keys and values.
+    """
+
+    def __init__(self, model: nn.Module, attention: StemConfig | None) -> None:
+        self.model = patch_model(model, attention)
+        self.device = next(model.parameters()).device
+        self.dtype = next(model.parameters()).dtype
+        self.vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        self._rope = prepare_rope(model)
+        self.shapes = self._probe()
+
+    @torch.inference_mode()
+    def logits(
+        self, input_ids: Tensor, position_ids: Tensor, cache: EngineCache, context: StemContext, bounds: Tensor
+    ) -> Tensor:
+        """One forward pass. input_ids, position_ids int64 [N, L] -> logits [N, V] of each row's last token.
+
+        bounds: int64 [N], tokens that each row's document can come to, prompt and output.
+        """
+        self._rope.rows = bounds
+        out = self.model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            stem_context=context,
+        )
+        return out.logits[:, -1]
+
+    def _probe(self) -> dict[int, LayerShape]:
+        """What each layer caches, seen by running a prompt of two tokens."""
+        cache = ProbeCache()
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
+        positions = torch.arange(2, device=self.device)[None]
+        self.logits(ids, positions, cache, PrefillContext(prompt_length=2), torch.full_like(ids[:, 0], 2))
+        return cache.shapes
