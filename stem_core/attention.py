@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.block_scores import KeySummary, mass_scores, oam_scores
+from kernels.block_scores import KeySummary, key_sums_dtype, mass_scores, oam_scores
 from kernels.block_selection import BlockSelection, select_blocks
 from kernels.block_sparse_attention import block_sparse_attention
 from kernels.decode_attention import decode_attention
@@ -185,6 +185,7 @@ def _prefill_chunk(
                 block_size=config.block_size,
                 stride=config.stride,
                 device=k.device,
+                dtype=key_sums_dtype(k),
             )
             context.summaries[policy.layer] = summary
     return stem_prefill(q, k, v, config, budget, start=context.start, scale=scale, window=window, summary=summary)

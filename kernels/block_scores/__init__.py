@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.dispatch import Choice, check_impl, triton_unavailable
 
-__all__ = ["KeySummary", "choose_block_scores", "mass_scores", "oam_scores"]
+__all__ = ["KeySummary", "choose_block_scores", "key_sums_dtype", "mass_scores", "oam_scores"]
 
 MASS_ROWS = ("mean", "sample")
 
@@ -20,7 +20,8 @@ class KeySummary:
 
     Without it every chunk would read all earlier keys and values again. Sizes are for the whole prompt.
 
-    key_sums:  float32 [N, Hkv, n_max, stride, D]; per block and offset the sum of its keys at that offset.
+    key_sums:  [N, Hkv, n_max, stride, D]; per block and offset the sum of its keys at that offset; float32, or
+        bfloat16 where the Triton path serves bfloat16 keys (see `key_sums_dtype`).
     log_norms: float32 [N, Hkv, n_max, block_size / stride]; log of the largest value norm in each group of `stride`
         consecutive tokens; NaN where a group is not complete.
     blocks: complete blocks summarised so far.
@@ -41,12 +42,22 @@ class KeySummary:
         block_size: int,
         stride: int,
         device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ) -> KeySummary:
-        """An empty summary for prompts of up to `max_tokens` tokens."""
+        """An empty summary for prompts of up to `max_tokens` tokens; dtype: what `key_sums_dtype(keys)` says."""
         n_max = -(-max_tokens // block_size)
-        sums = torch.empty(batch, kv_heads, n_max, stride, head_dim, dtype=torch.float32, device=device)
+        sums = torch.empty(batch, kv_heads, n_max, stride, head_dim, dtype=dtype, device=device)
         norms = torch.empty(batch, kv_heads, n_max, block_size // stride, dtype=torch.float32, device=device)
         return cls(sums, norms)
+
+
+def key_sums_dtype(k: Tensor, impl: str = "auto") -> torch.dtype:
+    """The type of a KeySummary's sums for keys like `k`.
+
+    bfloat16 for bfloat16 keys on the Triton path: half the memory, and the rounding is that of the keys themselves.
+    """
+    on_triton = choose_block_scores(k, impl).impl == "triton"
+    return torch.bfloat16 if on_triton and k.dtype == torch.bfloat16 else torch.float32
 
 
 def choose_block_scores(q: Tensor, impl: str = "auto") -> Choice:
@@ -101,6 +112,9 @@ def oam_scores(
             f"summary holds {summary.blocks} blocks, but this chunk starts at block {query_start // block_size}: "
             "pass the chunks of a prompt in order"
         )
+    sums = key_sums_dtype(k, impl)
+    if summary is not None and summary.key_sums.dtype != sums:
+        raise ValueError(f"summary holds {summary.key_sums.dtype} sums, but {sums} is needed: see key_sums_dtype")
     if summary is None:
         summary = KeySummary.allocate(
             k.shape[0],
@@ -110,6 +124,7 @@ def oam_scores(
             block_size=block_size,
             stride=stride,
             device=k.device,
+            dtype=sums,
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if choose_block_scores(q, impl).impl == "triton":

@@ -1,0 +1,259 @@
+"""Output-aware block scores in Triton (sm_80 and newer): one pass over q, k and v, then one causal GEMM.
+
+    summarise   per (head, block): sums of the tokens at each offset of the stride, from q and from new keys; log of
+                the largest value norm of each token group, from new values. Memory-bound: q, k, v are read once.
+    value_term  per KV head: running statistics and the value term of every key block.
+    score       antidiagonal pairs of the sums as one GEMM over stride * D; only tiles with causal entries are made.
+
+Nothing depends on where a chunk begins: an offset sum is one program's, the GEMM adds up stride * D in one order
+whatever the tile, and the statistics are int64 fixed-point sums, which no order of addition changes.
+
+bfloat16 inputs keep their sums in bfloat16: the rounding is that of the inputs themselves, and the sums are read
+from memory by tensor cores at half the size. Other inputs keep float32 sums and multiply in TF32 (three-term TF32
+for float32 inputs).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels import device as kernels_device
+from kernels.block_scores import KeySummary
+from kernels.block_scores.reference import MIN_NORM, STD_EPS
+
+# Fixed point of the statistics: |log norm| < 89 in float32, so a million groups leave the squares below 2^62.
+FIXED_POINT = tl.constexpr(float(1 << 28))
+MAX_SQUARE = tl.constexpr(3.0e38)
+
+
+@triton.jit
+def _sum_offsets(source, stride_t, target, valid, D: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr):
+    """target[g, d] = sum of source[t, d] over the tokens t < min(BLOCK, valid) with t % STRIDE == g."""
+    offset = tl.arange(0, STRIDE)[:, None]
+    d = tl.arange(0, triton.next_power_of_2(D))[None, :]
+    sums = tl.zeros((STRIDE, triton.next_power_of_2(D)), tl.float32)
+    # Unrolled: all loads are in flight at once, and the additions stay inside a thread.
+    for first in tl.static_range(0, BLOCK, STRIDE):
+        token = first + offset
+        sums += tl.load(source + token * stride_t + d, mask=(token < valid) & (d < D), other=0.0).to(tl.float32)
+    tl.store(target + offset * D + d, sums.to(target.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _log_norms(
+    source, stride_t, target, valid,
+    D: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, MIN_SQUARE: tl.constexpr,
+):  # fmt: skip
+    """target[g] = log of the largest norm among tokens [g * STRIDE, (g + 1) * STRIDE), NaN if some do not exist."""
+    GROUPS: tl.constexpr = BLOCK // STRIDE
+    token = tl.arange(0, BLOCK)[:, None]
+    d = tl.arange(0, triton.next_power_of_2(D))[None, :]
+    x = tl.load(source + token * stride_t + d, mask=(token < valid) & (d < D), other=0.0).to(tl.float32)
+    largest = tl.max(tl.reshape(tl.sum(x * x, axis=1), (GROUPS, STRIDE)), axis=1)
+    log_norm = 0.5 * tl.log(tl.minimum(tl.maximum(largest, MIN_SQUARE), MAX_SQUARE))
+    g = tl.arange(0, GROUPS)
+    tl.store(target + g, tl.where((g + 1) * STRIDE <= valid, log_norm, float("nan")))
+
+
+@triton.jit(
+    do_not_specialize=["rows", "query_tokens", "first_key_block", "key_blocks", "key_tokens", "max_key_blocks"]
+)
+def summarise_kernel(
+    q, k, v, query_sums, key_sums, log_norms,
+    q_stride_n, q_stride_h, q_stride_t, k_stride_n, k_stride_h, k_stride_t, v_stride_n, v_stride_h, v_stride_t,
+    rows, query_tokens, first_key_block, key_blocks, key_tokens, max_key_blocks,
+    H: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
+    MIN_SQUARE: tl.constexpr,
+):  # fmt: skip
+    """Program (head, block, n); heads [0, H) are q's, then k's, then v's. Heads run fastest: in the [N, L, H, D]
+    memory of a projection's output the heads of a token lie side by side."""
+    head = tl.program_id(0)
+    block = tl.program_id(1)
+    n = tl.program_id(2).to(tl.int64)
+    if head < H:
+        if block < rows:
+            source = q + n * q_stride_n + head.to(tl.int64) * q_stride_h + (block * BLOCK).to(tl.int64) * q_stride_t
+            target = query_sums + ((n * H + head) * rows + block) * (STRIDE * D)
+            _sum_offsets(source, q_stride_t, target, query_tokens - block * BLOCK, D, BLOCK, STRIDE)
+    elif block < key_blocks:
+        block += first_key_block
+        token = (block * BLOCK).to(tl.int64)
+        valid = key_tokens - block * BLOCK
+        if head < H + KV_HEADS:
+            head -= H
+            source = k + n * k_stride_n + head.to(tl.int64) * k_stride_h + token * k_stride_t
+            target = key_sums + ((n * KV_HEADS + head) * max_key_blocks + block) * (STRIDE * D)
+            _sum_offsets(source, k_stride_t, target, valid, D, BLOCK, STRIDE)
+        else:
+            head -= H + KV_HEADS
+            source = v + n * v_stride_n + head.to(tl.int64) * v_stride_h + token * v_stride_t
+            norms = log_norms + ((n * KV_HEADS + head) * max_key_blocks + block) * (BLOCK // STRIDE)
+            _log_norms(source, v_stride_t, norms, valid, D, BLOCK, STRIDE, MIN_SQUARE)
+
+
+@triton.jit(do_not_specialize=["n_keys", "max_key_blocks"])
+def value_term_kernel(
+    log_norms, value_term, n_keys, max_key_blocks, value_weight,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """One program per (n, KV head): value_term[j] = value_weight * mean over the groups of block j of max(0, z)."""
+    head = tl.program_id(0).to(tl.int64)
+    norms = log_norms + head * max_key_blocks * GROUPS
+    out = value_term + head * n_keys
+    sum_before = tl.full((), 0, tl.int64)
+    square_before = tl.full((), 0, tl.int64)
+    for first in range(0, n_keys, WIDTH):
+        block = first + tl.arange(0, WIDTH)
+        group = tl.arange(0, GROUPS)[None, :]
+        x = tl.load(norms + block[:, None] * GROUPS + group, mask=block[:, None] < n_keys, other=float("nan"))
+        exists = x == x
+        wide = tl.where(exists, x, 0.0).to(tl.float64)
+        in_block = tl.sum((wide * FIXED_POINT).to(tl.int64), axis=1)
+        squares_in_block = tl.sum((wide * wide * FIXED_POINT).to(tl.int64), axis=1)
+        total = sum_before + tl.cumsum(in_block, axis=0)
+        square_total = square_before + tl.cumsum(squares_in_block, axis=0)
+        in_this = tl.sum(exists.to(tl.int32), axis=1)
+        # Only the last block of a prompt has incomplete groups.
+        count = tl.maximum(block * GROUPS + in_this, 1).to(tl.float64)
+        mean = total.to(tl.float64) / FIXED_POINT / count
+        variance = tl.maximum(square_total.to(tl.float64) / FIXED_POINT / count - mean * mean, 0.0)
+        z = (wide - mean[:, None]).to(tl.float32) / (tl.sqrt(variance.to(tl.float32)) + EPS)[:, None]
+        term = tl.sum(tl.where(exists, tl.maximum(z, 0.0), 0.0), axis=1) / tl.maximum(in_this, 1)
+        tl.store(out + block, value_weight * term, mask=block < n_keys)
+        sum_before += tl.sum(in_block, axis=0)
+        square_before += tl.sum(squares_in_block, axis=0)
+
+
+@triton.jit
+def _load_tile(
+    source, row, row_end, at, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr
+):
+    """[ROWS, COLUMNS] from a row-major [row_end, WIDTH]; zeros past the last row. source: descriptor or pointer."""
+    if TMA:
+        tile = source.load([row, at])
+    else:
+        r = row + tl.arange(0, ROWS)[:, None]
+        pointers = source + r.to(tl.int64) * WIDTH + at + tl.arange(0, COLUMNS)[None, :]
+        tile = tl.load(pointers, mask=r < row_end, other=0.0)
+    return tile
+
+
+@triton.jit(do_not_specialize=["rows", "first_row", "query_end", "key_end", "max_key_blocks"])
+def score_kernel(
+    query_sums, key_sums, value_term, scores, rows, first_row, n_keys, query_end, key_end, max_key_blocks,
+    full, edge, corner,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, STRIDE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Program (key tile, row tile, n * H + h): scores of BM query blocks against BN key blocks."""
+    col0 = tl.program_id(0) * BN
+    row_begin = tl.program_id(1) * BM
+    head = tl.program_id(2)
+    acc = tl.zeros((BM, BN), tl.float32)
+    if col0 < first_row + row_begin + BM:
+        query_row = head * rows + row_begin
+        key_row = head // GROUP * max_key_blocks + col0
+        for at in range(0, STRIDE * D, BK):
+            # A query sum at offset g meets the key sum at offset STRIDE - 1 - g. BK divides D: a step is in one g.
+            g = at // D
+            x = _load_tile(query_sums, query_row, query_end, at, STRIDE * D, BM, BK, TMA)
+            y = _load_tile(key_sums, key_row, key_end, (STRIDE - 1 - 2 * g) * D + at, STRIDE * D, BN, BK, TMA)
+            acc = tl.dot(x, y.T, acc, input_precision=PRECISION)
+    row = row_begin + tl.arange(0, BM)
+    i = first_row + row
+    j = col0 + tl.arange(0, BN)
+    value = tl.load(value_term + (head // GROUP).to(tl.int64) * n_keys + j, mask=j < n_keys, other=0.0)
+    # 1 / (pairs * sqrt(D)): pairs of full blocks, of a part-filled last row, and of that row with its own block.
+    last = rows - 1
+    factor = tl.where((row == last)[:, None], tl.where((j == n_keys - 1)[None, :], corner, edge), full)
+    score = tl.where(j[None, :] <= i[:, None], acc * factor + value[None, :], float("-inf"))
+    target = scores + (head.to(tl.int64) * rows + row_begin) * n_keys
+    at = tl.arange(0, BM)[:, None] * n_keys + j[None, :]
+    tl.store(target + at, score, mask=(row < rows)[:, None] & (j < n_keys)[None, :])
+
+
+def sums_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which offset sums of inputs of `dtype` are kept (see the module's docstring)."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def _tiles(sums: torch.dtype, head_dim: int) -> dict[str, Any]:
+    # BK must divide the head dimension: 32 serves 96 and every other multiple of 32.
+    narrow = next(width for width in (64, 32, 16, 8, 4, 2, 1) if head_dim % width == 0)
+    if sums == torch.bfloat16:
+        return {"BM": 128, "BN": 128, "BK": narrow, "num_warps": 8, "num_stages": 3}
+    return {"BM": 64, "BN": 64, "BK": min(narrow, 32), "num_warps": 4, "num_stages": 3}
+
+
+def _pair_factors(query_tokens: int, key_tokens: int, block_size: int, stride: int, scale: float) -> list[float]:
+    """scale / pairs for full blocks, for the last row with full key blocks, and for the last row with its own block."""
+
+    def counts(tokens: int) -> list[int]:
+        return [len(range(offset, tokens, stride)) for offset in range(stride)]
+
+    full, last = counts(block_size), counts((query_tokens - 1) % block_size + 1)
+    own = counts((key_tokens - 1) % block_size + 1)
+    sides = ((full, full), (last, full), (last, own))
+    pairs = [sum(a * b for a, b in zip(left, reversed(right), strict=True)) for left, right in sides]
+    return [scale / max(count, 1) for count in pairs]
+
+
+def oam_scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_start: int,
+    block_size: int,
+    stride: int,
+    value_weight: float,
+    scale: float,
+    summary: KeySummary,
+) -> Tensor:
+    """See kernels.block_scores.oam_scores. block_size and stride must be powers of two."""
+    if block_size & (block_size - 1) or stride & (stride - 1):
+        raise ValueError(f"the Triton path needs powers of two, got block_size={block_size}, stride={stride}")
+    N, H, query_tokens, D = q.shape
+    kv_heads, device = k.shape[1], q.device
+    end = query_start + query_tokens
+    rows, n_keys = triton.cdiv(query_tokens, block_size), triton.cdiv(end, block_size)
+    max_key_blocks = summary.key_sums.shape[2]
+    sums = summary.key_sums.dtype
+    key_blocks = n_keys - summary.blocks
+
+    query_sums = torch.empty(N * H * rows, stride * D, dtype=sums, device=device)
+    value_term = torch.empty(N * kv_heads, n_keys, dtype=torch.float32, device=device)
+    scores = torch.empty(N, H, rows, n_keys, dtype=torch.float32, device=device)
+
+    summarise_kernel[(H + 2 * kv_heads, max(rows, key_blocks), N)](
+        q, k, v, query_sums, summary.key_sums, summary.log_norms,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        rows, query_tokens, summary.blocks, key_blocks, end, max_key_blocks,
+        H=H, KV_HEADS=kv_heads, D=D, BLOCK=block_size, STRIDE=stride, MIN_SQUARE=MIN_NORM**2, num_warps=4,
+    )  # fmt: skip
+    summary.blocks = max(summary.blocks, end // block_size)
+
+    groups = block_size // stride
+    width = max(16, min(triton.next_power_of_2(n_keys), 8192 // groups))
+    value_term_kernel[(N * kv_heads,)](
+        summary.log_norms, value_term, n_keys, max_key_blocks, value_weight,
+        GROUPS=groups, WIDTH=width, EPS=STD_EPS, num_warps=max(1, min(16, width * groups // 256)),
+    )  # fmt: skip
+
+    tiles = _tiles(sums, D)
+    key_sums = summary.key_sums.view(N * kv_heads * max_key_blocks, stride * D)
+    tma = kernels_device.capability(device) >= (9, 0)
+    full, edge, corner = _pair_factors(query_tokens, end, block_size, stride, scale)
+    score_kernel[(triton.cdiv(n_keys, tiles["BN"]), triton.cdiv(rows, tiles["BM"]), N * H)](
+        TensorDescriptor.from_tensor(query_sums, [tiles["BM"], tiles["BK"]]) if tma else query_sums,
+        TensorDescriptor.from_tensor(key_sums, [tiles["BN"], tiles["BK"]]) if tma else key_sums,
+        value_term, scores, rows, query_start // block_size, n_keys, query_sums.shape[0], key_sums.shape[0],
+        max_key_blocks, full, edge, corner, H=H, GROUP=H // kv_heads, D=D, STRIDE=stride, TMA=tma,
+        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", **tiles,
+    )  # fmt: skip
+    return scores
