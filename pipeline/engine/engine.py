@@ -25,6 +25,7 @@ from pipeline.engine.describe import describe_kernels, versions
 from pipeline.engine.document import Document, WaitingLine, accept
 from pipeline.engine.loading import load_model, stop_token_ids
 from pipeline.engine.memory import allocate_arena, plan_memory
+from pipeline.engine.meter import Meter, check_device, is_out_of_memory
 from pipeline.engine.plan import MemoryPlan
 from pipeline.engine.prefill import AttentionPlan, Prefill, attention_plan, chunk_size
 from pipeline.engine.runner import ModelRunner
@@ -60,8 +61,7 @@ class Engine:
         self._prefilling: Document | None = None
         self._live: dict[int, Document] = {}
         self._done: list[Completion] = []
-        # Since when the running decode steps are not charged to the live documents yet; None while there are none.
-        self._mark: float | None = None
+        self._meter = Meter(device)
 
     @property
     def has_work(self) -> bool:
@@ -150,9 +150,13 @@ class Engine:
             torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()
 
+    def _current(self) -> list[Document]:
+        """Documents that hold an extent."""
+        return [*self._live.values(), *([self._prefilling] if self._prefilling else [])]
+
     def _find(self, request_id: str) -> Document | None:
-        current = [*self._waiting, *self._live.values(), *([self._prefilling] if self._prefilling else [])]
-        return next((document for document in current if document.request.request_id == request_id), None)
+        everyone = [*self._waiting, *self._current()]
+        return next((document for document in everyone if document.request.request_id == request_id), None)
 
     # -- units of work
 
@@ -165,8 +169,8 @@ class Engine:
             return
         # Steps in flight belong to the decode time of the live documents, not to this one's prefill.
         self._collect_all()
-        self._mark = None
-        self._note_peak(reset=True)
+        self._meter.prefilling()
+        self._meter.note_peak(self._current(), reset=True)
         document.started = time.perf_counter()
         document.extent = self._arena.extents.allocate(document.need)
         assert document.extent is not None, "take() checked that it fits"
@@ -199,8 +203,7 @@ class Engine:
         self._collect_all()
 
     def _decode_step(self) -> None:
-        if self._mark is None:
-            self._mark = time.perf_counter()
+        self._meter.decoding()
         running = {row: doc for row, doc in self._live.items() if doc.launched < doc.request.max_new_tokens}
         try:
             if running:
@@ -220,18 +223,10 @@ class Engine:
         except Exception as error:
             self._fail(self._victims(error), error)
 
-    def _charge_decode(self) -> None:
-        """Add the time since the last call to the decode time of the live documents."""
-        if self._mark is not None:
-            now = time.perf_counter()
-            for document in self._live.values():
-                document.decode_seconds += now - self._mark
-            self._mark = now
-
     def _collect(self) -> None:
         """Wait for the oldest step in flight and take its tokens; those of documents that ended before are dropped."""
         report, documents = self._readback.pop()
-        self._charge_decode()
+        self._meter.charge(self._live.values())
         for index, document in documents:
             if document.finished:
                 continue
@@ -262,11 +257,7 @@ class Engine:
 
     def _fail(self, documents: list[Document], error: Exception) -> None:
         """End documents after an exception in their unit of work. Raises EngineError if the device is lost."""
-        if self._device.type == "cuda":
-            try:
-                torch.cuda.synchronize(self._device)
-            except RuntimeError as lost:
-                raise EngineError(f"the GPU is lost to this process: {lost}") from error
+        check_device(self._device, error)
         status: Status = "oom" if is_out_of_memory(error) else "error"
         # The traceback holds the tensors of the unit that failed.
         error.__traceback__ = None
@@ -279,12 +270,13 @@ class Engine:
 
     def _end(self, document: Document, status: Status, error: str = "", finish_reason: str = "error") -> None:
         """Hand the document over as a completion and release what it holds."""
-        self._note_peak()
+        self._meter.note_peak(self._current())
         self._release(document)
         plan = AttentionPlan("", "", 1.0)
         if document.prompt_tokens:
             plan = attention_plan(self._runner.model, document.prompt_tokens)
-        kernel = ", ".join(f"{name}: {chosen}" for name, chosen in self._kernels.items())
+        used = self._kernels if plan.attention == "stem" else {n: self._kernels[n] for n in ("prefill", "decode")}
+        kernel = ", ".join(f"{name}: {chosen}" for name, chosen in used.items())
         self._done.append(document.completion(status, error, finish_reason, plan, kernel))
 
     def _release(self, document: Document) -> None:
@@ -307,17 +299,3 @@ class Engine:
             if last > row:
                 self._batch.move(last, row)
                 self._live[row] = self._live.pop(last)
-
-    def _note_peak(self, reset: bool = False) -> None:
-        if self._device.type != "cuda":
-            return
-        peak = torch.cuda.max_memory_allocated(self._device)
-        for document in [*self._live.values(), *([self._prefilling] if self._prefilling else [])]:
-            document.peak_bytes = max(document.peak_bytes, peak)
-        if reset:
-            torch.cuda.reset_peak_memory_stats(self._device)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that device or host memory ran out."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -36,9 +36,9 @@ def prepare_rope(model: nn.Module) -> RopeBounds:
         types = list(rope_type.values()) if isinstance(rope_type, dict) else [rope_type]
         if any("dynamic" in name for name in types):
             raise EngineError(
-                "this model scales its rotary embedding dynamically (rope_type 'dynamic'): frequencies change with what "
-                "was computed before, so results would depend on the batch; set rope_type 'yarn' or 'linear' in its "
-                "config"
+                "this model scales its rotary embedding dynamically (rope_type 'dynamic'): its frequencies change with "
+                "what was computed before, so results would depend on the batch; set rope_type 'yarn' or 'linear' in "
+                "the model's config"
             )
         if "longrope" in types:
             if isinstance(rope_type, dict):

@@ -44,10 +44,13 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", {"sliding_window": 70}),
     "phi3": ("Phi3Config", {"partial_rotary_factor": 1.0}),
     "granite": ("GraniteConfig", {}),
+    "olmo2": ("Olmo2Config", {}),
+    "gemma3": ("Gemma3TextConfig", {"sliding_window": 70, "query_pre_attn_scalar": 16}),
     "qwen3_moe": (
         "Qwen3MoeConfig",
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1},
     ),
+    "gemma2": ("Gemma2Config", {}),
     "phi3_longrope": ("Phi3Config", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128}),
 }
 

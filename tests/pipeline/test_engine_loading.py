@@ -1,0 +1,212 @@
+"""Loading models, dummy models, and the memory plan."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from engine_models import COMMON, prompts, run, save_model
+
+from pipeline.engine import Engine, EngineConfig, EngineError, MemoryPlan, ModelLoadError, Request, estimate_plan
+from pipeline.engine.arena import LayerShape
+from pipeline.engine.loading import context_limit, load_config, load_model, stop_token_ids
+from pipeline.engine.plan import fit_arena, host_memory
+from pipeline.engine.runner import ModelRunner
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"), "llama")
+
+
+def broken(folder: Path, target: Path, kind: str) -> str:
+    if kind == "missing":
+        return str(target / "nowhere")
+    shutil.copytree(folder, target, dirs_exist_ok=True)
+    if kind == "file":
+        return str(target / "config.json")
+    if kind == "no config":
+        (target / "config.json").unlink()
+    elif kind == "bad json":
+        (target / "config.json").write_text("{")
+    elif kind == "unknown type":
+        (target / "config.json").write_text('{"model_type": "no_such_model"}')
+    elif kind == "truncated":
+        weights = target / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif kind == "no weights":
+        (target / "model.safetensors").unlink()
+    elif kind == "pickle only":
+        (target / "model.safetensors").unlink()
+        torch.save({}, target / "pytorch_model.bin")
+    return str(target)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "does not exist"),
+        ("file", "give the folder"),
+        ("no config", "no config.json"),
+        ("bad json", "config.json cannot be read"),
+        ("unknown type", "no_such_model"),
+        ("truncated", "cannot load model"),
+        ("no weights", "cannot load model"),
+        ("pickle only", "cannot load model"),
+    ],
+)
+def test_unreadable_model_says_why(folder: Path, tmp_path: Path, kind: str, message: str) -> None:
+    model = broken(folder, tmp_path, kind)
+    with pytest.raises(ModelLoadError, match=message) as caught:
+        Engine(EngineConfig(model, device="cpu"))
+    assert model in str(caught.value)
+
+
+def test_models_that_cannot_run_are_named(tmp_path: Path) -> None:
+    capped = save_model(tmp_path / "gemma2", "gemma2")
+    with pytest.raises(EngineError, match="soft-capping"):
+        Engine(EngineConfig(str(capped), device="cpu"))
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(EngineError, match="dynamic"):
+        Engine(EngineConfig(str(save_model(tmp_path / "dynamic", "llama", rope_parameters=dynamic)), device="cpu"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_missing_gpu_is_an_error(folder: Path) -> None:
+    with pytest.raises(EngineError, match="no CUDA device"):
+        Engine(EngineConfig(str(folder), device="cuda"))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "phi3_longrope"])
+def test_dummy_model_has_valid_buffers(tmp_path: Path, architecture: str) -> None:
+    """Rotary frequencies are computed, not stored: a dummy model must rotate as a loaded one does."""
+    folder = save_model(tmp_path / "model", architecture)
+    loaded = load_model(EngineConfig(str(folder), device="cpu"))
+    (folder / "model.safetensors").unlink()
+    dummy = load_model(EngineConfig(str(folder), device="cpu", load_format="dummy", dtype="bfloat16"))
+    buffers = {name: buffer for name, buffer in dummy.named_buffers() if "inv_freq" in name}
+    assert buffers
+    for name, buffer in loaded.named_buffers():
+        if name not in buffers:
+            continue
+        assert buffer.dtype == torch.float32
+        assert torch.equal(buffer, buffers[name]), name
+    assert {p.dtype for p in dummy.parameters()} == {torch.bfloat16}
+    assert not any(p.isnan().any() or p.is_meta for p in dummy.parameters())
+    weight = dict(dummy.named_parameters())["model.layers.0.mlp.down_proj.weight"]
+    assert 0.2 < weight.float().std() < 0.4, "the config's initializer_range is 0.3"
+
+
+def test_dummy_engine_needs_the_config_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(COMMON | {"model_type": "llama", "eos_token_id": None}))
+    config = EngineConfig(str(tmp_path), device="cpu", load_format="dummy", seed=3, arena_tokens=1024)
+    request = Request("a", prompts([50])[0], 8)
+    tokens = run(Engine(config), [request])["a"].token_ids
+    assert len(tokens) == 8
+    assert run(Engine(config), [request])["a"].token_ids == tokens
+
+
+def test_stop_tokens(folder: Path, tmp_path: Path) -> None:
+    assert stop_token_ids(load_model(EngineConfig(str(folder), device="cpu"))) == (2,)
+    several = save_model(tmp_path, "llama", eos_token_id=[7, 5])
+    assert stop_token_ids(load_model(EngineConfig(str(several), device="cpu"))) == (5, 7)
+
+
+def test_context_limit_counts_rope_scaling(tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 2048}
+    save_model(tmp_path, "qwen3", rope_parameters=yarn)
+    assert context_limit(load_config(EngineConfig(str(tmp_path)))) == 8192
+
+
+def test_estimate_agrees_with_the_engine(folder: Path) -> None:
+    config = EngineConfig(str(folder), device="cpu", arena_tokens=1000)
+    engine = Engine(config)
+    plan, estimate = engine.plan(), estimate_plan(config)
+    assert (estimate.bytes_per_token, estimate.arena_tokens, estimate.max_context) == (
+        plan.bytes_per_token,
+        plan.arena_tokens,
+        plan.max_context,
+    )
+    assert plan.bytes_per_token == 3 * 2 * 16 * 2 * 4
+    assert plan.arena_tokens == 1024
+    parameters = sum(p.numel() for p in engine._runner.model.parameters())
+    assert estimate.weight_bytes == 4 * parameters <= plan.weight_bytes
+    assert engine._arena.nbytes == (plan.arena_tokens + 64) * plan.bytes_per_token
+
+
+def test_plan_of_an_8b_model_on_80_gb(tmp_path: Path) -> None:
+    """The arithmetic for the shape and card of the project's targets: three documents of 128K beside 15 GiB."""
+    shape = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 128_256,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14_336,
+        "max_position_embeddings": 262_144,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    config = EngineConfig(str(tmp_path), dtype="bfloat16", device="cpu", load_format="dummy")
+    # Sizes are asked for a GPU of 78 GiB; nothing is allocated.
+    plan = estimate_plan(config, total_bytes=int(78 * 2**30 / 0.4))
+    assert plan.weight_bytes == 2 * 8_030_261_248
+    assert plan.bytes_per_token == 131_072
+    assert plan.documents(131_072 + 256) >= 3
+    assert any("8,192" in line or "weights" in line for line in plan.lines())
+
+
+def test_plan_counts_documents() -> None:
+    plan = MemoryPlan("cuda:0", 80 << 30, 15 << 30, 2 << 30, 131_072, 400_000, 140_000, max_live=8)
+    assert plan.documents(131_328) == 3
+    assert plan.documents(32_768) == 8, "max_live bounds it"
+    assert plan.documents(140_001) == 0
+    assert plan.arena_bytes == 400_000 * 131_072
+
+
+def test_arena_that_does_not_fit_is_refused_with_sizes() -> None:
+    config = EngineConfig("model", arena_tokens=10_000)
+    assert fit_arena(config, 2 << 30, 131_072, 1000) == 10_048
+    with pytest.raises(EngineError, match=r"arena_tokens=10000 need 1\.23 GiB, but 1\.00 GiB"):
+        fit_arena(config, 1 << 30, 131_072, 1000)
+    with pytest.raises(EngineError, match="too little"):
+        fit_arena(EngineConfig("model"), 1 << 20, 131_072, 1000)
+    assert fit_arena(EngineConfig("model", max_live=2), 1 << 40, 1, 1000) == 2 * 1024, "no more than can be used"
+
+
+def test_probe_sees_what_layers_cache(folder: Path) -> None:
+    runner = ModelRunner(load_model(EngineConfig(str(folder), device="cpu")), None)
+    assert runner.shapes == dict.fromkeys(range(3), LayerShape(kv_heads=2, head_dim=16, value_dim=16))
+
+
+def test_host_memory_is_sane() -> None:
+    available, total = host_memory()
+    assert 0 < available <= total
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"dtype": "int8"},
+        {"load_format": "pickle"},
+        {"chunk_tokens": 0},
+        {"max_live": 0},
+        {"arena_tokens": 1},
+        {"decode_lag": -1},
+    ],
+)
+def test_config_is_validated(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        EngineConfig("model", **wrong)  # type: ignore[arg-type]
+
+
+def test_close_gives_the_arena_back(folder: Path) -> None:
+    engine = Engine(EngineConfig(str(folder), device="cpu", arena_tokens=512))
+    run(engine, [Request("a", np.array([3, 4, 5]), 2)])
+    engine.close()
+    assert not engine.has_work
