@@ -5,24 +5,67 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels import device
 from kernels.block_selection import BlockSelection
-from kernels.dispatch import Choice, check_impl, triton_unavailable
+from kernels.block_sparse_attention.descriptors import tma_obstacle
+from kernels.dispatch import Choice, check_impl, triton_unavailable, triton_version
 
 __all__ = ["block_sparse_attention", "choose_block_sparse_attention"]
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
+# Gluon is experimental and changes: (major, minor) of the Triton releases whose Hopper kernel ran correctly on a GPU.
+HOPPER_TRITON_VERSIONS = ((3, 6),)
 
 
-def choose_block_sparse_attention(q: Tensor, block_size: int = 128, impl: str = "auto") -> Choice:
-    """The implementation that `block_sparse_attention` uses for queries like `q`."""
+def choose_block_sparse_attention(
+    q: Tensor,
+    block_size: int = 128,
+    impl: str = "auto",
+    *,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    query_start: int = 0,
+    window: int | None = None,
+) -> Choice:
+    """The implementation that `block_sparse_attention` uses for queries like `q`.
+
+    k, v, query_start and window matter to the Hopper path only; without them the answer holds for aligned tensors, a
+    query_start that is a multiple of 128 and no window. Raises ValueError if `impl` names one that cannot run.
+    """
     check_impl(impl)
     missing = triton_unavailable(q.device)
     if impl in ("triton", "gluon") and missing:
         raise ValueError(f"block_sparse_attention: impl={impl!r} cannot run: {missing}")
-    if impl == "auto":
-        on_gpu = q.device.type == "cuda" and not missing
-        return Choice("triton") if on_gpu else Choice("reference", missing if q.device.type == "cuda" else "")
-    return Choice(impl)
+    if impl == "reference" or (impl == "auto" and (q.device.type != "cuda" or missing)):
+        return Choice("reference", missing if q.device.type == "cuda" and impl == "auto" else "")
+    if impl == "triton":
+        return Choice("triton")
+    obstacle = _hopper_obstacle(q, k, v, block_size, query_start, window)
+    if impl == "gluon" and obstacle:
+        raise ValueError(f"block_sparse_attention: impl='gluon' cannot run: {obstacle}")
+    return Choice("triton", obstacle) if obstacle else Choice("gluon")
+
+
+def _hopper_obstacle(
+    q: Tensor, k: Tensor | None, v: Tensor | None, block_size: int, query_start: int, window: int | None
+) -> str:
+    """Why the Hopper path cannot take this call; empty if it can."""
+    capability = device.capability(q.device)
+    version = triton_version()
+    if capability[0] != 9:
+        return f"the Hopper path needs compute capability 9.x, got {capability[0]}.{capability[1]}"
+    if version is None or version[:2] not in HOPPER_TRITON_VERSIONS:
+        tested = ", ".join(".".join(map(str, pair)) for pair in HOPPER_TRITON_VERSIONS)
+        return f"the Hopper path was tested with Triton {tested}, got {'.'.join(map(str, version or ()))}"
+    if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] not in (64, 128):
+        return f"the Hopper path takes bfloat16 and float16, D 64 and 128, got {q.dtype} and {q.shape[-1]}"
+    if block_size != 128:
+        return f"the Hopper path takes blocks of 128 tokens, got {block_size}"
+    if query_start % 128:
+        return f"the Hopper path needs a query_start that 128 divides, got {query_start}"
+    if window is not None:
+        return "the Hopper path has no sliding window"
+    return tma_obstacle(*(tensor for tensor in (q, k, v) if tensor is not None))
 
 
 def block_sparse_attention(
@@ -51,13 +94,28 @@ def block_sparse_attention(
     `return_lse` also the natural log-sum-exp of the scaled scores, float32 [N, H, Lq].
     Raises ValueError for shapes or types that do not fit, or an implementation that cannot run here.
     """
-    _check(q, k, v, selection, query_start, block_size, window)
+    _check(q, k, v, selection, query_start, block_size, scale, window)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    choice = choose_block_sparse_attention(q, block_size, impl)
-    from kernels.block_sparse_attention import reference
+    # Dense calls have no blocks: the Hopper path may take them whatever block_size says.
+    blocks = 128 if selection is None else block_size
+    choice = choose_block_sparse_attention(q, blocks, impl, k=k, v=v, query_start=query_start, window=window)
+    lse: Tensor | None
+    if choice.impl == "gluon":
+        from kernels.block_sparse_attention import gluon
 
-    out, lse = reference.block_sparse_attention(q, k, v, selection, query_start, block_size, scale, window)
-    return (out, lse) if return_lse else out
+        out, lse = gluon.block_sparse_attention(q, k, v, selection, query_start, scale, return_lse)
+    elif choice.impl == "triton":
+        from kernels.block_sparse_attention import triton
+
+        out, lse = triton.block_sparse_attention(q, k, v, selection, query_start, block_size, scale, window, return_lse)
+    else:
+        from kernels.block_sparse_attention import reference
+
+        out, lse = reference.block_sparse_attention(q, k, v, selection, query_start, block_size, scale, window)
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
 
 
 def _check(
@@ -67,6 +125,7 @@ def _check(
     selection: BlockSelection | None,
     query_start: int,
     block_size: int,
+    scale: float | None,
     window: int | None,
 ) -> None:
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
@@ -87,6 +146,10 @@ def _check(
         raise ValueError(f"queries [{query_start}, {query_start + Lq}) must lie inside the {k.shape[2]} keys")
     if selection is not None and query_start % block_size:
         raise ValueError(f"a selection needs a query_start that block_size={block_size} divides, got {query_start}")
+    if any(tensor.stride(-1) != 1 for tensor in (q, k, v)):
+        raise ValueError("the last dimension of q, k and v must be contiguous; call .contiguous() first")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale must be above 0, got {scale}")  # the online softmax scales after its maximum
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
     rows = -(-Lq // block_size)
