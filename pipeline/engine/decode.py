@@ -16,8 +16,6 @@ from pipeline.engine.cache import DecodeCache
 from pipeline.engine.runner import ModelRunner
 from stem_core.context import DecodeContext
 
-SMALLEST_LENGTH_BUCKET = 2048
-
 Tag = TypeVar("Tag")
 
 
@@ -26,34 +24,28 @@ def batch_bucket(rows: int, max_rows: int) -> int:
     return min(1 << (rows - 1).bit_length(), max_rows)
 
 
-def length_bucket(length: int, capacity: int) -> int:
-    """The next of 2048, 3072, 4096, 6144, ... that holds `length`, at most `capacity`.
-
-    The decode kernel's grid is fixed by this bound. Half-octave steps keep the idle part of the grid below a third and
-    the number of graphs to capture small.
-    """
-    bucket = SMALLEST_LENGTH_BUCKET
-    while bucket < length:
-        bucket = bucket * 3 // 2 if bucket & (bucket - 1) == 0 else bucket * 4 // 3
-    return min(bucket, capacity)
-
-
 @dataclass(frozen=True)
 class StepKey:
-    """What a captured step is specialised to."""
+    """What a captured step is specialised to: the rows [0, rows), and whether any of them samples.
+
+    Not the documents' lengths: the decode kernel cuts each document into a fixed number of shares of its own length, so
+    the longest length that the engine admits can bound every step, and no result depends on a neighbour's length.
+    """
 
     rows: int
-    max_length: int
     sampled: bool
 
 
 class DecodeRunner:
-    """Runs decode steps of a DecodeBatch against the arena."""
+    """Runs decode steps of a DecodeBatch against the arena; documents come to at most `max_context` tokens."""
 
-    def __init__(self, runner: ModelRunner, arena: KVArena, batch: DecodeBatch, use_graphs: bool) -> None:
+    def __init__(
+        self, runner: ModelRunner, arena: KVArena, batch: DecodeBatch, max_context: int, use_graphs: bool
+    ) -> None:
         self._runner = runner
         self._arena = arena
         self._batch = batch
+        self._max_context = max_context
         self._use_graphs = use_graphs
         self._warm: set[StepKey] = set()
         self._graphs: dict[StepKey, torch.cuda.CUDAGraph] = {}
@@ -78,20 +70,21 @@ class DecodeRunner:
         else:
             graph.replay()
 
-    def prepare(self, keys: list[StepKey]) -> None:
-        """Capture steps ahead of time. All rows must be idle: nothing but the scratch token is written."""
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """Compile and capture every step that can come. All rows must be idle: only the scratch token is written."""
         if self._use_graphs:
-            for key in keys:
+            buckets = sorted({batch_bucket(rows, self._batch.rows) for rows in range(1, self._batch.rows + 1)})
+            for key in [StepKey(rows, sampled) for sampled in (False, True) for rows in reversed(buckets)]:
                 self.run(key)
-                if self._use_graphs and key not in self._graphs:
-                    self._capture(key)
+                self.run(key)
 
     def _step(self, key: StepKey) -> None:
         ints = self._batch.ints[:, : key.rows]
         lengths, starts = ints[LENGTH], ints[START]
         positions = (lengths - 1).clamp(min=0)
         slots = torch.where(lengths > 0, starts + positions, self._arena.scratch)
-        context = DecodeContext(starts=starts, lengths=lengths.to(torch.int32), max_length=key.max_length)
+        context = DecodeContext(starts=starts, lengths=lengths.to(torch.int32), max_length=self._max_context)
         cache = DecodeCache(self._arena, slots)
         bounds = lengths - ints[EMITTED] + ints[LIMIT]
         logits = self._runner.logits(ints[TOKEN][:, None], positions[:, None], cache, context, bounds)

@@ -12,7 +12,6 @@ Memory cannot be over-committed: a document starts when its whole extent (prompt
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from pipeline.engine.batch import IDLE, NOT_FINITE, DecodeBatch
 from pipeline.engine.config import Completion, EngineConfig, EngineError, Request, Status
-from pipeline.engine.decode import DecodeRunner, Readback, StepKey, batch_bucket, length_bucket
+from pipeline.engine.decode import DecodeRunner, Readback, StepKey, batch_bucket
 from pipeline.engine.describe import describe_kernels, versions
 from pipeline.engine.document import Document, WaitingLine, accept
 from pipeline.engine.loading import load_model, stop_token_ids
@@ -54,7 +53,9 @@ class Engine:
         self._arena, self._plan = allocate_arena(self._runner, config, plan, self._chunk)
         self._batch = DecodeBatch(config.max_live, device)
         self._lag = config.decode_lag if config.decode_lag is not None else 2 * on_gpu
-        self._decode = DecodeRunner(self._runner, self._arena, self._batch, on_gpu and config.cuda_graphs)
+        use_graphs = on_gpu and config.cuda_graphs
+        self._decode = DecodeRunner(self._runner, self._arena, self._batch, self._plan.max_context, use_graphs)
+        self._decode.prepare()
         self._readback: Readback[list[tuple[int, Document]]] = Readback(config.max_live, self._lag + 1, device)
         self._kernels = describe_kernels(self._runner, config.attention)
         self._waiting = WaitingLine()
@@ -76,17 +77,6 @@ class Engine:
     def plan(self) -> MemoryPlan:
         """How the device's memory is divided."""
         return self._plan
-
-    @torch.inference_mode()
-    def prepare(self, document_tokens: Sequence[int]) -> None:
-        """Capture the decode steps that documents of these lengths (prompt and output) will need, so that none is
-        captured while documents wait. Does nothing on a CPU. Raises RuntimeError while a document is live.
-        """
-        if self._live or self._prefilling:
-            raise RuntimeError("prepare() needs an engine without live documents")
-        lengths = {length_bucket(min(n, self.max_context), self._arena.capacity) for n in document_tokens}
-        rows = {batch_bucket(n, self.config.max_live) for n in range(1, self.config.max_live + 1)}
-        self._decode.prepare([StepKey(r, n, sampled=False) for r in sorted(rows) for n in sorted(lengths)])
 
     def describe(self) -> dict[str, Any]:
         """What runs here: device, dtype, attention, kernels, decode mode, versions."""
@@ -207,10 +197,8 @@ class Engine:
         running = {row: doc for row, doc in self._live.items() if doc.launched < doc.request.max_new_tokens}
         try:
             if running:
-                longest = max(document.prompt_tokens + document.launched for document in running.values())
                 key = StepKey(
                     rows=batch_bucket(max(running) + 1, self.config.max_live),
-                    max_length=length_bucket(longest, self._arena.capacity),
                     sampled=any(document.request.sampling.temperature > 0 for document in running.values()),
                 )
                 self._decode.run(key)

@@ -21,9 +21,8 @@ from pipeline.engine.plan import (
     fit_arena,
     host_memory,
 )
-from pipeline.engine.prefill import Prefill
+from pipeline.engine.prefill import Prefill, attention_layers
 from pipeline.engine.runner import ModelRunner
-from stem_core.attention import LayerPolicy
 from stem_core.context import PrefillContext
 
 # The sort of top-p sampling holds about this many float64 copies of the logits of the whole batch.
@@ -90,11 +89,9 @@ def rehearse(runner: ModelRunner, arena: KVArena, plan: MemoryPlan, chunk_tokens
 
 def _fill_summaries(runner: ModelRunner, context: PrefillContext) -> None:
     """Summaries as the earlier chunks would have left them, of zeros."""
-    for module in runner.model.modules():
-        policy = getattr(module, "stem_policy", None)
-        if not isinstance(policy, LayerPolicy) or policy.config is None or policy.config.estimator != "oam":
+    for policy, window in attention_layers(runner.model):
+        if policy.config is None or policy.config.estimator != "oam":
             continue
-        window = getattr(module, "sliding_window", None)
         if policy.budget(context.prompt_length, window).budgets is None:
             continue
         shape = runner.shapes[policy.layer]

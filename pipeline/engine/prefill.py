@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,14 @@ def chunk_size(chunk_tokens: int, attention: StemConfig | None) -> int:
     return -(-chunk_tokens // block) * block
 
 
+def attention_layers(model: nn.Module) -> Iterator[tuple[LayerPolicy, int | None]]:
+    """(policy, sliding window) of each attention layer of a patched model."""
+    for module in model.modules():
+        policy = getattr(module, "stem_policy", None)
+        if isinstance(policy, LayerPolicy):
+            yield policy, getattr(module, "sliding_window", None)
+
+
 @dataclass(frozen=True)
 class AttentionPlan:
     """How a prompt of one length attends, before it runs: budgets depend on nothing else."""
@@ -35,16 +44,13 @@ def attention_plan(model: nn.Module, prompt_tokens: int) -> AttentionPlan:
     """Stem or dense, why, and the density over all layers of a patched model."""
     densities: list[float] = []
     reasons: list[str] = []
-    for module in model.modules():
-        policy = getattr(module, "stem_policy", None)
-        if isinstance(policy, LayerPolicy):
-            window = getattr(module, "sliding_window", None)
-            budget = policy.budget(prompt_tokens, window)
-            densities.append(budget.density)
-            if policy.config is not None and policy.layer < policy.config.dense_layers:
-                reasons.append("leading layer")
-            else:
-                reasons.append(budget.reason if window is None else "sliding window")
+    for policy, window in attention_layers(model):
+        budget = policy.budget(prompt_tokens, window)
+        densities.append(budget.density)
+        if policy.config is not None and policy.layer < policy.config.dense_layers:
+            reasons.append("leading layer")
+        else:
+            reasons.append(budget.reason if window is None else "sliding window")
     sparse = reasons.count("")
     if sparse == 0:
         of_prompt = [reason for reason in reasons if reason not in ("leading layer", "sliding window")]
@@ -82,6 +88,11 @@ class Prefill:
         self._extent = extent
         self._chunk = chunk_tokens
         self._context = PrefillContext(prompt_length=len(prompt_ids))
+        # Budgets are copied to the device now: a copy between launches would wait for all that is queued.
+        for policy, window in attention_layers(runner.model):
+            budget = policy.budget(len(prompt_ids), window)
+            if budget.budgets is not None:
+                budget.rows(0, 1, device)
 
     @property
     def done(self) -> bool:

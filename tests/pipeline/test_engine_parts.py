@@ -14,7 +14,7 @@ from pipeline.engine.arena import ALIGNMENT, Extent, ExtentAllocator, KVArena, L
 from pipeline.engine.batch import IDLE, LENGTH, MAX_STOP_IDS, NOT_FINITE, DecodeBatch, RowStart
 from pipeline.engine.cache import DecodeCache, PrefillCache
 from pipeline.engine.config import Request
-from pipeline.engine.decode import Readback, batch_bucket, length_bucket
+from pipeline.engine.decode import Readback, batch_bucket
 from pipeline.engine.document import OVERTAKES, Document, WaitingLine
 from pipeline.engine.sampling import document_seed, sample, uniforms
 
@@ -70,14 +70,6 @@ def test_shorter_document_overtakes_a_bounded_number_of_times() -> None:
     assert line.take(500) is None
     assert line.take(1024) is documents[0]
     assert line.take(500) is documents[OVERTAKES + 1]
-
-
-@given(st.integers(1, 10**6))
-def test_length_bucket(length: int) -> None:
-    bucket = length_bucket(length, 1 << 40)
-    assert bucket >= length
-    assert bucket == 2048 or bucket * 2 / 3 <= length
-    assert length_bucket(length, max(length, 5000)) <= max(length, 5000)
 
 
 def test_batch_bucket() -> None:
