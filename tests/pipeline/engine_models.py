@@ -76,12 +76,14 @@ def prompts(lengths: list[int], seed: int = 0) -> list[np.ndarray]:
     return [generator.integers(3, VOCABULARY, size=length) for length in lengths]
 
 
-def generate(folder: Path, prompt: np.ndarray, max_new_tokens: int, **options: Any) -> list[int]:
+def generate(
+    folder: Path, prompt: np.ndarray, max_new_tokens: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> list[int]:
     """Greedy tokens of transformers' generate with its sdpa attention, one document alone."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
-    ids = torch.as_tensor(prompt)[None]
-    options = {"do_sample": False, "attention_mask": torch.ones_like(ids)} | options
-    out = model.eval().generate(ids, max_new_tokens=max_new_tokens, **options)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    ids = torch.as_tensor(prompt, device=device)[None]
+    mask = torch.ones_like(ids)
+    out = model.to(device).eval().generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False)
     return out[0, len(prompt) :].tolist()
 
 
