@@ -1,0 +1,92 @@
+"""Flags from JobConfig's fields; errors of the user as one line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any, NoReturn
+
+from pipeline.config import JobConfig, flag, read_job_file
+from pipeline.errors import JobError, nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are JobError: exit code 2 means something else here."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise JobError, with the nearest flag where one is not known."""
+        if message.startswith("unrecognized arguments:"):
+            unknown = message.split(":", 1)[1].split()[0]
+            known = [option for action in self._actions for option in action.option_strings]
+            message = f"{unknown} is not a flag{nearest(unknown.split('=')[0], known) or '; see --help'}"
+        raise JobError(message)
+
+
+def add_job_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for every setting of JobConfig, and --config for a YAML file of them."""
+    parser.add_argument("--config", metavar="JOB.yaml", help="settings from a YAML file, keys as the flags; flags win")
+    groups: dict[str, Any] = {}
+    for item in fields(JobConfig):
+        rules = item.metadata
+        group = groups.setdefault(rules["group"], parser.add_argument_group(rules["group"]))
+        group.add_argument(flag(item.name), dest=item.name, default=argparse.SUPPRESS, **_argument(rules, item.default))
+
+
+def _argument(rules: Any, default: Any) -> dict[str, Any]:
+    shown = "" if default in (None, "", ()) or rules["kind"] == "bool" else f" (default: {default})"
+    about: dict[str, Any] = {"help": (rules["meaning"] + shown).replace("%", "%%")}
+    if rules["kind"] == "bool":
+        return about | {"action": argparse.BooleanOptionalAction}
+    if rules["kind"] == "list":
+        return about | {"nargs": "+", "metavar": "NAME"}
+    about["type"] = _converter(rules["kind"])
+    if rules["choices"]:
+        about["metavar"] = "{" + ",".join(rules["choices"]) + "}"
+    else:
+        about["metavar"] = {"int": "N", "float": "X", "auto_int": "N|auto", "shard": "I/N", "map": "JSON"}.get(
+            rules["kind"], "TEXT"
+        )
+    return about
+
+
+def _converter(kind: str) -> Callable[[str], Any]:
+    """Text of the command line to a value; what does not convert stays text and JobConfig says what it should be."""
+
+    def convert(text: str) -> Any:
+        try:
+            if kind in ("int", "auto_int"):
+                return int(text)
+            if kind == "float":
+                return float(text)
+            if kind == "map":
+                return json.loads(text)
+        except ValueError:
+            pass
+        return text
+
+    return convert
+
+
+def job_config(arguments: argparse.Namespace) -> JobConfig:
+    """The job's settings: flags over the file's. Raises JobError."""
+    values = read_job_file(arguments.config) if arguments.config else {}
+    known = {item.name for item in fields(JobConfig)}
+    values |= {name: value for name, value in vars(arguments).items() if name in known}
+    return JobConfig(**values)
+
+
+def run_main(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> NoReturn:
+    """Call `main` with the command line; exit with its code, 1 after a user error (one line), 130 if interrupted."""
+    try:
+        code = main(sys.argv[1:] if arguments is None else arguments)
+    except JobError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        code = 130
+    sys.stdout.flush()
+    sys.exit(code)

@@ -1,0 +1,76 @@
+"""Summarise long documents: python -m jobs.summarize --input DOCS --output OUT --model PATH_OR_ID
+
+Exit codes: 0 all documents ok, 2 some failed (their rows say why), 1 the job could not run, 130 stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from jobs.cli import Parser, add_job_flags, job_config, run_main
+from pipeline.config import JobConfig, flag
+from pipeline.errors import JobError
+from pipeline.source.files import is_remote
+from pipeline.summary import JobReport, rows_for_table
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the job that the command line asks for; the exit code."""
+    parser = Parser(
+        prog="python -m jobs.summarize", description=__doc__.splitlines()[0] if __doc__ else "", allow_abbrev=False
+    )
+    add_job_flags(parser)
+    config = job_config(parser.parse_args(arguments))
+    refuse_unpacked_paths(config)
+    signal.signal(signal.SIGTERM, _interrupt)  # until the job has its own way to stop
+    if config.dry_run:
+        from pipeline.plan import describe_plan
+
+        for line in describe_plan(config):
+            print(line, flush=True)
+        return 0
+    from pipeline.job import run
+
+    report = run(config)
+    show(report)
+    return report.exit_code
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def refuse_unpacked_paths(config: JobConfig) -> None:
+    """Raise JobError for a relative output inside a submitted job: its working folder is a temporary copy."""
+    inside = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and "/working_dir_files/" in str(Path.cwd())
+    if inside and not is_remote(config.output) and not Path(config.output).is_absolute():
+        raise JobError(
+            f"{flag('output')} {config.output}: a submitted job runs in a temporary copy of the working folder; "
+            "give an absolute path that the cluster can reach, or a URI"
+        )
+
+
+def show(report: JobReport) -> None:
+    """Print the report as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for message in report.messages:
+        console.print(message, markup=False, highlight=False)
+    table = Table(show_header=False, title="stemline", title_justify="left")
+    for what, figure in rows_for_table(report):
+        table.add_row(what, figure)
+    console.print(table)
+    for document_id, status, error in report.first_errors:
+        console.print(f"{status}: {document_id}: {error}", markup=False, highlight=False)
+    if report.counts:
+        line = f"python -c \"from pipeline import read_results; print(read_results('{report.output}').to_pandas())\""
+        console.print("read them: " + line, markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,290 @@
+"""Every setting of a job, once: the flags, the keys of a job file and the keyword arguments come from this record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import JobError, nearest
+from pipeline.options import checked, flag, option
+
+if TYPE_CHECKING:
+    from stem_core.config import StemConfig
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """A summarising job. Values are checked on construction; JobError says what is wrong and how to mend it."""
+
+    input: tuple[str, ...] = option((), "list", "files, folders or globs; local, s3:// or gs://", group="data")
+    output: str = option("", "str", "folder for the results; made if missing", group="data")
+    model: str = option("", "str", "folder of a transformers model, or its hub id", group="model", changes_output=True)
+
+    text_column: str = option("text", "str", "column (Parquet) or key (JSONL) that holds the text", group="data")
+    id_column: str | None = option(
+        None,
+        "str",
+        "column that holds the id; unset: `id` or `document_id` if there is one, else file name and row",
+        group="data",
+    )
+    keep_columns: tuple[str, ...] = option((), "list", "columns of the input to copy into the results", group="data")
+    shard: str | None = option(
+        None, "shard", "i/n: only the i-th (from 0) of n stable shares of the documents", group="data"
+    )
+
+    task: str = option(
+        "summarize",
+        "str",
+        "what to do with each document",
+        choices=("summarize", "ask"),
+        group="prompt",
+        changes_output=True,
+    )
+    question: str | None = option(
+        None, "str", "what follows the document in the prompt", group="prompt", changes_output=True
+    )
+    prompt_file: str | None = option(
+        None, "str", "Jinja file that makes the user message from {{ document }} and {{ question }}", group="prompt"
+    )
+    chat_template_args: Mapping[str, Any] | None = option(
+        None,
+        "map",
+        'arguments of the model\'s chat template, as JSON: {"enable_thinking": false}',
+        group="prompt",
+        changes_output=True,
+    )
+    too_long: str = option(
+        "error",
+        "str",
+        "documents beyond the context: error row, truncate (cut the middle) or map-reduce (do parts, then merge)",
+        choices=("error", "truncate", "map-reduce"),
+        group="prompt",
+        changes_output=True,
+    )
+
+    max_new_tokens: int = option(256, "int", "most tokens to generate", low=1, group="generation", changes_output=True)
+    temperature: float = option(0.0, "float", "0 is greedy", low=0, group="generation", changes_output=True)
+    top_p: float = option(
+        1.0,
+        "float",
+        "share of the probability that sampling draws from",
+        low=0,
+        high=1,
+        group="generation",
+        changes_output=True,
+    )
+    seed: int = option(
+        0,
+        "int",
+        "of sampling; a document's draws depend on it and the document's id alone",
+        group="generation",
+        changes_output=True,
+    )
+
+    attention: str = option(
+        "stem", "str", "attention of the prefill", choices=("stem", "dense"), group="attention", changes_output=True
+    )
+    preset: str = option(
+        "release",
+        "str",
+        "named Stem configuration",
+        choices=("paper", "release", "robust"),
+        group="attention",
+        changes_output=True,
+    )
+    budget: float | None = option(
+        None,
+        "float",
+        "share of the causal blocks to keep, in place of the preset's schedule",
+        low=0,
+        high=1,
+        group="attention",
+        changes_output=True,
+    )
+    block_size: int | None = option(None, "int", "tokens in a block", group="attention", changes_output=True)
+    stride: int | None = option(
+        None, "int", "token stride of the sampled scores", group="attention", changes_output=True
+    )
+    estimator: str | None = option(
+        None, "str", "how blocks are scored", choices=("oam", "mass"), group="attention", changes_output=True
+    )
+    mass_group: int | None = option(
+        None, "int", "queries for each row of the mass estimator", group="attention", changes_output=True
+    )
+    sink_blocks: int | None = option(None, "int", "leading blocks always kept", group="attention", changes_output=True)
+    local_blocks: int | None = option(None, "int", "nearest blocks always kept", group="attention", changes_output=True)
+    value_weight: float | None = option(
+        None, "float", "weight of the value term", group="attention", changes_output=True
+    )
+    dense_layers: int | None = option(
+        None, "int", "leading layers that stay dense", group="attention", changes_output=True
+    )
+    dense_below: int | None = option(
+        None, "int", "prompts of fewer tokens stay dense", group="attention", changes_output=True
+    )
+    dense_tail: int | None = option(
+        None, "int", "blocks at the prompt's end that see everything", group="attention", changes_output=True
+    )
+
+    device: str = option(
+        "auto", "str", "auto takes GPUs if there are any", choices=("auto", "cpu", "cuda"), group="engine"
+    )
+    dtype: str = option(
+        "auto",
+        "str",
+        "auto: bfloat16 on GPUs, float32 on CPUs",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        group="engine",
+        changes_output=True,
+    )
+    chunk_tokens: int = option(8192, "int", "prompt tokens in one prefill step", low=16, group="engine")
+    max_live: int = option(8, "int", "documents that a worker decodes together", low=1, high=1024, group="engine")
+    max_context: int | None = option(
+        None,
+        "int",
+        "most tokens of prompt and output; unset: the model's own limit",
+        low=2,
+        group="engine",
+        changes_output=True,
+    )
+    arena_tokens: int | None = option(None, "int", "tokens of KV memory; unset: what is free", low=2, group="engine")
+    load_format: str = option(
+        "auto",
+        "str",
+        "dummy: random weights, for measuring",
+        choices=("auto", "dummy"),
+        group="engine",
+        changes_output=True,
+    )
+    revision: str | None = option(None, "str", "revision of a hub model", group="model", changes_output=True)
+    trust_remote_code: bool = option(
+        False, "bool", "run code that comes with the model", group="model", changes_output=True
+    )
+
+    workers: int | str = option(
+        "auto", "auto_int", "engines to run; auto: one for each GPU, or each CPU core", low=1, group="run"
+    )
+    deadline: float = option(3600.0, "float", "seconds for one document in a worker; 0: none", low=0, group="run")
+    max_attempts: int = option(
+        3, "int", "times a document may end its worker before it is given up", low=1, group="run"
+    )
+    flush_documents: int = option(64, "int", "results in one part file at most", low=1, group="run")
+    flush_seconds: float = option(10.0, "float", "results wait at most so long to be written", low=0, group="run")
+    compact: bool = option(True, "bool", "at the end, merge part files if there are more than 100", group="run")
+    resume: bool = option(
+        True, "bool", "go on where an earlier run stopped; off: refuse an output that holds results", group="run"
+    )
+    retry_failed: bool = option(False, "bool", "do the documents again whose rows are not ok", group="run")
+    force: bool = option(
+        False, "bool", "go on although settings, model or input differ from the earlier run's", group="run"
+    )
+    dry_run: bool = option(False, "bool", "print the plan and stop", group="run")
+    ray_address: str | None = option(
+        None, "str", "cluster to use; unset: $RAY_ADDRESS, else this machine alone", group="run"
+    )
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            object.__setattr__(
+                self, item.name, checked(item.name, getattr(self, item.name), item.metadata, item.default)
+            )
+        for name in ("input", "output", "model"):
+            if not getattr(self, name):
+                raise JobError(f"{flag(name)} is missing; it is needed: {meaning(name)}")
+        if self.budget == 0 or self.top_p == 0:
+            raise JobError(
+                f"{flag('budget') if self.budget == 0 else flag('top_p')} must be above 0 and at most 1, got 0"
+            )
+        if self.task == "ask" and not self.question and not self.prompt_file:
+            raise JobError("--task ask needs --question: what to ask about each document")
+        given = [name for name in STEM_OVERRIDES if getattr(self, name) is not None]
+        if self.attention == "dense" and given:
+            raise JobError(f"{flag(given[0])} has no meaning with --attention dense; leave one of them out")
+        self.stem()
+
+    def stem(self) -> StemConfig | None:
+        """The prefill's configuration, or None for dense. Raises JobError if its fields do not go together."""
+        if self.attention == "dense":
+            return None
+        from stem_core.config import StemConfig
+
+        changes = {name: getattr(self, name) for name in STEM_OVERRIDES if getattr(self, name) is not None}
+        if "budget" in changes:
+            changes |= {"schedule": "density", "density": float(changes.pop("budget"))}
+        try:
+            return StemConfig.preset(self.preset, **changes)
+        except ValueError as error:
+            raise JobError(f"attention settings: {error}") from None
+
+    def shard_pair(self) -> tuple[int, int]:
+        """(i, n) of --shard; (0, 1) for all."""
+        if self.shard is None:
+            return 0, 1
+        index, _, count = self.shard.partition("/")
+        return int(index), int(count)
+
+    def output_settings(self) -> dict[str, Any]:
+        """The settings that can change an output, defaults filled in."""
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.metadata["changes_output"]}
+        stem = self.stem()
+        for name in (*STEM_OVERRIDES, "preset", "attention", "model"):
+            values.pop(name, None)
+        return values | {"stem": stem.to_dict() if stem else None}
+
+    def fingerprint(self) -> str:
+        """12 hex digits over the settings that can change an output (the model's files are fingerprinted apart)."""
+        return hashlib.sha256(json.dumps(self.output_settings(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+STEM_OVERRIDES = (
+    "budget",
+    "block_size",
+    "stride",
+    "estimator",
+    "mass_group",
+    "sink_blocks",
+    "local_blocks",
+    "value_weight",
+    "dense_layers",
+    "dense_below",
+    "dense_tail",
+)
+
+
+def meaning(name: str) -> str:
+    """The one-line description of a setting."""
+    return {item.name: item.metadata["meaning"] for item in fields(JobConfig)}[name]
+
+
+def from_mapping(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """Keys of a job file or of keyword arguments as JobConfig's names; `-` and `_` are the same.
+
+    Raises JobError for an unknown key, with the nearest valid one.
+    """
+    known = {item.name for item in fields(JobConfig)}
+    result = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise JobError(f"{origin}: {key!r} is not a setting{nearest(name, known) or '; see --help'}")
+        result[name] = value
+    return result
+
+
+def read_job_file(path: str) -> dict[str, Any]:
+    """Settings from a YAML file. Raises JobError if it cannot be read or has unknown keys."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeError) as error:
+        raise JobError(f"--config {path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise JobError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, Mapping):
+        raise JobError(f"--config {path}: expected `key: value` lines, got {type(values).__name__}")
+    return from_mapping(values, f"--config {path}")

@@ -1,0 +1,34 @@
+"""The two kinds of trouble: what ends a job, and what costs one document its output."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class JobError(Exception):
+    """The job cannot run or go on. The message is one line: what was got, what was expected, how to mend it."""
+
+
+class DocumentError(Exception):
+    """One document cannot be processed; it becomes a row with this message and `status`."""
+
+    def __init__(self, message: str, status: str = "error") -> None:
+        super().__init__(message, status)
+        self.status = status
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean 'x'?" for the known name that is closest to `name`, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def one_line(error: BaseException | str, limit: int = 500) -> str:
+    """An error's text on one line of at most `limit` characters."""
+    text = str(error) or type(error).__name__
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."

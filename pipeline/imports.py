@@ -1,0 +1,25 @@
+"""Our package `kernels` shares its name with one of Hugging Face's; the wrong one must not be taken for ours."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def check_kernels() -> None:
+    """Raise ImportError if `import kernels` does not give the package beside this one."""
+    spec = importlib.util.find_spec("kernels")
+    if spec is None:
+        raise ImportError(
+            f"the package `kernels` is not found; expected it in {ROOT}; run from the checkout or set PYTHONPATH={ROOT}"
+        )
+    places = [Path(place).resolve() for place in spec.submodule_search_locations or []]
+    ours = ROOT / "kernels"
+    if places != [ours] or not (ours / "dispatch.py").is_file():
+        found = ", ".join(map(str, places)) or spec.origin
+        raise ImportError(
+            f"`import kernels` finds {found}, which is not Stemline's (Hugging Face has a package of that name); "
+            f"expected {ours}; run from the checkout, or put it first: PYTHONPATH={ROOT}"
+        )

@@ -1,0 +1,204 @@
+"""A whole job: list the input, settle what is left to do, run it, report."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from pipeline import manifest
+from pipeline.config import JobConfig, from_mapping
+from pipeline.errors import JobError
+from pipeline.plan import Plan, make_plan, make_worker_config, survey_input
+from pipeline.progress import Progress
+from pipeline.records import Row, new_row, result_schema, utc_now
+from pipeline.sink import COMPACT_ABOVE, Sink, compact, drop_rows, part_names, recover
+from pipeline.source import Catalogue, Document
+from pipeline.store import Store
+from pipeline.summary import JobReport, summarize_results
+
+
+def summarize(config: JobConfig | None = None, **settings: Any) -> JobReport:
+    """Run a job and report on it: summarize(input="docs/", output="out/", model="path", ...).
+
+    settings: the fields of JobConfig. Raises JobError if the job cannot run; documents that fail do not raise, they
+    have rows (report.counts, read_results).
+    """
+    if config is None:
+        settings = from_mapping(settings, "summarize()")
+        config = JobConfig(**settings)
+    elif settings:
+        raise JobError("summarize() takes a JobConfig or settings, not both")
+    return run(config)
+
+
+def run(
+    config: JobConfig, *, engine_factory: str = "", progress: Progress | None = None, grace: float | None = None
+) -> JobReport:
+    """Run a job. engine_factory, progress, grace: for tests and benchmarks. Raises JobError."""
+    survey = survey_input(config)
+    store = Store(config.output)
+    store.create()
+    with store.locked():
+        messages = [*survey.messages, *recover(store)]
+        plan = make_plan(survey, store)
+        if config.retry_failed and plan.already:
+            dropped = drop_rows(store, lambda table: pc.equal(table["status"], "ok"))
+            messages.append(f"--retry-failed: {dropped:,} documents are done again")
+            plan = make_plan(survey, store)
+        messages += plan.messages
+        if not len(plan.pending):
+            messages.append(f"nothing to do: all {len(survey.catalogue):,} documents have a row in {store.name}")
+            return summarize_results(store, len(survey.catalogue), messages=tuple(messages))
+        if plan.already:
+            messages.append(f"going on: {plan.already:,} rows are there, {len(plan.pending):,} documents are left")
+        return _execute(plan, store, messages, engine_factory, progress, grace)
+
+
+def _execute(
+    plan: Plan, store: Store, messages: list[str], engine_factory: str, progress: Progress | None, grace: float | None
+) -> JobReport:
+    # Ray and the engine are imported here, so that "nothing to do" and user errors come at once.
+    from pipeline.ray_pool import RayPool, connected, divide
+    from pipeline.scheduler import Limits, Scheduler, StopRequestedError
+    from pipeline.worker import GRACE_SECONDS
+
+    survey, config, begun = plan.survey, plan.survey.config, time.monotonic()
+    grace = GRACE_SECONDS if grace is None else grace
+    manifest.save(store, config, survey.prints, state="running", documents=len(survey.catalogue))
+    schema = result_schema(survey.catalogue.kept)
+    sink = Sink(store, schema, flush_documents=config.flush_documents, flush_seconds=config.flush_seconds)
+    progress = progress or Progress(len(plan.pending), plan.pending.total_bytes)
+    for message in messages:
+        progress.message(message)
+    left = _write_unreadable(plan.pending, sink, progress)
+    stats: dict[str, Any] = {}
+    stopped = False
+    clock = _Clock(progress)
+
+    def done(row: Row, document: Document) -> None:
+        progress.add(row, document.size_bytes)
+        sink.add(row)
+
+    def tick() -> None:
+        sink.tick()
+        progress.tick()
+        clock.start_once(bool(scheduler.started))
+
+    try:
+        if len(left):
+            with connected(config.ray_address) as cluster, _StopFlag() as flag:
+                share = divide(cluster, config.device, config.workers, len(left))
+                worker_config = make_worker_config(survey, share.device, share.threads, engine_factory, grace)
+                pool = RayPool(worker_config, share, local=cluster.local)
+                limits = Limits(
+                    workers=share.workers,
+                    max_attempts=config.max_attempts,
+                    hang_after=config.deadline + 3 * grace if config.deadline else 0.0,
+                )
+                progress.message(f"starting {share.workers} workers on {share.device} for {len(left):,} documents")
+                scheduler = Scheduler(
+                    pool,
+                    left.documents(),
+                    len(left),
+                    limits,
+                    done,
+                    tick=tick,
+                    should_stop=flag.is_set,
+                    log=progress.message,
+                )
+                try:
+                    scheduler.run()
+                    stats = _stats(pool, clock.seconds, sink)
+                except StopRequestedError:
+                    stopped = True
+                finally:
+                    sink.flush()
+                    pool.close()
+    finally:
+        sink.flush()
+    progress.finish()
+    if not stopped and config.compact and len(part_names(store)) > COMPACT_ABOVE:
+        compact(store)
+    state = "stopped" if stopped else "finished"
+    manifest.save(
+        store, config, survey.prints, state=state, documents=len(survey.catalogue), seconds=time.monotonic() - begun
+    )
+    if stopped:
+        messages.append("stopped; what was finished is written, the same command goes on from there")
+    return summarize_results(
+        store, len(survey.catalogue), done_now=sink.rows_written, seconds=clock.seconds, stopped=stopped,
+        messages=tuple(messages), stats=stats,
+    )  # fmt: skip
+
+
+class _Clock:
+    """Seconds since the first worker was ready."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._begun = 0.0
+
+    def start_once(self, ready: bool) -> None:
+        if ready and not self._begun:
+            self._begun = time.monotonic()
+            self._progress.start_clock()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._begun if self._begun else 0.0
+
+
+def _stats(pool: Any, seconds: float, sink: Sink) -> dict[str, Any]:
+    """Where the time of a run went: seconds of all engines and readers, and of the run."""
+    workers = pool.stats()
+    return {
+        "workers": len(workers),
+        "seconds": seconds,
+        "engine_seconds": sum(item["engine_seconds"] for item in workers),
+        "reader_seconds": sum(item["reader_seconds"] for item in workers),
+        "documents": sink.rows_written,
+    }
+
+
+def _write_unreadable(pending: Catalogue, sink: Sink, progress: Progress) -> Catalogue:
+    """Rows for documents that the listing already found unreadable; what is left to process."""
+    keep = np.ones(len(pending), dtype=bool)
+    for position in sorted(pending.errors):
+        document = pending.document(position)
+        row = new_row(document.document_id, document.source, "error", document.error, finished_at=utc_now())
+        keep[position] = False
+        progress.add(row, document.size_bytes)
+        sink.add(row)
+    return pending.select(keep) if pending.errors else pending
+
+
+class _StopFlag(contextlib.AbstractContextManager["_StopFlag"]):
+    """Set by SIGTERM or SIGINT; a second SIGINT interrupts at once. Outside the main thread it is never set."""
+
+    def __init__(self) -> None:
+        self._set = False
+        self._before: dict[int, Any] = {}
+
+    def is_set(self) -> bool:
+        return self._set
+
+    def __enter__(self) -> _StopFlag:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self._set and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._set = True

@@ -1,0 +1,155 @@
+"""The engine in a thread of its own, so that documents are read and tokenised while it computes."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+from pipeline.engine.config import Completion, Request
+
+
+class EngineLike(Protocol):
+    """What a worker needs of an engine (pipeline.engine.Engine; tests bring their own)."""
+
+    max_context: int
+    has_work: bool
+
+    def add(self, request: Request) -> None: ...
+    def step(self) -> list[Completion]: ...
+    def abort(self, request_id: str) -> bool: ...
+    def describe(self) -> dict[str, Any]: ...
+    def close(self) -> None: ...
+
+
+class EngineBrokenError(Exception):
+    """The engine raised, or (hung) something in the worker does not return; only a new process can go on."""
+
+    def __init__(self, message: str, hung: bool = False) -> None:
+        super().__init__(message, hung)
+        self.hung = hung
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class EngineLoop:
+    """Builds an engine and steps it as long as it has work. All engine calls happen in one thread."""
+
+    def __init__(self, build: Callable[[], EngineLike]) -> None:
+        self._build = build
+        self._calls: queue.SimpleQueue[Callable[[EngineLike], None] | None] = queue.SimpleQueue()
+        self._waiting: dict[str, Future[Completion]] = {}
+        self._failure: EngineBrokenError | None = None
+        self.ready: Future[EngineLike] = Future()
+        self.busy_seconds = 0.0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request) -> Future[Completion]:
+        """Hand a request to the engine. The future raises EngineBrokenError if the engine breaks."""
+        future: Future[Completion] = Future()
+
+        def add(engine: EngineLike) -> None:
+            if not future.set_running_or_notify_cancel():  # given up before the engine saw it
+                return
+            self._waiting[request.request_id] = future
+            try:
+                engine.add(request)
+            except Exception as error:
+                del self._waiting[request.request_id]
+                future.set_exception(error)
+
+        if self._failure:
+            future.set_exception(self._failure)
+        else:
+            self._calls.put(add)
+        return future
+
+    def abort(self, request_ids: list[str]) -> Future[None]:
+        """Drop requests; done when the engine has let go of them, which a hung engine never does."""
+        future: Future[None] = Future()
+
+        def drop(engine: EngineLike) -> None:
+            for request_id in request_ids:
+                engine.abort(request_id)
+                self._waiting.pop(request_id, None)
+            future.set_result(None)
+
+        self._calls.put(drop)
+        return future
+
+    def close(self) -> None:
+        """Let the thread end after its current step."""
+        self._calls.put(None)
+
+    def _run(self) -> None:
+        try:
+            engine = self._build()
+        except BaseException as error:
+            self.ready.set_exception(error)
+            return
+        self.ready.set_result(engine)
+        try:
+            while self._take_calls(engine):
+                begin = time.perf_counter()
+                done = engine.step()
+                self.busy_seconds += time.perf_counter() - begin
+                for completion in done:
+                    future = self._waiting.pop(completion.request_id, None)
+                    if future:
+                        future.set_result(completion)
+            engine.close()
+        except BaseException as error:
+            self._fail(error)
+
+    def _take_calls(self, engine: EngineLike) -> bool:
+        """Run what was asked for, waiting for it while there is no work; False to end."""
+        while True:
+            try:
+                call = self._calls.get(block=not engine.has_work)
+            except queue.Empty:
+                return True
+            if call is None:
+                return False
+            call(engine)
+
+    def _fail(self, error: BaseException) -> None:
+        self._failure = EngineBrokenError(f"{type(error).__name__}: {error}")
+        self._failure.__cause__ = error
+        for future in self._waiting.values():
+            future.set_exception(self._failure)
+        self._waiting.clear()
+        while True:  # a request that came in meanwhile must not wait for ever
+            call = self._calls.get()
+            if call is None:
+                return
+            call(_Broken(self._failure))
+
+
+class _Broken:
+    """Stands in for an engine that failed."""
+
+    max_context = 0
+    has_work = False
+
+    def __init__(self, failure: EngineBrokenError) -> None:
+        self._failure = failure
+
+    def add(self, request: Request) -> None:
+        raise self._failure
+
+    def abort(self, request_id: str) -> bool:
+        return False
+
+    def step(self) -> list[Completion]:
+        raise self._failure
+
+    def describe(self) -> dict[str, Any]:
+        raise self._failure
+
+    def close(self) -> None:
+        return

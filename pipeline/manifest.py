@@ -1,0 +1,147 @@
+"""manifest.json: what an output folder was made from, so that a later run can tell if it continues the same job."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from pyarrow.fs import LocalFileSystem
+
+from pipeline.config import JobConfig
+from pipeline.errors import JobError, one_line
+from pipeline.prompts import Task
+from pipeline.records import utc_now
+from pipeline.source.files import SourceFile, content_stamp, open_filesystem, safe_name
+from pipeline.store import Store
+
+NAME = "manifest.json"
+FORMAT = 1
+# Local inputs up to so many bytes are fingerprinted by content, larger and remote ones by size and time of change.
+CONTENT_BYTES = 1 << 30
+MODEL_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".bin", ".py")
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def model_fingerprint(model: str, revision: str | None) -> str:
+    """Over a folder's configuration, weights and tokenizer, or a hub model's commit.
+
+    Large weight files count by size and 64 spread samples. Raises JobError if the model is not there.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        files = sorted(p for p in folder.iterdir() if p.is_file() and p.name.endswith(MODEL_SUFFIXES))
+        if not (folder / "config.json").is_file():
+            raise JobError(f"--model {model}: no config.json there; expected a transformers model folder or a hub id")
+        try:
+            local = LocalFileSystem()
+            return _digest([(p.name, content_stamp(local, str(p), p.stat().st_size)) for p in files])
+        except OSError as error:
+            raise JobError(f"--model {model}: cannot be read: {one_line(error)}") from None
+    if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise JobError(f"--model {model}: no such folder; give a transformers model folder or a hub id like org/name")
+    return _digest([model, hub_commit(model, revision)])
+
+
+def hub_commit(model: str, revision: str | None) -> str:
+    """The commit of a hub model. Raises JobError if it cannot be found."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model, revision=revision)
+    except Exception as error:  # the hub client raises many kinds
+        raise JobError(
+            f"--model {model}: no such folder, and the hub did not give it: {one_line(error, 200)}"
+        ) from None
+    return str(getattr(config, "_commit_hash", None) or revision or "")
+
+
+def input_fingerprint(files: list[SourceFile], config: JobConfig) -> str:
+    """Over the input's files and how they are read."""
+    local = all(not file.filesystem for file in files) and sum(file.size for file in files) <= CONTENT_BYTES
+    stamps = []
+    for file in files:
+        stamp: str | int = file.modified_ns
+        if local:
+            try:
+                stamp = content_stamp(open_filesystem(file.filesystem), file.path, file.size)
+            except OSError:
+                stamp = "unreadable"
+        stamps.append((file.label, file.kind, file.size, stamp))
+    how = (config.text_column, config.id_column, config.keep_columns, config.shard_pair())
+    return _digest([how, hashlib.sha256(json.dumps(sorted(stamps)).encode()).hexdigest()])
+
+
+def fingerprints(config: JobConfig, files: list[SourceFile], task: Task) -> dict[str, str]:
+    """The four fingerprints that decide whether two runs are the same job."""
+    return {
+        "config": config.fingerprint(),
+        "model": model_fingerprint(config.model, config.revision),
+        "prompt": task.fingerprint(),
+        "input": input_fingerprint(files, config),
+    }
+
+
+def config_values(config: JobConfig) -> dict[str, Any]:
+    """All settings as plain values, without credentials that may stand in locations."""
+    values = asdict(config)
+    values["input"] = [safe_name(item) for item in config.input]
+    values["output"] = safe_name(config.output)
+    return values
+
+
+def load(store: Store) -> dict[str, Any] | None:
+    """The manifest, or None if there is none. Raises JobError if it is damaged."""
+    data = store.read(NAME)
+    if data is None:
+        return None
+    try:
+        manifest = json.loads(data)
+        if not isinstance(manifest["fingerprints"], dict) or manifest["format"] != FORMAT:
+            raise ValueError("it is of another format")
+    except (ValueError, KeyError, TypeError) as error:
+        raise JobError(
+            f"--output {store.name}: {NAME} is damaged ({one_line(error, 100)}); --force writes a new one"
+        ) from None
+    return manifest
+
+
+def check(old: dict[str, Any], new: dict[str, str], config: JobConfig, store: Store) -> list[str]:
+    """What differs from the earlier run, in words; empty if nothing does. Raises JobError if so and not --force."""
+    changed = [name for name, value in new.items() if old["fingerprints"].get(name) != value]
+    if not changed:
+        return []
+    words = []
+    for name in changed:
+        details = _changed_settings(old, config) if name == "config" else []
+        words.append(f"{name} ({', '.join(details)})" if details else name)
+    text = ", ".join(words)
+    if config.force:
+        return [f"going on with --force although these differ from the earlier run: {text}"]
+    raise JobError(
+        f"--output {store.name}: it was made with another {text}; "
+        "choose another output, or --force to keep its rows and go on"
+    )
+
+
+def _changed_settings(old: dict[str, Any], config: JobConfig) -> list[str]:
+    before, now = old.get("config", {}), config_values(config)
+    names = [item.name for item in fields(JobConfig) if item.metadata["changes_output"]]
+    return [f"{name}: {before.get(name)!r} -> {now[name]!r}" for name in names if before.get(name) != now[name]]
+
+
+def save(store: Store, config: JobConfig, prints: dict[str, str], **more: Any) -> None:
+    """Write the manifest in one step."""
+    manifest = {
+        "format": FORMAT,
+        "written_at": utc_now().isoformat(),
+        "fingerprints": prints,
+        "config": config_values(config),
+        **more,
+    }
+    store.write(NAME, json.dumps(manifest, indent=2, default=str).encode())

@@ -1,0 +1,206 @@
+"""What a job has to do: the input listed, compared with what the output holds, and in words for a dry run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline import manifest
+from pipeline.config import JobConfig
+from pipeline.errors import DocumentError, JobError
+from pipeline.imports import check_kernels
+from pipeline.prompts import Task, make_task
+from pipeline.records import result_schema
+from pipeline.sink import done_ids, part_names
+from pipeline.source import Catalogue, DocumentReader, find_files, list_documents
+from pipeline.store import Store
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A job's input and task, before the output is looked at."""
+
+    config: JobConfig
+    task: Task
+    catalogue: Catalogue
+    prints: dict[str, str]
+    messages: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is left to do. pending: documents without a row. already: rows that an earlier run left."""
+
+    survey: Survey
+    pending: Catalogue
+    already: int
+    messages: tuple[str, ...]
+
+
+def survey_input(config: JobConfig) -> Survey:
+    """List the input and take its fingerprints. Raises JobError for whatever the user can mend there."""
+    check_kernels()
+    task = make_task(config.task, config.question, config.prompt_file)
+    files, ignored = find_files(config.input)
+    messages = (f"passed over {len(ignored)} files of other kinds, e.g. {ignored[0]}",) if ignored else ()
+    prints = manifest.fingerprints(config, files, task)
+    catalogue = list_documents(
+        files,
+        text_column=config.text_column,
+        id_column=config.id_column,
+        keep_columns=config.keep_columns,
+        shard=config.shard_pair(),
+    )
+    result_schema(catalogue.kept)
+    return Survey(config, task, catalogue, prints, messages)
+
+
+def make_plan(survey: Survey, store: Store) -> Plan:
+    """Compare the input with what the output holds; changes nothing.
+
+    Raises JobError if the output was made from something else and --force is not given.
+    """
+    if not part_names(store):
+        return Plan(survey, survey.catalogue, 0, ())
+    messages = _compare_with_earlier(survey.config, store, survey.prints)
+    ids = done_ids(store)
+    return Plan(survey, survey.catalogue.without(ids), len(ids), tuple(messages))
+
+
+def _compare_with_earlier(config: JobConfig, store: Store, prints: dict[str, str]) -> list[str]:
+    if not config.resume:
+        raise JobError(
+            f"--output {store.name}: it holds results already; choose another folder, or leave out --no-resume to go on"
+        )
+    try:
+        old = manifest.load(store)
+    except JobError:
+        if not config.force:
+            raise
+        return ["the earlier manifest is damaged; going on with --force"]
+    if old is None:
+        if not config.force:
+            raise JobError(
+                f"--output {store.name}: it holds part files but no {manifest.NAME}; choose another folder, or --force"
+            )
+        return [f"the output has no {manifest.NAME}; going on with --force"]
+    return manifest.check(old, prints, config, store)
+
+
+def make_worker_config(survey: Survey, device: str, threads: int, engine_factory: str = "", grace: float = 10.0) -> Any:
+    """The job's settings in the form a worker takes them (pipeline.worker.WorkerConfig)."""
+    from pipeline.engine.config import Sampling
+    from pipeline.worker import WorkerConfig
+
+    config = survey.config
+    return WorkerConfig(
+        engine=make_engine_config(config, device),
+        task=survey.task,
+        too_long=config.too_long,
+        max_new_tokens=config.max_new_tokens,
+        sampling=Sampling(config.temperature, config.top_p, config.seed),
+        text_column=config.text_column,
+        model_name=config.model,
+        config_hash=config.fingerprint(),
+        template_args=config.chat_template_args,
+        kept=tuple(pa.field(field.name, field.type) for field in survey.catalogue.kept),
+        deadline=config.deadline,
+        grace=grace,
+        threads=threads,
+        engine_factory=engine_factory or "pipeline.engine:Engine",
+    )
+
+
+def make_engine_config(config: JobConfig, device: str) -> Any:
+    """The job's settings in the form the engine takes them (pipeline.engine.EngineConfig)."""
+    from pipeline.engine.config import EngineConfig
+
+    folder = Path(config.model).expanduser()
+    return EngineConfig(
+        model=str(folder.absolute()) if folder.is_dir() else config.model,
+        device=device,
+        dtype=config.dtype,
+        attention=config.stem(),
+        chunk_tokens=config.chunk_tokens,
+        max_live=config.max_live,
+        arena_tokens=config.arena_tokens,
+        max_context=config.max_context,
+        load_format=config.load_format,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        seed=config.seed,
+    )
+
+
+def describe_plan(config: JobConfig) -> Iterator[str]:
+    """The lines of a dry run: documents, tokens, memory. Nothing is written."""
+    store = Store(config.output)
+    survey = survey_input(config)
+    plan = make_plan(survey, store)
+    catalogue, pending = survey.catalogue, plan.pending
+    yield from (*survey.messages, *plan.messages)
+    files = sorted({file.kind for file in catalogue.files})
+    size = f"{catalogue.total_bytes:,} bytes of text in {len(catalogue.files):,} files ({', '.join(files)})"
+    yield f"input: {len(catalogue):,} documents, {size}"
+    yield f"ids: {id_rule(config, catalogue)}"
+    if catalogue.errors:
+        yield f"unreadable: {len(catalogue.errors):,} documents get an error row at once"
+    yield f"to do: {len(pending):,} documents; {plan.already:,} rows are there already"
+    yield from _token_lines(config, plan)
+    stem = config.stem()
+    yield f"attention: {'dense' if stem is None else f'stem, preset {config.preset}: {stem}'}"
+    yield f"output: {store.name}, fingerprints {survey.prints}"
+
+
+def id_rule(config: JobConfig, catalogue: Catalogue) -> str:
+    """Where ids come from, with an example."""
+    example = catalogue.document(0).document_id if len(catalogue) else "-"
+    rule = (
+        f"column {config.id_column}"
+        if config.id_column
+        else "column id or document_id if there is one, else file name and row"
+    )
+    return f"{rule}; e.g. {example!r}"
+
+
+def _token_lines(config: JobConfig, plan: Plan) -> Iterator[str]:
+    """Tokens estimated from a sample, and the engine's memory plan."""
+    from pipeline.engine import EngineError, estimate_plan
+    from pipeline.prompts import PromptBuilder
+    from pipeline.tokens import load_tokens
+
+    pending = plan.pending
+    memory = None
+    try:
+        memory = estimate_plan(make_engine_config(config, config.device))
+    except EngineError as error:
+        raise JobError(str(error)) from None
+    if len(pending):
+        builder = PromptBuilder(
+            load_tokens(config.model, config.revision, config.trust_remote_code),
+            plan.survey.task,
+            config.chat_template_args,
+        )
+        reader = DocumentReader(config.text_column, [])
+        order = pending.order()
+        tokens = sampled = 0
+        for position in order[:: max(1, len(order) // 8)][:8]:
+            document = pending.document(int(position))
+            with contextlib.suppress(DocumentError):
+                text = reader.read(document)[0][:200_000]
+                tokens += len(builder.build(text, 1 << 40).ids)
+                sampled += len(text.encode())
+        if sampled:
+            ratio = tokens / sampled
+            total, longest = int(pending.total_bytes * ratio), int(pending.columns[:, 3].max() * ratio)
+            yield f"tokens: about {total:,} in prompts (from a sample); the longest document about {longest:,}"
+            limit = memory.max_context - config.max_new_tokens
+            if longest > limit:
+                yield f"too long: documents beyond {limit:,} tokens; policy: {config.too_long}"
+        yield f"generated: at most {len(pending) * config.max_new_tokens:,} tokens"
+    yield from memory.lines()

@@ -1,0 +1,245 @@
+"""Workers as Ray actors, and the Ray cluster they run in."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+
+from pipeline.errors import JobError, one_line
+from pipeline.imports import ROOT
+from pipeline.loop import EngineBrokenError
+from pipeline.scheduler import Event, WorkerId
+from pipeline.source import Document
+from pipeline.worker import Worker, WorkerConfig
+
+START_TIMEOUT = 900.0
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What Ray offers. local: started by this process and for it alone."""
+
+    cpus: float
+    gpus: float
+    local: bool
+    nodes: int
+
+
+@contextlib.contextmanager
+def connected(address: str | None) -> Iterator[Cluster]:
+    """A Ray cluster for the time of a with-block: the one at `address` or $RAY_ADDRESS, else one on this machine.
+
+    A session that is connected already is used and left as it is. Raises JobError if the address does not answer.
+    """
+    if ray.is_initialized():
+        yield _describe(local=False)
+        return
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "error"}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    local = address == "local"
+    with _local_environment() if local else contextlib.nullcontext():
+        if local:
+            options |= {"include_dashboard": False, "object_store_memory": 128 << 20, "dashboard_host": "127.0.0.1"}
+        try:
+            ray.init(**options)
+        except (ConnectionError, RayError, RuntimeError, ValueError, OSError) as error:
+            raise JobError(f"Ray at {address!r} cannot be reached: {one_line(error, 300)}") from None
+        try:
+            yield _describe(local)
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _local_environment() -> Iterator[None]:
+    """Environment of a private cluster: workers find our packages first, and a throw-away token guards its ports.
+
+    Without the latter Ray writes a token file to the home directory, after which a plain `ray start` demands it.
+    """
+    wanted = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    if "RAY_AUTH_MODE" not in os.environ:
+        wanted |= {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        # It advises to switch the token off.
+        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _describe(local: bool) -> Cluster:
+    resources = ray.cluster_resources()
+    return Cluster(resources.get("CPU", 0.0), resources.get("GPU", 0.0), local, len(ray.nodes()))
+
+
+@dataclass(frozen=True)
+class Share:
+    """Workers and what each takes. threads: for torch; 0 leaves its default."""
+
+    device: str
+    workers: int
+    cpus: float
+    gpus: float
+    threads: int
+
+
+def divide(cluster: Cluster, device: str, workers: int | str, documents: int) -> Share:
+    """How many workers, on what. Raises JobError if the cluster cannot hold them."""
+    if device == "auto":
+        device = "cuda" if cluster.gpus >= 1 else "cpu"
+    if device == "cuda":
+        if cluster.gpus < 1:
+            raise JobError(
+                "--device cuda: Ray sees no GPU here; use --device cpu, or a cluster with GPUs through --ray-address"
+            )
+        count = int(cluster.gpus) if workers == "auto" else int(workers)
+        if count > cluster.gpus:
+            raise JobError(f"--workers {count}: the cluster has {cluster.gpus:g} GPUs, a worker takes one")
+        return Share("cuda", min(count, documents), 1.0, 1.0, 0)
+    cores = max(1, int(cluster.cpus))
+    count = min(cores, documents) if workers == "auto" else min(int(workers), documents)
+    if count > 64 * cores:
+        raise JobError(f"--workers {count}: the cluster has {cores} cores; give at most {64 * cores}")
+    return Share("cpu", count, min(1.0, cores / count), 0.0, max(1, cores // count) if cluster.nodes == 1 else 1)
+
+
+class RayPool:
+    """pipeline.scheduler.Pool over Ray actors that are never restarted and whose calls are never retried by Ray."""
+
+    def __init__(
+        self, config: WorkerConfig, share: Share, *, local: bool, start_timeout: float = START_TIMEOUT
+    ) -> None:
+        options: dict[str, Any] = {
+            "num_cpus": share.cpus, "num_gpus": share.gpus,
+            "max_restarts": 0, "max_task_retries": 0, "max_concurrency": 1000,
+        }  # fmt: skip
+        if not local and not ray.get_runtime_context().runtime_env.get("working_dir"):
+            path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+            options["runtime_env"] = {"env_vars": {"PYTHONPATH": path}}
+        self._actor = ray.remote(Worker).options(**options)
+        self._config = ray.put(config)
+        self._start_timeout = start_timeout
+        self._workers: dict[WorkerId, Any] = {}
+        self._refs: dict[Any, tuple[WorkerId, str]] = {}  # of calls that are out: worker, document ("" for its start)
+        self._starting: dict[WorkerId, float] = {}
+        self._count = 0
+
+    def start(self) -> WorkerId:
+        """Begin to start a worker."""
+        worker, self._count = self._count, self._count + 1
+        actor = self._actor.remote(self._config)
+        self._workers[worker] = actor
+        load: Any = actor.load
+        self._refs[load.remote()] = (worker, "")
+        self._starting[worker] = time.monotonic()
+        return worker
+
+    def submit(self, worker: WorkerId, document: Document) -> None:
+        """Give a document to a worker."""
+        self._refs[self._workers[worker].process.remote(document)] = (worker, document.document_id)
+
+    def wait(self, timeout: float) -> list[Event]:
+        """Events since the last call; waits up to `timeout` seconds for the first."""
+        if not self._refs:
+            time.sleep(timeout)
+            return []
+        refs = list(self._refs)
+        if ray.wait(refs, num_returns=1, timeout=timeout, fetch_local=False)[0]:
+            ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
+        else:
+            ready = []
+        events = [self._event(ref, *self._refs.pop(ref)) for ref in ready]
+        # A dead worker fails all its calls: one event is enough. What it had finished before still counts.
+        results = [event for event in events if event.kind in ("result", "started")]
+        losses = {event.worker: event for event in reversed(events) if event.kind not in ("result", "started")}
+        return results + list(losses.values()) + self._late_starts()
+
+    def kill(self, worker: WorkerId) -> None:
+        """End a worker and forget its calls."""
+        self._starting.pop(worker, None)
+        self._refs = {ref: call for ref, call in self._refs.items() if call[0] != worker}
+        actor = self._workers.pop(worker, None)
+        if actor is not None:
+            with contextlib.suppress(RayError):
+                ray.kill(actor, no_restart=True)
+
+    def stats(self, timeout: float = 5.0) -> list[dict[str, float]]:
+        """What the living workers report about themselves."""
+        found = []
+        for worker, actor in self._workers.items():
+            if worker not in self._starting:
+                with contextlib.suppress(RayError, GetTimeoutError):
+                    found.append(ray.get(actor.stats.remote(), timeout=timeout))
+        return found
+
+    def close(self) -> None:
+        """End all workers."""
+        for worker in list(self._workers):
+            self.kill(worker)
+
+    def _event(self, ref: Any, worker: WorkerId, document_id: str) -> Event:
+        starting = worker in self._starting
+        try:
+            value = ray.get(ref)
+        except RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, Exception) else error
+            if starting:
+                kind = "start_failed"
+            elif isinstance(cause, EngineBrokenError) and cause.hung:
+                kind = "hung"
+            else:
+                kind = "failed"
+            return Event(kind, worker, document_id, reason=describe_error(cause))  # type: ignore[arg-type]
+        except RayActorError as error:
+            return Event("start_failed" if starting else "died", worker, document_id, reason=describe_death(error))
+        except RayError as error:
+            return Event("start_failed" if starting else "failed", worker, document_id, reason=describe_error(error))
+        if document_id:
+            return Event("result", worker, document_id, row=value)
+        self._starting.pop(worker, None)
+        return Event("started", worker, info=value)
+
+    def _late_starts(self) -> list[Event]:
+        late = [w for w, begun in self._starting.items() if time.monotonic() - begun > self._start_timeout]
+        reason = (
+            f"it was not ready after {self._start_timeout:g} s; either the cluster has no room for it "
+            f"(free: {one_line(str(ray.available_resources()), 200)}) or its model loads too slowly"
+        ) if late else ""  # fmt: skip
+        return [Event("start_failed", worker, reason=reason) for worker in late]
+
+
+def describe_error(error: BaseException) -> str:
+    """An exception's message, with its type unless the message is made for people."""
+    text = one_line(error)
+    return text if isinstance(error, JobError | EngineBrokenError) else f"{type(error).__name__}: {text}"
+
+
+def describe_death(error: BaseException) -> str:
+    """Why an actor is gone, out of Ray's long message."""
+    text = one_line(error, 4000)
+    for pattern in (
+        r"Worker exit detail: (.*?)(?: Some common causes|$)",
+        r"death cause: (.*)$",
+        r"The actor is dead because (.*)$",
+    ):
+        match = re.search(pattern, text)
+        if match:
+            return one_line("the worker process ended: " + match.group(1), 300)
+    return one_line("the worker process ended: " + text, 300)

@@ -1,0 +1,138 @@
+"""The result row: one for every document, whatever became of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.errors import JobError
+
+STATUSES = {
+    "ok": "the output is there",
+    "error": "the document could not be read, tokenised or processed; `error` says why",
+    "oom": "it did not fit the memory, even alone",
+    "timeout": "it was not done by its deadline",
+    "too_long": "prompt and output do not fit the model's context and the policy is not to cut",
+    "worker_died": "its worker process ended each time it was tried, the last times alone",
+}
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A result column: name, Arrow type, whether it may be null, and its meaning."""
+
+    name: str
+    type: pa.DataType
+    meaning: str
+    nullable: bool = True
+
+
+_TEXT, _INT, _REAL = pa.string(), pa.int64(), pa.float64()
+_TIME = pa.timestamp("us", tz="UTC")
+
+COLUMNS: tuple[Column, ...] = (
+    Column("document_id", _TEXT, "the id column's value, else file name or file name and row", nullable=False),
+    Column("source", _TEXT, "where the document was read: file, and line or row", nullable=False),
+    Column("status", _TEXT, "one of " + ", ".join(STATUSES), nullable=False),
+    Column("error", _TEXT, "why the status is not ok; empty if it is", nullable=False),
+    Column(
+        "attempts", pa.int32(), "times the document was given to a worker; 0 if the source already refused it", False
+    ),
+    Column("output", _TEXT, "the generated text; null unless ok"),
+    Column("finish_reason", _TEXT, "stop (end-of-sequence token) or length (max_new_tokens); null unless ok"),
+    Column("prompt_tokens", _INT, "tokens of the prompt; all parts together where it was processed in parts"),
+    Column("output_tokens", _INT, "tokens generated; all parts together where it was processed in parts"),
+    Column("truncated_tokens", _INT, "tokens cut from the document's middle to make it fit"),
+    Column("parts", pa.int32(), "1, or the number of parts that were processed alone before their outputs were merged"),
+    Column("attention", _TEXT, "stem or dense, as it ran for this document"),
+    Column("attention_reason", _TEXT, "why the attention is not the one asked for; empty if it is"),
+    Column("density", _REAL, "share of causal key blocks that prefill computed, over layers and heads; 1 is dense"),
+    Column("kernel", _TEXT, "implementation that ran"),
+    Column("queue_seconds", _REAL, "waiting in the worker for the tokeniser and the engine"),
+    Column("load_seconds", _REAL, "reading the document from its source"),
+    Column("tokenize_seconds", _REAL, "building the prompt and decoding the output"),
+    Column("prefill_seconds", _REAL, "engine steps that read the prompt"),
+    Column("decode_seconds", _REAL, "engine steps that wrote the output"),
+    Column("total_seconds", _REAL, "from the worker's taking the document to its result"),
+    Column(
+        "time_to_first_token", _REAL, "seconds from the engine's first step on the prompt to the first output token"
+    ),
+    Column("peak_gpu_bytes", _INT, "most GPU memory allocated while the document was in the engine; 0 on a CPU"),
+    Column("worker", _TEXT, "node and process that made the row"),
+    Column("gpu", _TEXT, "name of the device"),
+    Column("model", _TEXT, "path or hub id"),
+    Column("config_hash", _TEXT, "fingerprint of all settings that can change an output"),
+    Column("started_at", _TIME, "UTC"),
+    Column("finished_at", _TIME, "UTC"),
+)
+NAMES = tuple(column.name for column in COLUMNS)
+
+
+def result_schema(extra: Sequence[pa.Field] = ()) -> pa.Schema:
+    """The Parquet schema of results: COLUMNS, then the input's own columns.
+
+    Raises JobError if a kept column has the name of a result column.
+    """
+    for field in extra:
+        if field.name in NAMES:
+            raise JobError(
+                f"--keep-columns {field.name}: results have a column of that name; rename it or leave it out"
+            )
+    fields = [pa.field(c.name, c.type, c.nullable, metadata={"meaning": c.meaning}) for c in COLUMNS]
+    return pa.schema([*fields, *(pa.field(field.name, field.type) for field in extra)])
+
+
+def new_row(document_id: str, source: str, status: str, error: str = "", **values: Any) -> Row:
+    """A row with every other column null. Raises KeyError for an unknown column name or status."""
+    row: Row = dict.fromkeys(NAMES)
+    row |= {"document_id": document_id, "source": source, "status": status, "error": error, "attempts": 0}
+    if status not in STATUSES:
+        raise KeyError(status)
+    unknown = values.keys() - row.keys()
+    if unknown:
+        raise KeyError(sorted(unknown))
+    return row | values
+
+
+def utc_now() -> datetime:
+    """The present, in UTC."""
+    return datetime.now(UTC)
+
+
+def valid_text(text: str) -> str:
+    """`text` with what UTF-8 cannot hold (lone surrogates) spelled out as \\uXXXX."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode(errors="backslashreplace").decode()
+    return text
+
+
+def to_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
+    """Rows as a table of `schema`.
+
+    A row that does not fit the schema (a kept column of another type, say) becomes an error row, so that it cannot take
+    its neighbours with it.
+    """
+    clean = [
+        {key: valid_text(value) if isinstance(value, str) else value for key, value in row.items()} for row in rows
+    ]
+    try:
+        return pa.Table.from_pylist(clean, schema=schema)
+    except (pa.ArrowException, UnicodeError, TypeError, ValueError, OverflowError):
+        return pa.concat_tables([_single(row, schema) for row in clean]) if clean else schema.empty_table()
+
+
+def _single(row: Row, schema: pa.Schema) -> pa.Table:
+    try:
+        return pa.Table.from_pylist([row], schema=schema)
+    except (pa.ArrowException, UnicodeError, TypeError, ValueError, OverflowError) as error:
+        message = f"its row does not fit the result schema: {error}"
+        bad = new_row(row["document_id"], row["source"], "error", valid_text(" ".join(message.split()))[:500])
+        return pa.Table.from_pylist([bad | {"attempts": row["attempts"]}], schema=schema)

@@ -1,0 +1,244 @@
+"""Which document goes to which worker when, and who is to blame when one dies. Knows nothing of Ray."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from pipeline.errors import JobError
+from pipeline.records import Row, new_row, utc_now
+from pipeline.source import Document
+
+WorkerId = int
+EventKind = Literal["started", "start_failed", "result", "failed", "hung", "died"]
+# What a document is blamed with when its worker is lost in this way while it holds nothing else.
+BLAME = {"died": "worker_died", "failed": "error", "hung": "timeout"}
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that a worker did.
+
+    started: it takes documents; `info` says how many. start_failed: it never will; `reason`. result: `row` of
+    `document_id`. failed: its engine broke; hung: it does not answer; died: the process is gone. `reason` says more.
+    """
+
+    kind: EventKind
+    worker: WorkerId
+    document_id: str = ""
+    row: Row | None = None
+    reason: str = ""
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+class Pool(Protocol):
+    """Workers, wherever they run: Ray actors, or a simulation."""
+
+    def start(self) -> WorkerId:
+        """Begin to start a worker; an event tells when it is there."""
+        ...
+
+    def submit(self, worker: WorkerId, document: Document) -> None:
+        """Give a document to a started worker."""
+        ...
+
+    def wait(self, timeout: float) -> list[Event]:
+        """Events since the last call; waits up to `timeout` seconds for the first."""
+        ...
+
+    def kill(self, worker: WorkerId) -> None:
+        """End a worker; no more events come from it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of a run. Times in seconds.
+
+    max_attempts: times a document may end its worker before it is given up, counting the first, shared one.
+    start_tries: failed starts in a row after which the job ends. hang_after: a document is out so long with no sign of
+    life, then its worker is killed; 0 never. ahead: documents that a worker holds beyond those it decodes.
+    """
+
+    workers: int
+    max_attempts: int = 3
+    start_tries: int = 3
+    hang_after: float = 0.0
+    ahead: int = 2
+
+
+@dataclass
+class Job:
+    """A document on its way. attempts: times given to a worker. shared: this time it is not alone in its worker."""
+
+    document: Document
+    attempts: int = 0
+    shared: bool = False
+    sent_at: float = 0.0
+
+
+@dataclass
+class WorkerState:
+    """A worker as the scheduler sees it. capacity 0: not started. alone: it holds a suspect and gets nothing else."""
+
+    capacity: int = 0
+    jobs: dict[str, Job] = field(default_factory=dict)
+    alone: bool = False
+
+
+class StopRequestedError(Exception):
+    """The run was asked to stop; what was finished has been handed over."""
+
+
+class Scheduler:
+    """Gives documents to workers in the order they come and hands every document's row to `done` exactly once.
+
+    Memory: it holds the documents that are out, the suspects, and nothing of what is finished or still to come.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        documents: Iterator[Document],
+        count: int,
+        limits: Limits,
+        done: Callable[[Row, Document], None],
+        *,
+        tick: Callable[[], None] = lambda: None,
+        should_stop: Callable[[], bool] = lambda: False,
+        log: Callable[[str], None] = lambda message: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._pool = pool
+        self._documents = documents
+        self._to_come = count
+        self._limits = limits
+        self._done = done
+        self._tick = tick
+        self._should_stop = should_stop
+        self._log = log
+        self._clock = clock
+        self._workers: dict[WorkerId, WorkerState] = {}
+        self._suspects: deque[Job] = deque()
+        self._failed_starts = 0
+        self.started: dict[WorkerId, dict[str, Any]] = {}
+
+    def run(self) -> None:
+        """Work until every document has its row. Raises JobError if no worker can start, StopRequestedError on request."""
+        while self._left:
+            if self._should_stop():
+                raise StopRequestedError
+            self._staff()
+            self._dispatch()
+            for event in self._pool.wait(0.2):
+                self._handle(event)
+            self._end_hangs()
+            self._tick()
+
+    @property
+    def in_flight(self) -> int:
+        """Documents that workers hold."""
+        return sum(len(state.jobs) for state in self._workers.values())
+
+    @property
+    def _left(self) -> int:
+        return self._to_come + len(self._suspects) + self.in_flight
+
+    def _staff(self) -> None:
+        """Start workers up to the number wanted, never more than documents are left."""
+        wanted = min(self._limits.workers, self._left)
+        if self._failed_starts >= self._limits.start_tries and self._workers:
+            return  # go on with those that run
+        while len(self._workers) < wanted:
+            self._workers[self._pool.start()] = WorkerState()
+
+    def _dispatch(self) -> None:
+        """One document at a time to the worker that holds fewest, so that none hoards what another could do."""
+        ready = {worker: state for worker, state in self._workers.items() if state.capacity}
+        for worker, state in ready.items():
+            if self._suspects and not state.jobs:
+                state.alone = True
+                self._send(worker, state, self._suspects.popleft())
+        open_ = {worker: state for worker, state in ready.items() if not state.alone}
+        while self._to_come and open_:
+            fair = -(-self._left // len(self._workers))
+            worker, state = min(open_.items(), key=lambda item: len(item[1].jobs))
+            if len(state.jobs) >= min(state.capacity, fair):
+                return
+            self._to_come -= 1
+            self._send(worker, state, Job(next(self._documents)))
+
+    def _send(self, worker: WorkerId, state: WorkerState, job: Job) -> None:
+        job.attempts += 1
+        job.sent_at = self._clock()
+        job.shared = bool(state.jobs)
+        for other in state.jobs.values():
+            other.shared = True
+        state.jobs[job.document.document_id] = job
+        self._pool.submit(worker, job.document)
+
+    def _handle(self, event: Event) -> None:
+        state = self._workers.get(event.worker)
+        if state is None:
+            return  # of a worker that was given up in the meantime
+        if event.kind == "started":
+            state.capacity = int(event.info["max_live"]) + self._limits.ahead
+            self._failed_starts = 0
+            self.started[event.worker] = event.info
+        elif event.kind == "start_failed":
+            self._start_failed(event)
+        elif event.kind == "result":
+            self._result(state, event)
+        else:
+            self._lost(event.worker, state, event.reason, BLAME[event.kind])
+
+    def _result(self, state: WorkerState, event: Event) -> None:
+        job = state.jobs.pop(event.document_id)
+        state.alone = False
+        assert event.row is not None
+        if event.row["status"] in ("oom", "timeout") and job.shared:
+            self._suspects.append(job)  # its neighbours may be why: it gets a try alone
+        else:
+            self._finish(event.row, job.document, job.attempts)
+
+    def _lost(self, worker: WorkerId, state: WorkerState, reason: str, status: str) -> None:
+        """Give a worker up. What it held is tried again, each document alone, until one is lost alone too often."""
+        self._pool.kill(worker)
+        del self._workers[worker]
+        jobs = list(state.jobs.values())
+        self._log(f"worker {worker} lost with {len(jobs)} documents: {reason}")
+        # A hang costs a whole deadline, so one alone is proof enough.
+        if len(jobs) == 1 and (jobs[0].attempts >= self._limits.max_attempts or status == "timeout"):
+            document, attempts = jobs[0].document, jobs[0].attempts
+            times = f"each of {attempts} attempts, in the last it was alone" if attempts > 1 else "its only attempt"
+            what = f"its worker was lost in {times}: {reason}"
+            self._finish(
+                new_row(document.document_id, document.source, status, what, finished_at=utc_now()), document, attempts
+            )
+        else:
+            self._suspects.extend(jobs)
+
+    def _start_failed(self, event: Event) -> None:
+        self._pool.kill(event.worker)
+        del self._workers[event.worker]
+        self._failed_starts += 1
+        self._log(f"a worker could not start ({self._failed_starts}): {event.reason}")
+        if self._failed_starts >= self._limits.start_tries and not any(s.capacity for s in self._workers.values()):
+            raise JobError(f"no worker could start in {self._failed_starts} tries; the last reason: {event.reason}")
+
+    def _end_hangs(self) -> None:
+        if not self._limits.hang_after:
+            return
+        now = self._clock()
+        for worker, state in list(self._workers.items()):
+            late = [job for job in state.jobs.values() if now - job.sent_at > self._limits.hang_after]
+            if late:
+                reason = f"no answer {self._limits.hang_after:g} s after it got {late[0].document.document_id!r}"
+                self._lost(worker, state, reason, BLAME["hung"])
+
+    def _finish(self, row: Row, document: Document, attempts: int) -> None:
+        row["attempts"] = attempts
+        self._done(row, document)

@@ -1,0 +1,215 @@
+"""Result rows to Parquet part files, and back."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.errors import JobError, one_line
+from pipeline.records import Row, to_table
+from pipeline.store import Store
+
+PREFIX, SUFFIX = "part-", ".parquet"
+JOURNAL = "compaction.json"
+COMPACT_ROWS = 100_000
+COMPACT_BYTES = 256 << 20
+COMPACT_ABOVE = 100
+
+
+class Sink:
+    """The one writer of a job: collects rows and writes them as part files that appear whole.
+
+    A row counts as done when its part file is there; there is no other record of it. Call `tick` often: it writes when
+    `flush_documents` rows wait or the oldest has waited `flush_seconds`.
+    """
+
+    def __init__(
+        self, store: Store, schema: pa.Schema, *, flush_documents: int, flush_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self._store = store
+        self._schema = schema
+        self._flush_documents = flush_documents
+        self._flush_seconds = flush_seconds
+        self._clock = clock
+        self._rows: list[Row] = []
+        self._oldest = 0.0
+        heads = [name[len(PREFIX) :].split("-")[0] for name in part_names(store)]
+        numbers = [int(head) for head in heads if head.isdecimal()]
+        self._next = max(numbers, default=-1) + 1
+        self.rows_written = 0
+
+    def add(self, row: Row) -> None:
+        """Take a finished row."""
+        if not self._rows:
+            self._oldest = self._clock()
+        self._rows.append(row)
+        self.tick()
+
+    def tick(self) -> None:
+        """Write if it is time to."""
+        if self._rows and (
+            len(self._rows) >= self._flush_documents or self._clock() - self._oldest >= self._flush_seconds
+        ):
+            self.flush()
+
+    def flush(self) -> None:
+        """Write all rows that wait. Raises JobError if that fails; the rows are then not done."""
+        if not self._rows:
+            return
+        table = to_table(self._rows, self._schema)
+        self._store.write(f"{PREFIX}{self._next:06d}-{secrets.token_hex(4)}{SUFFIX}", encode(table))
+        self._next += 1
+        self.rows_written += len(self._rows)
+        self._rows = []
+
+
+def encode(table: pa.Table) -> pa.Buffer:
+    """A table as the bytes of a Parquet file."""
+    stream = pa.BufferOutputStream()
+    pq.write_table(table, stream, compression="zstd")
+    return stream.getvalue()
+
+
+def part_names(store: Store) -> list[str]:
+    """Names of the part files that count: all but those that an interrupted merge has already replaced."""
+    names = store.list(PREFIX, SUFFIX)
+    journal = _journal(store)
+    if journal and journal["merged"] in names:
+        replaced = set(journal["replaced"])
+        names = [name for name in names if name not in replaced]
+    return names
+
+
+def _journal(store: Store) -> dict | None:
+    data = store.read(JOURNAL)
+    if data is None:
+        return None
+    try:
+        journal = json.loads(data)
+        return {"merged": str(journal["merged"]), "replaced": list(journal["replaced"])}
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def recover(store: Store) -> list[str]:
+    """Bring the folder to a clean state under the lock: finish or undo a merge, set damaged parts aside.
+
+    Returns messages about what was found.
+    """
+    store.clear_temporary()
+    journal = _journal(store)
+    if journal:
+        names = store.list(PREFIX, SUFFIX)
+        if journal["merged"] in names:
+            for name in journal["replaced"]:
+                store.delete(name)
+    store.delete(JOURNAL)
+    messages = []
+    for name in part_names(store):
+        try:
+            with store.filesystem.open_input_file(store.path(name)) as file:
+                pq.ParquetFile(file).read(["document_id"])
+        except (OSError, pa.ArrowException, KeyError) as error:
+            store.rename(name, name + ".damaged")
+            messages.append(f"{name} is damaged ({one_line(error, 120)}); set aside, its documents are done again")
+    return messages
+
+
+def read_columns(store: Store, columns: Sequence[str]) -> pa.Table:
+    """Some columns of all results."""
+    tables = []
+    for name in part_names(store):
+        with store.filesystem.open_input_file(store.path(name)) as file:
+            tables.append(pq.read_table(file, columns=list(columns)))
+    if not tables:
+        return pa.table({name: pa.array([], pa.string()) for name in columns})
+    return pa.concat_tables(tables, promote_options="default")
+
+
+def done_ids(store: Store) -> pa.Array:
+    """Ids that have a row. Raises JobError if one has two (parts that were copied in by hand)."""
+    ids = read_columns(store, ["document_id"]).column("document_id").combine_chunks()
+    if len(ids) != len(pc.unique(ids)):
+        counts = pc.value_counts(ids)
+        twice = pc.filter(counts.field("values"), pc.greater(counts.field("counts"), 1)).to_pylist()
+        raise JobError(
+            f"--output {store.name}: {len(twice)} documents have more than one row, e.g. {twice[0]!r}; "
+            "remove the doubled part files"
+        )
+    return ids
+
+
+def drop_rows(store: Store, keep: Callable[[pa.Table], pa.Array]) -> int:
+    """Rewrite the parts without the rows for which `keep` is false; how many those were.
+
+    Each part is replaced in one step, so that an interruption leaves every remaining document with its one row.
+    """
+    dropped = 0
+    for name in part_names(store):
+        data = store.read(name)
+        table = pq.read_table(pa.BufferReader(data))
+        left = table.filter(keep(table))
+        if left.num_rows == table.num_rows:
+            continue
+        dropped += table.num_rows - left.num_rows
+        if left.num_rows:
+            store.write(name, encode(left))
+        else:
+            store.delete(name)
+    return dropped
+
+
+def compact(store: Store) -> int:
+    """Merge part files, up to 100,000 rows or 256 MiB each; the number of parts afterwards.
+
+    A journal names what a merged file replaces, so that an interruption at any point neither loses nor doubles a row.
+    """
+    group: list[str] = []
+    rows = size = 0
+    for name in [*part_names(store), ""]:
+        info = pq.read_metadata(store.path(name), filesystem=store.filesystem) if name else None
+        bytes_ = store.filesystem.get_file_info(store.path(name)).size if name else 0
+        if group and (info is None or rows + info.num_rows > COMPACT_ROWS or size + bytes_ > COMPACT_BYTES):
+            _merge(store, group)
+            group, rows, size = [], 0, 0
+        if info is not None:
+            group, rows, size = [*group, name], rows + info.num_rows, size + bytes_
+    return len(part_names(store))
+
+
+def _merge(store: Store, names: list[str]) -> None:
+    if len(names) < 2:
+        return
+    tables = [pq.read_table(pa.BufferReader(store.read(name))) for name in names]
+    merged = f"{names[0].removesuffix(SUFFIX).rpartition('-')[0]}-{secrets.token_hex(4)}{SUFFIX}"
+    store.write(JOURNAL, json.dumps({"merged": merged, "replaced": names}).encode())
+    store.write(merged, encode(pa.concat_tables(tables)))
+    for name in names:
+        store.delete(name)
+    store.delete(JOURNAL)
+
+
+def read_results(output: str | Path | Iterable[str | Path], columns: Sequence[str] | None = None) -> pa.Table:
+    """The results in one output folder or in several (shards of one job) as a table, one row a document.
+
+    Raises JobError if a folder holds no results.
+    """
+    folders = [output] if isinstance(output, str | Path) else list(output)
+    tables = []
+    for folder in folders:
+        store = Store(str(folder))
+        names = part_names(store)
+        if not names:
+            raise JobError(f"{store.name} holds no results (no {PREFIX}*{SUFFIX} files)")
+        for name in names:
+            with store.filesystem.open_input_file(store.path(name)) as file:
+                tables.append(pq.read_table(file, columns=list(columns) if columns else None))
+    return pa.concat_tables(tables, promote_options="default")

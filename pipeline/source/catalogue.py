@@ -1,0 +1,186 @@
+"""The list of documents: ids, places and sizes, a few dozen bytes a document; never the texts."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.errors import JobError
+from pipeline.records import valid_text
+from pipeline.source.files import SourceFile
+
+
+@dataclass(frozen=True)
+class Locator:
+    """Where a worker finds a document.
+
+    start, length: byte offset and bytes of the line (jsonl; of the decompressed stream where compressed), row group and
+    row inside it (parquet), 0 and file size (text).
+    """
+
+    filesystem: str
+    path: str
+    kind: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document. size_bytes: of its text, as well as the listing knows. error: why it cannot be read, if so."""
+
+    document_id: str
+    source: str
+    locator: Locator
+    size_bytes: int
+    error: str = ""
+
+
+class Catalogue:
+    """Documents as columns. Rows are addressed by position; `order` says in which order to process them."""
+
+    def __init__(
+        self, files: list[SourceFile], ids: pa.Array, columns: np.ndarray, errors: dict[int, str], kept: list[pa.Field]
+    ) -> None:
+        self.files = files
+        self.ids = ids
+        self.columns = columns  # int64 [documents, 5]: file, start, length, size, line or row for people
+        self.errors = errors
+        self.kept = kept
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all texts together."""
+        return int(self.columns[:, 3].sum())
+
+    def document(self, position: int) -> Document:
+        """The document at `position`."""
+        file_index, start, length, size, number = (int(x) for x in self.columns[position])
+        file = self.files[file_index]
+        locator = Locator(file.filesystem, file.path, file.kind, start, length)
+        return Document(self.ids[position].as_py(), place(file, number), locator, size, self.errors.get(position, ""))
+
+    def select(self, keep: np.ndarray) -> Catalogue:
+        """The documents where `keep` (bool [documents]) is true."""
+        positions = np.flatnonzero(keep)
+        moved = {old: new for new, old in enumerate(positions.tolist()) if old in self.errors} if self.errors else {}
+        errors = {moved[old]: text for old, text in self.errors.items() if old in moved}
+        return Catalogue(self.files, self.ids.take(pa.array(positions)), self.columns[positions], errors, self.kept)
+
+    def without(self, done: pa.Array) -> Catalogue:
+        """The documents whose ids are not in `done`."""
+        mask = pc.is_in(self.ids, value_set=done.cast(pa.large_string()))
+        return self.select(~mask.to_numpy(zero_copy_only=False))
+
+    def order(self) -> np.ndarray:
+        """Positions, longest first, int64 [documents].
+
+        Lengths within a factor of two count as equal; among equals the place in the input decides, so that a worker
+        which reads a compressed file or a large row group finds the next document close by.
+        """
+        size = np.maximum(self.columns[:, 3], 1)
+        octave = np.floor(np.log2(size)).astype(np.int64)
+        return np.lexsort((self.columns[:, 2], self.columns[:, 1], self.columns[:, 0], -octave))
+
+    def documents(self) -> Iterator[Document]:
+        """All documents, longest first."""
+        for position in self.order():
+            yield self.document(int(position))
+
+
+def place(file: SourceFile, number: int) -> str:
+    """A document's source for people: file name, and line (from 1) or row (from 0)."""
+    if file.kind == "text" or number < 0:
+        return file.name
+    return f"{file.name} {'row' if file.kind == 'parquet' else 'line'} {number}"
+
+
+class CatalogueBuilder:
+    """Collects documents file by file."""
+
+    def __init__(self, text_column: str, id_column: str | None, keep_columns: tuple[str, ...]) -> None:
+        self.text_column = text_column
+        self.id_column = id_column
+        self.keep_columns = keep_columns
+        self.files: list[SourceFile] = []
+        self.kept: dict[str, pa.DataType] = {}
+        self.kept_from: dict[str, str] = {}
+        self.broken_files = 0
+        self._ids: list[str] = []
+        self._values = array("q")
+        self._errors: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def start_file(self, file: SourceFile) -> None:
+        """Documents added from now on are in `file`."""
+        self.files.append(file)
+
+    def add(self, document_id: str, start: int, length: int, size: int, number: int = -1, error: str = "") -> None:
+        """A document of the current file; `error` marks it as unreadable."""
+        if error:
+            self._errors[len(self._ids)] = error
+        self._ids.append(valid_text(document_id))
+        self._values.extend((len(self.files) - 1, start, length, size, number))
+
+    def add_broken_file(self, reason: str, number: int = -1) -> None:
+        """The current file cannot be read (from line `number` on); one error row stands for what is lost."""
+        self.broken_files += 1
+        label = self.files[-1].label
+        self.add(label if number < 0 else f"{label}:{number}", 0, 0, 0, number, reason)
+
+    def keep(self, name: str, kind: pa.DataType) -> None:
+        """Record the type of a kept column. Raises JobError if another file has another type."""
+        file = self.files[-1].name
+        if self.kept.setdefault(name, kind) != kind:
+            raise JobError(
+                f"--keep-columns {name}: {self.kept[name]} in {self.kept_from[name]}, but {kind} in {file}; "
+                "one type is needed"
+            )
+        self.kept_from.setdefault(name, file)
+
+    def build(self) -> Catalogue:
+        """The catalogue. Raises JobError if ids occur twice."""
+        columns = np.frombuffer(self._values, dtype=np.int64).reshape(-1, 5).copy()
+        ids = pa.array(self._ids, pa.large_string())
+        self._ids = []
+        kept = [pa.field(name, self.kept[name]) for name in self.keep_columns if name in self.kept]
+        catalogue = Catalogue(self.files, ids, columns, self._errors, kept)
+        refuse_duplicates(catalogue)
+        return catalogue
+
+
+def refuse_duplicates(catalogue: Catalogue) -> None:
+    """Raise JobError, naming the ids and where they stand, if ids occur more than once."""
+    counts = pc.value_counts(catalogue.ids)
+    twice = pc.filter(counts.field("values"), pc.greater(counts.field("counts"), 1))
+    if not len(twice):
+        return
+    named = []
+    for value in twice[:3].to_pylist():
+        positions = np.flatnonzero(pc.equal(catalogue.ids, value).to_numpy(zero_copy_only=False))[:3]
+        named.append(f"{value!r} ({', '.join(catalogue.document(int(p)).source for p in positions)})")
+    more = f" and {len(twice) - 3} more" if len(twice) > 3 else ""
+    raise JobError(
+        f"{len(twice)} document ids occur more than once: {'; '.join(named)}{more}; "
+        "remove the repeats or name a column of unique ids with --id-column"
+    )
+
+
+def in_shard(ids: Iterable[str], index: int, count: int) -> np.ndarray:
+    """bool [documents]: whether a document falls into share `index` of `count`, by a hash of its id."""
+
+    def share(document_id: str) -> int:
+        return int.from_bytes(hashlib.blake2b(document_id.encode(), digest_size=8).digest(), "big") % count
+
+    return np.fromiter((share(x) == index for x in ids), dtype=bool)

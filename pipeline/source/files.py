@@ -1,0 +1,192 @@
+"""Which files an input names, on this machine or in an object store, through pyarrow's filesystems."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pyarrow import ArrowException
+from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem
+
+from pipeline.errors import JobError, one_line
+
+KINDS = {
+    ".parquet": "parquet",
+    ".jsonl": "jsonl", ".ndjson": "jsonl",
+    ".jsonl.gz": "jsonl.gz", ".ndjson.gz": "jsonl.gz",
+    ".jsonl.zst": "jsonl.zst", ".ndjson.zst": "jsonl.zst",
+    ".txt": "text", ".md": "text",
+}  # fmt: skip
+_WILDCARD = re.compile(r"[*?\[]")
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of documents.
+
+    filesystem: URI that pyarrow opens the filesystem by; "" is this machine's. path: inside that filesystem.
+    label: short name that document ids are made of. name: for people; without credentials or query.
+    """
+
+    filesystem: str
+    path: str
+    label: str
+    name: str
+    kind: str
+    size: int
+    modified_ns: int
+
+
+@lru_cache(maxsize=16)
+def open_filesystem(uri: str) -> FileSystem:
+    """The filesystem of SourceFile.filesystem."""
+    return FileSystem.from_uri(uri)[0] if uri else LocalFileSystem()
+
+
+def is_remote(location: str) -> bool:
+    """Whether a location names an object store or another URI rather than a path."""
+    return "://" in location and not location.startswith("file://")
+
+
+def split_location(location: str) -> tuple[str, str, str]:
+    """(filesystem URI or "", path or pattern inside it, prefix that makes such a path a name again).
+
+    Raises JobError if the URI cannot be understood.
+    """
+    if location.startswith("file://"):
+        location = location.removeprefix("file://")
+    if not is_remote(location):
+        return "", str(Path(location).expanduser().absolute()), ""
+    scheme, _, rest = location.partition("://")
+    pattern = rest
+    wild = _WILDCARD.search(rest.partition("?")[0])
+    query = ""
+    if "?" in rest:  # a query holds the endpoint or region; a "?" wildcard is not available in URIs
+        pattern, _, query = rest.partition("?")
+    base = pattern[: wild.start()].rpartition("/")[0] if wild else pattern
+    uri = f"{scheme}://{base}" + (f"?{query}" if query else "")
+    try:
+        _, path = FileSystem.from_uri(uri)
+    except (ArrowException, OSError, ValueError, NotImplementedError) as error:
+        raise JobError(f"{safe_name(location)}: cannot be opened: {one_line(error)}") from None
+    tail = pattern[len(base) :] if wild else ""
+    return uri, path + tail, scheme + "://"
+
+
+def safe_name(location: str) -> str:
+    """A location without credentials and query, for messages and rows."""
+    if not is_remote(location):
+        return location
+    parts = urlsplit(location)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def find_files(locations: tuple[str, ...]) -> tuple[list[SourceFile], list[str]]:
+    """All files that the inputs name, and the names of files that were passed over for their suffix.
+
+    Raises JobError for an input that does not exist, cannot be listed or holds no documents.
+    """
+    found: list[SourceFile] = []
+    ignored: list[str] = []
+    for location in locations:
+        try:
+            files, passed = _find(location)
+        except (ArrowException, OSError) as error:
+            raise JobError(f"--input {safe_name(location)}: cannot be listed: {one_line(error)}") from None
+        if not files:
+            what = f"only files of other kinds ({', '.join(sorted(passed)[:3])})" if passed else "no files"
+            raise JobError(f"--input {safe_name(location)}: holds {what}; expected {', '.join(KINDS)}")
+        found += files
+        ignored += passed
+    return found, ignored
+
+
+def _find(location: str) -> tuple[list[SourceFile], list[str]]:
+    uri, path, prefix = split_location(location)
+    filesystem = open_filesystem(uri)
+    info = filesystem.get_file_info(path)
+    if info.type == FileType.File:
+        kind = kind_of(path)
+        if kind is None:
+            raise JobError(f"--input {safe_name(location)}: its kind is not known; expected {', '.join(KINDS)}")
+        return [_source_file(uri, info, info.base_name, prefix, kind)], []
+    if info.type == FileType.Directory:
+        base, wanted = path.rstrip("/"), None
+    elif _WILDCARD.search(path):
+        base = path[: _WILDCARD.search(path).start()].rpartition("/")[0]  # type: ignore[union-attr]
+        wanted = re.compile(glob_regex(path))
+        if filesystem.get_file_info(base).type != FileType.Directory:
+            raise JobError(f"--input {safe_name(location)}: the folder {base} does not exist")
+    else:
+        raise JobError(f"--input {safe_name(location)}: does not exist; give a file, a folder or a glob")
+    files, passed = [], []
+    for item in _walk(filesystem, base):
+        if wanted and not wanted.fullmatch(item.path):
+            continue
+        kind = kind_of(item.path)
+        if kind is None:
+            passed.append(item.base_name)
+        else:
+            files.append(_source_file(uri, item, item.path[len(base) :].lstrip("/"), prefix, kind))
+    if wanted and not files and not passed:
+        raise JobError(f"--input {safe_name(location)}: no file matches")
+    return sorted(files, key=lambda file: file.path), passed
+
+
+def _walk(filesystem: FileSystem, base: str) -> Iterator[FileInfo]:
+    for info in filesystem.get_file_info(FileSelector(base, recursive=True)):
+        hidden = any(part.startswith(".") for part in info.path[len(base) :].split("/"))
+        if info.type == FileType.File and not hidden:
+            yield info
+
+
+def kind_of(path: str) -> str | None:
+    """The kind by suffix, or None."""
+    name = path.rpartition("/")[2].lower()
+    return next((kind for suffix, kind in KINDS.items() if name.endswith(suffix)), None)
+
+
+def glob_regex(pattern: str) -> str:
+    """A glob as a regular expression over whole paths: * and ? stay inside a folder, **/ crosses folders."""
+    out, i = "", 0
+    while i < len(pattern):
+        if pattern.startswith("**/", i):
+            out, i = out + "(?:[^/]+/)*", i + 3
+        elif pattern.startswith("**", i):
+            out, i = out + ".*", i + 2
+        elif pattern[i] == "*":
+            out, i = out + "[^/]*", i + 1
+        elif pattern[i] == "?":
+            out, i = out + "[^/]", i + 1
+        elif pattern[i] == "[" and (end := pattern.find("]", i + 2)) > 0:
+            body = pattern[i + 1 : end].replace("\\", "\\\\")
+            out, i = out + "[" + ("^" + body[1:] if body[0] in "!^" else body) + "]", end + 1
+        else:
+            out, i = out + re.escape(pattern[i]), i + 1
+    return out
+
+
+def _source_file(uri: str, info: FileInfo, label: str, prefix: str, kind: str) -> SourceFile:
+    return SourceFile(uri, info.path, label, prefix + info.path, kind, info.size, info.mtime_ns or 0)
+
+
+_WHOLE = 8 << 20
+_SAMPLE = 64 << 10
+
+
+def content_stamp(filesystem: FileSystem, path: str, size: int) -> str:
+    """A hash of a file: of all of it up to 8 MiB, beyond of its size and 64 evenly spread pieces of 64 KiB."""
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    with filesystem.open_input_file(path) as file:
+        if size <= _WHOLE:
+            digest.update(file.read())
+        else:
+            for i in range(64):
+                file.seek((size - _SAMPLE) * i // 63)
+                digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()

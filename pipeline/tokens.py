@@ -1,0 +1,187 @@
+"""A model's tokenizer, with a second way to encode: as data, in which control tokens do not exist."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import DocumentError, JobError, one_line
+
+
+def load_tokens(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Tokens:
+    """The tokenizer of a model folder or hub id. Raises JobError if there is none or it cannot be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises many kinds for a missing or damaged tokenizer
+        raise JobError(f"--model {model}: its tokenizer cannot be loaded: {one_line(error)}") from None
+    return Tokens(tokenizer)
+
+
+class Tokens:
+    """Encodes templates with control tokens and documents without.
+
+    A control token is every added token that is special or written in brackets (<...>, [...]); added tokens that are
+    plain words or white space are part of the language. Works over `tokenizers` backends and over Python tokenizers.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        self.control = {i: str(token) for i, token in added.items() if token.special or _bracketed(str(token))}
+        self.control |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+        # Unknown characters give the unknown token; that is no control over anything.
+        unknown = getattr(tokenizer, "unk_token_id", None)
+        self._forbidden = np.array(sorted(i for i in self.control if i != unknown), dtype=np.int64)
+        strings = sorted({s for s in self.control.values() if s}, key=len, reverse=True)
+        self._swallow_right = {str(token) for token in added.values() if token.rstrip}
+        self._swallow_left = {str(token) for token in added.values() if token.lstrip}
+        self._pattern = re.compile("|".join(map(re.escape, strings))) if strings else None
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._data = _data_backend(backend, set(self.control.values())) if backend is not None else None
+        self.eos_ids = tuple({i for i in [tokenizer.eos_token_id] if i is not None})
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model is a chat model."""
+        return bool(getattr(self._tokenizer, "chat_template", None))
+
+    def render_chat(self, message: str, args: Mapping[str, Any]) -> str:
+        """The user message in the model's chat template, up to where the answer starts; as it is where there is none.
+
+        Raises JobError if the template fails.
+        """
+        if not self.has_chat_template:
+            if args:
+                raise JobError("--chat-template-args: the model has no chat template")
+            return message
+        messages = [{"role": "user", "content": message}]
+        try:
+            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **args)
+        except Exception as error:  # templates raise Jinja errors of many kinds
+            raise JobError(f"the model's chat template failed: {one_line(error)}") from None
+
+    def last_control(self, text: str) -> int:
+        """Where the last control token in `text` ends, with the white space that it swallows; 0 if there is none."""
+        end = 0
+        for match in self._pattern.finditer(text) if self._pattern else ():
+            end = match.end()
+            if match.group() in self._swallow_right:
+                end += len(text[end:]) - len(text[end:].lstrip())
+        return end
+
+    def first_control(self, text: str) -> int:
+        """Where the first control token in `text` starts, with the white space that it swallows; its length if none."""
+        match = self._pattern.search(text) if self._pattern else None
+        if match is None:
+            return len(text)
+        return len(text[: match.start()].rstrip()) if match.group() in self._swallow_left else match.start()
+
+    def encode_template(self, text: str, *, starts: bool) -> np.ndarray:
+        """int32 ids of trusted text, control tokens included.
+
+        starts: it stands at the prompt's start; without a chat template the tokenizer's own opening tokens come first.
+        """
+        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        if starts and not self.has_chat_template:
+            ids = self._opening() + ids
+        return np.asarray(ids, dtype=np.int32)
+
+    def _opening(self) -> list[int]:
+        plain = self._tokenizer("a", add_special_tokens=False)["input_ids"]
+        whole = self._tokenizer("a")["input_ids"]
+        for i in range(len(whole) - len(plain) + 1):
+            if whole[i : i + len(plain)] == plain:
+                return whole[:i]
+        return []
+
+    def encode_data(self, text: str) -> np.ndarray:
+        """int32 ids of untrusted text; no control token is among them. Raises DocumentError."""
+        ids = self._encode(text)
+        if not np.isin(ids, self._forbidden).any():
+            return ids
+        # The vocabulary itself holds a control string as a word: cut those strings open, so that none is left to find.
+        pieces: list[str] = []
+        position = 0
+        for match in self._pattern.finditer(text) if self._pattern else ():
+            pieces += [text[position : match.start() + 1]]
+            position = match.start() + 1
+        ids = np.concatenate([self._encode(piece) for piece in [*pieces, text[position:]] if piece])
+        found = np.intersect1d(ids, self._forbidden)
+        if len(found):
+            raise DocumentError(
+                f"its text encodes to the control token {self.control[int(found[0])]!r}; "
+                "the tokenizer cannot tell them apart"
+            )
+        return ids
+
+    def _encode(self, text: str) -> np.ndarray:
+        if self._data is not None:
+            ids = self._data.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        else:
+            ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return np.asarray(ids, dtype=np.int32)
+
+    def span(self, left: str, text: str, right: str) -> tuple[int, int]:
+        """[first, last) tokens of encode_data(left + text + right) that hold characters of `text` alone."""
+        if self._data is None:
+            return len(self._encode(left)), len(self._encode(left + text))
+        encoding = self._data.encode(left + text + right, add_special_tokens=False)
+        low, high = len(left), len(left) + len(text)
+        first = next((t for c in range(low, high) if (t := encoding.char_to_token(c)) is not None), 0)
+        last = next((t for c in range(high - 1, low - 1, -1) if (t := encoding.char_to_token(c)) is not None), first)
+        if first and encoding.token_to_chars(first)[0] < low:
+            first += 1
+        return first, last + 1 if encoding.token_to_chars(last)[1] <= high else last
+
+    def prefix_chars(self, text: str, tokens: int) -> int:
+        """Characters of `text` that its first `tokens` tokens hold; all of them if it has no more tokens."""
+        if self._data is None:
+            ids = self._encode(text)
+            return len(text) if len(ids) <= tokens else max(1, len(self.decode(ids[:tokens].tolist())))
+        encoding = self._data.encode(text[: tokens * 64], add_special_tokens=False)
+        if len(encoding) <= tokens:
+            return min(len(text), tokens * 64)
+        return next(
+            (chars[1] for i in range(tokens - 1, -1, -1) if (chars := encoding.token_to_chars(i)) and chars[1]), 1
+        )
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of generated tokens, control tokens left out."""
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _bracketed(token: str) -> bool:
+    text = token.strip()
+    return len(text) > 2 and (text[0] + text[-1]) in ("<>", "[]", "｟｠")
+
+
+def _data_backend(backend: Any, control: set[str]) -> Any:
+    """A copy of a `tokenizers` tokenizer that reads every string in `control` as plain text."""
+    spec = json.loads(backend.to_str())
+    for token in spec["added_tokens"]:
+        token["special"] = token["content"] in control
+    spec["post_processor"] = None
+    spec["truncation"] = spec["padding"] = None
+    if control:
+        _never_prefix(spec.get("pre_tokenizer"))
+    copied = type(backend).from_str(json.dumps(spec))
+    copied.encode_special_tokens = True
+    return copied
+
+
+def _never_prefix(node: Any) -> None:
+    # "first" puts a space before the very first word only; the document stands behind the template's opening tokens.
+    if isinstance(node, dict):
+        if node.get("prepend_scheme") == "first":
+            node["prepend_scheme"] = "never"
+        for value in node.values():
+            _never_prefix(value)
+    elif isinstance(node, list):
+        for value in node:
+            _never_prefix(value)

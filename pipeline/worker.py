@@ -1,0 +1,284 @@
+"""One engine in a process of its own: takes documents, gives back rows."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+
+import pyarrow as pa
+
+from pipeline.engine.config import Completion, EngineConfig, Request, Sampling
+from pipeline.errors import DocumentError, JobError, one_line
+from pipeline.imports import check_kernels
+from pipeline.loop import EngineBrokenError, EngineLike, EngineLoop
+from pipeline.prompts import Prompt, PromptBuilder, Task
+from pipeline.records import Row, new_row, utc_now
+from pipeline.source import Document, DocumentReader
+from pipeline.tokens import load_tokens
+
+T = TypeVar("T")
+# How long after its deadline a document may still hold the reader or the engine before the worker counts as hung.
+GRACE_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """All that a worker needs to know. threads: for torch on a CPU; 0 leaves its default. deadline: seconds; 0 none.
+
+    model_name: what the rows call the model. engine_factory: "module:name" of a callable EngineConfig -> engine.
+    """
+
+    engine: EngineConfig
+    task: Task
+    too_long: str
+    max_new_tokens: int
+    sampling: Sampling
+    text_column: str
+    model_name: str
+    config_hash: str
+    template_args: Mapping[str, Any] | None = None
+    kept: tuple[pa.Field, ...] = ()
+    deadline: float = 0.0
+    grace: float = GRACE_SECONDS
+    threads: int = 0
+    engine_factory: str = "pipeline.engine:Engine"
+
+
+@dataclass
+class Meter:
+    """What a document has cost so far, all its parts together. Seconds and tokens."""
+
+    load: float = 0.0
+    tokenize: float = 0.0
+    queue: float = 0.0
+    truncated: int = 0
+    parts: int = 1
+    completions: list[Completion] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+
+    def columns(self) -> dict[str, Any]:
+        """The row columns that follow from it."""
+        values: dict[str, Any] = {
+            "queue_seconds": self.queue + sum(c.queue_seconds for c in self.completions),
+            "load_seconds": self.load,
+            "tokenize_seconds": self.tokenize,
+            "truncated_tokens": self.truncated,
+            "parts": self.parts,
+        }
+        if not self.completions:
+            return values
+        done, first = self.completions, self.completions[0]
+        tokens = sum(c.prompt_tokens for c in done)
+        sparse = [c for c in done if c.attention == "stem"]
+        told = sparse[0] if sparse else first
+        return values | {
+            "prompt_tokens": tokens,
+            "output_tokens": sum(c.output_tokens for c in done),
+            "attention": told.attention or None,
+            "attention_reason": told.attention_reason,
+            "density": sum(c.density * c.prompt_tokens for c in done) / tokens if tokens else None,
+            "kernel": told.kernel or None,
+            "prefill_seconds": sum(c.prefill_seconds for c in done),
+            "decode_seconds": sum(c.decode_seconds for c in done),
+            "time_to_first_token": max(0.0, first.time_to_first_token - first.queue_seconds)
+            if first.output_tokens
+            else None,
+            "peak_gpu_bytes": max(c.peak_bytes for c in done),
+        }
+
+
+class Worker:
+    """Reads, tokenises and completes documents, several at a time. Runs as a Ray actor; all its methods are coroutines.
+
+    The engine has a thread, reading and tokenising have another, so that the next prompts are ready when it asks.
+    """
+
+    def __init__(self, config: WorkerConfig) -> None:
+        check_kernels()
+        self._config = config
+        self._name = f"{socket.gethostname()}/{os.getpid()}"
+        self._gpu = ""
+        self._limit = 0
+        self._reader = ThreadPoolExecutor(1, "reader")
+        self._documents = DocumentReader(config.text_column, list(config.kept))
+        self._busy_read = 0.0
+
+    async def load(self) -> dict[str, Any]:
+        """Load tokenizer and engine. Returns the engine's description. Raises what loading raises."""
+        config = self._config
+        self._loop = EngineLoop(lambda: _build_engine(config))
+        # transformers' lazy imports are not safe in two threads at once, so the tokenizer waits for the engine.
+        engine = await asyncio.wrap_future(self._loop.ready)
+        loop = asyncio.get_running_loop()
+        self._tokens = await loop.run_in_executor(
+            self._reader, load_tokens, config.engine.model, config.engine.revision, config.engine.trust_remote_code
+        )
+        self._builder = PromptBuilder(self._tokens, config.task, config.template_args)
+        self._limit = engine.max_context - config.max_new_tokens
+        if self._limit < 1:
+            raise JobError(
+                f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt: "
+                f"the context is {engine.max_context} tokens"
+            )
+        about = engine.describe()
+        self._gpu = str(about.get("gpu") or about.get("device") or "cpu")
+        return {
+            "worker": self._name,
+            "max_context": engine.max_context,
+            "max_live": config.engine.max_live,
+            "engine": about,
+        }
+
+    async def stats(self) -> dict[str, float]:
+        """Seconds that the engine and the reader have been busy."""
+        return {"engine_seconds": self._loop.busy_seconds, "reader_seconds": self._busy_read}
+
+    async def process(self, document: Document) -> Row:
+        """The row of a document; whatever is wrong with it is in the row.
+
+        Raises EngineBrokenError if this worker cannot go on; then any of the documents in it may be the cause.
+        """
+        started, begin, meter = utc_now(), time.perf_counter(), Meter()
+        kept: dict[str, Any] = {}
+        values: dict[str, Any] = {}
+        limit = asyncio.timeout(self._config.deadline or None)
+        try:
+            async with limit:
+                text, kept = await self._read(document, meter)
+                values = await self._complete(document.document_id, text, meter)
+        except EngineBrokenError:
+            raise
+        except DocumentError as error:
+            values = {"status": error.status, "error": one_line(error)}
+        except Exception as error:  # a tokenizer or template that raises costs this document alone
+            if limit.expired():
+                values = {"status": "timeout", "error": f"not done after {self._config.deadline:g} s in the worker"}
+            else:
+                values = {"status": "error", "error": one_line(f"{type(error).__name__}: {error}")}
+        if values["status"] != "ok":
+            await self._let_go(meter.requests)
+        row = new_row(document.document_id, document.source, **values) | meter.columns() | kept
+        return row | {
+            "total_seconds": time.perf_counter() - begin,
+            "worker": self._name,
+            "gpu": self._gpu,
+            "model": self._config.model_name,
+            "config_hash": self._config.config_hash,
+            "started_at": started,
+            "finished_at": utc_now(),
+        }
+
+    async def _read(self, document: Document, meter: Meter) -> tuple[str, dict[str, Any]]:
+        (text, kept), seconds = await self._in_reader(meter, self._documents.read, document)
+        meter.load += seconds
+        return text, kept
+
+    async def _complete(self, document_id: str, text: str, meter: Meter) -> dict[str, Any]:
+        """Status, output and finish reason for a document."""
+        policy = self._config.too_long
+        try:
+            prompt = await self._prompt(meter, text, truncate=policy == "truncate")
+        except DocumentError as error:
+            if error.status != "too_long" or policy != "map-reduce":
+                raise
+            return await self._map_reduce(document_id, text, meter, merging=False)
+        meter.truncated += prompt.truncated_tokens
+        return await self._run(document_id, prompt, meter)
+
+    async def _map_reduce(self, document_id: str, text: str, meter: Meter, merging: bool) -> dict[str, Any]:
+        """Process parts that fit, then merge their outputs; where those do not fit either, in parts again."""
+        parts, seconds = await self._in_reader(meter, self._builder.split, text, self._limit)
+        meter.tokenize += seconds
+        meter.parts = meter.parts - 1 + len(parts) if meter.parts > 1 else len(parts)
+
+        async def one(index: int, part: str) -> dict[str, Any]:
+            prompt = await self._prompt(meter, part, merging=merging)
+            return await self._run(f"{document_id}#{meter.parts}.{index}", prompt, meter)
+
+        tasks = [asyncio.ensure_future(one(index, part)) for index, part in enumerate(parts)]
+        try:
+            results = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        for index, result in enumerate(results):
+            if result["status"] != "ok":
+                return result | {"error": f"part {index + 1} of {len(parts)}: {result['error']}"}
+        joined = "\n\n".join(result["output"] for result in results)
+        if not joined.strip():
+            raise DocumentError(f"none of its {len(parts)} parts gave any output to merge")
+        try:
+            prompt = await self._prompt(meter, joined, merging=True)
+        except DocumentError as error:
+            if error.status != "too_long" or len(joined) > 0.9 * len(text):
+                raise DocumentError(
+                    f"the outputs of its {len(parts)} parts do not fit the context either", "too_long"
+                ) from None
+            return await self._map_reduce(document_id, joined, meter, merging=True)
+        return await self._run(document_id, prompt, meter)
+
+    async def _prompt(self, meter: Meter, text: str, *, truncate: bool = False, merging: bool = False) -> Prompt:
+        def build() -> Prompt:
+            return self._builder.build(text, self._limit, truncate=truncate, merging=merging)
+
+        prompt, seconds = await self._in_reader(meter, build)
+        meter.tokenize += seconds
+        return prompt
+
+    async def _run(self, request_id: str, prompt: Prompt, meter: Meter) -> dict[str, Any]:
+        config = self._config
+        request = Request(
+            request_id, cast(Sequence[int], prompt.ids), config.max_new_tokens, config.sampling, self._tokens.eos_ids
+        )
+        meter.requests.append(request_id)
+        completion = await asyncio.wrap_future(self._loop.submit(request))
+        meter.requests.remove(request_id)
+        meter.completions.append(completion)
+        if completion.status != "ok":
+            return {"status": completion.status, "error": one_line(completion.error)}
+        begin = time.perf_counter()
+        output = self._tokens.decode(completion.token_ids)
+        meter.tokenize += time.perf_counter() - begin
+        return {"status": "ok", "output": output, "finish_reason": completion.finish_reason}
+
+    async def _in_reader(self, meter: Meter, call: Callable[..., T], *args: Any) -> tuple[T, float]:
+        """Run something in the reader thread; its result and seconds. The wait before counts as queueing."""
+        asked = time.perf_counter()
+
+        def timed() -> tuple[T, float, float]:
+            begin = time.perf_counter()
+            try:
+                result = call(*args)
+            finally:
+                self._busy_read += time.perf_counter() - begin
+            return result, begin, time.perf_counter()
+
+        result, begin, end = await asyncio.get_running_loop().run_in_executor(self._reader, timed)
+        meter.queue += begin - asked
+        return result, end - begin
+
+    async def _let_go(self, requests: list[str]) -> None:
+        """Take a document's requests out of the engine. Raises EngineBrokenError if reader or engine do not answer."""
+        waits = [asyncio.wrap_future(self._loop.abort(list(requests)))]
+        waits.append(asyncio.get_running_loop().run_in_executor(self._reader, lambda: None))
+        _, pending = await asyncio.wait(waits, timeout=self._config.grace)
+        if pending:
+            raise EngineBrokenError(
+                f"the worker hangs: no answer for {self._config.grace:g} s after a document was given up", hung=True
+            )
+
+
+def _build_engine(config: WorkerConfig) -> EngineLike:
+    if config.threads:
+        import torch
+
+        torch.set_num_threads(config.threads)
+    module, _, name = config.engine_factory.partition(":")
+    return getattr(importlib.import_module(module), name)(config.engine)
