@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """Device helpers of the Hopper kernels (Gluon, sm_90a). Import it only where a Hopper kernel will run or compile.
 
 Conventions: one persistent CTA per multiprocessor; softmax state lives in the log2 domain; a warpgroup's scores
