@@ -15,19 +15,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import pyarrow.dataset as ds
 from rich.console import Console
 from rich.table import Table
 
 from jobs.demo.scoring import Score, read_findings, score
+from pipeline import read_results
 
 ROOT = Path(__file__).parents[2]
-JOB = "examples/demo.yaml"
-# What differs from the job file. "published": Stem's own scores and decay, no dense tail, at the same density.
+# The flags of each arm. "published": Stem's own scores and decay, no dense tail, at the density of the first.
 ARMS = {
-    "stem": [],
-    "dense": ["--attention", "dense"],
-    "published": ["--preset", "release", "--dense-tail", "0"],
+    "stem": ["--config", "examples/demo.yaml"],
+    "dense": ["--config", "examples/demo-dense.yaml"],
+    "published": ["--config", "examples/demo.yaml", "--preset", "release", "--stride", "8", "--dense-tail", "0"],
 }
 
 Rows = dict[str, dict[str, Any]]
@@ -35,15 +34,14 @@ Rows = dict[str, dict[str, Any]]
 
 def run_arm(arm: str, output: Path) -> Rows:
     """Run jobs.summarize for one arm; its result rows by document id. Raises SystemExit if the job fails."""
-    command = ["-m", "jobs.summarize", "--config", JOB, "--output", str(output), *ARMS[arm]]
+    command = ["-m", "jobs.summarize", *ARMS[arm], "--output", str(output)]
     print(f"\n$ python {shlex.join(command)}", flush=True)
     started = time.monotonic()
     status = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
     if status:
         raise SystemExit(f"the job for arm {arm!r} ended with exit code {status}")
     print(f"{arm}: {time.monotonic() - started:.0f} s with the start of Ray", flush=True)
-    parts = sorted(str(path) for path in output.glob("*.parquet"))
-    return {row["document_id"]: row for row in ds.dataset(parts, format="parquet").to_table().to_pylist()}
+    return {row["document_id"]: row for row in read_results(output).to_pylist()}
 
 
 def result_table(results: dict[str, Rows], scores: dict[str, dict[str, Score]]) -> Table:

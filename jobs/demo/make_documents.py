@@ -17,7 +17,7 @@ from jobs.demo.grammar import NAMES, PLACES
 from jobs.demo.reports import Report, invent_facts, plant, synthetic_report
 
 # Length in tokens of models/tiny-reader's tokenizer, and the number of findings, of each synthetic report.
-SYNTHETIC = [(8200, 4), (8400, 6), (8600, 3), (8800, 5), (9200, 7), (10000, 4), (12000, 6), (16000, 5)]
+SYNTHETIC = [(8200, 4), (8200, 6), (8300, 3), (8400, 5), (8600, 7), (9000, 4), (10000, 6), (14000, 5)]
 REAL_TEXTS = ["jargon-file", "newton-opticks"]
 REAL_FINDINGS = 4
 NOTES_PER_REPORT = 8
@@ -59,7 +59,10 @@ def main() -> None:
     reports = make_reports(args.model, args.documents, args.seed)
     for document_id, report in reports.items():
         (args.documents / f"{document_id}.txt").write_text(report.text, encoding="utf-8")
-    lines = [json.dumps({"document_id": name, "findings": list(report.findings)}) for name, report in reports.items()]
+    lines = [
+        json.dumps({"document_id": f"{name}.txt", "findings": list(report.findings)})
+        for name, report in reports.items()
+    ]
     args.findings.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"wrote {len(reports)} documents to {args.documents} and their findings to {args.findings}")
 

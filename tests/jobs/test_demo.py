@@ -19,7 +19,7 @@ MODEL = str(ROOT / "models/tiny-reader")
 
 def test_committed_documents_are_what_the_generator_writes() -> None:
     reports = make_reports(MODEL, DOCUMENTS, seed=1)
-    assert read_findings(FINDINGS) == {name: list(report.findings) for name, report in reports.items()}
+    assert read_findings(FINDINGS) == {f"{name}.txt": list(report.findings) for name, report in reports.items()}
     for name, report in reports.items():
         assert (DOCUMENTS / f"{name}.txt").read_text(encoding="utf-8") == report.text, name
 
@@ -28,7 +28,7 @@ def test_documents_hold_their_findings_once_in_order_inside_paragraphs() -> None
     findings = read_findings(FINDINGS)
     assert len(findings) == len(SYNTHETIC) + len(REAL_TEXTS)
     for name, sentences in findings.items():
-        text = (DOCUMENTS / f"{name}.txt").read_text(encoding="utf-8")
+        text = (DOCUMENTS / name).read_text(encoding="utf-8")
         places = [text.index(f". Key finding: {sentence} ") for sentence in sentences]
         assert places == sorted(places)
         assert text.count("Key finding") == len(sentences)
