@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def show(report: JobReport) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     for message in report.messages:
         console.print(message, markup=False, highlight=False)
     table = Table(show_header=False, title="stemline", title_justify="left")

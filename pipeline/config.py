@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from stem_core.config import StemConfig
 
 
+def stem_option(kind: str, meaning: str, choices: tuple[str, ...] = ()) -> Any:
+    """A field that overrides the preset's; None leaves it."""
+    return option(None, kind, meaning, choices=choices, group="attention", changes_output=True)
+
+
 @dataclass(frozen=True)
 class JobConfig:
     """A summarising job. Values are checked on construction; JobError says what is wrong and how to mend it."""
@@ -105,30 +110,18 @@ class JobConfig:
         group="attention",
         changes_output=True,
     )
-    block_size: int | None = option(None, "int", "tokens in a block", group="attention", changes_output=True)
-    stride: int | None = option(
-        None, "int", "token stride of the sampled scores", group="attention", changes_output=True
-    )
-    estimator: str | None = option(
-        None, "str", "how blocks are scored", choices=("oam", "mass"), group="attention", changes_output=True
-    )
-    mass_group: int | None = option(
-        None, "int", "queries for each row of the mass estimator", group="attention", changes_output=True
-    )
-    sink_blocks: int | None = option(None, "int", "leading blocks always kept", group="attention", changes_output=True)
-    local_blocks: int | None = option(None, "int", "nearest blocks always kept", group="attention", changes_output=True)
-    value_weight: float | None = option(
-        None, "float", "weight of the value term", group="attention", changes_output=True
-    )
-    dense_layers: int | None = option(
-        None, "int", "leading layers that stay dense", group="attention", changes_output=True
-    )
-    dense_below: int | None = option(
-        None, "int", "prompts of fewer tokens stay dense", group="attention", changes_output=True
-    )
-    dense_tail: int | None = option(
-        None, "int", "blocks at the prompt's end that see everything", group="attention", changes_output=True
-    )
+    block_size: int | None = stem_option("int", "tokens in a block")
+    stride: int | None = stem_option("int", "token stride of the sampled scores")
+    estimator: str | None = stem_option("str", "how blocks are scored", ("oam", "mass"))
+    decay: float | None = stem_option("float", "last row's budget as a share of the first one's")
+    mass_group: int | None = stem_option("int", "queries for each row of the estimator mass")
+    mass_rows: str | None = stem_option("str", "such a row is their mean, or a sample of them", ("mean", "sample"))
+    sink_blocks: int | None = stem_option("int", "leading blocks always kept")
+    local_blocks: int | None = stem_option("int", "nearest blocks always kept")
+    value_weight: float | None = stem_option("float", "weight of the value term")
+    dense_layers: int | None = stem_option("int", "leading layers that stay dense")
+    dense_below: int | None = stem_option("int", "prompts of fewer tokens stay dense")
+    dense_tail: int | None = stem_option("int", "blocks at the prompt's end that see everything")
 
     device: str = option(
         "auto", "str", "auto takes GPUs if there are any", choices=("auto", "cpu", "cuda"), group="engine"

@@ -24,7 +24,7 @@ DEFAULT_QUESTIONS = {
     "summarize": "Summarize the document above. Cover its main points, and name the important facts and figures."
 }
 # Merges what the default question gave for each part; a question of the user's own is asked again about the answers.
-MERGE_QUESTION = "The texts above summarize consecutive parts of one document. Merge them into one summary; keep the important facts."
+MERGE_QUESTION = "The texts above summarize consecutive parts of one document. Merge them; keep the important facts."
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ class Scheduler:
         self.started: dict[WorkerId, dict[str, Any]] = {}
 
     def run(self) -> None:
-        """Work until every document has its row. Raises JobError if no worker can start, StopRequestedError on request."""
+        """Work until every document has its row. Raises JobError if no worker starts, StopRequestedError on request."""
         while self._left:
             if self._should_stop():
                 raise StopRequestedError

@@ -144,9 +144,13 @@ class Tokens:
         if self._data is None:
             ids = self._encode(text)
             return len(text) if len(ids) <= tokens else max(1, len(self.decode(ids[:tokens].tolist())))
-        encoding = self._data.encode(text[: tokens * 64], add_special_tokens=False)
-        if len(encoding) <= tokens:
-            return min(len(text), tokens * 64)
+        characters = tokens * 6
+        encoding = self._data.encode(text[:characters], add_special_tokens=False)
+        while len(encoding) <= tokens:
+            if characters >= len(text):
+                return len(text)
+            characters *= 2
+            encoding = self._data.encode(text[:characters], add_special_tokens=False)
         return next(
             (chars[1] for i in range(tokens - 1, -1, -1) if (chars := encoding.token_to_chars(i)) and chars[1]), 1
         )

@@ -1,0 +1,179 @@
+"""Run jobs.summarize on a Ray cluster: python -m jobs.submit --address http://HOST:8265 --input DOCS --output OUT ...
+
+Uploads the checkout, submits the job, follows its log and exits with its exit code. Paths are made absolute here, so
+they must mean the same on the cluster (one machine, or a shared file system); URIs are passed on as they are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jobs.cli import Parser, add_job_flags, run_main
+from pipeline.config import JobConfig, read_job_file
+from pipeline.errors import JobError, one_line
+from pipeline.imports import ROOT
+from pipeline.source.files import is_remote
+
+# Ray refuses a working folder of more than 100 MiB; none of these is needed on the cluster.
+EXCLUDES = [
+    ".git/", ".venv/", "venv/", "**/__pycache__/", ".pytest_cache/", ".mypy_cache/", ".ruff_cache/", ".hypothesis/",
+    "demo_output/", "out/", "build/", "dist/", "tests/", "*.egg-info/",
+]  # fmt: skip
+LIMIT_BYTES = 100 << 20
+_ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Submit the job that the command line describes; its exit code."""
+    parser = Parser(prog="python -m jobs.submit", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    address = os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
+    about = "the cluster's job server (default: $RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265)"
+    parser.add_argument("--address", default=address, help=about)
+    parser.add_argument("--no-wait", action="store_true", help="print the job's id and return at once")
+    add_job_flags(parser)
+    options, job_arguments = split_arguments(parser, arguments)
+    client = connect(options.address)
+    job = submit(client, job_arguments)
+    print(
+        f"submitted {job} to {options.address}; stop it with: ray job stop --address {options.address} {job}",
+        flush=True,
+    )
+    return 0 if options.no_wait else follow(client, job)
+
+
+def split_arguments(parser: Parser, arguments: Sequence[str]) -> tuple[Any, list[str]]:
+    """Our own options, and the job's arguments with paths made absolute; checked here, before anything is uploaded."""
+    options = parser.parse_args([item for item in arguments if item != "--"])
+    values = read_job_file(options.config) if options.config else {}
+    values |= {name: value for name, value in vars(options).items() if name not in ("address", "no_wait", "config")}
+    JobConfig(**values)
+    return options, to_flags(absolute_paths(values))
+
+
+def absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings with local paths made absolute, as this folder sees them. A model that is no folder here is a hub id."""
+    inputs = values["input"]
+    values = values | {"input": [_absolute(item) for item in ([inputs] if isinstance(inputs, str) else inputs)]}
+    values |= {name: _absolute(values[name]) for name in ("output", "prompt_file") if values.get(name)}
+    if Path(values["model"]).expanduser().is_dir():
+        values["model"] = _absolute(values["model"])
+    return values
+
+
+def _absolute(location: str) -> str:
+    return location if is_remote(location) else str(Path(location).expanduser().absolute())
+
+
+def to_flags(values: dict[str, Any]) -> list[str]:
+    """Settings as command-line arguments of jobs.summarize."""
+    found: list[str] = []
+    for name, value in values.items():
+        key = name.replace("_", "-")
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            found.append(f"--{key}" if value else f"--no-{key}")
+        elif isinstance(value, list | tuple):
+            found += [f"--{key}", *map(str, value)] if value else []
+        else:
+            # One word, so that a value that begins with a dash is not taken for a flag.
+            found.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+    return found
+
+
+def connect(address: str) -> Any:
+    """A client of the cluster's job server. Raises JobError if there is none."""
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(address)
+    except Exception as error:  # the client raises many kinds
+        raise JobError(
+            f"--address {address}: no Ray job server answers: {one_line(error, 200)}; start one with: "
+            "ray start --head --dashboard-host 127.0.0.1"
+        ) from None
+
+
+def submit(client: Any, arguments: list[str]) -> str:
+    """Upload the checkout and start the job; its id. Raises JobError."""
+    check_size(ROOT)
+    environment = {"PYTHONUNBUFFERED": "1"}
+    try:
+        return client.submit_job(
+            entrypoint=shlex.join(["python", "-m", "jobs.summarize", *arguments]),
+            runtime_env={"working_dir": str(ROOT), "excludes": EXCLUDES, "env_vars": environment},
+        )
+    except Exception as error:
+        raise JobError(f"the job was refused: {one_line(error)}") from None
+
+
+def check_size(folder: Path) -> None:
+    """Raise JobError if what would be uploaded exceeds Ray's limit, naming the largest files."""
+    skipped = {item.strip("*/") for item in EXCLUDES}
+    sizes = []
+    for path, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name not in skipped and not name.endswith(".egg-info")]
+        found = [Path(path) / name for name in files]
+        sizes += [(file.stat().st_size, file.relative_to(folder)) for file in found if file.is_file()]
+    total = sum(size for size, _ in sizes)
+    if total > LIMIT_BYTES:
+        largest = ", ".join(
+            f"{os.path.relpath(name, folder)} ({size >> 20} MiB)" for size, name in sorted(sizes)[:-4:-1]
+        )
+        raise JobError(
+            f"the checkout has {total >> 20} MiB, Ray uploads at most {LIMIT_BYTES >> 20}; move large files out of "
+            f"{folder}: {largest}"
+        )
+
+
+def follow(client: Any, job: str) -> int:
+    """Print the job's log until it ends; its exit code. Ctrl-C and SIGTERM stop the job."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    printed = 0
+    try:
+        while (status := str(client.get_job_status(job).value)) not in _ENDED:
+            printed = asyncio.run(_print_log(client, job, printed))
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        client.stop_job(job)
+        print(f"stopping {job}", file=sys.stderr)
+        return 130
+    sys.stdout.write(client.get_job_logs(job)[printed:])
+    sys.stdout.flush()
+    info = client.get_job_info(job)
+    if status == "STOPPED":
+        return 130
+    if info.driver_exit_code is not None:
+        return int(info.driver_exit_code)
+    if status == "FAILED":
+        raise JobError(f"job {job} failed: {one_line(info.message or 'no reason given')}")
+    return 0
+
+
+async def _print_log(client: Any, job: str, printed: int) -> int:
+    """Print the log beyond `printed` characters until its stream ends; the characters printed so far."""
+    seen = 0
+    async for text in client.tail_job_logs(job):
+        fresh = text[max(0, printed - seen) :]
+        seen += len(text)
+        printed = max(printed, seen)
+        sys.stdout.write(fresh)
+        sys.stdout.flush()
+    return printed
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,69 @@
+"""An engine without a model for tests of the pipeline: it reads what to do from the words of the document."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from pipeline.engine.config import Completion, EngineConfig, Request
+
+ANSWER = "the answer"
+
+
+class FakeEngine:
+    """Answers every prompt with ANSWER and the number of its tokens. Words in the document change that:
+
+    SLOW takes 0.3 s, CRASH ends the process, RAISE raises, HANG never returns, OOM ends as out of memory if it is not
+    alone, ALWAYSOOM does so in any case.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        if "NOSTART" in os.environ.get("FAKE_ENGINE", ""):
+            raise RuntimeError("the fake engine does not start")
+        self.max_context = config.max_context or 4096
+        self._tokenizer = Tokenizer.from_file(str(Path(config.model) / "tokenizer.json"))
+        self._answer = self._tokenizer.encode(ANSWER).ids
+        self._waiting: list[Request] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting)
+
+    def add(self, request: Request) -> None:
+        self._waiting.append(request)
+
+    def abort(self, request_id: str) -> bool:
+        before = len(self._waiting)
+        self._waiting = [request for request in self._waiting if request.request_id != request_id]
+        return len(self._waiting) < before
+
+    def describe(self) -> dict[str, Any]:
+        return {"device": "cpu", "gpu": ""}
+
+    def close(self) -> None:
+        self._waiting = []
+
+    def step(self) -> list[Completion]:
+        request = self._waiting[0]
+        text = self._tokenizer.decode(list(request.prompt_ids))
+        if "SLOW" in text:
+            time.sleep(0.3)
+        if "CRASH" in text:
+            time.sleep(0.1)  # so that neighbours are in the worker when it ends
+            os._exit(1)
+        if "RAISE" in text:
+            raise RuntimeError("the fake engine is broken")
+        if "HANG" in text:
+            time.sleep(3600)
+        if "ALWAYSOOM" in text or ("OOM" in text and len(self._waiting) > 1):
+            return [self._completion(request, status="oom", error="out of fake memory")]
+        return [self._completion(request, token_ids=self._answer, output_tokens=len(self._answer))]
+
+    def _completion(self, request: Request, status: str = "ok", **values: Any) -> Completion:
+        self._waiting.remove(request)
+        about = {"attention": "dense", "kernel": "fake", "finish_reason": "stop", "time_to_first_token": 0.01}
+        return Completion(request.request_id, status, prompt_tokens=len(request.prompt_ids), **(about | values))  # type: ignore[arg-type]

@@ -1,0 +1,198 @@
+"""The scheduler over workers that exist only here: order, blame, replacement, bounds."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from pipeline.errors import JobError
+from pipeline.records import Row, new_row
+from pipeline.scheduler import Event, Limits, Scheduler, StopRequestedError
+from pipeline.source import Document, Locator
+
+Behave = Callable[["Workers", int, Document], Event | None]
+
+
+def document(name: str) -> Document:
+    return Document(name, f"{name}.txt", Locator("", name, "text", 0, 1), 1)
+
+
+class Workers:
+    """A pool in virtual time: each wait lets every worker finish its first document, as `behave` says."""
+
+    def __init__(self, behave: Behave, max_live: int = 2, starts: Iterator[str] = iter(())) -> None:
+        self.behave, self.max_live, self.starts = behave, max_live, starts
+        self.held: dict[int, list[Document]] = {}
+        self.fresh: list[int] = []
+        self.count = 0
+        self.time = 0.0
+        self.most_held = 0
+        self.order: list[str] = []
+
+    def clock(self) -> float:
+        return self.time
+
+    def start(self) -> int:
+        self.count += 1
+        self.held[self.count] = []
+        self.fresh.append(self.count)
+        return self.count
+
+    def submit(self, worker: int, item: Document) -> None:
+        self.held[worker].append(item)
+        self.order.append(item.document_id)
+        self.most_held = max(self.most_held, sum(map(len, self.held.values())))
+
+    def kill(self, worker: int) -> None:
+        self.held.pop(worker, None)
+
+    def wait(self, timeout: float) -> list[Event]:
+        self.time += timeout
+        events = []
+        for worker in self.fresh:
+            problem = next(self.starts, "")
+            info = {"max_live": self.max_live}
+            events.append(Event("start_failed" if problem else "started", worker, reason=problem, info=info))
+        self.fresh = []
+        for worker, items in list(self.held.items()):
+            event = self.behave(self, worker, items[0]) if items else None
+            if event:
+                if event.kind == "result":
+                    items.pop(0)
+                events.append(event)
+        return events
+
+
+def ok(workers: Workers, worker: int, item: Document, status: str = "ok") -> Event:
+    row = new_row(item.document_id, item.source, status)
+    return Event("result", worker, item.document_id, row=row)
+
+
+def run(names: list[str], behave: Behave, *, workers: int = 2, **options: Any) -> tuple[list[Row], Workers, Scheduler]:
+    pool = Workers(behave, starts=iter(options.pop("starts", ())))
+    rows: list[Row] = []
+    should_stop = options.pop("should_stop", lambda: False)
+    scheduler = Scheduler(
+        pool,
+        map(document, names),
+        len(names),
+        Limits(workers=workers, **options),
+        lambda row, item: rows.append(row),
+        clock=pool.clock,
+        should_stop=should_stop,
+    )
+    scheduler.run()
+    return rows, pool, scheduler
+
+
+def by_id(rows: list[Row]) -> dict[str, Row]:
+    assert len({row["document_id"] for row in rows}) == len(rows), "one row a document"
+    return {row["document_id"]: row for row in rows}
+
+
+NAMES = [f"d{i}" for i in range(40)]
+
+
+def test_documents_go_out_in_order_and_come_back_once() -> None:
+    rows, pool, _ = run(NAMES, ok)
+    assert sorted(by_id(rows)) == sorted(NAMES)
+    assert pool.order == NAMES
+    assert {row["attempts"] for row in rows} == {1}
+    assert pool.most_held <= 2 * (2 + 2), "bounded by the workers, not by the documents"
+
+
+def test_no_more_workers_than_documents_and_a_fair_share_at_the_end() -> None:
+    _, pool, _ = run(NAMES[:3], ok, workers=8)
+    assert pool.count == 3
+    _, pool, _ = run(NAMES[:4], ok, workers=2)
+    assert pool.most_held <= 4
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_the_guilty_document_is_found_and_the_innocent_finish(workers: int) -> None:
+    def behave(pool: Workers, worker: int, item: Document) -> Event | None:
+        if any(held.document_id == "d7" for held in pool.held[worker]):
+            return Event("died", worker, item.document_id, reason="killed")
+        return ok(pool, worker, item)
+
+    rows, pool, _ = run(NAMES, behave, workers=workers)
+    found = by_id(rows)
+    assert [name for name, row in found.items() if row["status"] != "ok"] == ["d7"]
+    assert found["d7"]["status"] == "worker_died"
+    assert found["d7"]["attempts"] == 3
+    assert "killed" in found["d7"]["error"]
+    assert len(found) == len(NAMES)
+    assert max(row["attempts"] for name, row in found.items() if name != "d7") == 2
+    assert pool.count == workers + 3
+
+
+@pytest.mark.parametrize(("kind", "status", "attempts"), [("failed", "error", 3), ("hung", "timeout", 2)])
+def test_broken_and_hung_engines_are_blamed_as_such(kind: Any, status: str, attempts: int) -> None:
+    def behave(pool: Workers, worker: int, item: Document) -> Event | None:
+        if any(held.document_id == "d3" for held in pool.held[worker]):
+            return Event(kind, worker, item.document_id, reason="why")
+        return ok(pool, worker, item)
+
+    found = by_id(run(NAMES, behave)[0])
+    assert {name: row["status"] for name, row in found.items() if row["status"] != "ok"} == {"d3": status}
+    assert found["d3"]["attempts"] == attempts
+
+
+def test_random_deaths_lose_and_double_nothing() -> None:
+    for seed in range(30):
+        chance = random.Random(seed)
+        guilty = set(chance.sample(NAMES, 3))
+
+        def behave(
+            pool: Workers, worker: int, item: Document, chance: Any = chance, guilty: Any = guilty
+        ) -> Event | None:
+            if guilty & {held.document_id for held in pool.held[worker]} or chance.random() < 0.02:
+                return Event("died", worker, item.document_id, reason="x")
+            return ok(pool, worker, item) if chance.random() < 0.7 else None
+
+        found = by_id(run(NAMES, behave, workers=3)[0])
+        assert sorted(found) == sorted(NAMES)
+        assert {name for name, row in found.items() if row["status"] == "worker_died"} >= guilty
+
+
+@pytest.mark.parametrize("status", ["oom", "timeout"])
+def test_a_document_that_fails_beside_others_gets_one_try_alone(status: str) -> None:
+    def behave(pool: Workers, worker: int, item: Document) -> Event | None:
+        crowded = len(pool.held[worker]) > 1
+        bad = item.document_id == "d9" or (item.document_id == "d5" and crowded)
+        return ok(pool, worker, item, status if bad else "ok")
+
+    found = by_id(run(NAMES, behave, workers=1)[0])
+    assert {name: row["status"] for name, row in found.items() if row["status"] != "ok"} == {"d9": status}
+    assert (found["d5"]["attempts"], found["d9"]["attempts"], found["d1"]["attempts"]) == (2, 2, 1)
+
+
+def test_silence_ends_a_worker() -> None:
+    def behave(pool: Workers, worker: int, item: Document) -> Event | None:
+        silent = any(held.document_id == "d2" for held in pool.held[worker])
+        return None if silent else ok(pool, worker, item)
+
+    found = by_id(run(NAMES, behave, hang_after=5.0)[0])
+    assert {name: row["status"] for name, row in found.items() if row["status"] != "ok"} == {"d2": "timeout"}
+
+
+def test_workers_that_never_start_end_the_job_with_the_reason() -> None:
+    with pytest.raises(JobError, match="no worker could start in 3 tries; the last reason: third"):
+        run(NAMES, ok, workers=1, starts=["first", "second", "third", "fourth"])
+
+
+def test_some_failed_starts_are_survived() -> None:
+    rows, _, _ = run(NAMES, ok, workers=1, starts=["first", "second"])
+    assert len(by_id(rows)) == len(NAMES)
+    rows, pool, _ = run(NAMES, ok, workers=2, starts=["", *["no room"] * 50])
+    assert len(by_id(rows)) == len(NAMES)
+    assert pool.count == 4, "it stops trying while another worker does the job"
+
+
+def test_a_stop_keeps_what_is_finished() -> None:
+    calls = iter(range(100))
+    with pytest.raises(StopRequestedError):
+        run(NAMES, ok, should_stop=lambda: next(calls) > 3)

@@ -1,0 +1,236 @@
+"""Part files: whole or not there, and one row a document after any interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import sink as sinks
+from pipeline.errors import JobError
+from pipeline.records import COLUMNS, new_row, result_schema, utc_now
+from pipeline.sink import Sink, compact, done_ids, drop_rows, part_names, read_results, recover
+from pipeline.store import Store
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def row(name: str, **values: Any) -> dict[str, Any]:
+    return new_row(name, "somewhere", values.pop("status", "ok"), **values)
+
+
+def make(folder: Path, flush_documents: int = 2, **options: Any) -> tuple[Store, Sink]:
+    store = Store(str(folder))
+    store.create()
+    return store, Sink(store, result_schema(), flush_documents=flush_documents, flush_seconds=10, **options)
+
+
+def ids(folder: Path) -> list[str]:
+    return sorted(read_results(folder)["document_id"].to_pylist())
+
+
+def test_rows_are_written_by_number_and_by_time(tmp_path: Path) -> None:
+    clock = Clock()
+    store, sink = make(tmp_path, clock=clock)
+    sink.add(row("a"))
+    assert part_names(store) == []
+    clock.now = 9.9
+    sink.tick()
+    assert part_names(store) == []
+    clock.now = 10.0
+    sink.tick()
+    assert len(part_names(store)) == 1
+    sink.add(row("b"))
+    sink.add(row("c"))
+    assert len(part_names(store)) == 2
+    assert ids(tmp_path) == ["a", "b", "c"]
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
+
+
+def test_the_schema_is_the_documented_one(tmp_path: Path) -> None:
+    _, sink = make(tmp_path, 1)
+    sink.add(row("a", started_at=utc_now(), prompt_tokens=5))
+    schema = read_results(tmp_path).schema
+    assert schema.names == [column.name for column in COLUMNS]
+    assert [schema.field(c.name).type for c in COLUMNS] == [c.type for c in COLUMNS]
+    assert schema.field("prompt_tokens").metadata[b"meaning"].startswith(b"tokens of the prompt")
+    assert str(schema.field("started_at").type) == "timestamp[us, tz=UTC]"
+
+
+def test_a_row_that_does_not_fit_costs_no_neighbour(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    sink = Sink(store, result_schema([pa.field("year", pa.int64())]), flush_documents=3, flush_seconds=10)
+    sink.add(row("a") | {"year": 1})
+    sink.add(row("b", attempts=2) | {"year": "not a number"})
+    sink.add(row("c", output="lone \ud800 surrogate") | {"year": 3})
+    table = {item["document_id"]: item for item in read_results(tmp_path).to_pylist()}
+    assert [table[name]["status"] for name in "abc"] == ["ok", "error", "ok"]
+    assert "does not fit the result schema" in table["b"]["error"]
+    assert table["b"]["attempts"] == 2
+    assert table["c"]["output"] == "lone \\ud800 surrogate"
+
+
+def test_kept_columns_must_not_hide_result_columns() -> None:
+    with pytest.raises(JobError, match="--keep-columns status"):
+        result_schema([pa.field("status", pa.string())])
+
+
+def test_numbers_go_on_after_a_restart(tmp_path: Path) -> None:
+    _, sink = make(tmp_path, 1)
+    sink.add(row("a"))
+    store, sink = make(tmp_path, 1)
+    sink.add(row("b"))
+    assert [name.split("-")[1] for name in part_names(store)] == ["000000", "000001"]
+
+
+def test_what_interruptions_leave_is_cleared(tmp_path: Path) -> None:
+    store, sink = make(tmp_path, 1)
+    sink.add(row("a"))
+    sink.add(row("b"))
+    (tmp_path / ".part-000009-x.parquet.abcd.tmp").write_bytes(b"half")
+    victim = tmp_path / part_names(store)[1]
+    victim.write_bytes(victim.read_bytes()[:-20])
+    messages = recover(store)
+    assert len(messages) == 1
+    assert "is damaged" in messages[0]
+    assert ids(tmp_path) == ["a"]
+    assert victim.with_name(victim.name + ".damaged").exists()
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_doubled_rows_are_refused(tmp_path: Path) -> None:
+    store, sink = make(tmp_path, 1)
+    sink.add(row("a"))
+    (tmp_path / "part-copy.parquet").write_bytes((tmp_path / part_names(store)[0]).read_bytes())
+    with pytest.raises(JobError, match="1 documents have more than one row, e.g. 'a'"):
+        done_ids(store)
+
+
+def test_dropping_failed_rows_keeps_the_others(tmp_path: Path) -> None:
+    store, sink = make(tmp_path, 2)
+    for name, status in [("a", "ok"), ("b", "error"), ("c", "error"), ("d", "timeout"), ("e", "ok")]:
+        sink.add(row(name, status=status))
+    sink.flush()
+    assert drop_rows(store, lambda table: pc.equal(table["status"], "ok")) == 3
+    assert ids(tmp_path) == ["a", "e"]
+    assert len(part_names(store)) == 2
+
+
+class Power(Exception):
+    """The machine goes off."""
+
+
+@pytest.mark.parametrize("survive", range(8))
+def test_compaction_neither_loses_nor_doubles_at_any_interruption(
+    tmp_path: Path, survive: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, sink = make(tmp_path, 1)
+    names = [f"d{i}" for i in range(5)]
+    for name in names:
+        sink.add(row(name))
+    steps = 0
+
+    def guarded(method: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            nonlocal steps
+            if steps == survive:
+                raise Power
+            steps += 1
+            return method(*arguments)
+
+        return call
+
+    monkeypatch.setattr(store, "write", guarded(store.write))
+    monkeypatch.setattr(store, "delete", guarded(store.delete))
+    with pytest.raises(Power):
+        compact(store)
+    assert ids(tmp_path) == names, "a reader sees every row once even before recovery"
+    again = Store(str(tmp_path))
+    recover(again)
+    assert sorted(done_ids(again).to_pylist()) == names
+    assert sorted(pq.read_table(tmp_path)["document_id"].to_pylist()) == names, "so do tools that know nothing of us"
+    compact(again)
+    assert len(part_names(again)) == 1
+    assert ids(tmp_path) == names
+
+
+def test_compaction_bounds_the_size_of_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, sink = make(tmp_path, 1)
+    for i in range(7):
+        sink.add(row(str(i)))
+    monkeypatch.setattr(sinks, "COMPACT_ROWS", 3)
+    assert compact(store) == 3
+    assert len(ids(tmp_path)) == 7
+
+
+def test_the_lock_keeps_others_out_and_survives_a_crash(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    store.create()
+    code = (
+        "import sys; from pipeline.store import Store; s = Store(sys.argv[1]); s.lock(); print('in', flush=True);"
+        "sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"in\n"
+        with pytest.raises(JobError, match=f"another job is writing there .process {other.pid}"):
+            store.lock()
+        other.kill()
+        other.wait()
+    with store.locked():
+        pass
+
+
+def test_write_errors_are_job_errors_and_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, sink = make(tmp_path, 1)
+    sink.add(row("a"))
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(JobError, match="No space left on device"):
+        sink.add(row("b"))
+    monkeypatch.undo()
+    assert ids(tmp_path) == ["a"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == part_names(store)
+
+
+def test_an_output_that_cannot_be_made_is_a_job_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(JobError, match="cannot be written"):
+        Store(str(tmp_path / "file" / "out")).create()
+
+
+def test_results_of_several_folders(tmp_path: Path) -> None:
+    for name in "ab":
+        _, sink = make(tmp_path / name, 1)
+        sink.add(row(name))
+    assert sorted(read_results([tmp_path / "a", tmp_path / "b"])["document_id"].to_pylist()) == ["a", "b"]
+    assert read_results(tmp_path / "a", columns=["status"]).column_names == ["status"]
+    with pytest.raises(JobError, match="holds no results"):
+        read_results(tmp_path / "c")
+
+
+def test_a_half_written_journal_is_ignored(tmp_path: Path) -> None:
+    store, sink = make(tmp_path, 1)
+    sink.add(row("a"))
+    (tmp_path / "compaction.json").write_text(json.dumps({"merged": "x"})[:-3])
+    assert ids(tmp_path) == ["a"]
+    assert recover(store) == []
+    assert not (tmp_path / "compaction.json").exists()
