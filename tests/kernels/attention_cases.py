@@ -6,6 +6,7 @@ type, which rounds the same operands and the same probabilities.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 
 import torch
@@ -43,6 +44,26 @@ class Case:
         parts += ["dense" if self.keep is None else f"keep{self.keep}"]
         parts += [f"window{self.window}"] if self.window else []
         return "-".join(parts)
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+ODD = [1, 127, 128, 129, 1000, random.Random(7).randrange(1001, 2000), random.Random(8).randrange(300, 600)]
+GPU_CASES = [
+    *(Case(length, unknown=40) for length in ODD),
+    *(Case(length, keep=None, unknown=40, heads=8, kv_heads=1) for length in ODD),
+    *(Case(700, start=1024, head_dim=dim, dtype=dtype) for dim in (64, 96, 128, 256) for dtype in (BF16, FP16)),
+    *(Case(300, start=256, head_dim=dim, dtype=FP32, block_size=64) for dim in (64, 96, 128, 256)),
+    *(Case(300, start=256, head_dim=dim, dtype=FP32, keep=None) for dim in (64, 256)),
+    *(Case(777, start=512, block_size=block, head_dim=64) for block in (16, 32, 64, 256)),
+    *(Case(777, start=512, block_size=block, head_dim=256) for block in (32, 64, 256)),
+    Case(500, batch=3, heads=6, kv_heads=6),
+    Case(640, batch=2, heads=32, kv_heads=8, keep=0.25, scale=0.2),
+    Case(900, start=333, keep=None),
+    Case(900, start=128, keep=None, head_dim=64),
+    Case(900, start=128, window=300),
+    Case(900, start=77, keep=None, window=129, head_dim=256),
+    Case(600, window=1, block_size=64, dtype=FP32),
+]
 
 
 def random_selection(case: Case, generator: torch.Generator) -> BlockSelection:
@@ -136,8 +157,9 @@ def check(case: Case, impl: str, device: str) -> None:
     norm = true_out.norm()
     error, allowed = (out.double() - true_out).norm() / norm, (eager_out.double() - true_out).norm() / norm
     assert error <= ALLOWED[case.dtype] * allowed, f"error {error:.2e}, eager {allowed:.2e}"
-    # By tile of 16 rows and head, so that one wrong tile does not drown in the mean.
+    # The largest single error too, so that one wrong row does not drown in the norm.
     worst = (out.double() - true_out).abs().amax() / true_out.abs().amax()
-    assert worst <= 8 * torch.finfo(case.dtype).eps, f"largest error {worst:.2e} of the largest output"
-    # Scores are sums of products of the inputs as given, accumulated in float32 or better.
-    torch.testing.assert_close(lse.double(), true_lse, atol=2e-5 if case.dtype != torch.float32 else 5e-6, rtol=0)
+    ulps = 64 if case.dtype == torch.float32 else 8
+    assert worst <= ulps * torch.finfo(case.dtype).eps, f"largest error {worst:.2e} of the largest output"
+    # Scores are products of the inputs as given, accumulated in float32: the type does not matter.
+    torch.testing.assert_close(lse.double(), true_lse, atol=1e-4, rtol=0)
