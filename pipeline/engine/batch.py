@@ -89,8 +89,8 @@ class DecodeBatch:
         finite = torch.isfinite(logits.amax(dim=-1))
         emitted = ints[EMITTED] + live
         stopped = (ints[FIELDS:] == token).any(dim=0) | (emitted >= ints[LIMIT]) | ~finite
-        report = torch.where(finite, token, NOT_FINITE)
-        self.report[rows] = torch.where(live, report, IDLE)
-        ints[TOKEN] = torch.where(finite, token, 0)
+        # masked_fill, since torch.where copies a scalar from the host, which no graph can capture.
+        self.report[rows] = token.masked_fill(~finite, NOT_FINITE).masked_fill(~live, IDLE)
+        ints[TOKEN] = token.masked_fill(~finite, 0)
         ints[EMITTED] = emitted
-        ints[LENGTH] = torch.where(live & ~stopped, ints[LENGTH] + 1, 0)
+        ints[LENGTH] = (ints[LENGTH] + 1).masked_fill(~live | stopped, 0)

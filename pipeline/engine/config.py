@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 
+from pipeline.errors import JobError
 from stem_core.config import StemConfig
 
 Status = Literal["ok", "error", "oom", "too_long"]
@@ -15,7 +17,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 LOAD_FORMATS = ("auto", "dummy")
 
 
-class EngineError(Exception):
+class EngineError(JobError):
     """The engine cannot be built or cannot go on; the message says why and what to change."""
 
 
@@ -108,7 +110,7 @@ class Request:
     """One document. prompt_ids: token ids; stop_ids end the output besides the model's own end-of-sequence ids."""
 
     request_id: str
-    prompt_ids: Sequence[int]
+    prompt_ids: Sequence[int] | np.ndarray
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     stop_ids: tuple[int, ...] = ()

@@ -48,7 +48,8 @@ class DecodeRunner:
         self._max_context = max_context
         self._use_graphs = use_graphs
         self._warm: set[StepKey] = set()
-        self._graphs: dict[StepKey, torch.cuda.CUDAGraph] = {}
+        # None for a step that cannot be captured.
+        self._graphs: dict[StepKey, torch.cuda.CUDAGraph | None] = {}
         self._pool = torch.cuda.graph_pool_handle() if use_graphs else None
         self._stream = torch.cuda.Stream() if use_graphs else None
         self.mode = "cuda graphs" if use_graphs else "eager"
@@ -62,9 +63,9 @@ class DecodeRunner:
             self._step(key)
             self._warm.add(key)
             return
-        graph = self._graphs.get(key)
-        if graph is None:
-            graph = self._capture(key)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(key)
+        graph = self._graphs[key]
         if graph is None:
             self._step(key)
         else:
@@ -83,7 +84,7 @@ class DecodeRunner:
         ints = self._batch.ints[:, : key.rows]
         lengths, starts = ints[LENGTH], ints[START]
         positions = (lengths - 1).clamp(min=0)
-        slots = torch.where(lengths > 0, starts + positions, self._arena.scratch)
+        slots = (starts + positions).masked_fill(lengths == 0, self._arena.scratch)
         context = DecodeContext(starts=starts, lengths=lengths.to(torch.int32), max_length=self._max_context)
         cache = DecodeCache(self._arena, slots)
         bounds = lengths - ints[EMITTED] + ints[LIMIT]
@@ -91,7 +92,7 @@ class DecodeRunner:
         self._batch.advance(logits, 0, key.sampled)
 
     def _capture(self, key: StepKey) -> torch.cuda.CUDAGraph | None:
-        """The captured step; None, and eager steps from then on, for a model that cannot be captured.
+        """The captured step; None, and a warning, for a model whose step cannot be captured.
 
         torch.cuda.graph() would also collect garbage and empty the allocator's cache, at every capture.
         """
@@ -110,12 +111,10 @@ class DecodeRunner:
             raise
         except RuntimeError as error:
             torch.cuda.synchronize()
-            self._use_graphs = False
-            self.mode = f"eager (capture failed: {str(error).splitlines()[0]})"
-            warnings.warn(f"decode runs without CUDA graphs: {error}", RuntimeWarning, stacklevel=2)
+            self.mode = f"eager for {key} at least (capture failed: {str(error).splitlines()[0]})"
+            warnings.warn(f"decode steps {key} run without CUDA graphs: {error}", RuntimeWarning, stacklevel=2)
             return None
         torch.cuda.current_stream().wait_stream(self._stream)
-        self._graphs[key] = graph
         return graph
 
 

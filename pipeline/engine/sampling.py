@@ -52,7 +52,7 @@ def sample(logits: Tensor, temperatures: Tensor, top_ps: Tensor, draws: Tensor) 
     # A token is kept while the more likely ones together fall short of top_p; the first one always is.
     kept = before < top_ps.double()[:, None]
     kept[:, 0] = True
-    mass = torch.where(kept, probabilities, 0.0).sum(dim=-1, dtype=torch.float64)
+    mass = probabilities.masked_fill(~kept, 0.0).sum(dim=-1, dtype=torch.float64)
     below = (total <= (draws * mass)[:, None]) & kept
     # Rounding can put a draw past the last kept token.
     place = torch.minimum(below.sum(dim=-1), kept.sum(dim=-1) - 1)

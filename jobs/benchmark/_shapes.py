@@ -1,0 +1,62 @@
+"""Model shapes by name, as config.json files: speed needs no trained weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import JobError
+
+# Room for 128K tokens of prompt and the output behind them; positions cost nothing.
+POSITIONS = 1 << 18
+# The published configs, without end-of-sequence ids: random weights would end an output anywhere.
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3.1-8b": {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 128_256,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 14_336,
+        "max_position_embeddings": POSITIONS,
+        "rope_theta": 500_000.0,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    },
+    "qwen3-8b": {
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "vocab_size": 151_936,
+        "hidden_size": 4096,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 12_288,
+        "max_position_embeddings": POSITIONS,
+        "rope_theta": 1_000_000.0,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+    },
+}
+WITHOUT_STOPS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+
+
+def shape_folder(shape: str, folder: Path) -> Path:
+    """A folder with the config.json of a named shape, or of a model folder with its stop ids taken out.
+
+    The model is then made with load_format "dummy". Raises JobError for a name that is neither.
+    """
+    if shape in SHAPES:
+        config = SHAPES[shape]
+    elif (Path(shape) / "config.json").is_file():
+        config = json.loads((Path(shape) / "config.json").read_text())
+    else:
+        raise JobError(f"--shape {shape!r} is neither {', '.join(SHAPES)} nor a folder with a config.json")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config | WITHOUT_STOPS))
+    return folder

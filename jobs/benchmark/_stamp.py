@@ -1,0 +1,47 @@
+"""What a measurement must carry with it: machine, versions, commit, time."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.engine.describe import versions
+
+
+def stamp(device: torch.device) -> dict[str, Any]:
+    """Plain values for a JSON file."""
+    about: dict[str, Any] = {
+        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "device": str(device),
+        "python": platform.python_version(),
+        "cpus": os.cpu_count(),
+        **versions(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        about |= {
+            "gpu": properties.name,
+            "gpu_memory_bytes": properties.total_memory,
+            "cuda": torch.version.cuda,
+        }
+    return about
+
+
+def _commit() -> str:
+    """The checkout's commit, "+" where files differ from it; empty outside of a checkout."""
+    root = Path(__file__).parents[2]
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True)
+        status = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=root, capture_output=True, text=True
+        )
+    except OSError:
+        return ""
+    return head.stdout.strip() + ("+" if status.stdout.strip() else "") if head.returncode == 0 else ""

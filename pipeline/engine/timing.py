@@ -1,0 +1,55 @@
+"""Times decode steps over documents that need no prefill: their keys and values are random numbers."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+from pipeline.engine.batch import RowStart
+from pipeline.engine.decode import StepKey, batch_bucket
+from pipeline.engine.engine import Engine
+
+WARM_STEPS = 3
+
+
+@torch.inference_mode()
+def decode_step_ms(engine: Engine, document_tokens: list[int], steps: int = 32) -> float | None:
+    """Median milliseconds of a greedy decode step of documents that hold `document_tokens` tokens each.
+
+    None if the documents do not fit the arena together. Raises RuntimeError while the engine has documents of its own.
+    """
+    if engine.has_work:
+        raise RuntimeError("decode_step_ms() needs an engine without work")
+    batch, arena = engine._batch, engine._arena
+    if len(document_tokens) > batch.rows or max(document_tokens) + steps + WARM_STEPS > engine.max_context:
+        return None
+    extents = []
+    try:
+        for tokens in document_tokens:
+            extent = arena.extents.allocate(tokens + steps + WARM_STEPS)
+            if extent is None:
+                return None
+            extents.append(extent)
+            for tensor in (*arena.k.values(), *arena.v.values()):
+                tensor[:, extent.start : extent.start + tokens].normal_()
+        for row, (tokens, extent) in enumerate(zip(document_tokens, extents, strict=True)):
+            # A limit that is never reached and no stop ids: rows go on for all steps.
+            batch.begin(row, RowStart(extent, tokens, 1 << 30, 0, (), 0.0, 1.0))
+        key = StepKey(batch_bucket(len(document_tokens), batch.rows), sampled=False)
+        times = [_timed(engine, key) for _ in range(WARM_STEPS + steps)]
+        return statistics.median(times[WARM_STEPS:])
+    finally:
+        for row in range(batch.rows):
+            batch.clear(row)
+        for extent in extents:
+            arena.extents.release(extent)
+
+
+def _timed(engine: Engine, key: StepKey) -> float:
+    """Milliseconds of one step, launch and readback of its tokens included."""
+    begin = time.perf_counter()
+    engine._decode.run(key)
+    engine._batch.report.tolist()
+    return (time.perf_counter() - begin) * 1000
