@@ -1,0 +1,135 @@
+"""Linears that read one input, run as one GEMM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stem_core.fuse.session import Session, brief, has_own_forward, row_error, tolerance, trial_input
+
+KIND = "qkv_projection"
+QKV = ("q_proj", "k_proj", "v_proj")
+
+
+class StackedLinear:
+    """The linears' weights in one tensor [sum of outputs, inputs]; their own parameters become views of it."""
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        self.linears = list(linears)
+        self.sizes = [linear.out_features for linear in linears]
+        self.tensors = {"weight": torch.cat([linear.weight.detach() for linear in linears])}
+        if linears[0].bias is not None:
+            self.tensors["bias"] = torch.cat([linear.bias.detach() for linear in linears])
+        self._pointers = self._point(clone=False)
+
+    def _point(self, clone: bool) -> list[tuple[nn.Linear, str, int]]:
+        """Make the parameters views of the stacked tensors, or copies of those views; returns where they lie."""
+        pointers = []
+        for name, stacked in self.tensors.items():
+            for linear, part in zip(self.linears, stacked.split(self.sizes), strict=True):
+                parameter = getattr(linear, name)
+                parameter.data = part.clone() if clone else part
+                pointers.append((linear, name, parameter.data_ptr()))
+        return pointers
+
+    def undo(self) -> None:
+        """Give each linear its own memory again, with the values that it has now."""
+        for linear, name, pointer in self._pointers:
+            parameter = getattr(linear, name)
+            if parameter.data_ptr() == pointer:
+                parameter.data = parameter.data.clone()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., inputs] -> [..., sum of outputs]. Raises RuntimeError if a linear's weight was replaced since."""
+        for linear, name, pointer in self._pointers:
+            if getattr(linear, name).data_ptr() != pointer:
+                raise RuntimeError(
+                    f"the {name} of a fused linear was moved or replaced after fuse_model: call unfuse_model before "
+                    "changing the model, and fuse_model after"
+                )
+        return F.linear(x, self.tensors["weight"], self.tensors.get("bias"))
+
+
+class SharedProjection:
+    """The first linear called with an input computes them all; the others, called with the same one, take theirs."""
+
+    def __init__(self, stacked: StackedLinear) -> None:
+        self.stacked = stacked
+        self._pending: tuple[Any, tuple[Tensor, ...], set[int]] | None = None
+
+    def take(self, index: int, x: Any) -> Tensor:
+        """Output of linear `index` for x [..., inputs]: a view of the stacked output."""
+        pending = self._pending
+        # Asked twice for one output: the input may have changed in place meanwhile.
+        if pending is None or pending[0] is not x or index not in pending[2]:
+            outputs = self.stacked(x).split(self.stacked.sizes, dim=-1)
+            pending = (x, outputs, set(range(len(self.stacked.sizes))))
+            self._pending = pending
+        pending[2].remove(index)
+        if not pending[2]:
+            self._pending = None
+        return pending[1][index]
+
+
+def stackable(linears: Sequence[Any]) -> str:
+    """Why the modules cannot be stacked; empty if they can."""
+    if any(type(linear) is not nn.Linear for linear in linears):
+        return "the projections are not plain linears"
+    if any(has_own_forward(linear) or linear._forward_hooks or linear._forward_pre_hooks for linear in linears):
+        return "a projection has hooks or a forward of its own"
+    first = linears[0]
+    for linear in linears[1:]:
+        if linear.in_features != first.in_features or (linear.bias is None) != (first.bias is None):
+            return "the projections differ in inputs or bias"
+        if linear.weight.dtype != first.weight.dtype or linear.weight.device != first.weight.device:
+            return "the projections differ in dtype or device"
+    if len({linear.weight.data_ptr() for linear in linears}) != len(linears):
+        return "the projections share their weights"
+    return ""
+
+
+def fuse_attention_projections(model: nn.Module, session: Session) -> None:
+    """One GEMM for q_proj, k_proj and v_proj of every module that has them."""
+    for name, module in model.named_modules():
+        linears = [getattr(module, part, None) for part in QKV]
+        if not all(isinstance(linear, nn.Module) for linear in linears):
+            continue
+        reason = stackable(linears)
+        if not reason:
+            reason = _fuse_qkv(linears, session)
+            free_blocks(module.q_proj)
+        if reason:
+            session.skipped(KIND, name, reason)
+        else:
+            session.fused(KIND, name)
+
+
+def _fuse_qkv(linears: list[Any], session: Session) -> str:
+    x = trial_input(8, linears[0].in_features, like=linears[0].weight)
+    wanted = [linear(x) for linear in linears]
+    mark = session.mark()
+    stacked = StackedLinear(linears)
+    session.on_undo(stacked.undo)
+    shared = SharedProjection(stacked)
+    for index, linear in enumerate(linears):
+        session.replace_forward(linear, partial(shared.take, index))
+    try:
+        error = max(row_error(linear(x), want) for linear, want in zip(linears, wanted, strict=True))
+    except (RuntimeError, ValueError) as problem:
+        session.undo_to(mark)
+        return brief(problem)
+    if error > tolerance(x.dtype):
+        session.undo_to(mark)
+        return f"one GEMM differs from three (relative error {error:.1e})"
+    return ""
+
+
+def free_blocks(linear: Any) -> None:
+    """Return the memory of the separate weights to the device: the next, larger, stacked weight does not fit in it."""
+    if linear.weight.device.type == "cuda":
+        torch.cuda.empty_cache()
