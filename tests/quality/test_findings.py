@@ -18,7 +18,7 @@ from stem_core.config import StemConfig
 ROOT = Path(__file__).parents[2]
 REPORTS = ("report-02.txt", "jargon-file-planted.txt")  # 6 findings in 8.3K tokens, 4 in 8.3K of real prose
 FLOOR = 0.95
-BROKEN = 0.75
+BROKEN = 0.6
 
 
 @cache
