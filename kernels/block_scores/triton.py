@@ -61,9 +61,7 @@ def _log_norms(
     tl.store(target + g, tl.where((g + 1) * STRIDE <= valid, log_norm, float("nan")))
 
 
-@triton.jit(
-    do_not_specialize=["rows", "query_tokens", "first_key_block", "key_blocks", "key_tokens", "max_key_blocks"]
-)
+@triton.jit(do_not_specialize=["rows", "query_tokens", "first_key_block", "key_blocks", "key_tokens", "max_key_blocks"])
 def summarise_kernel(
     q, k, v, query_sums, key_sums, log_norms,
     q_stride_n, q_stride_h, q_stride_t, k_stride_n, k_stride_h, k_stride_t, v_stride_n, v_stride_h, v_stride_t,
