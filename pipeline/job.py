@@ -155,13 +155,14 @@ class _Clock:
 
 
 def _stats(pool: Any, seconds: float, sink: Sink) -> dict[str, Any]:
-    """Where the time of a run went: seconds of all engines and readers, and of the run."""
+    """Where the time of a run went: seconds of all engines, readers and workers together, and of the run."""
     workers = pool.stats()
     return {
         "workers": len(workers),
         "seconds": seconds,
         "engine_seconds": sum(item["engine_seconds"] for item in workers),
         "reader_seconds": sum(item["reader_seconds"] for item in workers),
+        "span_seconds": sum(item["span_seconds"] for item in workers),
         "documents": sink.rows_written,
     }
 

@@ -109,6 +109,7 @@ class Worker:
         self._reader = ThreadPoolExecutor(1, "reader")
         self._documents = DocumentReader(config.text_column, list(config.kept))
         self._busy_read = 0.0
+        self._first = self._last = 0.0  # when the first document came and the last row went
 
     async def load(self) -> dict[str, Any]:
         """Load tokenizer and engine. Returns the engine's description. Raises what loading raises."""
@@ -137,8 +138,9 @@ class Worker:
         }
 
     async def stats(self) -> dict[str, float]:
-        """Seconds that the engine and the reader have been busy."""
-        return {"engine_seconds": self._loop.busy_seconds, "reader_seconds": self._busy_read}
+        """Seconds: engine busy, reader busy, and from the first document to the last row."""
+        span = self._last - self._first
+        return {"engine_seconds": self._loop.busy_seconds, "reader_seconds": self._busy_read, "span_seconds": span}
 
     async def process(self, document: Document) -> Row:
         """The row of a document; whatever is wrong with it is in the row.
@@ -146,6 +148,7 @@ class Worker:
         Raises EngineBrokenError if this worker cannot go on; then any of the documents in it may be the cause.
         """
         started, begin, meter = utc_now(), time.perf_counter(), Meter()
+        self._first = self._first or begin
         kept: dict[str, Any] = {}
         values: dict[str, Any] = {}
         limit = asyncio.timeout(self._config.deadline or None)
@@ -164,9 +167,10 @@ class Worker:
                 values = {"status": "error", "error": one_line(f"{type(error).__name__}: {error}")}
         if values["status"] != "ok":
             await self._let_go(meter.requests)
+        self._last = time.perf_counter()
         row = new_row(document.document_id, document.source, **values) | meter.columns() | kept
         return row | {
-            "total_seconds": time.perf_counter() - begin,
+            "total_seconds": self._last - begin,
             "worker": self._name,
             "gpu": self._gpu,
             "model": self._config.model_name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -23,8 +23,8 @@ def document(name: str) -> Document:
 class Workers:
     """A pool in virtual time: each wait lets every worker finish its first document, as `behave` says."""
 
-    def __init__(self, behave: Behave, max_live: int = 2, starts: Iterator[str] = iter(())) -> None:
-        self.behave, self.max_live, self.starts = behave, max_live, starts
+    def __init__(self, behave: Behave, max_live: int = 2, starts: Sequence[str] = ()) -> None:
+        self.behave, self.max_live, self.starts = behave, max_live, iter(starts)
         self.held: dict[int, list[Document]] = {}
         self.fresh: list[int] = []
         self.count = 0
@@ -72,7 +72,7 @@ def ok(workers: Workers, worker: int, item: Document, status: str = "ok") -> Eve
 
 
 def run(names: list[str], behave: Behave, *, workers: int = 2, **options: Any) -> tuple[list[Row], Workers, Scheduler]:
-    pool = Workers(behave, starts=iter(options.pop("starts", ())))
+    pool = Workers(behave, starts=options.pop("starts", ()))
     rows: list[Row] = []
     should_stop = options.pop("should_stop", lambda: False)
     scheduler = Scheduler(

@@ -1,0 +1,235 @@
+"""Whole jobs on a real Ray cluster with an engine that answers at once: rows, resume, faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import read_results
+from pipeline.config import JobConfig
+from pipeline.errors import JobError
+from pipeline.job import run, summarize
+from pipeline.records import NAMES
+from pipeline.summary import JobReport
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+FAKE = "fake_engine:FakeEngine"
+
+
+def write(folder: Path, texts: dict[str, str]) -> Path:
+    folder.mkdir(exist_ok=True)
+    rows = [json.dumps({"id": name, "text": text, "n": i}) for i, (name, text) in enumerate(texts.items())]
+    (folder / "docs.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def job(docs: Path, out: Path, model: Path, **settings: Any) -> JobReport:
+    grace = settings.pop("grace", 1.0)
+    defaults = {"workers": 1, "max_new_tokens": 8, "device": "cpu", "flush_documents": 3}
+    config = JobConfig(input=str(docs), output=str(out), model=str(model), **(defaults | settings))  # type: ignore[arg-type]
+    return run(config, engine_factory=FAKE, grace=grace)
+
+
+def rows(out: Path) -> dict[str, dict[str, Any]]:
+    found = read_results(out).to_pylist()
+    assert len({row["document_id"] for row in found}) == len(found), "one row a document"
+    return {row["document_id"]: row for row in found}
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+TEXTS = {f"d{i:02}": f"document {i} " * (i + 1) for i in range(12)}
+
+
+def test_every_document_has_a_full_row(tmp_path: Path, out: Path, model: Path) -> None:
+    bad = {"empty": "", "good": "The text is fine."}
+    docs = write(tmp_path / "docs", TEXTS | bad)
+    with (docs / "docs.jsonl").open("ab") as file:
+        file.write(b"{broken\n")
+    (docs / "binary.txt").write_bytes(b"abc\xff")
+    report = job(docs, out, model, keep_columns=["n"], workers=2)
+    assert report.exit_code == 2
+    assert report.counts == {"ok": 13, "error": 3}
+    found = rows(out)
+    assert sorted(found) == sorted([*TEXTS, "empty", "good", "docs.jsonl:15", "binary.txt"])
+    assert found["binary.txt"]["error"].startswith("invalid UTF-8 at byte 3")
+    assert "0 bytes" in found["empty"]["error"]
+    assert found["docs.jsonl:15"]["attempts"] == 0
+    row = found["good"]
+    assert set(row) == {*NAMES, "n"}
+    assert (row["output"], row["n"], row["attempts"], row["status"]) == ("the answer", 13, 1, "ok")
+    assert row["source"].endswith("docs.jsonl line 14")
+    filled = set(NAMES) - {"truncated_tokens"}
+    assert not [name for name in filled if row[name] is None]
+    assert row["tokenize_seconds"] + row["prefill_seconds"] + row["decode_seconds"] <= row["total_seconds"]
+    assert row["started_at"].utcoffset().total_seconds() == 0
+    assert row["started_at"] <= row["finished_at"]
+    assert (row["finished_at"] - row["started_at"]).total_seconds() == pytest.approx(row["total_seconds"], abs=0.05)
+
+
+def test_a_finished_job_does_nothing_and_a_lost_part_is_redone(tmp_path: Path, out: Path, model: Path) -> None:
+    docs = write(tmp_path / "docs", TEXTS)
+    assert job(docs, out, model).exit_code == 0
+    parts = {path: path.stat().st_mtime_ns for path in out.glob("part-*.parquet")}
+    assert len(parts) >= 4
+    again = job(docs, out, model)
+    assert "nothing to do" in again.messages[-1]
+    assert (again.done_now, again.exit_code) == (0, 0)
+    assert {path: path.stat().st_mtime_ns for path in out.glob("part-*.parquet")} == parts
+    before = rows(out)
+    victim = sorted(parts)[1]
+    lost = set(pq.read_table(victim)["document_id"].to_pylist())
+    victim.unlink()
+    report = job(docs, out, model)
+    after = rows(out)
+    assert report.done_now == len(lost) == 3
+    assert sorted(after) == sorted(TEXTS)
+    assert {name for name in after if after[name]["finished_at"] != before[name]["finished_at"]} == lost
+
+
+def test_another_job_on_the_same_output_is_refused(tmp_path: Path, out: Path, model: Path) -> None:
+    docs = write(tmp_path / "docs", {"a": "text"})
+    job(docs, out, model)
+    with pytest.raises(JobError, match=r"another config \(max_new_tokens: 8 -> 9\).*--force"):
+        job(docs, out, model, max_new_tokens=9)
+    with pytest.raises(JobError, match="another prompt"):
+        job(docs, out, model, prompt_file=str(_prompt_file(tmp_path)))
+    write(docs, {"a": "text", "b": "more"})
+    with pytest.raises(JobError, match="another input"):
+        job(docs, out, model)
+    report = job(docs, out, model, force=True)
+    assert report.done_now == 1
+    assert sorted(rows(out)) == ["a", "b"]
+    with pytest.raises(JobError, match="holds results already"):
+        job(docs, out, model, resume=False)
+    (out / "manifest.json").write_text("{half")
+    with pytest.raises(JobError, match="damaged"):
+        job(docs, out, model)
+
+
+def _prompt_file(folder: Path) -> Path:
+    path = folder / "prompt.jinja"
+    path.write_text("{{ document }} {{ question }} please")
+    return path
+
+
+def test_failed_documents_are_retried_on_request(tmp_path: Path, out: Path, model: Path) -> None:
+    docs = write(tmp_path / "docs", {"a": "text", "b": "RAISE", "c": "more"})
+    assert job(docs, out, model, max_attempts=1).counts == {"ok": 2, "error": 1}
+    assert "fake engine is broken" in rows(out)["b"]["error"]
+    write(docs, {"a": "text", "b": "FIXED", "c": "more"})
+    report = job(docs, out, model, max_attempts=1, retry_failed=True, force=True)
+    assert report.counts == {"ok": 3}
+    assert report.done_now == 1
+    assert len(rows(out)) == 3
+
+
+def test_a_document_that_kills_its_worker_is_found(tmp_path: Path, out: Path, model: Path) -> None:
+    docs = write(tmp_path / "docs", TEXTS | {"killer": "please CRASH now " * 8})
+    report = job(docs, out, model, workers=2)
+    found = rows(out)
+    assert report.counts == {"ok": 12, "worker_died": 1}
+    assert found["killer"]["status"] == "worker_died"
+    assert found["killer"]["attempts"] == 3
+    assert "worker process ended" in found["killer"]["error"]
+
+
+def test_a_document_that_hangs_the_engine_times_out_alone(tmp_path: Path, out: Path, model: Path) -> None:
+    docs = write(tmp_path / "docs", {"a": "text", "b": "more text", "hang": "HANG " * 9, "c": "text"})
+    report = job(docs, out, model, deadline=1.0, workers=1, grace=0.5)
+    assert report.counts == {"ok": 3, "timeout": 1}
+    assert rows(out)["hang"]["attempts"] == 2
+
+
+def test_a_slow_document_times_out_without_harm_to_its_worker(tmp_path: Path, out: Path, model: Path) -> None:
+    docs = write(tmp_path / "docs", {f"slow{i}": "SLOW" for i in range(3)} | {"quick": "x" * 999})
+    report = job(docs, out, model, deadline=0.25)
+    found = rows(out)
+    assert report.counts == {"ok": 1, "timeout": 3}
+    assert "not done after 0.25 s" in found["slow0"]["error"]
+    assert len({row["worker"] for row in found.values()}) == 1
+
+
+def test_out_of_memory_is_tried_again_alone(tmp_path: Path, out: Path, model: Path) -> None:
+    docs = write(tmp_path / "docs", {"first": "SLOW " * 80, "a": "OOM " * 30, "never": "ALWAYSOOM", "c": "text"})
+    report = job(docs, out, model)
+    assert report.counts == {"ok": 3, "oom": 1}
+    assert rows(out)["a"]["attempts"] == 2
+
+
+def test_workers_that_cannot_start_end_the_job(tmp_path: Path, out: Path, model: Path) -> None:
+    docs = write(tmp_path / "docs", {"a": "text"})
+    config = JobConfig(input=str(docs), output=str(out), model=str(model), device="cpu", workers=1)  # type: ignore[arg-type]
+    with pytest.raises(JobError, match=r"no worker could start in 3 tries.*NoSuchEngine"):
+        run(config, engine_factory="fake_engine:NoSuchEngine")
+
+
+def test_too_long_documents_by_policy(tmp_path: Path, out: Path, model: Path) -> None:
+    docs = write(tmp_path / "docs", {"long": "The quiet committee met again. " * 60, "short": "The committee."})
+    options: dict[str, Any] = {"max_context": 120, "question": "Findings?"}
+    job(docs, out, model, **options)
+    found = rows(out)
+    assert (found["long"]["status"], found["short"]["status"]) == ("too_long", "ok")
+    assert "the limit is 112" in found["long"]["error"]
+    job(docs, tmp_path / "cut", model, too_long="truncate", **options)
+    cut = rows(tmp_path / "cut")
+    assert (cut["long"]["status"], cut["long"]["prompt_tokens"]) == ("ok", 112)
+    assert cut["long"]["truncated_tokens"] > 200
+    assert cut["short"]["truncated_tokens"] == 0
+    job(docs, tmp_path / "parts", model, too_long="map-reduce", **options)
+    parts = rows(tmp_path / "parts")
+    assert parts["long"]["status"] == "ok"
+    assert parts["long"]["parts"] >= 4
+    assert parts["long"]["prompt_tokens"] > 360
+    assert parts["short"]["parts"] == 1
+
+
+def test_a_stop_keeps_what_is_finished_and_the_next_run_goes_on(tmp_path: Path, out: Path, model: Path) -> None:
+    docs = write(tmp_path / "docs", {f"d{i}": "SLOW" for i in range(30)})
+
+    def stop_when_something_is_there() -> None:
+        while not list(out.glob("part-*.parquet")):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_when_something_is_there).start()
+    report = job(docs, out, model)
+    assert report.exit_code == 130
+    first = rows(out)
+    assert 3 <= len(first) < 30
+    report = job(docs, out, model)
+    assert report.done_now == 30 - len(first)
+    after = rows(out)
+    assert len(after) == 30
+    assert all(after[name] == row for name, row in first.items())
+
+
+def test_ten_megabytes_of_text_and_a_parquet_input(tmp_path: Path, out: Path, model: Path) -> None:
+    texts = ["The report was mapped last winter. " * 300_000, "short"]
+    pq.write_table(pa.table({"document_id": [1, 2], "text": texts}), tmp_path / "docs.parquet")
+    report = job(tmp_path / "docs.parquet", out, model, too_long="truncate")
+    assert report.counts == {"ok": 2}
+    assert rows(out)["1"]["truncated_tokens"] > 1_000_000
+
+
+def test_the_python_interface_takes_settings_and_refuses_unknown_ones(tmp_path: Path, out: Path, model: Path) -> None:
+    with pytest.raises(JobError, match="'max_tokens' is not a setting; did you mean 'max_new_tokens'"):
+        summarize(input=tmp_path, output=out, model=model, max_tokens=3)
+    docs = write(tmp_path / "docs", {"a": "text"})
+    job(docs, out, model)
+    report = summarize(
+        input=docs, output=out, model=model, workers=1, max_new_tokens=8, device="cpu", flush_documents=3
+    )
+    assert report.documents == report.ok == 1
