@@ -89,7 +89,6 @@ class DecodeBatch:
         finite = torch.isfinite(logits.amax(dim=-1))
         emitted = ints[EMITTED] + live
         stopped = (ints[FIELDS:] == token).any(dim=0) | (emitted >= ints[LIMIT]) | ~finite
-        # masked_fill, since torch.where copies a scalar from the host, which no graph can capture.
         self.report[rows] = token.masked_fill(~finite, NOT_FINITE).masked_fill(~live, IDLE)
         ints[TOKEN] = token.masked_fill(~finite, 0)
         ints[EMITTED] = emitted

@@ -36,6 +36,7 @@ class EngineConfig:
     load_format: "auto" reads safetensors; "dummy" makes random weights on the device from the config alone.
     revision, trust_remote_code: as in transformers.
     seed: of the dummy weights.
+    fuse: run norms, MLPs, projections and rotary embeddings through our kernels; None does on a GPU.
     cuda_graphs: replay captured decode steps (GPU only).
     decode_lag: decode steps that the host may launch ahead of the tokens that it has read back; steps launched for a
         document that has stopped are discarded. None is 2 on a GPU, 0 on the CPU. Results do not depend on it.
@@ -53,6 +54,7 @@ class EngineConfig:
     revision: str | None = None
     trust_remote_code: bool = False
     seed: int = 0
+    fuse: bool | None = None
     cuda_graphs: bool = True
     decode_lag: int | None = None
 

@@ -28,6 +28,7 @@ from pipeline.engine.meter import Meter, check_device, is_out_of_memory
 from pipeline.engine.plan import MemoryPlan
 from pipeline.engine.prefill import AttentionPlan, Prefill, attention_plan, chunk_size
 from pipeline.engine.runner import ModelRunner
+from stem_core.fuse import describe_fusion
 
 
 class Engine:
@@ -42,7 +43,7 @@ class Engine:
         model = load_model(config)
         self._eos = stop_token_ids(model)
         try:
-            self._runner = ModelRunner(model, config.attention)
+            self._runner = ModelRunner(model, config.attention, config.fuse)
         except (ValueError, AttributeError) as error:
             raise EngineError(f"model {config.model!r} cannot run here: {error}") from error
         device = self._device = self._runner.device
@@ -90,6 +91,7 @@ class Engine:
             "attention_config": None if attention is None else attention.to_dict(),
             "chunk_tokens": self._chunk,
             "kernels": self._kernels,
+            "fusion": describe_fusion(self._runner.model),
             "decode": self._decode.mode,
             "versions": versions(),
         }

@@ -10,19 +10,22 @@ from pipeline.engine.cache import EngineCache, ProbeCache
 from pipeline.engine.rope import prepare_rope
 from stem_core.config import StemConfig
 from stem_core.context import PrefillContext, StemContext
+from stem_core.fuse import fuse_model
 from stem_core.patch import patch_model
 
 
 class ModelRunner:
-    """A patched model on its device.
+    """A patched model on its device, its elementwise operations fused (`fuse` as in EngineConfig).
 
     Raises stem_core's UnsupportedModelError or EngineError for a model whose attention or rotary embedding cannot run
     here, UnsupportedCacheError for one that caches more than keys and values.
     """
 
-    def __init__(self, model: nn.Module, attention: StemConfig | None) -> None:
-        self.model = patch_model(model, attention)
+    def __init__(self, model: nn.Module, attention: StemConfig | None, fuse: bool | None = None) -> None:
         self.device = next(model.parameters()).device
+        if self.device.type == "cuda" if fuse is None else fuse:
+            fuse_model(model)
+        self.model = patch_model(model, attention)
         self.dtype = next(model.parameters()).dtype
         self.vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         self._rope = prepare_rope(model)

@@ -47,6 +47,15 @@ def test_chunks_and_lag_change_nothing(model: Expected, chunk_tokens: int, decod
     assert [done[str(i)].token_ids for i in range(len(texts))] == expected
 
 
+def test_fused_model_gives_the_same_tokens(model: Expected) -> None:
+    folder, texts, expected = model
+    engine = Engine(EngineConfig(str(folder), device="cpu", fuse=True, chunk_tokens=128, arena_tokens=4096))
+    fusion = engine.describe()["fusion"]
+    assert sum(fusion["fused"].values()) > 0, fusion
+    done = run(engine, [Request(str(i), prompt, NEW) for i, prompt in enumerate(texts)])
+    assert [done[str(i)].token_ids for i in range(len(texts))] == expected
+
+
 def test_trained_model_on_a_report() -> None:
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_READER)
