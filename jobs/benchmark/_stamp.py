@@ -14,11 +14,11 @@ import torch
 from pipeline.engine.describe import versions
 
 
-def stamp(device: torch.device) -> dict[str, Any]:
-    """Plain values for a JSON file."""
+def stamp(device: torch.device, commit: str = "") -> dict[str, Any]:
+    """Plain values for a JSON file. commit: what is measured, where this is not a git checkout."""
     about: dict[str, Any] = {
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit or _commit(),
         "device": str(device),
         "python": platform.python_version(),
         "cpus": os.cpu_count(),
@@ -29,13 +29,15 @@ def stamp(device: torch.device) -> dict[str, Any]:
         about |= {
             "gpu": properties.name,
             "gpu_memory_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
             "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
         }
     return about
 
 
 def _commit() -> str:
-    """The checkout's commit, "+" where files differ from it; empty outside of a checkout."""
+    """The checkout's commit, "+" where files differ from it; "unknown" outside of a checkout."""
     root = Path(__file__).parents[2]
     try:
         head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True)
@@ -43,5 +45,5 @@ def _commit() -> str:
             ["git", "status", "--porcelain", "--untracked-files=no"], cwd=root, capture_output=True, text=True
         )
     except OSError:
-        return ""
-    return head.stdout.strip() + ("+" if status.stdout.strip() else "") if head.returncode == 0 else ""
+        return "unknown"
+    return head.stdout.strip() + ("+" if status.stdout.strip() else "") if head.returncode == 0 else "unknown"

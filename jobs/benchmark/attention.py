@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from jobs.benchmark.measure import isolated_ms, stamp, sustained_ms, table, write_json
+from jobs.benchmark._stamp import stamp
+from jobs.benchmark.measure import isolated_ms, sustained_ms, table, write_json
 from kernels.block_scores import choose_block_scores, oam_scores
 from kernels.block_selection import BlockSelection, select_blocks
 from kernels.block_sparse_attention import block_sparse_attention, choose_block_sparse_attention
@@ -72,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
         return 1
     torch.backends.cuda.matmul.allow_tf32 = False
     facts = {
-        **stamp(options.commit),
+        **stamp(torch.device("cuda"), options.commit),
         "heads": options.heads,
         "kv_heads": options.kv_heads,
         "head_dim": options.head_dim,

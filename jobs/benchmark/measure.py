@@ -1,55 +1,14 @@
-"""Timing on a GPU, the stamp every result carries, and how results are shown."""
+"""Timing on a GPU, and how results are shown."""
 
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-
-
-def stamp(commit: str = "") -> dict[str, Any]:
-    """GPU, versions, commit (where `commit` does not name it, the checkout's) and time."""
-    properties = torch.cuda.get_device_properties(0)
-    packages = {}
-    for name in ("torch", "triton", "transformers"):
-        try:
-            packages[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            packages[name] = "missing"
-    return {
-        "gpu": properties.name,
-        "multiprocessors": properties.multi_processor_count,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "python": platform.python_version(),
-        **packages,
-        "commit": commit or _commit(),
-        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _commit() -> str:
-    """The checkout's commit, marked where files differ from it; "unknown" outside a git checkout."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    try:
-        commit = git("rev-parse", "--short=12", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no")
-    except FileNotFoundError:
-        return "unknown"
-    return (commit + ("+changes" if changed else "")) or "unknown"
 
 
 def isolated_ms(call: Callable[[], object], idle_seconds: float, repeats: int = 5) -> float:

@@ -13,6 +13,7 @@ What the compilers do to such code, and cost time to find out:
 - Gluon finds loop-carried variables by comparing handles: `a = b = x` before a loop with `a = b; b = new` inside
   drops `a` without a warning.
 - `mbarrier.arrive` is bar.sync plus one thread: few arrivals a step.
+- Taking turns (ping-pong) with named barriers gains nothing: the warpgroups fall out of step by themselves.
 """
 
 from __future__ import annotations
@@ -42,7 +43,6 @@ from kernels.gluon_common import (
     opaque,
     row_max,
     row_sum_partial,
-    statement,
     tile_coordinates,
     tile_number,
 )
@@ -99,24 +99,11 @@ def produce(
 
 
 @gluon.jit
-def take_turn(WARPGROUP: gl.constexpr, PINGPONG: gl.constexpr):
-    """Wait until it is this warpgroup's turn to issue its GEMMs (named barriers 10 and 11)."""
-    if PINGPONG:
-        statement("bar.sync 10, 256;" if WARPGROUP == 0 else "bar.sync 11, 256;")
-
-
-@gluon.jit
-def pass_turn(WARPGROUP: gl.constexpr, PINGPONG: gl.constexpr):
-    if PINGPONG:
-        statement("bar.arrive 11, 256;" if WARPGROUP == 0 else "bar.arrive 10, 256;")
-
-
-@gluon.jit
 def consume(
     WARPGROUP: gl.constexpr, o_desc, lse, counts, q_s, k_s, v_s, o_s,
     q_full, q_empty, k_full, k_empty, v_full, v_empty, tiles, rows, row0, n_queries, log2_scale,
     D: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
-    WITH_LSE: gl.constexpr, PINGPONG: gl.constexpr,
+    WITH_LSE: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: 64 query rows of every tile."""
     dtype: gl.constexpr = o_desc.dtype
@@ -134,8 +121,6 @@ def consume(
     q = q_s.index(WARPGROUP).reshape([64, D])
     no_scores = gl.zeros([64, 128], gl.float32, s_layout)
     no_output = gl.zeros([64, D], gl.float32, o_layout)
-    if WARPGROUP == 1:
-        pass_turn(1, PINGPONG)
     growth_declare(WARPGROUP)
     for turn in range(gl.cdiv(tiles, gl.num_programs(0))):
         tile = tile_number(turn)
@@ -162,12 +147,10 @@ def consume(
             p = gl.convert_layout(weights.to(dtype), p_layout)
             mbarrier.wait(k_full.index(k_stage), k_phase, pred=count > 1)
             for j in range(count - 1):
-                take_turn(WARPGROUP, PINGPONG)
                 key = k_s.index(k_stage).reshape([128, D]).permute((1, 0))
                 s = warpgroup_mma(q, key, no_scores, use_acc=False, is_async=True)
                 mbarrier.wait(v_full.index(v_stage), v_phase)
                 o_next = warpgroup_mma(p, v_s.index(v_stage).reshape([128, D]), o, is_async=True)
-                pass_turn(WARPGROUP, PINGPONG)
                 s = warpgroup_mma_wait(1, deps=[s])
                 mbarrier.arrive(k_empty.index(k_stage))
                 k_stage, k_phase = advance(k_stage, k_phase, STAGES)
@@ -212,7 +195,7 @@ def consume(
 def block_sparse_attention_hopper(
     q_desc, k_desc, v_desc, o_desc, lse, indices, counts, rows, tiles, row0, n_queries, max_blocks, log2_scale,
     D: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
-    WITH_LSE: gl.constexpr, PINGPONG: gl.constexpr,
+    WITH_LSE: gl.constexpr,
 ):  # fmt: skip
     """Shared memory, barriers (full = data has landed, empty = both warpgroups are done with it), three roles."""
     q_s = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, 64, D], q_desc.layout)
@@ -239,10 +222,10 @@ def block_sparse_attention_hopper(
     gl.warp_specialize([
         (consume, (0, o_desc, lse, counts, q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                    tiles, rows, row0, n_queries, log2_scale,
-                   D, KV_HEADS, GROUP, STAGES, DENSE, WITH_LSE, PINGPONG)),
+                   D, KV_HEADS, GROUP, STAGES, DENSE, WITH_LSE)),
         (consume, (1, o_desc, lse, counts, q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                    tiles, rows, row0, n_queries, log2_scale,
-                   D, KV_HEADS, GROUP, STAGES, DENSE, WITH_LSE, PINGPONG)),
+                   D, KV_HEADS, GROUP, STAGES, DENSE, WITH_LSE)),
         (produce, (q_desc, k_desc, v_desc, indices, counts, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty,
                    v_full, v_empty, tiles, rows, row0, max_blocks, KV_HEADS, GROUP, STAGES, DENSE)),
     ], [4, 1], [240, 24])  # fmt: skip
@@ -262,7 +245,6 @@ def block_sparse_attention(
     query_start: int,
     scale: float,
     return_lse: bool,
-    pingpong: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """See kernels.block_sparse_attention, which has checked shapes, types, strides and the device."""
     N, H, Lq, D = q.shape
@@ -296,7 +278,6 @@ def block_sparse_attention(
         STAGES=2 if D == 128 else 4,
         DENSE=selection is None,
         WITH_LSE=return_lse,
-        PINGPONG=pingpong,
         num_warps=4,
     )
     return out, lse

@@ -157,9 +157,13 @@ def check(case: Case, impl: str, device: str) -> None:
     norm = true_out.norm()
     error, allowed = (out.double() - true_out).norm() / norm, (eager_out.double() - true_out).norm() / norm
     assert error <= ALLOWED[case.dtype] * allowed, f"error {error:.2e}, eager {allowed:.2e}"
-    # The largest single error too, so that one wrong row does not drown in the norm.
-    worst = (out.double() - true_out).abs().amax() / true_out.abs().amax()
-    ulps = 64 if case.dtype == torch.float32 else 8
-    assert worst <= ulps * torch.finfo(case.dtype).eps, f"largest error {worst:.2e} of the largest output"
-    # Scores are products of the inputs as given, accumulated in float32: the type does not matter.
-    torch.testing.assert_close(lse.double(), true_lse, atol=1e-4, rtol=0)
+    # The largest single error too, so that one wrong row does not drown in the norm. A maximum scatters more: twice.
+    worst, allowed = (out.double() - true_out).abs().amax(), (eager_out.double() - true_out).abs().amax()
+    assert worst <= 2 * ALLOWED[case.dtype] * allowed, f"largest error {worst:.2e}, eager {allowed:.2e}"
+    # Scores accumulate in float32 whatever the type, so that a sum of products is wrong by a few roundings of the sum
+    # of their magnitudes, and a log-sum-exp by no more than its worst score (and its own roundings).
+    magnitude = (q.abs().double() @ k.abs().double().repeat_interleave(q.shape[1] // k.shape[1], 1).mT) * scale
+    magnitude = magnitude.masked_fill(~visible, 0).amax(-1) + true_lse.abs()
+    limit = ALLOWED[torch.float32] * torch.finfo(torch.float32).eps * magnitude
+    excess = ((lse.double() - true_lse).abs() / limit).amax()
+    assert excess <= 1, f"log-sum-exp: {excess:.2f} of the allowed error"
