@@ -16,6 +16,7 @@ from torch import nn
 from stem_core.fuse.mlp import fuse_mlps
 from stem_core.fuse.norms import fuse_norms
 from stem_core.fuse.projections import fuse_attention_projections
+from stem_core.fuse.quantized import fuse_quantised_norms
 from stem_core.fuse.rope import fuse_rope
 from stem_core.fuse.session import Fusion, Session
 
@@ -35,6 +36,7 @@ def fuse_model(model: Model, *, projections: bool = True, impl: str = "auto") ->
         old parameters become views: values, names and state_dict stay. Moving or converting the model afterwards
         needs `unfuse_model` first (the fused forward raises RuntimeError otherwise).
     impl: of the kernels, see kernels.dispatch.
+    Where `quantize_linears` ran before, norms and activations write fp8 rows for the linears that read them.
     What cannot be fused keeps its own forward; `describe_fusion(model)` lists it with the reason.
     Raises ValueError for a model that is fused already, or in training mode.
     """
@@ -49,6 +51,7 @@ def fuse_model(model: Model, *, projections: bool = True, impl: str = "auto") ->
         if projections:
             fuse_attention_projections(model, session)
         fuse_rope(model, session)
+        fuse_quantised_norms(model, session)
     except BaseException:
         unfuse_model(model)
         raise

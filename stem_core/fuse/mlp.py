@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.silu_mul import ACTIVATIONS, silu_mul
+from kernels.quantize import QuantizedRows, quantize_rows
+from kernels.silu_mul import ACTIVATIONS, silu_mul, silu_mul_fp8
+from stem_core.fp8.linear import Fp8Linear
 from stem_core.fuse.projections import StackedLinear, free_blocks, stackable
-from stem_core.fuse.session import Session, brief, has_own_forward, row_error, tolerance, trial_input
+from stem_core.fuse.session import Session, activations_like, brief, has_own_forward, row_error, tolerance, trial_input
 
 KIND, GEMM_KIND = "gated_mlp", "gate_up_projection"
 
@@ -23,7 +25,7 @@ def fuse_mlps(model: nn.Module, session: Session, stack: bool) -> None:
     for name, module in model.named_modules():
         if _is_gated(module):
             try:
-                _fuse(module, name, session, stack)
+                _fuse(model, module, name, session, stack)
             except (ValueError, TypeError, RuntimeError) as error:
                 session.skipped(KIND, name, str(error) if type(error) is ValueError else brief(error))
 
@@ -47,7 +49,7 @@ def activation_name(module: Any) -> str:
     raise ValueError(f"its activation {type(function).__name__} is neither SiLU nor GELU in the tanh form")
 
 
-def _fuse(module: Any, name: str, session: Session, stack: bool) -> None:
+def _fuse(model: nn.Module, module: Any, name: str, session: Session, stack: bool) -> None:
     """Raises ValueError with the reason if the MLP cannot be fused."""
     if has_own_forward(module):
         raise ValueError("its forward is replaced already")
@@ -57,8 +59,7 @@ def _fuse(module: Any, name: str, session: Session, stack: bool) -> None:
     inputs = getattr(entry, "in_features", None)
     if not isinstance(inputs, int):
         raise ValueError(f"its first projection is a {type(entry).__name__}, not a linear")
-    half = getattr(entry, "weight", None)
-    like = half if isinstance(half, Tensor) and half.is_floating_point() else next(module.parameters())
+    like = activations_like(model, module)
     scales = (1.0, 0.1, 10.0, 3.0) if like.dtype == torch.float16 else (1.0, 0.1, 10.0, 100.0)
     x = trial_input(8, inputs, like=like, scales=scales)
     wanted = module(x)
@@ -89,10 +90,21 @@ def _fuse(module: Any, name: str, session: Session, stack: bool) -> None:
         session.skipped(GEMM_KIND, name, reason)
 
 
-def mlp_forward(module: Any, gate_up: Any, activation: str, impl: str, hidden_states: Tensor) -> Tensor:
-    """hidden_states [..., D] -> [..., D]. gate_up: one call for both projections, gate first, or None."""
+def takes_fp8(module: Any) -> bool:
+    """Whether a fused MLP takes fp8 rows."""
+    return isinstance(getattr(module, "gate_up_proj", getattr(module, "gate_proj", None)), Fp8Linear)
+
+
+def mlp_forward(module: Any, gate_up: Any, activation: str, impl: str, hidden_states: Tensor | QuantizedRows) -> Tensor:
+    """hidden_states [..., D], or fp8 rows for fp8 linears -> [..., D].
+
+    gate_up: one call for both projections, gate first, or None.
+    """
     if gate_up is None:
+        if takes_fp8(module) and isinstance(hidden_states, Tensor):
+            hidden_states = quantize_rows(hidden_states, impl=impl)
         gate, up = module.gate_proj(hidden_states), module.up_proj(hidden_states)
     else:
         gate, up = gate_up(hidden_states).chunk(2, dim=-1)
-    return module.down_proj(silu_mul(gate, up, activation=activation, impl=impl))
+    produce = silu_mul_fp8 if isinstance(module.down_proj, Fp8Linear) else silu_mul
+    return module.down_proj(produce(gate, up, activation=activation, impl=impl))

@@ -39,6 +39,7 @@ def fuse_norms(model: nn.Module, session: Session) -> None:
                 continue
             session.replace_forward(module, partial(norm_forward, module, style, session.impl, False))
             session.fused(KIND, name)
+            session.norms[name] = style
 
 
 def norm_style(module: Any, impl: str) -> NormStyle:

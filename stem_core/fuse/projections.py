@@ -10,32 +10,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stem_core.fuse.session import Session, brief, has_own_forward, row_error, tolerance, trial_input
+from kernels.quantize import QuantizedRows, quantize_rows
+from kernels.rows import FP8
+from stem_core.fp8.linear import Fp8Linear, scaled_linear
+from stem_core.fuse.session import Session, activations_like, brief, has_own_forward, row_error, tolerance, trial_input
 
 KIND = "qkv_projection"
 QKV = ("q_proj", "k_proj", "v_proj")
 
 
 class StackedLinear:
-    """The linears' weights in one tensor [sum of outputs, inputs]; their own parameters become views of it."""
+    """The linears' weights in one tensor [sum of outputs, inputs]; their own parameters become views of it.
 
-    def __init__(self, linears: Sequence[nn.Linear]) -> None:
-        self.linears = list(linears)
+    linears: plain ones, or fp8 ones, whose scales are stacked too.
+    """
+
+    def __init__(self, linears: Sequence[Any]) -> None:
         self.sizes = [linear.out_features for linear in linears]
-        self.tensors = {"weight": torch.cat([linear.weight.detach() for linear in linears])}
-        if linears[0].bias is not None:
-            self.tensors["bias"] = torch.cat([linear.bias.detach() for linear in linears])
-        self._pointers = self._point(clone=False)
-
-    def _point(self, clone: bool) -> list[tuple[nn.Linear, str, int]]:
-        """Make the parameters views of the stacked tensors, or copies of those views; returns where they lie."""
-        pointers = []
-        for name, stacked in self.tensors.items():
-            for linear, part in zip(self.linears, stacked.split(self.sizes), strict=True):
-                parameter = getattr(linear, name)
-                parameter.data = part.clone() if clone else part
-                pointers.append((linear, name, parameter.data_ptr()))
-        return pointers
+        self.fp8 = isinstance(linears[0], Fp8Linear)
+        self.fast_accumulation = self.fp8 and linears[0].fast_accumulation
+        self.tensors: dict[str, Tensor] = {}
+        self._pointers: list[tuple[nn.Module, str, int]] = []
+        for name in ("weight", "weight_scale", "bias"):
+            if getattr(linears[0], name, None) is None:
+                continue
+            parameters = [getattr(linear, name) for linear in linears]
+            outputs = 1 if name == "weight_scale" else 0
+            stacked = torch.cat([parameter.detach().view(_bits(parameter)) for parameter in parameters], dim=outputs)
+            self.tensors[name] = stacked.view(parameters[0].dtype)
+            parts = self.tensors[name].split(self.sizes, dim=outputs)
+            for linear, parameter, part in zip(linears, parameters, parts, strict=True):
+                parameter.data = part
+                self._pointers.append((linear, name, parameter.data_ptr()))
 
     def undo(self) -> None:
         """Give each linear its own memory again, with the values that it has now."""
@@ -44,15 +50,28 @@ class StackedLinear:
             if parameter.data_ptr() == pointer:
                 parameter.data = parameter.data.clone()
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [..., inputs] -> [..., sum of outputs]. Raises RuntimeError if a linear's weight was replaced since."""
+    def __call__(self, x: Tensor | QuantizedRows) -> Tensor:
+        """x [..., inputs] -> [..., sum of outputs]; fp8 rows go with fp8 linears only.
+
+        Raises RuntimeError if a linear's weight was replaced since."""
         for linear, name, pointer in self._pointers:
             if getattr(linear, name).data_ptr() != pointer:
                 raise RuntimeError(
                     f"the {name} of a fused linear was moved or replaced after fuse_model: call unfuse_model before "
                     "changing the model, and fuse_model after"
                 )
-        return F.linear(x, self.tensors["weight"], self.tensors.get("bias"))
+        weight, bias = self.tensors["weight"], self.tensors.get("bias")
+        if self.fp8:
+            rows = x if isinstance(x, QuantizedRows) else quantize_rows(x)
+            scale = self.tensors["weight_scale"]
+            return scaled_linear(rows, weight, scale, bias, fast_accumulation=self.fast_accumulation)
+        assert isinstance(x, Tensor)
+        return F.linear(x, weight, bias)
+
+
+def _bits(tensor: Tensor) -> torch.dtype:
+    """fp8 is concatenated as bytes."""
+    return torch.uint8 if tensor.dtype == FP8 else tensor.dtype
 
 
 class SharedProjection:
@@ -78,14 +97,18 @@ class SharedProjection:
 
 def stackable(linears: Sequence[Any]) -> str:
     """Why the modules cannot be stacked; empty if they can."""
-    if any(type(linear) is not nn.Linear for linear in linears):
-        return "the projections are not plain linears"
+    if type(linears[0]) not in (nn.Linear, Fp8Linear) or any(
+        type(linear) is not type(linears[0]) for linear in linears
+    ):
+        return "the projections are not plain linears of one kind"
     if any(has_own_forward(linear) or linear._forward_hooks or linear._forward_pre_hooks for linear in linears):
         return "a projection has hooks or a forward of its own"
     first = linears[0]
     for linear in linears[1:]:
         if linear.in_features != first.in_features or (linear.bias is None) != (first.bias is None):
             return "the projections differ in inputs or bias"
+        if getattr(linear, "fast_accumulation", None) != getattr(first, "fast_accumulation", None):
+            return "the projections accumulate differently"
         if linear.weight.dtype != first.weight.dtype or linear.weight.device != first.weight.device:
             return "the projections differ in dtype or device"
     if len({linear.weight.data_ptr() for linear in linears}) != len(linears):
@@ -101,7 +124,7 @@ def fuse_attention_projections(model: nn.Module, session: Session) -> None:
             continue
         reason = stackable(linears)
         if not reason:
-            reason = _fuse_qkv(linears, session)
+            reason = _fuse_qkv(linears, activations_like(model, module), session)
             free_blocks(module.q_proj)
         if reason:
             session.skipped(KIND, name, reason)
@@ -109,8 +132,8 @@ def fuse_attention_projections(model: nn.Module, session: Session) -> None:
             session.fused(KIND, name)
 
 
-def _fuse_qkv(linears: list[Any], session: Session) -> str:
-    x = trial_input(8, linears[0].in_features, like=linears[0].weight)
+def _fuse_qkv(linears: list[Any], like: Tensor, session: Session) -> str:
+    x = trial_input(8, linears[0].in_features, like=like)
     wanted = [linear(x) for linear in linears]
     mark = session.mark()
     stacked = StackedLinear(linears)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.rope import apply_rope
-from stem_core.fuse.session import Session, brief, has_own_forward, row_error, tolerance, trial_input
+from stem_core.fuse.session import Session, activations_like, brief, has_own_forward, row_error, tolerance, trial_input
 
 KIND = "rope"
 NAME = "apply_rotary_pos_emb"
@@ -72,7 +72,7 @@ def fuse_rope(model: nn.Module, session: Session) -> None:
         function = type(module).forward
         if "Attention" not in type(module).__name__ or not isinstance(head_dim, int):
             continue
-        like = next(module.parameters())
+        like = activations_like(model, module)
         key = (type(module), head_dim, like.dtype)
         if has_own_forward(module):
             session.skipped(KIND, name, "its forward is replaced already")

@@ -25,6 +25,7 @@ class Session:
 
     impl: str
     fusions: list[Fusion] = field(default_factory=list)
+    norms: dict[str, Any] = field(default_factory=dict)
     unfused_calls: list[Callable[[], int]] = field(default_factory=list)
     _undo: list[Callable[[], None]] = field(default_factory=list)
 
@@ -68,6 +69,12 @@ def trial_input(*shape: int, like: Tensor, scales: Sequence[float] = (1.0,), see
     x = torch.randn(*shape, generator=generator)
     factors = torch.tensor([scales[i % len(scales)] for i in range(shape[-2])]) if len(shape) > 1 else scales[0]
     return (x * (factors[:, None] if isinstance(factors, Tensor) else factors)).to(like.device, like.dtype)
+
+
+def activations_like(model: nn.Module, module: nn.Module) -> Tensor:
+    """An empty tensor with the dtype of the model's activations, on the device of `module`."""
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    return torch.empty(0, dtype=embedding.dtype, device=next(module.parameters()).device)
 
 
 def row_error(got: Tensor, wanted: Tensor) -> float:
