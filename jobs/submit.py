@@ -1,6 +1,6 @@
 """Run jobs.summarize on a Ray cluster: python -m jobs.submit --address http://HOST:8265 --input DOCS --output OUT ...
 
-Uploads the checkout, submits the job, follows its log and exits with its exit code. Paths are made absolute here, so
+Uploads our packages, submits the job, follows its log and exits with its exit code. Paths are made absolute here, so
 they must mean the same on the cluster (one machine, or a shared file system); URIs are passed on as they are.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import shlex
 import signal
@@ -23,12 +24,10 @@ from pipeline.errors import JobError, one_line
 from pipeline.imports import ROOT
 from pipeline.source.files import is_remote
 
-# Ray refuses a working folder of more than 100 MiB; none of these is needed on the cluster.
-EXCLUDES = [
-    ".git/", ".venv/", "venv/", "**/__pycache__/", ".pytest_cache/", ".mypy_cache/", ".ruff_cache/", ".hypothesis/",
-    "demo_output/", "out/", "build/", "dist/", "tests/", "*.egg-info/",
-]  # fmt: skip
-LIMIT_BYTES = 100 << 20
+# What is uploaded: our packages and nothing else of the checkout (Ray refuses a working folder of more than 100 MiB).
+PACKAGES = ("jobs", "kernels", "pipeline", "stem_core")
+# A cluster takes no jobs in its first seconds.
+READY_SECONDS = 60.0
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -104,35 +103,25 @@ def connect(address: str) -> Any:
 
 
 def submit(client: Any, arguments: list[str]) -> str:
-    """Upload the checkout and start the job; its id. Raises JobError."""
-    check_size(ROOT)
-    environment = {"PYTHONUNBUFFERED": "1"}
-    try:
-        return client.submit_job(
-            entrypoint=shlex.join(["python", "-m", "jobs.summarize", *arguments]),
-            runtime_env={"working_dir": str(ROOT), "excludes": EXCLUDES, "env_vars": environment},
-        )
-    except Exception as error:
-        raise JobError(f"the job was refused: {one_line(error)}") from None
-
-
-def check_size(folder: Path) -> None:
-    """Raise JobError if what would be uploaded exceeds Ray's limit, naming the largest files."""
-    skipped = {item.strip("*/") for item in EXCLUDES}
-    sizes = []
-    for path, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if name not in skipped and not name.endswith(".egg-info")]
-        found = [Path(path) / name for name in files]
-        sizes += [(file.stat().st_size, file.relative_to(folder)) for file in found if file.is_file()]
-    total = sum(size for size, _ in sizes)
-    if total > LIMIT_BYTES:
-        largest = ", ".join(
-            f"{os.path.relpath(name, folder)} ({size >> 20} MiB)" for size, name in sorted(sizes)[:-4:-1]
-        )
-        raise JobError(
-            f"the checkout has {total >> 20} MiB, Ray uploads at most {LIMIT_BYTES >> 20}; move large files out of "
-            f"{folder}: {largest}"
-        )
+    """Upload our packages and start the job; its id. Raises JobError."""
+    logging.disable(logging.WARNING)  # the client tells of every package that it skips
+    excludes = [f"/{path.name}" for path in ROOT.iterdir() if path.name not in PACKAGES] + ["__pycache__/", ".*_cache/"]
+    until = time.monotonic() + READY_SECONDS
+    while True:
+        try:
+            return client.submit_job(
+                entrypoint=shlex.join(["python", "-m", "jobs.summarize", *arguments]),
+                runtime_env={"working_dir": str(ROOT), "excludes": excludes, "env_vars": {"PYTHONUNBUFFERED": "1"}},
+            )
+        except Exception as error:  # the client raises RuntimeError for everything
+            if "No available agent" not in str(error):
+                raise JobError(f"the job was refused: {one_line(error)}") from None
+            if time.monotonic() > until:
+                raise JobError(
+                    f"the cluster takes no jobs: {one_line(error)}; "
+                    "if another Ray runs on its head node, give this one its own --dashboard-agent-listen-port"
+                ) from None
+            time.sleep(1.0)
 
 
 def follow(client: Any, job: str) -> int:
