@@ -23,7 +23,7 @@ from pipeline.engine.decode import DecodeRunner, Readback, StepKey, batch_bucket
 from pipeline.engine.describe import describe_kernels, versions
 from pipeline.engine.document import Document, WaitingLine, accept
 from pipeline.engine.loading import load_model, stop_token_ids
-from pipeline.engine.memory import allocate_arena, plan_memory
+from pipeline.engine.memory import allocate_arena, plan_memory, release_memory
 from pipeline.engine.meter import Meter, check_device, is_out_of_memory
 from pipeline.engine.plan import MemoryPlan
 from pipeline.engine.prefill import AttentionPlan, Prefill, attention_plan, chunk_size
@@ -138,9 +138,7 @@ class Engine:
         self._live.clear()
         self._prefilling = None
         del self._decode, self._batch, self._arena, self._runner, self._readback
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-            torch.cuda.empty_cache()
+        release_memory(self._device)
 
     def _current(self) -> list[Document]:
         """Documents that hold an extent."""

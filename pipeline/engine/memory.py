@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from kernels.block_scores import KeySummary
+from kernels.block_scores import KeySummary, key_sums_dtype
 from pipeline.engine.arena import Extent, KVArena
 from pipeline.engine.cache import PrefillCache
 from pipeline.engine.config import EngineConfig, EngineError
@@ -31,6 +32,14 @@ GRAPH_BYTES = 256 * 2**20
 SHRINK_STEPS = 4
 
 
+def release_memory(device: torch.device) -> None:
+    """Give back what nothing refers to any more; fused modules refer to themselves, hence the collection."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
 def plan_memory(runner: ModelRunner, config: EngineConfig, chunk_tokens: int) -> MemoryPlan:
     """The plan for a loaded model. Raises EngineError if no useful arena fits."""
     per_token = sum(shape.bytes_per_token(runner.dtype) for shape in runner.shapes.values())
@@ -41,6 +50,8 @@ def plan_memory(runner: ModelRunner, config: EngineConfig, chunk_tokens: int) ->
         free, total = torch.cuda.mem_get_info(runner.device)
         sampling = SAMPLING_COPIES * config.max_live * runner.vocabulary * 8
         reserve = int(peak * RESERVE_FACTOR) + sampling + GRAPH_BYTES + SLACK_BYTES
+        longest = min(context, max(1, (free - reserve) // per_token))
+        reserve += summary_bytes(runner, longest)
     else:
         free, total = host_memory()
         reserve = int(free * (1 - HOST_SHARE))
@@ -79,35 +90,50 @@ def rehearse(runner: ModelRunner, arena: KVArena, plan: MemoryPlan, chunk_tokens
     length = plan.max_context
     start = (length - 1) // chunk_tokens * chunk_tokens
     context = PrefillContext(prompt_length=length, start=start)
-    _fill_summaries(runner, context)
+    _past_summaries(runner, context)
     cache = PrefillCache(arena, Extent(0, length), seen=start)
     ids = torch.zeros(1, length - start, dtype=torch.int64, device=runner.device)
     positions = torch.arange(start, length, device=runner.device)[None]
     runner.logits(ids, positions, cache, context, torch.full_like(ids[:, 0], length))
-    torch.cuda.synchronize(runner.device)
 
 
-def _fill_summaries(runner: ModelRunner, context: PrefillContext) -> None:
-    """Summaries as the earlier chunks would have left them, of zeros."""
+def key_summaries(runner: ModelRunner, prompt_tokens: int, device: torch.device) -> dict[int, KeySummary]:
+    """What the attention keeps of a whole prompt's keys while it is prefilled, by layer, allocated on `device`."""
+    summaries = {}
     for policy, window in attention_layers(runner.model):
-        if policy.config is None or policy.config.estimator != "oam":
-            continue
-        if policy.budget(context.prompt_length, window).budgets is None:
+        config = policy.config
+        if config is None or config.estimator != "oam" or policy.budget(prompt_tokens, window).budgets is None:
             continue
         shape = runner.shapes[policy.layer]
-        summary = KeySummary.allocate(
+        keys = torch.empty(1, shape.kv_heads, 1, shape.head_dim, dtype=runner.dtype, device=runner.device)
+        summaries[policy.layer] = KeySummary.allocate(
             1,
             shape.kv_heads,
-            context.prompt_length,
+            prompt_tokens,
             shape.head_dim,
-            block_size=policy.config.block_size,
-            stride=policy.config.stride,
-            device=runner.device,
+            block_size=config.block_size,
+            stride=config.stride,
+            device=device,
+            dtype=key_sums_dtype(keys),
         )
+    return summaries
+
+
+def summary_bytes(runner: ModelRunner, prompt_tokens: int) -> int:
+    """Bytes of key_summaries(), of which nothing is allocated."""
+    summaries = key_summaries(runner, prompt_tokens, torch.device("meta")).values()
+    return sum(summary.key_sums.nbytes + summary.log_norms.nbytes for summary in summaries)
+
+
+def _past_summaries(runner: ModelRunner, context: PrefillContext) -> None:
+    """Summaries as earlier chunks of zeros would have left them."""
+    context.summaries.update(key_summaries(runner, context.prompt_length, runner.device))
+    for layer, summary in context.summaries.items():
         summary.key_sums.zero_()
         summary.log_norms.zero_()
+        policy = next(policy for policy, _ in attention_layers(runner.model) if policy.layer == layer)
+        assert policy.config is not None
         summary.blocks = context.start // policy.config.block_size
-        context.summaries[policy.layer] = summary
 
 
 def allocate_arena(
@@ -122,6 +148,7 @@ def allocate_arena(
             arena = KVArena(runner.shapes, plan.arena_tokens, runner.dtype, runner.device)
             if runner.device.type == "cuda":
                 rehearse(runner, arena, plan, chunk_tokens)
+                torch.cuda.synchronize(runner.device)
             return arena, plan
         except torch.OutOfMemoryError:
             arena = None  # type: ignore[assignment]

@@ -14,8 +14,10 @@ from engine_models import COMMON, prompts, run, save_model
 from pipeline.engine import Engine, EngineConfig, EngineError, MemoryPlan, ModelLoadError, Request, estimate_plan
 from pipeline.engine.arena import LayerShape
 from pipeline.engine.loading import context_limit, load_config, load_model, stop_token_ids
+from pipeline.engine.memory import allocate_arena, plan_memory, rehearse, summary_bytes
 from pipeline.engine.plan import fit_arena, host_memory
 from pipeline.engine.runner import ModelRunner
+from stem_core import StemConfig
 
 
 @pytest.fixture(scope="module")
@@ -210,3 +212,20 @@ def test_close_gives_the_arena_back(folder: Path) -> None:
     run(engine, [Request("a", np.array([3, 4, 5]), 2)])
     engine.close()
     assert not engine.has_work
+
+
+@pytest.mark.parametrize("tokens", [640, 700])
+def test_rehearsal_runs_the_last_chunk(folder: Path, tokens: int) -> None:
+    """On a GPU it proves that the arena leaves room; what it prepares must be what the attention expects."""
+    stem = StemConfig(schedule="density", density=0.4, block_size=16, stride=8, dense_layers=1)
+    config = EngineConfig(str(folder), device="cpu", attention=stem, arena_tokens=704, max_context=tokens)
+    runner = ModelRunner(load_model(config), stem)
+    plan = plan_memory(runner, config, 128)
+    arena, same = allocate_arena(runner, config, plan, 128)
+    assert same == plan
+    for tensor in (*arena.k.values(), *arena.v.values()):
+        tensor.zero_()
+    rehearse(runner, arena, plan, 128)
+    # Two sparse layers of 2 KV heads: 44 (40) blocks of 8 float32 sums of 16, and 2 float32 norms.
+    assert summary_bytes(runner, tokens) == 2 * 2 * -(-tokens // 16) * (8 * 16 + 2) * 4
+    assert summary_bytes(ModelRunner(load_model(config), None), tokens) == 0

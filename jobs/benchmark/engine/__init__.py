@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--dense-layers", type=int, default=2, help="Stem's leading dense layers (default: 2)")
     parser.add_argument("--chunk-tokens", type=int, default=8192)
-    parser.add_argument("--max-live", type=int, default=8)
+    parser.add_argument("--max-live", type=int, default=16)
     parser.add_argument("--agreement-tokens", type=int, nargs="+", default=[1200, 2500, 5000, 8000], metavar="N")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
@@ -108,6 +108,7 @@ def main(arguments: argparse.Namespace) -> int:
             load_format="dummy",
             chunk_tokens=arguments.chunk_tokens,
             max_live=arguments.max_live,
+            max_context=max(*arguments.lengths, *arguments.latency_lengths) + max(arguments.new_tokens, 64),
         )
         run = Run(arguments, config)
         run.phase("agreement", lambda: _agreement(run, config))

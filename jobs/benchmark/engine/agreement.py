@@ -17,6 +17,7 @@ import torch
 from jobs.demo.reports import synthetic_report
 from pipeline.engine import Engine, EngineConfig, Request
 from pipeline.engine.loading import load_model
+from pipeline.engine.memory import release_memory
 
 MODEL = Path(__file__).parents[3] / "models" / "tiny-reader"
 QUESTION = "List all key findings of the report in the order in which they appear."
@@ -66,6 +67,8 @@ def check_agreement(device: str, dtype: str, document_tokens: list[int], new_tok
         if outputs[i] != expected:
             gap = _gap(model, [*prompt, *expected[:common]], outputs[i], expected, common, config.torch_device())
             partings.append(Parting(i, common, gap, gap <= TIE[dtype]))
+    del model
+    release_memory(config.torch_device())
     return {
         "ok": all(parting.tie for parting in partings),
         "model": MODEL.name,

@@ -13,6 +13,7 @@ import torch
 
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.loading import load_model
+from pipeline.engine.memory import release_memory
 
 WARM_TOKENS = 2048
 
@@ -83,8 +84,7 @@ class Baseline:
     def close(self) -> None:
         """Give the memory back."""
         del self._model
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory(self._device)
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
