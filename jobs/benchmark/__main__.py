@@ -14,6 +14,7 @@ from pipeline.errors import JobError, nearest
 BENCHMARKS = {
     "attention": ("jobs.benchmark.attention", "run"),
     "engine": ("jobs.benchmark.engine", "main"),
+    "selection": ("jobs.benchmark.selection", "run"),
     "overhead": ("jobs.benchmark.overhead", "main"),
 }
 

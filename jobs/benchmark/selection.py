@@ -1,0 +1,221 @@
+"""Selection and decode attention at the shapes of one layer: scores, selection, attention mass, decoding.
+
+Everything is checked before it is timed; what fails its check gets no figure. Mass counts its own flops, 2 * D for each
+causal (row, key) pair; decoding counts the bytes of keys and values against a copy measured in the same run. `ms` is the
+replay of a CUDA graph (which also shows that nothing waits for the host), `eager ms` includes the launches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jobs.benchmark._stamp import stamp
+from jobs.benchmark.measure import isolated_ms, table, write_json
+from kernels.block_scores import KeySummary, key_sums_dtype, mass_scores, oam_scores
+from kernels.block_selection import BlockSelection, select_blocks
+from kernels.decode_attention import decode_attention
+from stem_core.budget import row_budgets
+from stem_core.config import StemConfig
+
+BLOCK = 128
+COLUMNS = {
+    "tokens": "d",
+    "case": "",
+    "ms": ".3f",
+    "eager ms": ".3f",
+    "GB/s": ".0f",
+    "of copy": ".2f",
+    "TFLOP/s": ".0f",
+    "note": "",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072])
+    parser.add_argument("--documents", type=int, default=4, help="live documents of decode attention, all of a length")
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--groups", type=int, nargs="+", default=[8, 4], help="queries to a row of attention mass")
+    parser.add_argument("--idle", type=float, default=0.5, help="seconds of rest before a timing")
+    parser.add_argument("--commit", default="", help="what is measured, where this is not a git checkout")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON with the rows and the machine")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table; 0 if every check passed, else 1."""
+    if not torch.cuda.is_available():
+        print("this benchmark needs a CUDA device", file=sys.stderr)
+        return 1
+    about = stamp(torch.device("cuda"), args.commit)
+    copy = copy_bandwidth()
+    rows: list[dict[str, Any]] = [{"case": "device copy, read + write", "GB/s": copy}]
+    for length in args.lengths:
+        rows += prefill_rows(args, length, copy)
+    for length in args.lengths:
+        rows.append(decode_row(args, length, copy))
+        torch.cuda.empty_cache()
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    print(table(rows, COLUMNS))
+    if args.output:
+        write_json(args.output, {"about": about, "rows": rows})
+    return 1 if any("FAILED" in row.get("note", "") for row in rows) else 0
+
+
+def copy_bandwidth() -> float:
+    """GB/s of a 4 GiB device-to-device copy, bytes read plus bytes written."""
+    source = torch.empty(1 << 31, dtype=torch.bfloat16, device="cuda")
+    target = torch.empty_like(source)
+    ms = isolated_ms(lambda: target.copy_(source), 0.2)
+    return 2 * source.nbytes / ms / 1e6
+
+
+def prefill_rows(args: argparse.Namespace, length: int, copy: float) -> list[dict[str, Any]]:
+    torch.manual_seed(length)
+    D = args.head_dim
+
+    def make(heads: int) -> Tensor:
+        return torch.randn(1, length, heads, D, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
+
+    q, k, v = make(args.heads), make(args.kv_heads), make(args.kv_heads)
+    n = -(-length // BLOCK)
+    budgets = row_budgets(n, StemConfig(schedule="density", density=0.25))
+    on_device = torch.tensor(budgets, device="cuda")
+    keep = int(budgets.max())
+    scores = oam_scores(q, k, v)
+    selection = select_blocks(scores, on_device, max_blocks=keep)
+    bad = check_oam(q, k, v, scores) or check_selection(scores, on_device, selection)
+    read = q.nbytes + k.nbytes + v.nbytes
+    density = f"density {selection.density():.3f}"
+    summary = KeySummary.allocate(
+        1, args.kv_heads, length, D, block_size=BLOCK, stride=16, device=q.device, dtype=key_sums_dtype(k)
+    )
+    last = max(0, n - 64) * BLOCK
+    oam_scores(q[:, :, :last], k, v, summary=summary) if last else None
+    before = summary.blocks
+
+    def last_chunk() -> BlockSelection:
+        summary.blocks = before
+        chunk = oam_scores(q[:, :, last:], k, v, query_start=last, summary=summary)
+        return select_blocks(chunk, on_device[last // BLOCK :], first_row=last // BLOCK, max_blocks=keep)
+
+    cases: list[tuple[str, Callable[[], object], dict[str, Any]]] = [
+        ("OAM scores", lambda: oam_scores(q, k, v), {"bytes": read}),
+        ("block selection", lambda: select_blocks(scores, on_device, max_blocks=keep), {"note": density}),
+        ("OAM scores + selection", lambda: select_blocks(oam_scores(q, k, v), on_device, max_blocks=keep), {}),
+        ("the same, last 8K chunk", last_chunk, {}),
+    ]
+    rows = [timed(length, name, call, args.idle, bad, copy, **more) for name, call, more in cases]
+    for group in args.groups:
+        bad = check_mass(q, k, group)
+        # Row r of group g sees (r + 1) * g keys.
+        flops = 2 * D * args.heads * group * (length // group) * (length // group + 1) / 2
+        name = f"mass scores, groups of {group}"
+        rows.append(timed(length, name, partial(mass_scores, q, k, group=group), args.idle, bad, copy, flops=flops))
+    return rows
+
+
+def timed(
+    length: int,
+    name: str,
+    call: Callable[[], object],
+    idle: float,
+    bad: str,
+    copy: float,
+    *,
+    bytes: float = 0,
+    flops: float = 0,
+    note: str = "",
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"tokens": length, "case": name, "note": note}
+    if bad:
+        return row | {"note": f"CHECK FAILED: {bad}"}
+    row["eager ms"] = isolated_ms(call, idle)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    row["ms"] = isolated_ms(graph.replay, idle, 9)
+    if bytes:
+        row |= {"GB/s": bytes / row["ms"] / 1e6, "of copy": bytes / row["ms"] / 1e6 / copy}
+    if flops:
+        row["TFLOP/s"] = flops / row["ms"] / 1e9
+    return row
+
+
+def check_oam(q: Tensor, k: Tensor, v: Tensor, scores: Tensor) -> str:
+    """The last and a middle row of every 5th head, routing and value term in float64; empty if they agree."""
+    n, stride, share = scores.shape[3], 16, q.shape[1] // k.shape[1]
+    for head in range(0, q.shape[1], 5):
+        keys = k[0, head // share].double().unflatten(0, (n, -1, stride)).sum(1).flip(1).flatten(1)
+        norms = v[0, head // share].double().norm(dim=-1).unflatten(0, (n, -1, stride)).amax(-1).log()
+        count = torch.arange(1, n + 1, device="cuda") * norms.shape[1]
+        mean = norms.sum(1).cumsum(0) / count
+        std = ((norms**2).sum(1).cumsum(0) / count - mean**2).clamp(min=0).sqrt()
+        value = 0.2 * ((norms - mean[:, None]) / (std[:, None] + 1e-6)).clamp(min=0).mean(1)
+        for row in (n - 1, n // 2):
+            queries = q[0, head, row * BLOCK : (row + 1) * BLOCK].double().unflatten(0, (-1, stride)).sum(0).flatten()
+            pairs = stride * (BLOCK // stride) ** 2
+            wanted = (keys[: row + 1] @ queries) / pairs / q.shape[-1] ** 0.5 + value[: row + 1]
+            error = float((scores[0, head, row, : row + 1].double() - wanted).abs().max())
+            if not error < 3e-3:
+                return f"OAM head {head} row {row}: error {error:.1e}"
+            if not scores[0, head, row, row + 1 :].isneginf().all():
+                return f"OAM head {head} row {row}: finite above the diagonal"
+    return ""
+
+
+def check_selection(scores: Tensor, budgets: Tensor, selection: BlockSelection) -> str:
+    """Every row of two heads against the reference."""
+    for head in (0, scores.shape[1] - 1):
+        part = scores[:, head : head + 1]
+        wanted = select_blocks(part, budgets, max_blocks=selection.indices.shape[-1], impl="reference")
+        counts = selection.counts[:, head : head + 1]
+        valid = torch.arange(selection.indices.shape[-1], device="cuda") < counts[..., None]
+        same = torch.equal(selection.indices[:, head : head + 1][valid], wanted.indices[valid])
+        if not torch.equal(counts, wanted.counts) or not same:
+            return f"selection of head {head} differs from the reference"
+    return ""
+
+
+def check_mass(q: Tensor, k: Tensor, group: int) -> str:
+    """Two heads' last rows in float64."""
+    scores = mass_scores(q, k, group=group)
+    n, share, length = scores.shape[3], q.shape[1] // k.shape[1], q.shape[2]
+    for head in (0, q.shape[1] - 1):
+        rows = q[0, head, -BLOCK:].double().unflatten(0, (-1, group)).mean(1)
+        logits = rows @ k[0, head // share].double().T * q.shape[-1] ** -0.5
+        last = torch.arange(length - BLOCK + group - 1, length, group, device="cuda")
+        logits.masked_fill_(torch.arange(length, device="cuda") > last[:, None], -torch.inf)
+        wanted = logits.softmax(-1).unflatten(-1, (n, BLOCK)).sum(-1).amax(0)
+        error = float(((scores[0, head, -1].double() - wanted) / wanted).abs().max())
+        if not error < 2e-2:
+            return f"mass head {head}: relative error {error:.1e}"
+    return ""
+
+
+def decode_row(args: argparse.Namespace, length: int, copy: float) -> dict[str, Any]:
+    S, D = args.documents, args.head_dim
+    k, v = (torch.randn(args.kv_heads, S * length, D, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    q = torch.randn(S, args.heads, D, dtype=torch.bfloat16, device="cuda")
+    starts = torch.arange(S, device="cuda") * length
+    lengths = torch.full((S,), length, dtype=torch.int32, device="cuda")
+
+    def call() -> Tensor:
+        return decode_attention(q, k, v, starts, lengths, max_length=length)
+
+    got, bad = call(), ""
+    for s in (0, S - 1):
+        keys, values = (x[:, s * length : (s + 1) * length].float() for x in (k, v))
+        grouped = q[s].float().unflatten(0, (args.kv_heads, -1))
+        wanted = ((grouped @ keys.mT * D**-0.5).softmax(-1) @ values).flatten(0, 1)
+        error = float((got[s].float() - wanted).norm() / wanted.norm())
+        bad = bad or ("" if error < 1e-2 else f"decode document {s}: relative error {error:.1e}")
+    return timed(length, f"decode attention, {S} documents", call, args.idle, bad, copy, bytes=k.nbytes + v.nbytes)

@@ -1,0 +1,71 @@
+"""Block scores, block selection and decode attention under Triton's interpreter. Its matrix product misreads bfloat16,
+so types here are float16 and float32; bfloat16 is tested on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels import selection_cases as cases
+from tests.kernels.selection_cases import FP16, Decode, Scores
+
+IMPLS = ["reference", "triton"]
+SHAPES = [
+    Scores(1),
+    Scores(127, head_dim=96, group=32),
+    Scores(128, dtype=FP16, rows="sample"),
+    Scores(97, batch=2, heads=2, block_size=16, stride=16, group=1),
+    Scores(300, head_dim=128, block_size=128, stride=16, group=8, contiguous=True),
+    Scores(5, block_size=64, stride=16, dtype=FP16),
+]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_scores(case: Scores, impl: str, poisoned: None) -> None:
+    cases.check_oam(case, impl, "cpu")
+    cases.check_mass(case, impl, "cpu")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("blocks", [1, 2, 7])
+@pytest.mark.parametrize("estimator", ["oam", "mass"])
+def test_chunks_change_nothing(estimator: str, blocks: int, impl: str, poisoned: None) -> None:
+    case = Scores(150, heads=2, kv_heads=1, block_size=16, stride=4, group=2)
+    cases.check_chunks(case, impl, "cpu", blocks, estimator)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_later_tokens_and_neighbours_change_nothing(impl: str, poisoned: None) -> None:
+    cases.check_causal(Scores(110, batch=2, heads=2, kv_heads=1), impl, "cpu")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_mass_far_above_its_reference(impl: str, poisoned: None) -> None:
+    cases.check_mass_far_from_reference(impl, "cpu")
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.parametrize(("rows", "first_row"), [(21, 0), (2, 260), (1, 0)])
+def test_selection(kind: str, rows: int, first_row: int, poisoned: None) -> None:
+    cases.check_selection(kind, rows, first_row, "triton", "cpu")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Decode((0, 1, 129, 700)),
+        Decode((127, 128, 1000), head_dim=96, dtype=FP16, window=130, token_major=True),
+        Decode((33,), heads=3, kv_heads=3, head_dim=256, window=5),
+    ],
+    ids=str,
+)
+def test_decode(case: Decode, impl: str, poisoned: None) -> None:
+    cases.check_decode(case, impl, "cpu")
+
+
+def test_powers_of_two_are_asked_for() -> None:
+    q = torch.zeros(1, 1, 96, 64)
+    with pytest.raises(ValueError, match="powers of two"):
+        cases.oam(Scores(96, block_size=48, stride=8), q, q, q, "triton")

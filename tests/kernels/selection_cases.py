@@ -1,0 +1,263 @@
+"""The semantics of block scores, block selection and decode attention as checks that every implementation must pass.
+
+Truth is the float64 reference. The allowed error is that of the same computation with operands and intermediate
+results rounded to the inputs' own type (float32 inputs: to TF32's 11 bits where a kernel multiplies in TF32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.block_scores import KeySummary, key_sums_dtype, mass_scores, oam_scores
+from kernels.block_scores.reference import _offset_sums
+from kernels.block_selection import BlockSelection, select_blocks
+from kernels.decode_attention import decode_attention
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# float16 has the 11 significant bits of TF32.
+ROUNDED = {BF16: BF16, FP16: FP16, FP32: FP16}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One prompt. stride: for OAM; group and rows: for mass."""
+
+    length: int
+    batch: int = 1
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 64
+    block_size: int = 32
+    stride: int = 8
+    group: int = 4
+    rows: str = "mean"
+    dtype: torch.dtype = FP32
+    contiguous: bool = False  # False: the transposed view of [N, L, H, D] that transformers hands over
+
+    def __str__(self) -> str:
+        shape = f"{self.length}-{self.batch}x{self.heads}/{self.kv_heads}x{self.head_dim}-B{self.block_size}"
+        return f"{shape}-s{self.stride}-g{self.group}{self.rows}-{str(self.dtype).removeprefix('torch.')}"
+
+    def inputs(self, device: str) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v; k and v are 40 tokens longer, and those are NaN: reading them spoils the scores."""
+        generator = torch.Generator().manual_seed(self.length)
+
+        def make(heads: int, extra: int) -> Tensor:
+            x = torch.randn(self.batch, self.length + extra, heads, self.head_dim, generator=generator)
+            x *= 1 + torch.rand(x.shape[:-1], generator=generator)[..., None]
+            x[:, self.length :] = torch.nan
+            x = x.to(self.dtype).to(device).transpose(1, 2)
+            return x.contiguous() if self.contiguous else x
+
+        return make(self.heads, 0), make(self.kv_heads, 40), make(self.kv_heads, 40)
+
+
+def oam(case: Scores, q: Tensor, k: Tensor, v: Tensor, impl: str, **kwargs: object) -> Tensor:
+    return oam_scores(q, k, v, block_size=case.block_size, stride=case.stride, impl=impl, **kwargs)  # type: ignore[arg-type]
+
+
+def mass(case: Scores, q: Tensor, k: Tensor, impl: str, **kwargs: object) -> Tensor:
+    return mass_scores(q, k, block_size=case.block_size, group=case.group, rows=case.rows, impl=impl, **kwargs)  # type: ignore[arg-type]
+
+
+def _worst(got: Tensor, wanted: Tensor) -> float:
+    """Largest difference; fails unless both are -inf in the same places and finite elsewhere."""
+    hidden = wanted.isneginf()
+    assert torch.equal(got.isneginf(), hidden)
+    assert got[~hidden].isfinite().all()
+    return float((got[~hidden].double() - wanted[~hidden].double()).abs().max())
+
+
+def check_oam(case: Scores, impl: str, device: str) -> None:
+    q, k, v = case.inputs(device)
+    wanted = oam(case, q.cpu(), k.cpu(), v.cpu(), "reference")
+    got = oam(case, q, k, v, impl)
+    assert got.dtype == torch.float32
+    rounded_q, rounded_k = (
+        _offset_sums(x[:, :, : case.length].cpu(), case.block_size, case.stride).to(ROUNDED[case.dtype]).double()
+        for x in (q, k)
+    )
+    exact_q, exact_k = (
+        _offset_sums(x[:, :, : case.length].cpu(), case.block_size, case.stride).double() for x in (q, k)
+    )
+    share = case.heads // case.kv_heads
+
+    def products(x: Tensor, y: Tensor) -> Tensor:
+        y = y.flip(3).flatten(3).repeat_interleave(share, 1)
+        return x.flatten(3) @ y.mT
+
+    pairs = case.stride * (case.block_size // case.stride) ** 2
+    eager = (products(rounded_q, rounded_k) - products(exact_q, exact_k)).abs().max() / pairs / case.head_dim**0.5
+    # The value term is float32 in every implementation.
+    assert _worst(got.cpu(), wanted) <= 1.5 * float(eager) + 2e-6
+
+
+def check_mass(case: Scores, impl: str, device: str) -> None:
+    q, k, _ = case.inputs(device)
+    q_cpu, k_cpu = q.cpu(), k.cpu()
+    wanted = mass(case, q_cpu, k_cpu, "reference")
+    got = mass(case, q, k, impl).cpu()
+    rounded = ROUNDED[case.dtype]
+    eager = mass(
+        case, q_cpu.to(rounded).float() * (1 + torch.finfo(rounded).eps), k_cpu.to(rounded).float(), "reference"
+    )
+    assert _worst(got, wanted) <= 2 * _worst(eager, wanted) + 2e-6
+    assert float(got.max()) <= 1 + 1e-5
+
+
+def check_chunks(case: Scores, impl: str, device: str, blocks: int, estimator: str) -> None:
+    """In chunks of `blocks` blocks, with a KeySummary and without: the same bits, hence the same selection."""
+    q, k, v = case.inputs(device)
+    whole = oam(case, q, k, v, impl) if estimator == "oam" else mass(case, q, k, impl)
+    B = case.block_size
+    summary = KeySummary.allocate(
+        case.batch, case.kv_heads, case.length, case.head_dim,
+        block_size=B, stride=case.stride, device=q.device, dtype=key_sums_dtype(k, impl),
+    )  # fmt: skip
+    budgets = torch.full((whole.shape[2],), 9, dtype=torch.int32, device=device)
+    selection = select_blocks(whole, budgets, max_blocks=9, impl=impl)
+    for begin in range(0, case.length, blocks * B):
+        end = min(case.length, begin + blocks * B)
+        chunk, known_k, known_v = q[:, :, begin:end], k[:, :, :end], v[:, :, :end]
+        if estimator == "oam":
+            scores = oam(case, chunk, known_k, known_v, impl, query_start=begin, summary=summary)
+            assert torch.equal(scores, oam(case, chunk, k, v, impl, query_start=begin))
+        else:
+            scores = mass(case, chunk, known_k, impl, query_start=begin)
+        first, n = begin // B, scores.shape[2]
+        assert torch.equal(scores, whole[:, :, first : first + n, : scores.shape[3]])
+        part = select_blocks(scores, budgets[:n], first_row=first, max_blocks=9, impl=impl)
+        assert_same(
+            part, BlockSelection(selection.indices[:, :, first : first + n], selection.counts[:, :, first : first + n])
+        )
+
+
+def check_causal(case: Scores, impl: str, device: str) -> None:
+    """What comes later changes no earlier row, and batch neighbours change nothing."""
+    q, k, v = case.inputs(device)
+    B = case.block_size
+    before = (oam(case, q, k, v, impl), mass(case, q, k, impl))
+    edge = case.length // B // 2 * B + 3
+    changed = [x.clone() for x in (q, k, v)]
+    for x in changed:
+        x[:, :, edge:] *= -3
+    after = (oam(case, *changed, impl), mass(case, *changed[:2], impl))  # type: ignore[arg-type]
+    alone = (oam(case, q[-1:], k[-1:], v[-1:], impl), mass(case, q[-1:], k[-1:], impl))
+    for old, new, single in zip(before, after, alone, strict=True):
+        assert torch.equal(old[:, :, : edge // B], new[:, :, : edge // B])
+        assert not torch.equal(old, new)
+        assert torch.equal(old[-1:], single)
+
+
+def check_mass_far_from_reference(impl: str, device: str) -> None:
+    """Later blocks whose scores lie hundreds of powers of two above all earlier ones: exact, and in any chunks."""
+    case = Scores(300, dtype=FP32)
+    q, k, _ = case.inputs(device)
+    k[:, :, 150:] *= 200
+    wanted = mass(case, q.cpu(), k.cpu(), "reference")
+    got = mass(case, q, k, impl)
+    # Scores of a few hundred: TF32 leaves errors of the order of one, so shares are compared by what they select.
+    assert got.cpu().isneginf().equal(wanted.isneginf())
+    assert not got.isnan().any()
+    chunk = mass(case, q[:, :, 192:], k, impl, query_start=192)
+    assert torch.equal(chunk, got[:, :, 6:])
+    totals = torch.where(got.isneginf(), 0.0, got).amax(-1)
+    assert float(totals.min()) > 0
+
+
+def assert_same(got: BlockSelection, wanted: BlockSelection) -> None:
+    """Equal counts, and equal indices up to them."""
+    assert torch.equal(got.counts, wanted.counts)
+    width = min(got.indices.shape[-1], wanted.indices.shape[-1])
+    valid = torch.arange(width, device=got.counts.device) < got.counts[..., None]
+    assert torch.equal(got.indices[..., :width][valid], wanted.indices[..., :width][valid])
+
+
+def _kinds() -> dict[str, Callable[[Tensor], Tensor]]:
+    return {
+        "normal": lambda x: x,
+        "ties": lambda x: (2 * x).round() / 2,
+        "equal": lambda x: torch.full_like(x, -1.5),
+        "hidden": lambda x: torch.where(x < 0.3, -torch.inf, x),
+        "zeros": lambda x: torch.where(x > 0, 0.0, -0.0),
+        "wide": lambda x: torch.exp(20 * x),
+    }
+
+
+KINDS = tuple(_kinds())
+
+
+def check_selection(kind: str, rows: int, first_row: int, impl: str, device: str) -> None:
+    """Against the reference, for random, tiny and boundless budgets; columns above the diagonal hold NaN."""
+    generator = torch.Generator().manual_seed(rows)
+    n = first_row + rows
+    scores = _kinds()[kind](torch.randn(1, 2, rows, n, generator=generator))
+    i, j = torch.arange(first_row, n)[:, None], torch.arange(n)
+    spoiled = scores.masked_fill(j > i, torch.nan).to(device)
+    random_budgets = torch.randint(1, n // 3 + 2, (rows,), dtype=torch.int32, generator=generator)
+    tiny, boundless = torch.ones_like(random_budgets), torch.full_like(random_budgets, 1 << 30)
+    for budgets, sink, local in ((random_budgets, 4, 4), (random_budgets, 0, 1), (tiny, 2, 3), (boundless, 4, 4)):
+        options = {"first_row": first_row, "sink_blocks": sink, "local_blocks": local, "max_blocks": n}
+        wanted = select_blocks(scores, budgets, impl="reference", **options)
+        got = select_blocks(spoiled, budgets.to(device), impl=impl, **options)
+        assert_same(BlockSelection(got.indices.cpu(), got.counts.cpu()), wanted)
+
+
+@dataclass(frozen=True)
+class Decode:
+    lengths: tuple[int, ...]
+    heads: int = 8
+    kv_heads: int = 2
+    head_dim: int = 128
+    dtype: torch.dtype = FP32
+    window: int | None = None
+    token_major: bool = False  # the arena as a view of [T, Hkv, D]
+
+    def __str__(self) -> str:
+        shape = f"{'+'.join(map(str, self.lengths))}-{self.heads}/{self.kv_heads}x{self.head_dim}"
+        return f"{shape}-{str(self.dtype).removeprefix('torch.')}-w{self.window}"
+
+
+def check_decode(case: Decode, impl: str, device: str) -> None:
+    """Extents lie apart in an arena of NaN, so that a read outside of one spoils the output."""
+    generator = torch.Generator().manual_seed(sum(case.lengths))
+    starts, total = [], 5
+    for length in case.lengths:
+        starts.append(total)
+        total += length + 3
+    shape = (total, case.kv_heads, case.head_dim) if case.token_major else (case.kv_heads, total, case.head_dim)
+    k, v = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
+    if case.token_major:
+        k, v = k.transpose(0, 1), v.transpose(0, 1)
+    for start, length in zip(starts, case.lengths, strict=True):
+        for x in (k, v):
+            x[:, start : start + length] = torch.randn(case.kv_heads, length, case.head_dim, generator=generator)
+    q = torch.randn(len(case.lengths), case.heads, case.head_dim, generator=generator)
+    q, k, v = (x.to(case.dtype) for x in (q, k, v))
+    got = decode_attention(
+        q.to(device), k.to(device), v.to(device),
+        torch.tensor(starts, device=device), torch.tensor(case.lengths, dtype=torch.int32, device=device),
+        max_length=max(case.lengths), window=case.window, impl=impl,
+    ).cpu()  # fmt: skip
+    for s, (start, length) in enumerate(zip(starts, case.lengths, strict=True)):
+        if not length:
+            assert not got[s].any()
+            continue
+        first = start if case.window is None else start + max(0, length - case.window)
+        keys, values = k[:, first : start + length], v[:, first : start + length]
+        exact = _attend(q[s], keys, values, torch.float64)
+        eager = float((_attend(q[s], keys, values, case.dtype) - exact).abs().max())
+        error = float((got[s].double() - exact).abs().max())
+        assert error <= (8 if case.dtype == FP32 else 1.5) * eager + 2e-7, (s, error, eager)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
+    """q [H, D], k and v [Hkv, L, D] -> float64 [H, D], every intermediate result rounded to `dtype`."""
+    grouped = q.double().unflatten(0, (k.shape[0], -1))
+    logits = (grouped @ k.double().mT * q.shape[-1] ** -0.5).to(dtype).double()
+    weights = torch.softmax(logits, -1).to(dtype).double()
+    return (weights @ v.double()).to(dtype).double().flatten(0, 1)

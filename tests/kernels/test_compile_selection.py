@@ -1,0 +1,81 @@
+"""Block scores, block selection and decode attention compiled for GPUs that are not there: registers and spills.
+
+A subset by default; STEMLINE_FULL_COMPILE=1 compiles every type and head size.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from kernels.block_scores import KeySummary, triton_mass
+from kernels.block_scores import triton as triton_oam
+from kernels.block_selection import triton as triton_selection
+from kernels.decode_attention import triton as triton_decode
+from tests.kernels import offline
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+AMPERE, HOPPER = (8, 0), (9, 0)
+SHARED_LIMIT = {AMPERE: 163 * 1024, HOPPER: 227 * 1024}
+# Bytes stored plus loaded, outside of the main loops. float32 is for exactness, not for speed.
+SPILLS_ALLOWED = {BF16: 320, FP16: 320, FP32: 4096}
+FULL = os.environ.get("STEMLINE_FULL_COMPILE") == "1"
+TYPES = [(dtype, dim) for dtype in (BF16, FP16, FP32) for dim in (64, 96, 128, 256)] if FULL else [(BF16, 128)]
+
+
+def prompt(dtype: torch.dtype, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k as a projection leaves them: [N, L, H, D] seen as [N, H, L, D]."""
+    q = torch.empty(1, 1024, 32, head_dim, dtype=dtype).transpose(1, 2)
+    return q, torch.empty(1, 1024, 8, head_dim, dtype=dtype).transpose(1, 2)
+
+
+def oam(dtype: torch.dtype, head_dim: int) -> None:
+    q, k = prompt(dtype, head_dim)
+    sums = triton_oam.sums_dtype(dtype)
+    summary = KeySummary.allocate(1, 8, 1024, head_dim, block_size=128, stride=16, device=q.device, dtype=sums)
+    triton_oam.oam_scores(q, k, k, 0, 128, 16, 0.2, 0.1, summary)
+
+
+def mass(dtype: torch.dtype, head_dim: int) -> None:
+    q, k = prompt(dtype, head_dim)
+    triton_mass.mass_scores(q, k, 0, 128, 8, "mean", 0.1)
+
+
+def decode(dtype: torch.dtype, head_dim: int) -> None:
+    arena = torch.empty(8, 4096, head_dim, dtype=dtype)
+    starts, lengths = torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int32)
+    triton_decode.decode_attention(
+        torch.empty(4, 32, head_dim, dtype=dtype), arena, arena, starts, lengths, 4096, 1.0, None
+    )
+
+
+def check(launch: Callable[[], None], capability: tuple[int, int], spills: int, kernels: int) -> None:
+    reports = offline.compile_reports(launch, capability)
+    assert len(reports) == kernels
+    for report in reports:
+        assert report.spills <= spills, str(report)
+        assert report.shared <= SHARED_LIMIT[capability], str(report)
+        assert not any("C7512" in line for line in report.warnings), report.log
+
+
+@pytest.mark.parametrize("capability", [AMPERE, HOPPER], ids=["sm80", "sm90"])
+@pytest.mark.parametrize(("dtype", "head_dim"), TYPES, ids=str)
+@pytest.mark.parametrize(("launch", "kernels"), [(oam, 3), (mass, 1), (decode, 2)])
+def test_compiles(
+    launch: Callable[[torch.dtype, int], None],
+    kernels: int,
+    dtype: torch.dtype,
+    head_dim: int,
+    capability: tuple[int, int],
+) -> None:
+    check(lambda: launch(dtype, head_dim), capability, SPILLS_ALLOWED[dtype], kernels)
+
+
+@pytest.mark.parametrize("capability", [AMPERE, HOPPER], ids=["sm80", "sm90"])
+@pytest.mark.parametrize("n_keys", [1024, 8192] if FULL else [1024])
+def test_selection_compiles(n_keys: int, capability: tuple[int, int]) -> None:
+    scores, budgets = torch.empty(1, 32, 8, n_keys), torch.empty(8, dtype=torch.int32)
+    check(lambda: triton_selection.select_blocks(scores, budgets, n_keys - 8, 4, 4, 300) and None, capability, 0, 1)
