@@ -1,8 +1,8 @@
 """Selection and decode attention at the shapes of one layer: scores, selection, attention mass, decoding.
 
 Everything is checked before it is timed; what fails its check gets no figure. Mass counts its own flops, 2 * D for each
-causal (row, key) pair; decoding counts the bytes of keys and values against a copy measured in the same run. `ms` is the
-replay of a CUDA graph (which also shows that nothing waits for the host), `eager ms` includes the launches.
+causal (row, key) pair; decoding counts the bytes of keys and values against a copy measured in the same run. `ms` is
+the replay of a CUDA graph (which also shows that nothing waits for the host), `eager ms` includes the launches.
 """
 
 from __future__ import annotations
