@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections import deque
 from dataclasses import dataclass
@@ -94,12 +95,15 @@ class DecodeRunner:
     def _capture(self, key: StepKey) -> torch.cuda.CUDAGraph | None:
         """The captured step; None, and a warning, for a model whose step cannot be captured.
 
-        torch.cuda.graph() would also collect garbage and empty the allocator's cache, at every capture.
+        torch.cuda.graph() would also empty the allocator's cache at every capture. Garbage collection waits: it could
+        destroy CUDA objects of others in the midst of the capture.
         """
         assert self._stream is not None
         assert self._pool is not None
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
+        collecting = gc.isenabled()
+        gc.disable()
         try:
             with torch.cuda.stream(self._stream):
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -114,6 +118,9 @@ class DecodeRunner:
             self.mode = f"eager for {key} at least (capture failed: {str(error).splitlines()[0]})"
             warnings.warn(f"decode steps {key} run without CUDA graphs: {error}", RuntimeWarning, stacklevel=2)
             return None
+        finally:
+            if collecting:
+                gc.enable()
         torch.cuda.current_stream().wait_stream(self._stream)
         return graph
 
