@@ -15,6 +15,7 @@ BENCHMARKS = {
     "attention": ("jobs.benchmark.attention", "run"),
     "engine": ("jobs.benchmark.engine", "main"),
     "selection": ("jobs.benchmark.selection", "run"),
+    "elementwise": ("jobs.benchmark.elementwise", "main"),
     "overhead": ("jobs.benchmark.overhead", "main"),
 }
 
