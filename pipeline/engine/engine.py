@@ -40,17 +40,22 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self._chunk = chunk_size(config.chunk_tokens, config.attention)
+        device = self._device = config.torch_device()
+        on_gpu = device.type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(device)
         model = load_model(config)
         self._eos = stop_token_ids(model)
         try:
             self._runner = ModelRunner(model, config.attention, config.fuse)
+            plan = plan_memory(self._runner, config, self._chunk)
+        except torch.OutOfMemoryError as error:
+            raise EngineError(
+                f"model {config.model!r} leaves no room on {device} for a prefill chunk of {self._chunk:,} tokens; lower "
+                "chunk_tokens or use a smaller model"
+            ) from error
         except (ValueError, AttributeError) as error:
             raise EngineError(f"model {config.model!r} cannot run here: {error}") from error
-        device = self._device = self._runner.device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        on_gpu = device.type == "cuda"
-        plan = plan_memory(self._runner, config, self._chunk)
         self._arena, self._plan = allocate_arena(self._runner, config, plan, self._chunk)
         self._batch = DecodeBatch(config.max_live, device)
         self._lag = config.decode_lag if config.decode_lag is not None else 2 * on_gpu

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from kernels.block_scores import KeySummary, key_sums_dtype
-from pipeline.engine.arena import Extent, KVArena
+from pipeline.engine.arena import ALIGNMENT, Extent, KVArena
 from pipeline.engine.cache import PrefillCache
 from pipeline.engine.config import EngineConfig, EngineError
 from pipeline.engine.loading import context_limit, weight_bytes
@@ -144,25 +144,32 @@ def allocate_arena(
     Returns the arena and the plan that it follows. Raises EngineError if `config.arena_tokens` asked for too much.
     """
     for _ in range(SHRINK_STEPS):
-        try:
-            arena = KVArena(runner.shapes, plan.arena_tokens, runner.dtype, runner.device)
-            if runner.device.type == "cuda":
-                rehearse(runner, arena, plan, chunk_tokens)
-                torch.cuda.synchronize(runner.device)
+        arena = _rehearsed_arena(runner, plan, chunk_tokens)
+        if arena is not None:
             return arena, plan
-        except torch.OutOfMemoryError:
-            arena = None  # type: ignore[assignment]
-            torch.cuda.empty_cache()
-            if config.arena_tokens is not None:
-                break
-            tokens = int(plan.arena_tokens * 0.95)
-            plan = replace(
-                plan,
-                arena_tokens=tokens,
-                max_context=min(plan.max_context, tokens),
-                reserve_bytes=plan.reserve_bytes + plan.arena_bytes - tokens * plan.bytes_per_token,
-            )
+        release_memory(runner.device)
+        if config.arena_tokens is not None:
+            break
+        tokens = int(plan.arena_tokens * 0.95) // ALIGNMENT * ALIGNMENT
+        plan = replace(
+            plan,
+            arena_tokens=tokens,
+            max_context=min(plan.max_context, tokens),
+            reserve_bytes=plan.reserve_bytes + plan.arena_bytes - tokens * plan.bytes_per_token,
+        )
     raise EngineError(
         f"an arena of {plan.arena_tokens:,} tokens ({plan.arena_bytes / GIB:.1f} GiB) and a chunk of {chunk_tokens:,} "
         f"tokens do not fit {plan.device} together; lower arena_tokens, max_context or chunk_tokens"
     )
+
+
+def _rehearsed_arena(runner: ModelRunner, plan: MemoryPlan, chunk_tokens: int) -> KVArena | None:
+    """The plan's arena, or None if it or the rehearsal in it runs out of GPU memory."""
+    try:
+        arena = KVArena(runner.shapes, plan.arena_tokens, runner.dtype, runner.device)
+        if runner.device.type == "cuda":
+            rehearse(runner, arena, plan, chunk_tokens)
+            torch.cuda.synchronize(runner.device)
+        return arena
+    except torch.OutOfMemoryError:
+        return None

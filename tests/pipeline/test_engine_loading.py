@@ -11,8 +11,17 @@ import pytest
 import torch
 from engine_models import COMMON, prompts, run, save_model
 
-from pipeline.engine import Engine, EngineConfig, EngineError, MemoryPlan, ModelLoadError, Request, estimate_plan
-from pipeline.engine.arena import LayerShape
+from pipeline.engine import (
+    Engine,
+    EngineConfig,
+    EngineError,
+    MemoryPlan,
+    ModelLoadError,
+    Request,
+    estimate_plan,
+    memory,
+)
+from pipeline.engine.arena import KVArena, LayerShape
 from pipeline.engine.loading import context_limit, load_config, load_model, stop_token_ids
 from pipeline.engine.memory import allocate_arena, plan_memory, rehearse, summary_bytes
 from pipeline.engine.plan import fit_arena, host_memory
@@ -229,3 +238,25 @@ def test_rehearsal_runs_the_last_chunk(folder: Path, tokens: int) -> None:
     # Two sparse layers of 2 KV heads: 44 (40) blocks of 8 float32 sums of 16, and 2 float32 norms.
     assert summary_bytes(runner, tokens) == 2 * 2 * -(-tokens // 16) * (8 * 16 + 2) * 4
     assert summary_bytes(ModelRunner(load_model(config), None), tokens) == 0
+
+
+def test_arena_shrinks_until_the_rehearsal_fits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = EngineConfig(str(folder), device="cpu", max_live=4)
+    runner = ModelRunner(load_model(config), None)
+    plan = plan_memory(runner, config, 128)
+    assert plan.arena_tokens == 4 * 2048
+    fits = int(0.91 * plan.arena_tokens)
+
+    def allocate(shapes: object, tokens: int, *_: object) -> KVArena:
+        if tokens > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return KVArena(runner.shapes, tokens, runner.dtype, runner.device)
+
+    monkeypatch.setattr(memory, "KVArena", allocate)
+    arena, smaller = memory.allocate_arena(runner, config, plan, 128)
+    assert arena.capacity == smaller.arena_tokens <= fits
+    assert smaller.arena_tokens > 0.85 * plan.arena_tokens
+    assert smaller.arena_bytes + smaller.reserve_bytes == plan.arena_bytes + plan.reserve_bytes
+    fits = 0
+    with pytest.raises(EngineError, match="do not fit"):
+        memory.allocate_arena(runner, config, plan, 128)
