@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.rms_norm import QuantizedRows, rms_norm, rms_norm_fp8
-from stem_core.fuse.session import Session, brief, has_own_forward, row_error, tolerance, trial_input
+from stem_core.fuse.session import Session, activations_like, brief, has_own_forward, row_error, tolerance, trial_input
 
 KIND = "rms_norm"
 
@@ -33,7 +33,7 @@ def fuse_norms(model: nn.Module, session: Session) -> None:
     for name, module in model.named_modules():
         if type(module).__name__.endswith("RMSNorm"):
             try:
-                style = norm_style(module, session.impl)
+                style = norm_style(module, activations_like(model, module), session.impl)
             except (ValueError, TypeError, RuntimeError) as error:
                 session.skipped(KIND, name, str(error) if type(error) is ValueError else brief(error))
                 continue
@@ -42,8 +42,11 @@ def fuse_norms(model: nn.Module, session: Session) -> None:
             session.norms[name] = style
 
 
-def norm_style(module: Any, impl: str) -> NormStyle:
-    """The style in which the kernel equals module.forward. Raises ValueError that says why there is none."""
+def norm_style(module: Any, like: Tensor, impl: str) -> NormStyle:
+    """The style in which the kernel equals module.forward on activations like `like`.
+
+    Raises ValueError that says why there is none.
+    """
     if has_own_forward(module):
         raise ValueError("its forward is replaced already")
     parameters = dict(module.named_parameters())
@@ -51,10 +54,10 @@ def norm_style(module: Any, impl: str) -> NormStyle:
     if parameters or not isinstance(weight, Tensor) or weight.ndim != 1:
         raise ValueError("it has other parameters than a weight of one dimension")
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    eps = torch.finfo(weight.dtype).eps if eps is None else float(eps)
+    eps = torch.finfo(like.dtype).eps if eps is None else float(eps)
     # The weights at hand may all be one; random ones tell the variants apart. Small rows bring out epsilon.
     w = trial_input(weight.numel(), like=weight, seed=1)
-    x = trial_input(8, weight.numel(), like=weight, scales=(1.0, 30.0, eps**0.5, 0.1))
+    x = trial_input(8, weight.numel(), like=like, scales=(1.0, 30.0, eps**0.5, 0.1))
     wanted = torch.func.functional_call(module, {"weight": w}, (x,))
     errors = {}
     for offset, early in VARIANTS:
@@ -63,7 +66,7 @@ def norm_style(module: Any, impl: str) -> NormStyle:
             rms_norm(x, w, eps, weight_offset=offset, round_before_weight=early, impl=impl), wanted
         )
     best = min(errors, key=lambda style: errors[style])
-    if errors[best] > tolerance(weight.dtype):
+    if errors[best] > tolerance(like.dtype):
         raise ValueError(f"no known form of RMSNorm equals its forward (relative error {errors[best]:.1e})")
     return best
 

@@ -123,6 +123,8 @@ def fuse_attention_projections(model: nn.Module, session: Session) -> None:
         if not all(isinstance(linear, nn.Module) for linear in linears):
             continue
         reason = stackable(linears)
+        if getattr(module, "is_kv_shared_layer", False):
+            reason = "it takes keys and values of another layer"
         if not reason:
             reason = _fuse_qkv(linears, activations_like(model, module), session)
             free_blocks(module.q_proj)
@@ -134,7 +136,10 @@ def fuse_attention_projections(model: nn.Module, session: Session) -> None:
 
 def _fuse_qkv(linears: list[Any], like: Tensor, session: Session) -> str:
     x = trial_input(8, linears[0].in_features, like=like)
-    wanted = [linear(x) for linear in linears]
+    try:
+        wanted = [linear(x) for linear in linears]
+    except (RuntimeError, ValueError) as problem:
+        return brief(problem)
     mark = session.mark()
     stacked = StackedLinear(linears)
     session.on_undo(stacked.undo)

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
 from stem_core import StemConfig, patch_model, unpatch_model
+from stem_core.fp8 import quantize_linears
 from stem_core.fuse import describe_fusion, fuse_model, fusions, unfuse_model
 
 VOCAB, LAYERS = 97, 2
@@ -180,6 +181,51 @@ def test_without_projections_no_weight_moves():
     fuse_model(model, projections=False)
     assert [p.data_ptr() for p in model.parameters()] == pointers
     assert dict(fused_kinds(model)) == {"rms_norm": NORMS, "gated_mlp": LAYERS, "rope": LAYERS}
+
+
+@torch.no_grad()
+def test_norms_kept_in_float32_stay():
+    """transformers then multiplies into float32, which the kernel does not imitate."""
+    model = tiny("llama", torch.bfloat16)
+    model.model.layers[0].input_layernorm.float()
+    fuse_model(model)
+    (skipped,) = [fusion for fusion in fusions(model) if fusion.reason]
+    assert skipped.module == "model.layers.0.input_layernorm"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_on_a_gpu_eager_and_captured(family, fp8):
+    model = tiny(family, torch.bfloat16).cuda()
+    if fp8:
+        quantize_linears(model)
+    ids = prompt().cuda()
+    own = model(ids).logits.float()
+    fuse_model(model)
+    found = fused_kinds(model)
+    assert dict(found) == FAMILIES[family][1] | ({"fp8_norm": found["fp8_norm"]} if found["fp8_norm"] else {})
+    fused = model(ids).logits.float()
+    assert (fused - own).norm() <= (0.05 if fp8 else 0.02) * own.norm()
+    if "moe" in family or family == "mixtral":
+        return  # transformers' experts wait for the device
+    one = torch.tensor([[5], [6]], device="cuda")
+    mask = torch.ones(2, 1, 1, 1, dtype=torch.bool, device="cuda")
+    masks = dict.fromkeys(set(getattr(model.config, "layer_types", None) or []), mask)
+    options = {"attention_mask": masks if "sliding_attention" in masks else mask, "use_cache": False}
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        eager = model(one, **options).logits
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = model(one, **options).logits
+    one.fill_(7)
+    graph.replay()
+    assert torch.equal(captured, model(one, **options).logits)
+    assert not torch.equal(captured, eager)
 
 
 class OddNorm(modeling_llama.LlamaRMSNorm):
