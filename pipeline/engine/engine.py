@@ -51,8 +51,8 @@ class Engine:
             plan = plan_memory(self._runner, config, self._chunk)
         except torch.OutOfMemoryError as error:
             raise EngineError(
-                f"model {config.model!r} leaves no room on {device} for a prefill chunk of {self._chunk:,} tokens; lower "
-                "chunk_tokens or use a smaller model"
+                f"model {config.model!r} leaves no room on {device} for a prefill chunk of {self._chunk:,} tokens: "
+                "lower chunk_tokens or use a smaller model"
             ) from error
         except (ValueError, AttributeError) as error:
             raise EngineError(f"model {config.model!r} cannot run here: {error}") from error
