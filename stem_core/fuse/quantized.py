@@ -103,11 +103,19 @@ class _Probe:
         embedding = model.get_input_embeddings()  # type: ignore[operator]
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(embedding.num_embeddings, (1, PROBE_TOKENS), generator=generator)
+        # Some rotary modules change with what they are given (LongRoPE): they are put back.
+        rotary = [module for module in model.modules() if "Rotary" in type(module).__name__]
+        states = [(module, dict(vars(module)), dict(module._buffers)) for module in rotary]
         try:
             model(input_ids=ids.to(embedding.weight.device), use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
+            for module, attributes, buffers in states:
+                vars(module).clear()
+                vars(module).update(attributes)
+                module._buffers.clear()
+                module._buffers.update(buffers)
 
     def _entering(self, name: str, is_layer: bool) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

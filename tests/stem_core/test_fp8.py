@@ -113,6 +113,28 @@ def test_a_layer_that_reads_the_rows_itself_keeps_its_norm():
 
 
 @torch.no_grad()
+def test_the_probe_leaves_rotary_modules_as_they_were():
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [2.0] * 8,
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+    }
+    model = quantize_linears(tiny("phi3", rope_parameters=rope, original_max_position_embeddings=128))
+    rotary = model.model.rotary_emb
+    before = set(vars(rotary)), {name: buffer.clone() for name, buffer in rotary.named_buffers()}
+    fuse_model(model)
+    assert set(vars(rotary)) == before[0]
+    assert not hasattr(rotary, "long_inv_freq")
+    assert dict(rotary.named_buffers()).keys() == before[1].keys()
+    assert all(torch.equal(buffer, before[1][name]) for name, buffer in rotary.named_buffers())
+    model(prompt())
+    assert hasattr(rotary, "long_inv_freq")  # what a run does to it
+
+
+@torch.no_grad()
 def test_rows_are_quantised_once_for_all_who_read_them(monkeypatch):
     calls = Counter()
     from stem_core.fp8 import linear as fp8_linear
