@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo compare test lint clean
 
 demo: $(READY)
 	$(VENV)/bin/python -m jobs.demo
+
+compare: $(READY)
+	$(VENV)/bin/python -m jobs.demo --arms stem dense published
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest

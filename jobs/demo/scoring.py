@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def read_findings(path: Path) -> dict[str, list[str]]:
     return {row["document_id"]: row["findings"] for row in rows}
 
 
-def score(output: str, findings: list[str]) -> Score:
+def score(output: str, findings: Sequence[str]) -> Score:
     """The score of one summary."""
     listed = sum(bool(line.strip()) for line in output.splitlines())
     return Score(planted=len(findings), found=sum(finding in output for finding in findings), listed=listed)
