@@ -11,7 +11,7 @@ from kernels.rows import FP8
 from kernels.rows.triton import quantize_tile, warps
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def quantize_rows_kernel(
     x, y, scales, rows, columns, stride, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip

@@ -11,7 +11,8 @@ from kernels.rows import FP8, in_memory_order, row_layout
 from kernels.rows.triton import quantize_tile, row_start, warps
 
 
-@triton.jit
+# Sizes that follow the number of tokens are not specialised: no recompilation for a last chunk or a batch size.
+@triton.jit(do_not_specialize=["rows", "n2", "n3"])
 def rms_norm_kernel(
     x, weight, y, scales, rows, columns, eps, weight_offset, n2, n3, s1, s2, s3,
     WEIGHT: tl.constexpr, ROUND: tl.constexpr, QUANTIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

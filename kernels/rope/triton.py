@@ -39,7 +39,7 @@ def rotate_heads(
         tl.store(y + head[:, None] * D + R + tail[None, :], rest, mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def rope_kernel(
     q, k, cos, sin, q_out, k_out, L, H, H_kv, qs_n, qs_h, qs_l, ks_n, ks_h, ks_l, cs_n, cs_l, sn_n, sn_l,
     D: tl.constexpr, R: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,

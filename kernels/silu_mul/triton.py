@@ -36,7 +36,7 @@ def silu_mul_kernel(
     tl.store(y + row * columns + column, gated(g, u, GELU), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def silu_mul_fp8_kernel(
     gate, up, y, scales, rows, columns, gate_stride, up_stride,
     GELU: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

@@ -50,10 +50,10 @@ def test_rounding_is_that_of_transformers(dtype):
         assert torch.equal(got, wanted)
 
 
-def launch_all(fp8: bool) -> None:
-    x, w = torch.empty(2, 16, 4096, dtype=BF16), torch.empty(4096, dtype=BF16)
-    heads = torch.empty(2, 16, 48, 128, dtype=BF16)
-    gate_up = torch.empty(16, 2 * 14336, dtype=BF16)
+def launch_all(fp8: bool, batch: int = 2, length: int = 16) -> None:
+    x, w = torch.empty(batch, length, 4096, dtype=BF16), torch.empty(4096, dtype=BF16)
+    heads = torch.empty(batch, length, 48, 128, dtype=BF16)
+    gate_up = torch.empty(batch * length, 2 * 14336, dtype=BF16)
     gate, up = gate_up.chunk(2, dim=-1)
     if fp8:
         rms_norm_fp8(x, w, 1e-5, impl="triton")
@@ -64,7 +64,8 @@ def launch_all(fp8: bool) -> None:
         rms_norm(heads[:, :, :32], w[:128], 1e-5, impl="triton")
         silu_mul(gate, up, impl="triton")
         q, k = heads[:, :, :32].transpose(1, 2), heads[:, :, 32:40].transpose(1, 2)
-        apply_rope(q, k, torch.empty(1, 16, 128, dtype=BF16), torch.empty(1, 16, 128, dtype=BF16), impl="triton")
+        angles = torch.empty(batch, length, 128, dtype=BF16)
+        apply_rope(q, k, angles, angles, impl="triton")
 
 
 @pytest.mark.parametrize(("capability", "fp8"), [((8, 0), False), ((9, 0), False), ((8, 9), True), ((9, 0), True)])
@@ -73,6 +74,15 @@ def test_kernels_compile_without_spills(capability, fp8, monkeypatch):
     monkeypatch.setattr("kernels.rows.triton_unavailable", lambda device: "")
     for report in offline.compile_reports(lambda: launch_all(fp8), capability):
         assert report.spills == 0, str(report)
+
+
+@pytest.mark.parametrize(("fp8", "kernels"), [(False, 4), (True, 3)])
+def test_no_kernel_is_compiled_anew_for_another_number_of_tokens(fp8, kernels, monkeypatch):
+    monkeypatch.setattr("kernels.rows.triton_unavailable", lambda device: "")
+    with offline.compiling((9, 0)) as compiled:
+        for batch, length in ((1, 8192), (1, 1), (1, 777), (3, 1), (16, 1)):
+            launch_all(fp8, batch, length)
+    assert len({kernel.hash for kernel in compiled}) == kernels
 
 
 @pytest.mark.parametrize(
