@@ -86,15 +86,21 @@ def measure_chunk(runner: ModelRunner, chunk_tokens: int) -> int:
 
 @torch.inference_mode()
 def rehearse(runner: ModelRunner, arena: KVArena, plan: MemoryPlan, chunk_tokens: int) -> None:
-    """Run the last chunk of the longest document that the plan admits. Raises torch.OutOfMemoryError."""
+    """Run the last chunk of the longest document that the plan admits. Raises torch.OutOfMemoryError.
+
+    Shorter documents follow, each half as long: some kernels are compiled for powers of two of a prompt's blocks, and
+    none should be while a document waits.
+    """
     length = plan.max_context
-    start = (length - 1) // chunk_tokens * chunk_tokens
-    context = PrefillContext(prompt_length=length, start=start)
-    _past_summaries(runner, context)
-    cache = PrefillCache(arena, Extent(0, length), seen=start)
-    ids = torch.zeros(1, length - start, dtype=torch.int64, device=runner.device)
-    positions = torch.arange(start, length, device=runner.device)[None]
-    runner.logits(ids, positions, cache, context, torch.full_like(ids[:, 0], length))
+    while length > 0:
+        start = (length - 1) // chunk_tokens * chunk_tokens
+        context = PrefillContext(prompt_length=length, start=start)
+        _past_summaries(runner, context)
+        cache = PrefillCache(arena, Extent(0, length), seen=start)
+        ids = torch.zeros(1, length - start, dtype=torch.int64, device=runner.device)
+        positions = torch.arange(start, length, device=runner.device)[None]
+        runner.logits(ids, positions, cache, context, torch.full_like(ids[:, 0], length))
+        length = length // 2 if length > chunk_tokens else 0
 
 
 def key_summaries(runner: ModelRunner, prompt_tokens: int, device: torch.device) -> dict[int, KeySummary]:
