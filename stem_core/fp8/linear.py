@@ -126,6 +126,8 @@ def quantize_linears(
     if len(kept) == len(linears):
         raise ValueError(f"no linear to quantise: {kept or 'the model has none'}")
     _kept[model] = kept
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # what the old weights took
     return model
 
 
