@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from pipeline.config import JobConfig, flag, read_job_file
 from pipeline.errors import JobError, nearest
+from pipeline.imports import WrongPackageError, check_kernels
 
 
 class Parser(argparse.ArgumentParser):
@@ -81,8 +82,9 @@ def job_config(arguments: argparse.Namespace) -> JobConfig:
 def run_main(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> NoReturn:
     """Call `main` with the command line; exit with its code, 1 after a user error (one line), 130 if interrupted."""
     try:
+        check_kernels()
         code = main(sys.argv[1:] if arguments is None else arguments)
-    except JobError as error:
+    except (JobError, WrongPackageError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:

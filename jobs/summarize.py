@@ -69,7 +69,9 @@ def show(report: JobReport) -> None:
     for document_id, status, error in report.first_errors:
         console.print(f"{status}: {document_id}: {error}", markup=False, highlight=False)
     if report.counts:
-        line = f"python -c \"from pipeline import read_results; print(read_results('{report.output}').to_pandas())\""
+        columns = "['document_id', 'status', 'output']"
+        code = f"from pipeline import read_results; print(read_results({report.output!r}, {columns}).to_pandas())"
+        line = f'python -c "{code}"'
         console.print("read them: " + line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -8,18 +8,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
+class WrongPackageError(ImportError):
+    """`kernels` is not the package that this code needs."""
+
+
 def check_kernels() -> None:
-    """Raise ImportError if `import kernels` does not give the package beside this one."""
+    """Raise WrongPackageError if `import kernels` does not give the package beside this one."""
     spec = importlib.util.find_spec("kernels")
     if spec is None:
-        raise ImportError(
+        raise WrongPackageError(
             f"the package `kernels` is not found; expected it in {ROOT}; run from the checkout or set PYTHONPATH={ROOT}"
         )
     places = [Path(place).resolve() for place in spec.submodule_search_locations or []]
     ours = ROOT / "kernels"
     if places != [ours] or not (ours / "dispatch.py").is_file():
         found = ", ".join(map(str, places)) or spec.origin
-        raise ImportError(
+        raise WrongPackageError(
             f"`import kernels` finds {found}, which is not Stemline's (Hugging Face has a package of that name); "
             f"expected {ours}; run from the checkout, or put it first: PYTHONPATH={ROOT}"
         )

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from pipeline import manifest
 from pipeline.config import JobConfig, from_mapping
 from pipeline.errors import JobError
+from pipeline.imports import check_kernels
 from pipeline.plan import Plan, make_plan, make_worker_config, survey_input
 from pipeline.progress import Progress
 from pipeline.records import Row, new_row, result_schema, utc_now
@@ -29,6 +30,7 @@ def summarize(config: JobConfig | None = None, **settings: Any) -> JobReport:
     settings: the fields of JobConfig. Raises JobError if the job cannot run; documents that fail do not raise, they
     have rows (report.counts, read_results).
     """
+    check_kernels()
     if config is None:
         settings = from_mapping(settings, "summarize()")
         config = JobConfig(**settings)

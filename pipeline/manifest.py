@@ -28,17 +28,17 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def model_fingerprint(model: str, revision: str | None) -> str:
+def model_fingerprint(model: str, revision: str | None, weights: bool = True) -> str:
     """Over a folder's configuration, weights and tokenizer, or a hub model's commit.
 
-    Large weight files count by size and 64 spread samples. Raises JobError if the model is not there.
+    Large weight files count by size and 64 spread samples. Raises JobError if the model is not there or,
+    with `weights`, has no safetensors.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
-        files = sorted(p for p in folder.iterdir() if p.is_file() and p.name.endswith(MODEL_SUFFIXES))
-        if not (folder / "config.json").is_file():
-            raise JobError(f"--model {model}: no config.json there; expected a transformers model folder or a hub id")
         try:
+            _check_folder(folder, model, weights)
+            files = sorted(p for p in folder.iterdir() if p.is_file() and p.name.endswith(MODEL_SUFFIXES))
             local = LocalFileSystem()
             return _digest([(p.name, content_stamp(local, str(p), p.stat().st_size)) for p in files])
         except OSError as error:
@@ -46,6 +46,20 @@ def model_fingerprint(model: str, revision: str | None) -> str:
     if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise JobError(f"--model {model}: no such folder; give a transformers model folder or a hub id like org/name")
     return _digest([model, hub_commit(model, revision)])
+
+
+def _check_folder(folder: Path, model: str, weights: bool) -> None:
+    if not (folder / "config.json").is_file():
+        raise JobError(f"--model {model}: no config.json there; expected a transformers model folder or a hub id")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise JobError(f"--model {model}: its config.json is not valid JSON: {one_line(error, 200)}") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise JobError(f"--model {model}: its config.json names no model_type; expected a transformers model")
+    if weights and not list(folder.glob("*.safetensors")):
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:6])
+        raise JobError(f"--model {model}: it has no *.safetensors (found: {found}); other weight formats are not read")
 
 
 def hub_commit(model: str, revision: str | None) -> str:
@@ -81,7 +95,7 @@ def fingerprints(config: JobConfig, files: list[SourceFile], task: Task) -> dict
     """The four fingerprints that decide whether two runs are the same job."""
     return {
         "config": config.fingerprint(),
-        "model": model_fingerprint(config.model, config.revision),
+        "model": model_fingerprint(config.model, config.revision, config.load_format != "dummy"),
         "prompt": task.fingerprint(),
         "input": input_fingerprint(files, config),
     }

@@ -13,7 +13,6 @@ import pyarrow as pa
 from pipeline import manifest
 from pipeline.config import JobConfig
 from pipeline.errors import DocumentError, JobError
-from pipeline.imports import check_kernels
 from pipeline.prompts import Task, make_task
 from pipeline.records import result_schema
 from pipeline.sink import done_ids, part_names
@@ -44,7 +43,6 @@ class Plan:
 
 def survey_input(config: JobConfig) -> Survey:
     """List the input and take its fingerprints. Raises JobError for whatever the user can mend there."""
-    check_kernels()
     task = make_task(config.task, config.question, config.prompt_file)
     files, ignored = find_files(config.input)
     messages = (f"passed over {len(ignored)} files of other kinds, e.g. {ignored[0]}",) if ignored else ()

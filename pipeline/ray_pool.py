@@ -91,7 +91,7 @@ def _describe(local: bool) -> Cluster:
 
 @dataclass(frozen=True)
 class Share:
-    """Workers and what each takes. threads: for torch; 0 leaves its default."""
+    """Workers and what each takes. threads: for torch, at most $OMP_NUM_THREADS; 0 leaves its default."""
 
     device: str
     workers: int
@@ -117,7 +117,10 @@ def divide(cluster: Cluster, device: str, workers: int | str, documents: int) ->
     count = min(cores, documents) if workers == "auto" else min(int(workers), documents)
     if count > 64 * cores:
         raise JobError(f"--workers {count}: the cluster has {cores} cores; give at most {64 * cores}")
-    return Share("cpu", count, min(1.0, cores / count), 0.0, max(1, cores // count) if cluster.nodes == 1 else 1)
+    threads = max(1, cores // count) if cluster.nodes == 1 else 1
+    # Two busy threads on one core wait for each other at every barrier; whoever shares the machine sets the bound.
+    bound = os.environ.get("OMP_NUM_THREADS", "")
+    return Share("cpu", count, min(1.0, cores / count), 0.0, min(threads, int(bound)) if bound.isdecimal() else threads)
 
 
 class RayPool:

@@ -1,0 +1,162 @@
+"""A job on a cluster that was started with `ray start`: by jobs.submit, by `ray job submit`, and stopped halfway."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline import read_results
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.ray
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for item in sockets:
+            item.bind(("127.0.0.1", 0))
+        return [item.getsockname()[1] for item in sockets]
+
+
+def environment() -> dict[str, str]:
+    """What a user's shell has; nothing of the other tests' cluster."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTHONPATH"))}
+    path = os.pathsep.join([str(Path(sys.executable).parent), kept["PATH"]])
+    return kept | {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "PATH": path}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the job server of a cluster with two cores."""
+    port, dashboard, agent, client = free_ports(4)
+    command = f"""ray start --head --block --port {port} --dashboard-host 127.0.0.1 --dashboard-port {dashboard}
+        --dashboard-agent-listen-port {agent} --ray-client-server-port {client} --node-ip-address 127.0.0.1
+        --num-cpus 2 --object-store-memory 100000000 --disable-usage-stats""".split()
+    log = tmp_path_factory.mktemp("ray") / "log"
+    ray = shutil.which("ray", path=environment()["PATH"])
+    assert ray
+    with (
+        log.open("w") as file,
+        subprocess.Popen([ray, *command[1:]], env=environment(), stdout=file, stderr=file) as head,
+    ):
+        address = f"http://127.0.0.1:{dashboard}"
+        until = time.monotonic() + 90
+        while True:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/api/version", timeout=2):
+                break
+            assert head.poll() is None, log.read_text()
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.5)
+        yield address
+        head.terminate()
+
+
+def write(folder: Path, count: int, words: int) -> Path:
+    folder.mkdir()
+    for i in range(count):
+        (folder / f"d{i:03}.txt").write_text(f"Report {i}. " + "The harbour budget was reviewed in spring. " * words)
+    return folder
+
+
+def flags(docs: Path, out: Path, model: Path) -> list[str]:
+    return [
+        "--input",
+        str(docs),
+        "--output",
+        str(out),
+        "--model",
+        str(model),
+        "--workers",
+        "1",
+        "--max-new-tokens",
+        "8",
+    ]
+
+
+def ray_submit(address: str) -> list[str]:
+    return f"ray job submit --address {address} --working-dir . -- python -m jobs.summarize".split()
+
+
+def outputs(folder: Path) -> dict[str, str]:
+    table = read_results(folder, ["document_id", "output"]).to_pylist()
+    assert len({row["document_id"] for row in table}) == len(table)
+    return {row["document_id"]: row["output"] for row in table}
+
+
+def test_both_ways_of_submitting_give_the_outputs_of_a_local_run(cluster: str, tmp_path: Path, model: Path) -> None:
+    docs = write(tmp_path / "docs", 3, 5)
+    python = [sys.executable, "-m"]
+    runs = {
+        "local": [*python, "jobs.summarize", *flags(docs, tmp_path / "local", model)],
+        "submit": [*python, "jobs.submit", "--address", cluster, *flags(docs, tmp_path / "submit", model)],
+        "ray": [*ray_submit(cluster), *flags(docs, tmp_path / "ray", model)],
+    }
+    for name, command in runs.items():
+        ended = subprocess.run(
+            command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, check=False
+        )
+        assert ended.returncode == 0, f"{name}: {ended.stdout[-2000:]}{ended.stderr[-2000:]}"
+        assert "3 of 3" in ended.stdout, name
+    found = {name: outputs(tmp_path / name) for name in runs}
+    assert len(found["local"]) == 3
+    assert found["submit"] == found["ray"] == found["local"]
+
+
+def test_exit_codes_and_errors_come_back(cluster: str, tmp_path: Path, model: Path) -> None:
+    docs = write(tmp_path / "docs", 1, 5)
+    (docs / "empty.txt").write_bytes(b"")
+    command = [sys.executable, "-m", "jobs.submit", "--address", cluster]
+    ended = subprocess.run(
+        [*command, *flags(docs, tmp_path / "out", model)],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 2
+    assert "empty.txt: its text is empty" in ended.stdout
+    relative = subprocess.run(
+        [*ray_submit(cluster), *flags(docs, Path("relative"), model)],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert relative.returncode != 0
+    assert "a submitted job runs in a temporary copy" in relative.stdout + relative.stderr
+    nowhere = subprocess.run(
+        [*command[:-1], "http://127.0.0.1:9", *flags(docs, tmp_path / "out", model)],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert nowhere.returncode == 1
+    assert nowhere.stderr.startswith("error: --address http://127.0.0.1:9: no Ray job server answers")
+
+
+def test_a_stopped_job_has_written_what_was_finished(cluster: str, tmp_path: Path, model: Path) -> None:
+    docs, out = write(tmp_path / "docs", 400, 30), tmp_path / "out"
+    command = [sys.executable, "-m", "jobs.submit", "--address", cluster, *flags(docs, out, model)]
+    command += ["--flush-documents", "1000", "--flush-seconds", "3600", "--max-live", "1"]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as client:
+        assert client.stdout is not None
+        for line in client.stdout:
+            if "starting 1 workers" in line:
+                break
+        time.sleep(10)  # the worker starts and finishes some documents
+        assert not list(out.glob("part-*")), "nothing is due to be written yet, so what is there later was flushed"
+        client.send_signal(signal.SIGTERM)
+        rest = client.stdout.read()
+    assert client.returncode == 130, rest
+    until = time.monotonic() + 30
+    while json.loads((out / "manifest.json").read_text())["state"] != "stopped":
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    assert 0 < len(outputs(out)) < 400

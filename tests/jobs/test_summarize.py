@@ -1,0 +1,259 @@
+"""The command: one-line errors for users, a dry run, and a real job with the bundled model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import submit
+from jobs.cli import run_main
+from jobs.summarize import main
+from pipeline import read_results
+from pipeline.config import JobConfig, meaning
+from pipeline.records import NAMES
+
+ROOT = Path(__file__).parents[2]
+QUESTION = "List the key findings in order."
+REPORT = ROOT / "examples" / "documents" / "report-01.txt"
+# The first finding of that report; its sentences 55 to 110 hold it.
+FINDING = "Nobody reviewed the student after the storm, although the forecast had been counted by the circuit."
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command in this process: (exit code, standard output, standard error)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            run_main(main, [str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return call
+
+
+@pytest.fixture
+def docs(tmp_path: Path) -> Path:
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    (folder / "a.txt").write_text("some text")
+    return folder
+
+
+def bad_input(name: str, tmp_path: Path, model: Path) -> list[object]:
+    """Arguments that a user got wrong in one way each."""
+    docs, out = tmp_path / "docs", tmp_path / "out"
+    good: dict[str, object] = {"--input": docs, "--output": out, "--model": model}
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "rows.jsonl").write_text('{"id": "x", "body": "t"}\n')
+    (tmp_path / "twice.jsonl").write_text('{"id": "x", "text": "t"}\n{"id": "x", "text": "u"}\n')
+    for folder, config in {"bad_model": "{", "no_weights": '{"model_type": "qwen3"}'}.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(config)
+    (tmp_path / "bad.yaml").write_text("input: [")
+    (tmp_path / "key.yaml").write_text("max_tokens: 3")
+    changes: dict[str, dict[str, object]] = {
+        "missing file": {"--input": tmp_path / "nothing.parquet"},
+        "empty folder": {"--input": tmp_path / "empty"},
+        "wrong column": {"--input": tmp_path / "rows.jsonl"},
+        "wrong id column": {"--input": tmp_path / "rows.jsonl", "--text-column": "body", "--id-column": "key"},
+        "duplicate ids": {"--input": tmp_path / "twice.jsonl"},
+        "no model": {"--model": tmp_path / "nowhere"},
+        "not a model": {"--model": docs},
+        "unreadable model": {"--model": tmp_path / "bad_model"},
+        "no weights": {"--model": tmp_path / "no_weights"},
+        "output is a file": {"--output": docs / "a.txt"},
+        "output not writable": {"--output": "/proc/stemline"},
+        "unknown flag": {"--max-token": 5},
+        "not a number": {"--max-new-tokens": "many"},
+        "out of range": {"--max-new-tokens": 0},
+        "not a choice": {"--preset": "relaese"},
+        "bad budget": {"--budget": 1.5},
+        "bad block size": {"--block-size": 100},
+        "dense with budget": {"--attention": "dense", "--budget": 0.5},
+        "bad shard": {"--shard": "3/3"},
+        "bad yaml": {"--config": tmp_path / "bad.yaml"},
+        "unknown key": {"--config": tmp_path / "key.yaml"},
+        "no yaml": {"--config": tmp_path / "none.yaml"},
+        "template": {"--chat-template-args": "{"},
+        "task": {"--task": "ask"},
+    }
+    return [item for pair in (good | changes[name]).items() for item in pair]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing file", r"nothing\.parquet: does not exist"),
+        ("empty folder", "holds no files; expected .parquet"),
+        ("wrong column", "no line of .* has it; found: id, body"),
+        ("wrong id column", "--id-column key: .*found: id, body"),
+        ("duplicate ids", "'x' .*line 1, .*line 2"),
+        ("no model", "no such folder"),
+        ("not a model", "no config.json there"),
+        ("unreadable model", "not valid JSON"),
+        ("no weights", r"no \*\.safetensors"),
+        ("output is a file", "cannot be written"),
+        ("output not writable", "cannot be written"),
+        ("unknown flag", "--max-token is not a flag; did you mean '--max-new-tokens'"),
+        ("not a number", "--max-new-tokens must be a whole number, got 'many'"),
+        ("out of range", "--max-new-tokens must be at least 1, got 0"),
+        ("not a choice", "--preset must be one of .*did you mean 'release'"),
+        ("bad budget", r"--budget must be in 0\.\.1, got 1.5"),
+        ("bad block size", "block_size must be one of"),
+        ("dense with budget", "--budget has no meaning with --attention dense"),
+        ("bad shard", "0 <= i < n"),
+        ("bad yaml", "not valid YAML"),
+        ("unknown key", "'max_tokens' is not a setting; did you mean 'max_new_tokens'"),
+        ("no yaml", "cannot be read"),
+        ("template", "--chat-template-args must be a mapping"),
+        ("task", "needs --question"),
+    ],
+)
+def test_what_users_get_wrong_is_one_line(
+    name: str, message: str, run: Run, tmp_path: Path, docs: Path, model: Path
+) -> None:
+    code, out, err = run(*bad_input(name, tmp_path, model))
+    assert code == 1
+    assert err.count("\n") == 1
+    assert err.startswith("error: ")
+    assert out == ""
+    import re
+
+    assert re.search(message, err)
+
+
+def test_flags_win_over_the_file_and_lists_are_read(tmp_path: Path, docs: Path, model: Path, run: Run) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(f"input: {docs}\nmodel: {model}\nmax-new-tokens: 5\nkeep_columns: [a, b]\nbudget: 0.25\n")
+    code, out, _ = run("--config", job, "--output", tmp_path / "out", "--keep-columns", "c", "--dry-run")
+    assert code == 1, "text files have no columns"
+    job.write_text(job.read_text().replace("keep_columns: [a, b]\n", ""))
+    code, out, err = run("--config", job, "--output", tmp_path / "out", "--max-new-tokens", "7", "--dry-run")
+    assert (code, err) == (0, "")
+    assert "generated: at most 7 tokens" in out
+    assert "density=0.25" in out
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, docs: Path, model: Path, run: Run) -> None:
+    (docs / "b.txt").write_text("The draft survey was mapped last winter. " * 12000)
+    code, out, _ = run("--input", docs, "--output", tmp_path / "out", "--model", model, "--dry-run")
+    assert code == 0
+    assert "2 documents" in out
+    assert "weights" in out
+    assert "too long: documents beyond 40,704 tokens; policy: error" in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_setting_has_a_flag_a_key_and_a_meaning(run: Run) -> None:
+    code, out, _ = run("--help")
+    assert code == 0
+    for name in JobConfig.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in out
+        assert len(meaning(name)) > 2
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_bundled_model_finds_the_finding_with_sparse_prefill(tmp_path: Path, model: Path, run: Run) -> None:
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    sentences = REPORT.read_text().split(".")
+    (docs / "report.txt").write_text(".".join(sentences[55:165]) + ".")
+    (docs / "empty.txt").write_bytes(b"")
+    flags: list[Any] = ["--input", docs, "--output", tmp_path / "out", "--model", model, "--question", QUESTION]
+    flags += ["--preset", "robust", "--block-size", 16, "--budget", 0.3, "--mass-group", 2, "--dense-layers", 0]
+    flags += ["--max-new-tokens", 60, "--workers", 1, "--device", "cpu"]
+    code, out, _ = run(*flags)
+    assert code == 2, "one document is empty"
+    assert "1 of 2" in out
+    assert "read_results" in out
+    found = {row["document_id"]: row for row in read_results(tmp_path / "out").to_pylist()}
+    row = found["report.txt"]
+    assert FINDING in row["output"]
+    assert row["attention"] == "stem"
+    assert row["density"] < 0.6
+    assert row["finish_reason"] == "stop"
+    assert row["prompt_tokens"] > 1000
+    assert row["tokenize_seconds"] + row["prefill_seconds"] + row["decode_seconds"] <= row["total_seconds"]
+    assert set(NAMES) == set(row)
+    code, out, _ = run(*flags)
+    assert code == 2
+    assert "nothing to do" in out
+
+
+def test_another_kernels_package_in_front_is_told(tmp_path: Path) -> None:
+    other = tmp_path / "site" / "kernels"
+    other.mkdir(parents=True)
+    (other / "__init__.py").write_text("def get_kernel(name): ...\n")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), str(ROOT)])}
+    command = [sys.executable, "-m", "jobs.summarize", "--help"]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "which is not Stemline's" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    beside = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert beside.returncode == 0, "from the checkout ours is found first"
+
+
+def test_submitted_jobs_get_absolute_paths(
+    tmp_path: Path, docs: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = tmp_path / "job.yaml"
+    job.write_text(
+        "input: [docs, 's3://bucket/more']\nquestion: --why not?\nchat_template_args: {a: 1}\nworkers: auto\n"
+    )
+    parser = submit.Parser()
+    parser.add_argument("--address")
+    parser.add_argument("--no-wait", action="store_true")
+    submit.add_job_flags(parser)
+    line = ["--config", "job.yaml", "--output", "out", "--model", str(model), "--no-resume", "--keep-columns", "a,b"]
+    _, flags = submit.split_arguments(parser, ["--address", "http://x", "--", *line])
+    assert str(docs) in flags
+    assert "s3://bucket/more" in flags
+    assert f"--output={tmp_path / 'out'}" in flags
+    again = Parsed.parse(flags)
+    assert again["question"] == "--why not?"
+    assert again["chat_template_args"] == {"a": 1}
+    assert again["resume"] is False
+    assert "address" not in again
+
+
+class Parsed:
+    """What jobs.summarize makes of a command line."""
+
+    @staticmethod
+    def parse(flags: list[str]) -> dict[str, Any]:
+        parser = submit.Parser()
+        submit.add_job_flags(parser)
+        return vars(parser.parse_args(flags))
+
+
+def test_the_example_in_the_report_reads_the_results(tmp_path: Path) -> None:
+    from jobs.summarize import show
+    from pipeline.records import new_row, result_schema, to_table
+    from pipeline.store import Store
+    from pipeline.summary import summarize_results
+
+    pq.write_table(to_table([new_row("a", "b", "ok", output="hello")], result_schema()), tmp_path / "part-0.parquet")
+    import contextlib
+    import io
+
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        show(summarize_results(Store(str(tmp_path)), 1))
+    command = shown.getvalue().split("read them: python -c ", 1)[1].strip()
+    ended = subprocess.run(
+        [sys.executable, "-c", json.loads(command)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "hello" in ended.stdout
