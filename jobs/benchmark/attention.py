@@ -162,7 +162,12 @@ def _cases(q: Tensor, k: Tensor, v: Tensor, densities: list[float], generator: t
         if density == 0.25:
             yield Case("25% FlexAttention", partial(_flex, q, k, v, selection))
         if product.impl == "triton":
-            yield Case(f"{density:.0%} Stem, selection included", partial(_stem, q, k, v, density))
+            config = StemConfig(schedule="density", density=density, dense_layers=0)
+            yield Case(f"{density:.0%} Stem, selection included", partial(_stem, q, k, v, config))
+    if product.impl == "triton":
+        # Its density depends on the length: what the crossover with dense attention is read from.
+        release = partial(_stem, q, k, v, StemConfig.preset("release"))
+        yield Case("release schedule, selection included", release)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> tuple[Callable[[], object], None]:
@@ -182,9 +187,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> tuple[Callabl
     return call, None
 
 
-def _stem(q: Tensor, k: Tensor, v: Tensor, density: float) -> tuple[Callable[[], object], BlockSelection]:
+def _stem(q: Tensor, k: Tensor, v: Tensor, config: StemConfig) -> tuple[Callable[[], object], BlockSelection]:
     """The product's path: scores, selection and attention in one call."""
-    select = _stem_selection(q, k, v, StemConfig(schedule="density", density=density, dense_layers=0))
+    select = _stem_selection(q, k, v, config)
     return lambda: block_sparse_attention(q, k, v, select()), select()
 
 
