@@ -8,6 +8,7 @@ from random import Random
 import pytest
 
 from jobs.demo.make_documents import REAL_TEXTS, SYNTHETIC, make_reports
+from jobs.demo.outcome import judge, print_comparison, save_comparison
 from jobs.demo.reports import SENTENCE_END, plant
 from jobs.demo.scoring import Score, read_findings, score
 
@@ -64,3 +65,23 @@ def test_score_counts_whole_sentences_and_wrong_lines() -> None:
     assert score("", []) == Score()
     assert Score().recall == 0.0
     assert (Score(2, 1, 2) + Score(2, 2, 3)).recall == 0.75
+
+
+def test_judge_counts_the_documents_with_known_findings_only(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    rows = [
+        {"document_id": "a.txt", "output": "1. It was 12.\n2. It was 14.", "density": 0.3},
+        {"document_id": "b.txt", "output": "No key findings.", "density": 1.0},
+    ]
+    outcome = judge("stem", rows, {"a.txt": ["It was 12.", "It was 13."]})
+    assert outcome.in_words() == "stem: 1 of 2 findings (50.0%), 1 wrong lines, density 0.30"
+    with pytest.raises(KeyError):
+        judge("stem", rows, {"c.txt": []})
+
+    saved = tmp_path / "comparison.json"
+    save_comparison(saved, [outcome], "a command")
+    print_comparison(saved, without={"dense"})
+    assert outcome.in_words() in capsys.readouterr().out
+    print_comparison(saved, without={"stem"})
+    assert capsys.readouterr().out == ""
