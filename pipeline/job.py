@@ -48,6 +48,8 @@ def run(
     store.create()
     with store.locked():
         messages = [*survey.messages, *recover(store)]
+        if store.remote:
+            messages.append("an object store has no lock: see to it that no other job writes to this output")
         plan = make_plan(survey, store)
         if config.retry_failed and plan.already:
             dropped = drop_rows(store, lambda table: pc.equal(table["status"], "ok"))
@@ -116,6 +118,7 @@ def _execute(
                 )
                 try:
                     scheduler.run()
+                    sink.flush()
                     stats = _stats(pool, clock.seconds, sink)
                 except StopRequestedError:
                     stopped = True

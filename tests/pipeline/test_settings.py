@@ -1,0 +1,168 @@
+"""Settings, manifest and progress: what counts as the same job, and what people are told."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import manifest
+from pipeline.config import JobConfig
+from pipeline.errors import JobError
+from pipeline.progress import Progress
+from pipeline.prompts import make_task
+from pipeline.records import new_row, result_schema
+from pipeline.sink import Sink, compact, done_ids, part_names, read_results, recover
+from pipeline.source import DocumentReader, find_files, list_documents
+from pipeline.source.files import open_filesystem, safe_name
+from pipeline.store import Store
+
+
+def config(**settings: Any) -> JobConfig:
+    return JobConfig(**({"input": ("docs",), "output": "out", "model": "models/tiny-reader"} | settings))
+
+
+def test_only_settings_that_can_change_an_output_are_fingerprinted() -> None:
+    same = [
+        {"workers": 3},
+        {"deadline": 5},
+        {"flush_documents": 1},
+        {"device": "cpu"},
+        {"output": "x"},
+        {"max_live": 2},
+    ]
+    other = [{"max_new_tokens": 9}, {"seed": 1}, {"budget": 0.3}, {"attention": "dense"}, {"too_long": "truncate"}]
+    other += [{"preset": "robust"}, {"dtype": "float16"}, {"block_size": 64}, {"temperature": 0.5}]
+    assert {config(**changes).fingerprint() for changes in same} == {config().fingerprint()}
+    prints = {config(**changes).fingerprint() for changes in other}
+    assert len(prints | {config().fingerprint()}) == len(other) + 1
+
+
+def test_the_model_counts_by_its_files_not_by_its_path(tmp_path: Path, model: Path) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((model / name).read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"x" * (10 << 20))
+    before = manifest.model_fingerprint(str(tmp_path), None)
+    assert config(model=str(tmp_path)).fingerprint() == config().fingerprint()
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.seek(5)
+        file.write(b"y")
+    assert manifest.model_fingerprint(str(tmp_path), None) != before
+
+
+def test_input_counts_by_content_and_by_how_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    files = find_files((str(tmp_path),))[0]
+    before = manifest.input_fingerprint(files, config())
+    path.touch()
+    assert manifest.input_fingerprint(find_files((str(tmp_path),))[0], config()) == before
+    assert manifest.input_fingerprint(files, config(text_column="body")) != before
+    assert manifest.input_fingerprint(files, config(shard="0/2")) != before
+    path.write_text("two")
+    assert manifest.input_fingerprint(find_files((str(tmp_path),))[0], config()) != before
+
+
+def test_credentials_stay_out_of_names_and_manifest(tmp_path: Path) -> None:
+    location = "s3://key:secret@bucket/docs?endpoint_override=host"
+    assert safe_name(location) == "s3://bucket/docs"
+    store = Store(str(tmp_path))
+    manifest.save(store, config(input=(location,)), {"config": "x"})
+    assert "secret" not in (tmp_path / manifest.NAME).read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"workers": "some"}, "--workers must be a whole number or auto"),
+        ({"workers": True}, "--workers must be a whole number or auto"),
+        ({"temperature": float("nan")}, "--temperature"),
+        ({"keep_columns": 5}, "--keep-columns must be one name or a list"),
+        ({"resume": "yes"}, "--resume must be true or false"),
+        ({"input": ()}, "--input is missing"),
+        ({"top_p": 0}, "--top-p must be above 0"),
+        ({"shard": "1/x"}, "--shard must be i/n"),
+    ],
+)
+def test_wrong_values_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(JobError, match=message):
+        config(**settings)
+
+
+def test_the_task_counts_by_question_and_template(tmp_path: Path) -> None:
+    path = tmp_path / "p.jinja"
+    path.write_text("{{ document }}")
+    tasks = [
+        make_task("summarize", None, None),
+        make_task("summarize", "Why?", None),
+        make_task("ask", "Why?", str(path)),
+    ]
+    assert len({task.fingerprint() for task in tasks}) == 3
+
+
+def test_the_result_schema_is_documented() -> None:
+    for field in result_schema():
+        assert field.metadata
+        assert len(field.metadata[b"meaning"]) > 2
+    with pytest.raises(KeyError):
+        new_row("a", "b", "fine")
+    with pytest.raises(KeyError):
+        new_row("a", "b", "ok", prompt_tokns=3)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_tells_tokens_rate_failures_and_time_left() -> None:
+    now = [0.0]
+    stream = io.StringIO()
+    progress = Progress(4, 1000, stream=stream, clock=lambda: now[0])
+    progress.add(new_row("bad", "x", "error"), 200)
+    progress.start_clock()
+    now[0] = 10.0
+    progress.add(new_row("a", "x", "ok", prompt_tokens=90, output_tokens=10), 200)
+    assert progress.line() == "2/4 documents · 100 tokens · 10 tokens/s · 1 failed · about 0:30 left"
+    progress.tick()
+    assert stream.getvalue() == "", "a log gets a line every half minute, not every row"
+    now[0] = 31.0
+    progress.tick()
+    progress.tick()
+    assert stream.getvalue().count("\n") == 1
+    terminal = Terminal()
+    live = Progress(1, 10, stream=terminal, clock=lambda: now[0])
+    for _ in range(5):
+        now[0] += 1
+        live.tick()
+    assert "\n" not in terminal.getvalue()
+    assert terminal.getvalue().count("\r") == 5
+
+
+def test_an_object_store_holds_documents_and_results() -> None:
+    place = "mock:///bucket/docs"
+    files = open_filesystem(place)
+    files.create_dir("bucket/docs/sub", recursive=True)
+    for name, text in {"a.txt": "first", "sub/b.jsonl": '{"id": "b", "text": "second"}\n'}.items():
+        with files.open_output_stream(f"bucket/docs/{name}") as stream:
+            stream.write(text.encode())
+    catalogue = list_documents(find_files((place,))[0])
+    reader = DocumentReader("text", [])
+    assert {d.document_id: reader.read(d)[0] for d in catalogue.documents()} == {"a.txt": "first", "b": "second"}
+    assert catalogue.document(0).source == "mock://bucket/docs/a.txt"
+
+    store = Store("mock:///bucket/out")
+    store.create()
+    sink = Sink(store, result_schema(), flush_documents=1, flush_seconds=1)
+    for name in "abc":
+        sink.add(new_row(name, "x", "ok"))
+    assert len(part_names(store)) == 3
+    assert compact(store) == 1
+    assert recover(store) == []
+    assert sorted(done_ids(store).to_pylist()) == ["a", "b", "c"]
+    assert read_results("mock:///bucket/out").num_rows == 3
+    with store.filesystem.open_input_file(store.path(part_names(store)[0])) as file:
+        assert pq.read_table(file).num_rows == 3
