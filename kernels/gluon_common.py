@@ -53,6 +53,20 @@ def opaque(x: gl.constexpr):
 
 
 @gluon.jit
+def fence(x):
+    """A self loop that is never taken: ptxas does not schedule across basic blocks. x: int32 that ptxas cannot bound,
+    such as a count loaded from memory; it deletes a loop that it can prove away."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.eq.s32 p, $1, 0x7fffffff; L: @p nanosleep.u32 100; @p bra L; mov.b32 $0, 0; }",
+        "=r,r",
+        [x],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def statement(text: gl.constexpr):
     """A PTX statement with side effects and no result."""
     gl.inline_asm_elementwise(

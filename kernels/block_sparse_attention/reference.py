@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,9 +19,11 @@ def block_sparse_attention(
     block_size: int,
     scale: float,
     window: int | None,
+    round_weights: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See kernels.block_sparse_attention. Works a query block at a time on the keys that it keeps: no N x N tensor.
 
+    round_weights: what becomes of the unnormalised probabilities before they meet the values (fp8).
     Returns out [N, H, Lq, D] in q's dtype (a view of [N, Lq, H, D]) and lse float32 [N, H, Lq].
     """
     N, H, Lq, D = q.shape
@@ -49,7 +53,7 @@ def block_sparse_attention(
             visible &= tokens[..., None, :] > positions[:, None] - window
         if selection is None:
             visible = visible.repeat(1, 1, H // kv_heads, 1)
-        part, part_lse = _softmax_attention(queries, keys, values, visible, scale)
+        part, part_lse = _softmax_attention(queries, keys, values, visible, scale, round_weights)
         out[:, :, begin:end] = part.reshape(N, H, end - begin, D)
         lse[:, :, begin:end] = part_lse.reshape(N, H, end - begin)
     return out, lse
@@ -76,7 +80,14 @@ def _gather(
     return tokens, keys.unflatten(0, rows.shape), values.unflatten(0, rows.shape)
 
 
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor,
+    scale: float,
+    round_weights: Callable[[Tensor], Tensor] | None,
+) -> tuple[Tensor, Tensor]:
     """Attention of q [..., T, D] to k, v [..., K, D]: (out, lse), computed in float32 or wider.
 
     visible: bool [..., T, C] says which of the last C keys are seen; all keys before those are.
@@ -87,5 +98,7 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: 
     largest = scores.amax(dim=-1, keepdim=True)
     weights = scores.sub_(largest).exp_()
     total = weights.sum(dim=-1, keepdim=True)
+    if round_weights is not None:
+        weights = round_weights(weights)
     out = torch.matmul(weights, v.to(compute)) / total
     return out.to(q.dtype), (largest + total.log()).squeeze(-1).float()

@@ -1,0 +1,295 @@
+"""Hopper path of fp8 block-sparse attention, written in Gluon: D 64 or 128, blocks of 128.
+
+Roles and barriers as in kernels.block_sparse_attention.gluon, which also lists the compilers' traps. At fp8's speed the
+exponentials of a block cost as much as its two matrix products, so the score tile is double buffered and the softmax
+runs one block ahead of the tensor cores. Step j of a tile, X_j being scores in the log2 domain less their maximum:
+
+    issue S_{j+1} = Q K_{j+1}^T and O += P_{j-1} V_{j-1}
+    the first half of P_j = exp2(X_j), while both products run
+    wait for them; the second half, interleaved with the row maximum of S_{j+1}, row sums and packing to fp8
+    X_{j+1} = S_{j+1} * c - maximum
+
+A stage of the ring holds (K_{j+1}, V_{j-1}): one full and one empty barrier a step. P is scaled by 2^8 and stays in
+registers; its columns need no shuffle because V^T is stored with its keys permuted (kernels.fp8_heads). The products'
+sums are not promoted per block: that cost 5% and changed the error by nothing (4.27e-2 both ways).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernels import device
+from kernels.block_selection import BlockSelection
+from kernels.block_sparse_attention.descriptors import tma_strides
+from kernels.block_sparse_attention_fp8.step import (
+    WEIGHT_BITS,
+    finish_sum,
+    half_sum_partial,
+    halves,
+    issue_output,
+    issue_scores,
+    pack_fp8,
+    step,
+)
+from kernels.fp8_heads import KEY_GROUP, HeadScales
+from kernels.gluon_common import (
+    advance,
+    growth_declare,
+    growth_note,
+    log2_approx,
+    opaque,
+    row_max,
+    tile_coordinates,
+    tile_number,
+)
+
+BLOCK = 128  # rows of a query block and of a key block
+HALF = 64  # query rows of one consumer warpgroup
+LOG2E = 1.4426950408889634
+
+
+@gluon.jit
+def produce(
+    q_desc, k_desc, v_desc, indices, counts, q_s, k_s, v_s, q_full, q_empty, full, empty, tiles, rows, row0, max_blocks,
+    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
+):  # fmt: skip
+    """One warp: per tile the two halves of Q, then count + 2 steps: K of block j (j < count), V of block j - 2."""
+    TILE: gl.constexpr = k_desc.block_type.nbytes  # of V^T too
+    stage = 0
+    phase = 1
+    q_phase = 1
+    for turn in range(gl.cdiv(tiles, gl.num_programs(0))):
+        tile = tile_number(turn)
+        if tile < tiles:
+            n, head, kv_head, row = tile_coordinates(tile, rows, KV_HEADS, GROUP)
+            if DENSE:
+                count = row0 + row + 1
+                kept = indices
+            else:
+                flat_row = (n * (KV_HEADS * GROUP) + head) * rows + row
+                count = gl.load(counts + flat_row)
+                kept = indices + flat_row.to(gl.int64) * max_blocks
+            for half in gl.static_range(2):
+                mbarrier.wait(q_empty.index(half), q_phase)
+                mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes)
+                tma.async_copy_global_to_shared(
+                    q_desc, [n, head, row * 128 + half * 64, 0], q_full.index(half), q_s.index(half)
+                )
+            q_phase ^= 1
+            # The diagonal block, then the others. block, block1, block2 are blocks j, j - 1 and j - 2; they start as
+            # different values: Triton finds what a loop carries by comparing handles, and would drop block2 = block1.
+            block = row0 + row
+            block1 = block + 0
+            block2 = block - 0
+            for j in range(count + 2):
+                following = j if DENSE else gl.load(kept + j, mask=j < count, other=0)
+                if (j != 1) | (count > 1):  # with one block only, step 1 has nothing to load
+                    mbarrier.wait(empty.index(stage), phase)
+                    if j >= count:
+                        mbarrier.expect(full.index(stage), TILE)
+                        tma.async_copy_global_to_shared(
+                            v_desc, [n, kv_head, 0, block2 * 128], full.index(stage), v_s.index(stage)
+                        )
+                    else:
+                        if j < 2:
+                            mbarrier.expect(full.index(stage), TILE)
+                        else:
+                            mbarrier.expect(full.index(stage), 2 * TILE)
+                            tma.async_copy_global_to_shared(
+                                v_desc, [n, kv_head, 0, block2 * 128], full.index(stage), v_s.index(stage)
+                            )
+                        tma.async_copy_global_to_shared(
+                            k_desc, [n, kv_head, block * 128, 0], full.index(stage), k_s.index(stage)
+                        )
+                    stage, phase = advance(stage, phase, STAGES)
+                block2 = block1
+                block1 = block
+                block = following
+
+
+@gluon.jit
+def consume(
+    WARPGROUP: gl.constexpr, o_desc, lse, counts, q_scale, k_scale, v_scale, q_s, k_s, v_s, o_s,
+    q_full, q_empty, full, empty, tiles, rows, row0, n_queries, log2_scale,
+    D: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
+    WITH_LSE: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: 64 query rows of every tile."""
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
+    row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
+    o_row_layout: gl.constexpr = gl.SliceLayout(1, o_layout)
+    stage = 0
+    phase = 0
+    q_phase = 0
+    q = q_s.index(WARPGROUP).reshape([64, D])
+    growth_declare(WARPGROUP)
+    for turn in range(gl.cdiv(tiles, gl.num_programs(0))):
+        tile = tile_number(turn)
+        if tile < tiles:
+            n, head, kv_head, row = tile_coordinates(tile, rows, KV_HEADS, GROUP)
+            flat_head = n * (KV_HEADS * GROUP) + head
+            count = row0 + row + 1 if DENSE else gl.load(counts + (flat_head * rows + row))
+            factor = gl.load(q_scale + head) * gl.load(k_scale + kv_head) * log2_scale
+            mbarrier.wait(q_full.index(WARPGROUP), q_phase)
+            q_phase ^= 1
+            # The diagonal block. Its mask also hides the keys past the last token, which TMA has filled with zeros.
+            mbarrier.wait(full.index(stage), phase)
+            s = warpgroup_mma_wait(0, deps=[issue_scores(q, k_s, stage, D, s_layout)])
+            mbarrier.arrive(empty.index(stage))
+            stage, phase = advance(stage, phase, STAGES)
+            local = gl.arange(0, 64, row_layout) + opaque(WARPGROUP * 64)
+            s = gl.where(local[:, None] >= gl.arange(0, 128, gl.SliceLayout(0, s_layout))[None, :], s, -float("inf"))
+            m = row_max(s, row_layout) * factor
+            x_a, x_b = halves(s * factor - (m - WEIGHT_BITS)[:, None])
+            p_a = gl.exp2(x_a)
+            p_b = gl.exp2(x_b)
+            total = half_sum_partial(p_a) + half_sum_partial(p_b)
+            packed_a = pack_fp8(p_a)
+            packed_b = pack_fp8(p_b)
+            shrink = gl.full([64], 1.0, gl.float32, row_layout)
+            o = gl.zeros([64, D], gl.float32, o_layout)
+            mbarrier.wait(full.index(stage), phase)
+            if count > 1:
+                s = warpgroup_mma_wait(0, deps=[issue_scores(q, k_s, stage, D, s_layout)])
+                mbarrier.arrive(empty.index(stage))
+                stage, phase = advance(stage, phase, STAGES)
+                m_next = growth_note(m, gl.maximum(m, row_max(s, row_layout) * factor), WARPGROUP)
+                x = s * factor - (m_next - WEIGHT_BITS)[:, None]
+                shrink0 = shrink
+                shrink = gl.exp2(m - m_next)
+                m = m_next
+                grew0 = count * 0
+                mbarrier.wait(full.index(stage), phase)
+                for _ in range(count - 2):
+                    stage, phase, x, packed_a, packed_b, o, shrink0, grew0, shrink, m, total = step(
+                        q, k_s, v_s, full, empty, stage, phase, x, packed_a, packed_b, o, shrink0, grew0, shrink, m,
+                        total, factor, count, WARPGROUP, STAGES, D, s_layout, o_layout, True,
+                    )  # fmt: skip
+                stage, phase, x, packed_a, packed_b, o, shrink0, grew0, shrink, m, total = step(
+                    q, k_s, v_s, full, empty, stage, phase, x, packed_a, packed_b, o, shrink0, grew0, shrink, m,
+                    total, factor, count, WARPGROUP, STAGES, D, s_layout, o_layout, False,
+                )  # fmt: skip
+            # The last block's P V, normalisation, output.
+            mbarrier.arrive(q_empty.index(WARPGROUP))
+            o = o * gl.convert_layout(shrink, o_row_layout)[:, None]
+            o_next = issue_output(packed_a, packed_b, v_s, stage, o, D, o_layout)
+            row_total = finish_sum(total, row_layout)
+            if WITH_LSE:
+                query = row * 128 + WARPGROUP * 64 + gl.arange(0, 64, row_layout)
+                natural = (m - WEIGHT_BITS + log2_approx(row_total)) * 0.6931471805599453
+                gl.store(lse + flat_head.to(gl.int64) * n_queries + query, natural, mask=query < n_queries)
+            inverse = gl.convert_layout(gl.load(v_scale + kv_head) / row_total, o_row_layout)
+            o = warpgroup_mma_wait(0, deps=[o_next])
+            mbarrier.arrive(empty.index(stage))
+            stage, phase = advance(stage, phase, STAGES)
+            o = o * inverse[:, None]
+            tma.store_wait(0)
+            staged = o_s.index(WARPGROUP)
+            staged.reshape([64, D]).store(o.to(o_desc.dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(o_desc, [n, head, row * 128 + WARPGROUP * 64, 0], staged)
+    tma.store_wait(0)
+
+
+# Lengths change from call to call: specialising on them (== 1, % 16 == 0) would only compile the kernel again.
+@gluon.jit(do_not_specialize=["rows", "tiles", "row0", "n_queries", "max_blocks"])
+def block_sparse_attention_fp8_hopper(
+    q_desc, k_desc, v_desc, o_desc, lse, indices, counts, q_scale, k_scale, v_scale,
+    rows, tiles, row0, n_queries, max_blocks, log2_scale,
+    D: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
+    WITH_LSE: gl.constexpr,
+):  # fmt: skip
+    """Shared memory, barriers (full = data has landed, empty = both warpgroups are done with it), three roles."""
+    q_s = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, 64, D], q_desc.layout)
+    k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, 128, D], k_desc.layout)
+    v_s = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, D, 128], v_desc.layout)
+    o_s = gl.allocate_shared_memory(o_desc.dtype, [2, 1, 1, 64, D], o_desc.layout)
+    barrier: gl.constexpr = mbarrier.MBarrierLayout()
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    for half in gl.static_range(2):
+        mbarrier.init(q_full.index(half), count=1)
+        mbarrier.init(q_empty.index(half), count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    fence_async_shared()
+    gl.warp_specialize([
+        (consume, (0, o_desc, lse, counts, q_scale, k_scale, v_scale, q_s, k_s, v_s, o_s, q_full, q_empty, full, empty,
+                   tiles, rows, row0, n_queries, log2_scale, D, KV_HEADS, GROUP, STAGES, DENSE, WITH_LSE)),
+        (consume, (1, o_desc, lse, counts, q_scale, k_scale, v_scale, q_s, k_s, v_s, o_s, q_full, q_empty, full, empty,
+                   tiles, rows, row0, n_queries, log2_scale, D, KV_HEADS, GROUP, STAGES, DENSE, WITH_LSE)),
+        (produce, (q_desc, k_desc, v_desc, indices, counts, q_s, k_s, v_s, q_full, q_empty, full, empty,
+                   tiles, rows, row0, max_blocks, KV_HEADS, GROUP, STAGES, DENSE)),
+    ], [4, 1], [240, 24])  # fmt: skip
+
+
+def _descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    size = tensor.element_size()
+    layout = gl.NVMMASharedLayout(min(128, columns * size), element_bitwidth=8 * size, rank=4)
+    return TensorDescriptor(tensor, list(tensor.shape), tma_strides(tensor), [1, 1, rows, columns], layout)
+
+
+def block_sparse_attention_fp8(
+    q: Tensor,
+    k: Tensor,
+    vt: Tensor,
+    scales: HeadScales,
+    selection: BlockSelection | None,
+    query_start: int,
+    scale: float,
+    dtype: torch.dtype,
+    return_lse: bool,
+    stages: int = 4,
+) -> tuple[Tensor, Tensor | None]:
+    """See kernels.block_sparse_attention_fp8, which has checked shapes, types, strides and the device."""
+    N, H, Lq, D = q.shape
+    kv_heads = k.shape[1]
+    rows = -(-Lq // BLOCK)
+    known = query_start + Lq  # what lies past it is never read, but for the values that share its group of 16
+    out = torch.empty(N, Lq, H, D, dtype=dtype, device=q.device).transpose(1, 2)
+    lse = torch.empty(N, H, Lq, dtype=torch.float32, device=q.device) if return_lse else None
+    # Stand-ins keep the pointer types when there is no selection or no lse to write: never dereferenced.
+    unused = out if selection is None else selection.counts
+    indices = unused if selection is None else selection.indices.contiguous()
+    counts = unused if selection is None else selection.counts.contiguous()
+    tiles = N * H * rows
+    block_sparse_attention_fp8_hopper[(min(device.multiprocessors(q.device), tiles),)](
+        _descriptor(q, HALF, D),
+        _descriptor(k[:, :, :known], BLOCK, D),
+        _descriptor(vt[..., : -(-known // KEY_GROUP) * KEY_GROUP], D, BLOCK),
+        _descriptor(out, HALF, D),
+        out if lse is None else lse,
+        indices,
+        counts,
+        scales.q,
+        scales.k,
+        scales.v,
+        rows,
+        tiles,
+        query_start // BLOCK,
+        Lq,
+        indices.shape[-1],
+        scale * LOG2E,
+        D=D,
+        KV_HEADS=kv_heads,
+        GROUP=H // kv_heads,
+        STAGES=stages,
+        DENSE=selection is None,
+        WITH_LSE=return_lse,
+        num_warps=4,
+    )
+    return out, lse

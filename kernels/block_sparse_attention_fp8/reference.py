@@ -1,0 +1,51 @@
+"""fp8 block-sparse attention in plain torch: the arithmetic that the kernels are measured against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.block_selection import BlockSelection
+from kernels.block_sparse_attention import reference as wide
+from kernels.fp8_heads import FP8, HeadScales
+from kernels.fp8_heads.reference import restore_keys
+
+# Probabilities are at most 1: times 2^8 they use e4m3 down to 2^-17 of the row's largest.
+WEIGHT_SCALE = 256.0
+
+
+def round_weights(weights: Tensor) -> Tensor:
+    """Unnormalised probabilities in 0..1 as e4m3 keeps them."""
+    return (weights * WEIGHT_SCALE).to(FP8).to(weights.dtype) / WEIGHT_SCALE
+
+
+def block_sparse_attention_fp8(
+    q: Tensor,
+    k: Tensor,
+    vt: Tensor,
+    scales: HeadScales,
+    selection: BlockSelection | None,
+    query_start: int,
+    block_size: int,
+    scale: float,
+    window: int | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """See kernels.block_sparse_attention_fp8. Products and sums in float32; the sum of P is of P before rounding.
+
+    The kernels differ in one point: they round P relative to the largest score so far, not to the row's.
+    """
+    known = query_start + q.shape[2]
+    v = restore_keys(vt[..., : -(-known // 16) * 16])[..., :known].mT
+    out, lse = wide.block_sparse_attention(
+        q.float() * scales.q[:, None, None],
+        k[:, :, :known].float() * scales.k[:, None, None],
+        v.float() * scales.v[:, None, None],
+        selection,
+        query_start,
+        block_size,
+        scale,
+        window,
+        round_weights,
+    )
+    return out.to(dtype), lse

@@ -1,0 +1,220 @@
+"""Portable GPU path of fp8 block-sparse attention in plain Triton: sm_89 and later, every head size and block size.
+
+Works like kernels.block_sparse_attention.triton. The rows of a key tile are loaded in the order in which the values
+are stored (kernels.fp8_heads), so that scores and values agree on what a column is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import device
+from kernels.block_selection import BlockSelection
+from kernels.fp8_heads import HeadScales
+from kernels.fp8_heads.triton import key_at
+
+LOG2E = 1.4426950408889634
+WEIGHT_BITS = tl.constexpr(8.0)  # P times 2^8: e4m3 then covers 2^-17 .. 1 of the row's largest
+
+
+@triton.jit
+def _step(
+    acc, m, total, q, k, vt, k_stride_t, v_stride_d, token, positions, known, factor, window,
+    TILE_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the keys [token, token + TILE_N) of one head; 16 divides token. CAUSAL: with causal mask and
+    bounds. m and total are in the log2 domain of scores * factor, total times 2^WEIGHT_BITS."""
+    place = tl.arange(0, TILE_N)
+    dims = tl.arange(0, BLOCK_D)
+    keys = token + key_at(place)
+    inside = tl.full([TILE_N], True, tl.int1)
+    if CAUSAL:
+        inside = keys < known
+    k_pointers = k + keys.to(tl.int64)[:, None] * k_stride_t + dims[None, :]
+    # Stored values: the row of a dimension may lie 2^31 elements away from the first.
+    v_pointers = vt + dims.to(tl.int64)[:, None] * v_stride_d + (token + place)[None, :]
+    if CAUSAL or D < BLOCK_D:
+        real = dims < D
+        key_tile = tl.load(k_pointers, inside[:, None] & real[None, :], other=0.0)
+        value_tile = tl.load(v_pointers, real[:, None] & inside[None, :], other=0.0)
+    else:
+        key_tile = tl.load(k_pointers)
+        value_tile = tl.load(v_pointers)
+    s = tl.dot(q, tl.trans(key_tile))
+    if CAUSAL:
+        s = tl.where(keys[None, :] <= positions[:, None], s, -float("inf"))
+    if WINDOW:
+        s = tl.where(keys[None, :] > positions[:, None] - window, s, -float("inf"))
+    m_next = tl.maximum(m, tl.max(s, 1) * factor)
+    # With a window a row may not have met a visible key yet: -inf - -inf would be NaN.
+    shift = tl.where(m_next == -float("inf"), 0.0, m_next) if WINDOW else m_next
+    weights = tl.math.exp2(s * factor - (shift - WEIGHT_BITS)[:, None])
+    shrink = tl.math.exp2(m - shift)
+    total = total * shrink + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(tl.float8e4nv), tl.trans(value_tile), acc * shrink[:, None])
+    return acc, m_next, total
+
+
+# Lengths change from call to call: specialising on them would only compile the kernel again.
+@triton.jit(do_not_specialize=["n_queries", "query_start", "rows", "max_blocks", "window"])
+def block_sparse_attention_fp8_kernel(
+    q, k, vt, out, lse, indices, counts, q_scale, k_scale, v_scale,
+    q_stride_n, q_stride_h, q_stride_t, k_stride_n, k_stride_h, k_stride_t,
+    v_stride_n, v_stride_h, v_stride_d, out_stride_n, out_stride_h, out_stride_t,
+    n_queries, query_start, rows, max_blocks, log2_scale, window,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, DENSE: tl.constexpr,
+    WINDOW: tl.constexpr, WITH_LSE: tl.constexpr,
+):  # fmt: skip
+    """`rows` counts BLOCK_SIZE-row query blocks; dense calls use BLOCK_SIZE = TILE_M."""
+    TILES_PER_ROW: tl.constexpr = BLOCK_SIZE // TILE_M
+    # All tiles of the heads that share a KV head are adjacent (their K and V stay in L2), longest first.
+    per_kv_head = rows * (TILES_PER_ROW * GROUP)
+    lane = tl.program_id(0) // per_kv_head
+    rest = tl.program_id(0) % per_kv_head
+    n = lane // KV_HEADS
+    kv_head = lane % KV_HEADS
+    head = kv_head * GROUP + rest % GROUP
+    tile = rows * TILES_PER_ROW - 1 - rest // GROUP
+    row = tile // TILES_PER_ROW
+    flat_head = n * (KV_HEADS * GROUP) + head
+
+    local = tile * TILE_M
+    if local >= n_queries:
+        return
+    first = query_start + local  # position of the tile's first query
+    known = query_start + n_queries
+    offsets = local + tl.arange(0, TILE_M)
+    positions = query_start + offsets
+    dims = tl.arange(0, BLOCK_D)
+    inside = (offsets < n_queries)[:, None] & (dims < D)[None, :]
+    q += n.to(tl.int64) * q_stride_n + head.to(tl.int64) * q_stride_h
+    k += n.to(tl.int64) * k_stride_n + kv_head.to(tl.int64) * k_stride_h
+    vt += n.to(tl.int64) * v_stride_n + kv_head.to(tl.int64) * v_stride_h
+    query = tl.load(q + offsets.to(tl.int64)[:, None] * q_stride_t + dims[None, :], inside, other=0.0)
+    factor = tl.load(q_scale + head) * tl.load(k_scale + kv_head) * log2_scale
+    m = tl.full([TILE_M], -float("inf"), tl.float32)
+    total = tl.zeros([TILE_M], tl.float32)
+    acc = tl.zeros([TILE_M, BLOCK_D], tl.float32)
+
+    # Keys on the diagonal. Those past the last query are masked too: they lie behind every query.
+    diagonal = first // TILE_N * TILE_N if DENSE else query_start + row * BLOCK_SIZE
+    for token in tl.range(diagonal, tl.minimum(first + TILE_M, known), TILE_N, num_stages=1):
+        acc, m, total = _step(
+            acc, m, total, query, k, vt, k_stride_t, v_stride_d, token, positions, known, factor, window,
+            TILE_N, D, BLOCK_D, True, WINDOW,
+        )  # fmt: skip
+
+    # Everything before: no causal mask, no bounds.
+    PER_BLOCK: tl.constexpr = BLOCK_SIZE // TILE_N
+    if DENSE:
+        begin = tl.maximum(first - window + 1, 0) // TILE_N if WINDOW else 0
+        end = diagonal // TILE_N
+        kept = indices
+    else:
+        flat_row = flat_head * rows + row
+        begin = 0
+        end = (tl.load(counts + flat_row) - 1) * PER_BLOCK
+        kept = indices + flat_row.to(tl.int64) * max_blocks
+    for index in range(begin, end):
+        token = index * TILE_N
+        if not DENSE:
+            token = tl.load(kept + index // PER_BLOCK) * BLOCK_SIZE + index % PER_BLOCK * TILE_N
+        acc, m, total = _step(
+            acc, m, total, query, k, vt, k_stride_t, v_stride_d, token, positions, known, factor, window,
+            TILE_N, D, BLOCK_D, False, WINDOW,
+        )  # fmt: skip
+
+    if WITH_LSE:
+        natural = (m - WEIGHT_BITS + tl.math.log2(total)) * 0.6931471805599453
+        tl.store(lse + flat_head.to(tl.int64) * n_queries + offsets, natural, mask=offsets < n_queries)
+    acc = acc * (tl.load(v_scale + kv_head) / total)[:, None]
+    out += n.to(tl.int64) * out_stride_n + head.to(tl.int64) * out_stride_h
+    pointers = out + offsets.to(tl.int64)[:, None] * out_stride_t + dims[None, :]
+    tl.store(pointers, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Query rows and keys of a tile, warps of a program, depth of the load pipeline."""
+
+    tile_m: int
+    tile_n: int
+    warps: int
+    stages: int
+
+
+def choose_tiling(capability: tuple[int, int], block_d: int, block_size: int | None) -> Tiling:
+    """Tile sizes that fit registers and shared memory (99 KiB on sm_89). block_size None: dense, the tile is free."""
+    limit = 128 if block_size is None else block_size
+    hopper = capability[0] == 9
+    # On Hopper ptxas serialises the wgmma of D 64 with 128 keys, and those of D 256 whatever the tile.
+    m = 128 if hopper or block_d <= 128 else 64
+    n = 128 if hopper and block_d == 128 else 64
+    m, n = min(m, limit), min(n, limit)
+    return Tiling(m, n, 8 if m == 128 or block_d > 128 else 4, 3 if block_d <= 128 else 2)
+
+
+def block_sparse_attention_fp8(
+    q: Tensor,
+    k: Tensor,
+    vt: Tensor,
+    scales: HeadScales,
+    selection: BlockSelection | None,
+    query_start: int,
+    block_size: int,
+    scale: float,
+    window: int | None,
+    dtype: torch.dtype,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """See kernels.block_sparse_attention_fp8, which has checked shapes, types and the device."""
+    N, H, Lq, D = q.shape
+    block_d = max(32, triton.next_power_of_2(D))
+    out = torch.empty(N, Lq, H, D, dtype=dtype, device=q.device).transpose(1, 2)
+    lse = torch.empty(N, H, Lq, dtype=torch.float32, device=q.device) if return_lse else None
+    tiling = choose_tiling(device.capability(q.device), block_d, block_size if selection is not None else None)
+    if selection is None:
+        block_size = tiling.tile_m
+        indices = counts = out  # stand-ins, never read
+    else:
+        indices, counts = selection.indices.contiguous(), selection.counts.contiguous()
+    rows = triton.cdiv(Lq, block_size)
+    grid = (N * H * rows * (block_size // tiling.tile_m),)
+    block_sparse_attention_fp8_kernel[grid](
+        q,
+        k,
+        vt,
+        out,
+        out if lse is None else lse,
+        indices,
+        counts,
+        scales.q,
+        scales.k,
+        scales.v,
+        *(stride for tensor in (q, k, vt, out) for stride in tensor.stride()[:3]),
+        Lq,
+        query_start,
+        rows,
+        indices.shape[-1],
+        scale * LOG2E,
+        0 if window is None else window,
+        KV_HEADS=k.shape[1],
+        GROUP=H // k.shape[1],
+        D=D,
+        BLOCK_D=block_d,
+        BLOCK_SIZE=block_size,
+        TILE_M=tiling.tile_m,
+        TILE_N=tiling.tile_n,
+        DENSE=selection is None,
+        WINDOW=window is not None,
+        WITH_LSE=return_lse,
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+    )
+    return out, lse

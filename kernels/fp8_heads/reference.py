@@ -1,0 +1,48 @@
+"""fp8 heads in plain torch: the specification."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.fp8_heads import FP8, FP8_MAX, KEY_GROUP, HeadScales
+
+
+def quantize(x: Tensor, scale: Tensor) -> Tensor:
+    """x / scale in e4m3, saturated at +-448; NaN stays NaN. scale: float32, broadcast against x."""
+    return (x.float() * (1.0 / scale)).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+
+
+def store_order(values: Tensor) -> Tensor:
+    """values [..., T], 16 | T, keys in order -> the order in which they are stored."""
+    return values.unflatten(-1, (-1, 2, 4, 2)).transpose(-3, -2).flatten(-4)
+
+
+def restore_keys(stored: Tensor) -> Tensor:
+    """The inverse of `store_order`."""
+    return stored.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4)
+
+
+def quantize_heads(x: Tensor, scale: Tensor) -> Tensor:
+    """See kernels.fp8_heads."""
+    return quantize(x.transpose(1, 2), scale[:, None]).contiguous().transpose(1, 2)
+
+
+def write_kv(k: Tensor, v: Tensor, scales: HeadScales, k_arena: Tensor, vt_arena: Tensor, start: int) -> None:
+    """See kernels.fp8_heads."""
+    tokens = k.shape[2]
+    k_arena[:, start : start + tokens] = quantize(k[0], scales.k[:, None, None])
+    values = torch.nn.functional.pad(v[0].float(), (0, 0, 0, -tokens % KEY_GROUP))
+    stored = store_order(quantize(values, scales.v[:, None, None]).mT)
+    vt_arena[..., start : start + stored.shape[-1]] = stored
+
+
+def append_kv(k: Tensor, v: Tensor, scales: HeadScales, k_arena: Tensor, vt_arena: Tensor, slots: Tensor) -> None:
+    """See kernels.fp8_heads."""
+    for s, slot in enumerate(slots.tolist()):
+        k_arena[:, slot] = quantize(k[s], scales.k[:, None])
+        group = slot // KEY_GROUP * KEY_GROUP
+        columns = vt_arena[..., group : group + KEY_GROUP]
+        values = restore_keys(columns.float() if slot > group else torch.zeros_like(columns, dtype=torch.float32))
+        values[..., slot - group] = quantize(v[s], scales.v[:, None]).float()
+        columns.copy_(store_order(values))

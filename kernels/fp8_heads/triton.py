@@ -1,0 +1,130 @@
+"""fp8 heads in Triton: one pass over the data; and the helpers of kernels that read fp8 keys and values."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.fp8_heads import FP8, KEY_GROUP, HeadScales
+
+GROUP = tl.constexpr(KEY_GROUP)
+TOKENS = 64  # of a program: [64, 128] elements
+
+
+@triton.jit
+def key_at(place):
+    """The key that stored place `place` of the transposed values holds (kernels.fp8_heads says why)."""
+    within = place % 16
+    return place - within + within // 2 % 2 * 8 + within // 4 * 2 + within % 2
+
+
+@triton.jit
+def place_of(key):
+    """The inverse of `key_at`."""
+    within = key % 16
+    return key - within + within % 8 // 2 * 4 + within // 8 * 2 + within % 2
+
+
+@triton.jit
+def to_fp8(x, scale):
+    """x / scale in e4m3, saturated; NaN stays NaN. scale: float32 scalar."""
+    scaled = x.to(tl.float32) * tl.div_rn(1.0, scale)
+    return tl.clamp(scaled, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def quantize_kernel(
+    x, y, scale, tokens, stride_n, stride_h, stride_t, D: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr
+):  # fmt: skip
+    """Program (head, token tile, n). y: [N, tokens, H, D], contiguous."""
+    head = tl.program_id(0)
+    n = tl.program_id(2).to(tl.int64)
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    d = tl.arange(0, BLOCK_D)
+    inside = (token < tokens)[:, None] & (d < D)[None, :]
+    x += n * stride_n + head.to(tl.int64) * stride_h
+    tile = tl.load(x + token.to(tl.int64)[:, None] * stride_t + d[None, :], inside, other=0.0)
+    row = (n * tokens + token) * tl.num_programs(0) + head
+    tl.store(y + row[:, None] * D + d[None, :], to_fp8(tile, tl.load(scale + head)), inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "start"])
+def write_kernel(
+    k, v, k_arena, vt_arena, k_scale, v_scale, tokens, start, k_stride_h, k_stride_t, v_stride_h, v_stride_t,
+    ka_stride_h, ka_stride_t, va_stride_h, va_stride_d,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Program (KV head, token tile). Rows of values are loaded in stored order, so that the transposed tile is stored
+    in runs of TOKENS bytes."""
+    head = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    d = tl.arange(0, BLOCK_D)
+    real = (d < D)[None, :]
+
+    at = place.to(tl.int64)[:, None]
+    inside = (place < tokens)[:, None] & real
+    tile = tl.load(k + head * k_stride_h + at * k_stride_t + d[None, :], inside, other=0.0)
+    target = k_arena + head * ka_stride_h + (at + start) * ka_stride_t + d[None, :]
+    tl.store(target, to_fp8(tile, tl.load(k_scale + head)), inside)
+
+    key = key_at(place)
+    inside = (key < tokens)[:, None] & real
+    tile = tl.load(v + head * v_stride_h + key.to(tl.int64)[:, None] * v_stride_t + d[None, :], inside, other=0.0)
+    stored = tl.trans(to_fp8(tile, tl.load(v_scale + head)))
+    target = vt_arena + head * va_stride_h + d.to(tl.int64)[:, None] * va_stride_d + (place + start)[None, :]
+    # Up to the whole group of 16: what was not loaded is zero.
+    tl.store(target, stored, (d < D)[:, None] & (place < tl.cdiv(tokens, GROUP) * GROUP)[None, :])
+
+
+@triton.jit
+def append_kernel(
+    k, v, k_arena, vt_arena, k_scale, v_scale, slots, k_stride_s, k_stride_h, v_stride_s, v_stride_h,
+    ka_stride_h, ka_stride_t, va_stride_h, va_stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Program (KV head, document)."""
+    head = tl.program_id(0).to(tl.int64)
+    s = tl.program_id(1).to(tl.int64)
+    slot = tl.load(slots + s)
+    d = tl.arange(0, BLOCK_D)
+    real = d < D
+    key = to_fp8(tl.load(k + s * k_stride_s + head * k_stride_h + d, real, other=0.0), tl.load(k_scale + head))
+    tl.store(k_arena + head * ka_stride_h + slot * ka_stride_t + d, key, real)
+    value = tl.load(v + s * v_stride_s + head * v_stride_h + d, real, other=0.0).to(tl.float32)
+    within = tl.arange(0, GROUP)
+    own = within == place_of(slot % GROUP)
+    columns = tl.where(own[None, :], value[:, None], 0.0)
+    target = vt_arena + head * va_stride_h + d.to(tl.int64)[:, None] * va_stride_d
+    target += (slot // GROUP * GROUP + within)[None, :]
+    # The group's first token clears the places of the others.
+    tl.store(target, to_fp8(columns, tl.load(v_scale + head)), real[:, None] & (own | (slot % GROUP == 0))[None, :])
+
+
+def quantize_heads(x: Tensor, scale: Tensor) -> Tensor:
+    """See kernels.fp8_heads."""
+    N, H, L, D = x.shape
+    y = torch.empty(N, L, H, D, dtype=FP8, device=x.device)
+    quantize_kernel[(H, triton.cdiv(L, TOKENS), N)](
+        x, y, scale, L, *x.stride()[:3], D=D, BLOCK_D=triton.next_power_of_2(D), TOKENS=TOKENS, num_warps=4
+    )
+    return y.transpose(1, 2)
+
+
+def write_kv(k: Tensor, v: Tensor, scales: HeadScales, k_arena: Tensor, vt_arena: Tensor, start: int) -> None:
+    """See kernels.fp8_heads."""
+    _, heads, L, D = k.shape
+    write_kernel[(heads, triton.cdiv(L, TOKENS))](
+        k, v, k_arena, vt_arena, scales.k, scales.v, L, start, *k.stride()[1:3], *v.stride()[1:3],
+        *k_arena.stride()[:2], *vt_arena.stride()[:2],
+        D=D, BLOCK_D=triton.next_power_of_2(D), TOKENS=TOKENS, num_warps=4,
+    )  # fmt: skip
+
+
+def append_kv(k: Tensor, v: Tensor, scales: HeadScales, k_arena: Tensor, vt_arena: Tensor, slots: Tensor) -> None:
+    """See kernels.fp8_heads."""
+    documents, heads, D = k.shape
+    append_kernel[(heads, documents)](
+        k, v, k_arena, vt_arena, scales.k, scales.v, slots, *k.stride()[:2], *v.stride()[:2],
+        *k_arena.stride()[:2], *vt_arena.stride()[:2], D=D, BLOCK_D=triton.next_power_of_2(D), num_warps=2,
+    )  # fmt: skip

@@ -1,0 +1,208 @@
+"""The semantics of the fp8 attention operations as checks that every implementation has to pass.
+
+Truth is float64 attention over the dequantised operands, so that only what a kernel itself does is measured: it rounds
+P to e4m3. The allowed error is that of the reference, which rounds the same P.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.block_selection import BlockSelection
+from kernels.block_sparse_attention_fp8 import block_sparse_attention_fp8
+from kernels.fp8_heads import FP8, KEY_GROUP, HeadScales, append_kv, quantize_heads, write_kv
+from kernels.fp8_heads.reference import quantize, restore_keys, store_order
+from tests.kernels.attention_cases import Case, eager, random_selection, visible_keys
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# A flash kernel rounds P relative to the largest score so far, and its output in another order.
+ALLOWED = 1.25
+# Hopper's fp8 tensor cores keep about 14 bits of a sum.
+SUM_EPS = 2.0**-13
+NAN = 0x7F
+
+CASES = [
+    *(Case(length, unknown=40) for length in (1, 127, 128, 129, 1000, 1433)),
+    *(Case(length, keep=None, unknown=40, heads=8, kv_heads=1) for length in (1, 15, 127, 128, 129, 1000)),
+    *(Case(700, start=1024, head_dim=dim) for dim in (64, 96, 128, 256)),
+    *(Case(700, start=1024, head_dim=dim, keep=None, dtype=FP16) for dim in (64, 128)),
+    *(Case(300, start=512, block_size=block, head_dim=64) for block in (32, 64, 256)),
+    Case(500, batch=3, heads=6, kv_heads=6, dtype=FP32),
+    Case(640, batch=2, heads=32, kv_heads=8, keep=0.25, scale=0.2),
+    Case(900, start=333, keep=None),
+    Case(900, start=128, window=300),
+    Case(900, start=77, keep=None, window=129, head_dim=256),
+]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Operands in fp8 as the engine holds them, their exact values, and the selection."""
+
+    q: Tensor
+    k: Tensor
+    vt: Tensor
+    scales: HeadScales
+    selection: BlockSelection | None
+    exact: tuple[Tensor, Tensor, Tensor]  # float64 q [N, H, Lq, D]; k, v [N, Hkv, known, D]
+
+
+def power_of_two_scale(x: Tensor, headroom: float = 4.0) -> Tensor:
+    """One scale a head of x [N, H, L, D]."""
+    return torch.exp2((x.abs().amax((0, 2, 3)) * headroom / 448).log2().ceil()).float()
+
+
+def make_inputs(case: Case, device: str) -> Inputs:
+    """q as a view of [N, L, H, D]; k and vt views into arenas that hold NaN wherever nothing was written."""
+    generator = torch.Generator().manual_seed(case.seed + 1)
+    known = case.start + case.queries
+    stored = -(-known // KEY_GROUP) * KEY_GROUP
+
+    def normal(heads: int, tokens: int) -> Tensor:
+        return torch.randn(case.batch, heads, tokens, case.head_dim, generator=generator)
+
+    q, k, v = normal(case.heads, case.queries), normal(case.kv_heads, known), normal(case.kv_heads, known)
+    k[:, :, known // 3 : known // 3 + 20] *= 3  # the running maximum has to grow late
+    scales = HeadScales(*(power_of_two_scale(x) for x in (q, k, v)))
+    q8, k8, v8 = (quantize(x, s[:, None, None]) for x, s in zip((q, k, v), (scales.q, scales.k, scales.v), strict=True))
+    exact = tuple(
+        (x.double() * s[:, None, None]).to(device)
+        for x, s in zip((q8, k8, v8), (scales.q, scales.k, scales.v), strict=True)
+    )
+    extent = known + case.unknown // KEY_GROUP * KEY_GROUP + KEY_GROUP
+    extent = extent // KEY_GROUP * KEY_GROUP
+    k_arena = torch.full((case.batch, case.kv_heads, extent + 64, case.head_dim), NAN, dtype=torch.uint8).view(FP8)
+    v_arena = torch.full((case.batch, case.kv_heads, case.head_dim, extent + 64), NAN, dtype=torch.uint8).view(FP8)
+    k_arena[:, :, 32 : 32 + known] = k8
+    padded = torch.zeros(case.batch, case.kv_heads, case.head_dim, stored).to(FP8)
+    padded[..., :known] = v8.mT
+    v_arena[..., 32 : 32 + stored] = store_order(padded)
+    k_arena, v_arena = k_arena.to(device), v_arena.to(device)
+    selection = random_selection(case, generator) if case.keep is not None else None
+    if selection is not None:
+        selection = BlockSelection(selection.indices.to(device), selection.counts.to(device))
+    return Inputs(
+        q8.transpose(1, 2).contiguous().transpose(1, 2).to(device),
+        k_arena[:, :, 32 : 32 + extent],
+        v_arena[..., 32 : 32 + extent],
+        HeadScales(*(s.to(device) for s in (scales.q, scales.k, scales.v))),
+        selection,
+        exact,  # type: ignore[arg-type]
+    )
+
+
+def assert_no_worse(out: Tensor, reference: Tensor, true: Tensor) -> None:
+    """The error of `out` is that of `reference`, up to ALLOWED and float32's own roundings."""
+    floor = 8 * torch.finfo(torch.float32).eps
+    error, allowed, norm = (out.double() - true).norm(), (reference.double() - true).norm(), true.norm()
+    assert error <= ALLOWED * allowed + floor * norm, f"error {error / norm:.2e}, reference {allowed / norm:.2e}"
+    # The largest single error too, so that one wrong row does not drown in the norm. A maximum scatters more: twice.
+    worst, allowed, norm = (
+        (out.double() - true).abs().amax(),
+        (reference.double() - true).abs().amax(),
+        true.abs().amax(),
+    )
+    assert worst <= 2 * ALLOWED * allowed + floor * norm, f"largest error {worst:.2e}, reference {allowed:.2e}"
+
+
+def check_attention(case: Case, impl: str, device: str) -> None:
+    """Call with torch.empty poisoned (see conftest)."""
+    inputs = make_inputs(case, device)
+
+    def run(impl: str) -> tuple[Tensor, Tensor]:
+        result = block_sparse_attention_fp8(
+            inputs.q,
+            inputs.k,
+            inputs.vt,
+            inputs.scales,
+            inputs.selection,
+            query_start=case.start,
+            block_size=case.block_size,
+            scale=case.scale,
+            window=case.window,
+            dtype=case.dtype,
+            return_lse=True,
+            impl=impl,
+        )
+        assert isinstance(result, tuple)
+        return result
+
+    before = [t.view(torch.uint8).clone() for t in (inputs.q, inputs.k, inputs.vt)]
+    out, lse = run(impl)
+    for tensor, copy in zip((inputs.q, inputs.k, inputs.vt), before, strict=True):
+        assert torch.equal(tensor.view(torch.uint8), copy), "an input was written to"
+    assert out.shape == inputs.q.shape
+    assert out.dtype == case.dtype
+    assert out.transpose(1, 2).is_contiguous()
+    assert not out.isnan().any(), "rows were not written, or NaN outside of the known keys was read"
+
+    q, k, v = inputs.exact
+    visible = visible_keys(case, inputs.selection, device)
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    true_out, true_lse = eager(q, k, v, visible, scale)
+    reference, _ = run("reference")
+    assert_no_worse(out, reference, true_out)
+    # A log-sum-exp is wrong by no more than its worst score, a score by the rounding of a sum of magnitudes.
+    magnitude = (q.abs() @ k.abs().repeat_interleave(q.shape[1] // k.shape[1], 1).mT) * scale
+    magnitude = magnitude.masked_fill(~visible, 0).amax(-1)
+    excess = ((lse.double() - true_lse).abs() / (SUM_EPS * magnitude + 1e-6 * true_lse.abs())).amax()
+    assert excess <= 1, f"log-sum-exp: {excess:.2f} of the allowed error"
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.cpu().view(torch.uint8)
+
+
+def check_writing(length: int, dtype: torch.dtype, head_dim: int, impl: str, device: str) -> None:
+    """quantize_heads, write_kv and append_kv equal torch's own conversion, bit for bit, and write nothing else."""
+    generator = torch.Generator().manual_seed(length)
+    heads, room = 3, -(-length // KEY_GROUP) * KEY_GROUP
+    made = torch.randn(2, length + 3, heads, head_dim, generator=generator)
+    made *= 10 ** torch.empty(made.shape).uniform_(-4, 2, generator=generator)  # subnormal numbers and saturation
+    made[0, 0, 0, :3] = torch.tensor([torch.inf, -torch.inf, 0.0])
+    k, v = made.to(dtype).to(device).transpose(1, 2)[:, None]
+    scales = HeadScales(*(torch.tensor([0.25, 0.5, 0.3], device=device) * f for f in (1, 2, 3)))
+
+    def wanted(x: Tensor, scale: Tensor) -> Tensor:
+        return (x.float() * (1.0 / scale)).clamp(-448, 448).to(FP8)
+
+    q8 = quantize_heads(k, scales.q, impl=impl)
+    assert q8.transpose(1, 2).is_contiguous()
+    assert torch.equal(bits(q8.contiguous()), bits(wanted(k, scales.q[:, None, None]).contiguous()))
+    assert bool(q8.float().isfinite().all())
+
+    start, tokens = 32, 80 + room
+    arenas = [
+        torch.full(shape, NAN, dtype=torch.uint8, device=device).view(FP8)
+        for shape in ((heads, tokens, head_dim), (heads, head_dim, tokens))
+    ]
+    write_kv(k[:, :, :length], v[:, :, :length], scales, *arenas, start, impl=impl)
+    key, value = (
+        bits(wanted(x[0], s[:, None, None]).contiguous()) for x, s in zip((k, v), (scales.k, scales.v), strict=True)
+    )
+    k_wanted = torch.full((heads, tokens, head_dim), NAN, dtype=torch.uint8)
+    v_wanted = torch.full((heads, tokens, head_dim), NAN, dtype=torch.uint8)
+    k_wanted[:, start : start + length] = key[:, :length]
+    v_wanted[:, start : start + room] = 0
+    v_wanted[:, start : start + length] = value[:, :length]
+
+    def compare() -> None:
+        assert torch.equal(bits(arenas[0]), k_wanted)
+        assert torch.equal(restore_keys(bits(arenas[1])), v_wanted.mT)
+
+    compare()
+    # Three more tokens one by one beside a second document, into groups that hold zeros or nothing.
+    for i in range(3):
+        mine, other = start + length + i, start + room + 16 + i
+        chosen = torch.tensor([length + i, i], device=device)
+        slots = torch.tensor([mine, other], device=device)
+        append_kv(*(x[0].transpose(0, 1)[chosen] for x in (k, v)), scales, *arenas, slots, impl=impl)
+        for slot, token in ((mine, length + i), (other, i)):
+            k_wanted[:, slot] = key[:, token]
+            if slot % KEY_GROUP == 0:
+                v_wanted[:, slot : slot + KEY_GROUP] = 0
+            v_wanted[:, slot] = value[:, token]
+        compare()

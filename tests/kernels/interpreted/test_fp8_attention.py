@@ -1,0 +1,40 @@
+"""The portable Triton kernels of fp8 attention, interpreted: logic, masks, strides and offsets on small shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels import fp8_cases as cases
+from tests.kernels.attention_cases import Case
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# Outputs in bfloat16 are tested on a GPU.
+ATTENTION = [
+    Case(1, block_size=32, head_dim=64, dtype=FP32),
+    Case(127, block_size=32, head_dim=64, heads=2, kv_heads=1, unknown=40, dtype=FP32),
+    Case(129, block_size=64, head_dim=64, heads=2, batch=2, unknown=70, dtype=FP16),
+    Case(50, start=96, block_size=32, head_dim=96, unknown=33, dtype=FP32),
+    Case(200, start=256, heads=4, kv_heads=1, dtype=FP32),
+    Case(257, block_size=256, head_dim=64, heads=2, kv_heads=1, dtype=FP32),
+    Case(190, head_dim=64, keep=None, heads=2, batch=2, unknown=5, dtype=FP32),
+    Case(99, start=37, head_dim=96, keep=None, heads=2, dtype=FP32),
+    Case(70, start=130, head_dim=64, keep=None, heads=2, window=50, dtype=FP32),
+    Case(100, block_size=32, head_dim=64, heads=2, window=40, dtype=FP32),
+    Case(96, block_size=32, head_dim=64, heads=3, kv_heads=3, keep=1.0, scale=0.3, dtype=FP32),
+]
+
+
+@pytest.mark.parametrize("case", ATTENTION, ids=str)
+def test_block_sparse_attention(case: Case, poisoned: None, rounding_to_nearest: None) -> None:
+    cases.check_attention(case, "triton", "cpu")
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize(
+    ("length", "dtype", "head_dim"), [(1, FP32, 64), (70, BF16, 96), (128, FP16, 128), (143, BF16, 64)]
+)
+def test_writing(
+    length: int, dtype: torch.dtype, head_dim: int, impl: str, poisoned: None, rounding_to_nearest: None
+) -> None:
+    cases.check_writing(length, dtype, head_dim, impl, "cpu")

@@ -1,0 +1,108 @@
+"""The fp8 kernels compiled for GPUs that are not there: what ptxas says of registers, spills and wgmma.
+
+A subset by default; STEMLINE_FULL_COMPILE=1 compiles every head size and block size.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from kernels.block_selection import BlockSelection
+from kernels.dispatch import triton_version
+from kernels.fp8_heads import FP8, HeadScales
+from tests.kernels import offline
+
+BF16 = torch.bfloat16
+ADA, HOPPER = (8, 9), (9, 0)
+SHARED_LIMIT = {ADA: 99 * 1024, HOPPER: 227 * 1024}
+SPILLS_ALLOWED = 128  # bytes stored plus loaded: values that live outside the main loop
+FULL = os.environ.get("STEMLINE_FULL_COMPILE") == "1"
+HEADS, KV_HEADS, LENGTH = 8, 2, 1024
+
+
+def empty(*shape: int, dtype: torch.dtype = FP8) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def scales() -> HeadScales:
+    return HeadScales(*(empty(n, dtype=torch.float32) for n in (HEADS, KV_HEADS, KV_HEADS)))
+
+
+def operands(
+    dim: int, block_size: int | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, BlockSelection | None]:
+    """q as a view of [N, L, H, D], k and vt as extents of arenas; no memory behind them."""
+    q = empty(1, LENGTH, HEADS, dim).transpose(1, 2)
+    k = empty(1, KV_HEADS, 2 * LENGTH, dim)[:, :, :LENGTH]
+    vt = empty(1, KV_HEADS, dim, 2 * LENGTH)[..., :LENGTH]
+    if block_size is None:
+        return q, k, vt, None
+    rows = LENGTH // block_size
+    kept = (empty(1, HEADS, rows, 4, dtype=torch.int32), empty(1, HEADS, rows, dtype=torch.int32))
+    return q, k, vt, BlockSelection(*kept)
+
+
+def check(launch: Callable[[], object], capability: tuple[int, int], serialised: bool = False) -> None:
+    """serialised: ptxas is known to serialise this kernel's wgmma, which it reports as C7515."""
+    for report in offline.compile_reports(launch, capability):
+        assert report.spills <= SPILLS_ALLOWED, str(report)
+        assert report.shared <= SHARED_LIMIT[capability], str(report)
+        assert not report.warnings or (serialised and all("C7515" in line for line in report.warnings)), str(report)
+
+
+@pytest.mark.parametrize("capability", [ADA, HOPPER], ids=["sm89", "sm90"])
+@pytest.mark.parametrize(
+    ("dim", "block_size", "window"),
+    [(dim, block, None) for dim in (64, 96, 128, 256) for block in (32, 64, 128, 256, None)]
+    if FULL
+    else [(128, 128, None), (256, None, 4096), (96, 32, None), (64, 128, None)],
+)
+def test_portable_attention(dim: int, block_size: int | None, window: int | None, capability: tuple[int, int]) -> None:
+    from kernels.block_sparse_attention_fp8 import triton
+
+    q, k, vt, selection = operands(dim, block_size)
+    check(
+        lambda: triton.block_sparse_attention_fp8(
+            q, k, vt, scales(), selection, 0, block_size or 128, 0.1, window, BF16, FULL
+        ),
+        capability,
+        serialised=dim == 256 and capability == HOPPER,
+    )
+
+
+@pytest.mark.skipif((triton_version() or ())[:2] not in ((3, 6), (3, 7)), reason="Gluon of another Triton")
+@pytest.mark.parametrize("return_lse", [False, True] if FULL else [True])
+@pytest.mark.parametrize("block_size", [128, None], ids=["sparse", "dense"])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_hopper_attention(dim: int, block_size: int | None, return_lse: bool) -> None:
+    from kernels.block_sparse_attention_fp8 import gluon
+
+    q, k, vt, selection = operands(dim, block_size)
+    with offline.compiling(HOPPER) as compiled:
+        gluon.block_sparse_attention_fp8(q, k, vt, scales(), selection, 0, 0.1, BF16, return_lse)
+    report = offline.report(compiled[0])
+    assert report.spills == 0, str(report)
+    assert report.registers == 168, str(report)  # the budget of 12 warps; setmaxnreg moves them to the consumers
+    assert report.shared <= SHARED_LIMIT[HOPPER], str(report)
+    assert not report.warnings, str(report)
+
+
+@pytest.mark.parametrize("capability", [ADA, HOPPER], ids=["sm89", "sm90"])
+@pytest.mark.parametrize("dim", [64, 128, 256] if FULL else [128])
+def test_writing(dim: int, capability: tuple[int, int]) -> None:
+    from kernels.fp8_heads import triton
+
+    x = empty(1, LENGTH, KV_HEADS, dim, dtype=BF16).transpose(1, 2)
+    arenas = (empty(KV_HEADS, LENGTH, dim), empty(KV_HEADS, dim, LENGTH))
+    slots = empty(3, dtype=torch.int64)
+
+    def launch() -> None:
+        triton.quantize_heads(x, scales().k)
+        triton.write_kv(x, x, scales(), *arenas, 0)
+        triton.append_kv(x[0, :, :3].transpose(0, 1), x[0, :, :3].transpose(0, 1), scales(), *arenas, slots)
+
+    check(launch, capability)
