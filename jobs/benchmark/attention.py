@@ -19,11 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from jobs.benchmark._attention_fp8 import Fp8Layer
 from jobs.benchmark._stamp import stamp
 from jobs.benchmark.measure import isolated_ms, sustained_ms, table, write_json
 from kernels.block_scores import choose_block_scores, oam_scores
 from kernels.block_selection import BlockSelection, select_blocks
 from kernels.block_sparse_attention import block_sparse_attention, choose_block_sparse_attention
+from kernels.fp8_heads import fp8_obstacle
 from stem_core.budget import row_budgets
 from stem_core.config import StemConfig
 
@@ -51,7 +53,8 @@ class Case:
     name: str
     prepare: Callable[[], tuple[Callable[[], object], BlockSelection | None]]
     note: str = ""
-    attends: bool = True  # False: selection alone, no attention flops and no output
+    attends: bool = True  # False: no attention flops and no output
+    fp8: Fp8Layer | None = None  # its error is allowed, not that of eager bfloat16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -113,7 +116,7 @@ def _at_length(length: int, options: argparse.Namespace) -> Iterator[dict[str, A
             call, selection = case.prepare()
             if case.attends:
                 row["density"] = selection.density() if selection else 1.0
-                row["error"], allowed = _error(call, selection, q, k, v)
+                row["error"], allowed = _error(call, selection, q, k, v, case.fp8)
                 if not row["error"] <= 1.5 * allowed:
                     raise ArithmeticError(f"error {row['error']:.1e}, allowed 1.5 * {allowed:.1e}")
             ms = isolated_ms(call, options.idle)
@@ -151,6 +154,12 @@ def _cases(q: Tensor, k: Tensor, v: Tensor, densities: list[float], generator: t
     impls = ("gluon", "triton") if best.impl == "gluon" else ("triton",)
     for impl in impls:
         yield Case(f"dense ours {impl}", partial(ours, None, impl), note=best.reason)
+    fp8 = None if fp8_obstacle(q.device) else Fp8Layer(q, k, v)
+    fp8_impls, fp8_note = fp8.impls() if fp8 else ((), "")
+    if fp8:
+        yield Case("fp8 preparation alone", lambda: (fp8.prepare, None), attends=False)
+        for impl in fp8_impls:
+            yield Case(f"dense fp8 {impl}", partial(fp8.case, None, impl), note=fp8_note, fp8=fp8)
     product = choose_block_scores(q)
     if product.impl == "triton":
         config = StemConfig(schedule="density", density=densities[0], dense_layers=0)
@@ -159,11 +168,17 @@ def _cases(q: Tensor, k: Tensor, v: Tensor, densities: list[float], generator: t
         selection = random_selection(q, density, generator)
         for impl in impls:
             yield Case(f"{density:.0%} ours {impl}", partial(ours, selection, impl))
+        for impl in fp8_impls if fp8 else ():
+            yield Case(f"{density:.0%} fp8 {impl}", partial(fp8.case, selection, impl), fp8=fp8)
         if density == 0.25:
             yield Case("25% FlexAttention", partial(_flex, q, k, v, selection))
         if product.impl == "triton":
             config = StemConfig(schedule="density", density=density, dense_layers=0)
             yield Case(f"{density:.0%} Stem, selection included", partial(_stem, q, k, v, config))
+            if fp8:
+                select = _stem_selection(q, k, v, config)
+                name = f"{density:.0%} Stem fp8, selection and preparation included"
+                yield Case(name, partial(fp8.stem, select), fp8=fp8)
     if product.impl == "triton":
         # Its density depends on the length: what the crossover with dense attention is read from.
         release = partial(_stem, q, k, v, StemConfig.preset("release"))
@@ -234,9 +249,15 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection) -> tuple[C
 
 
 def _error(
-    call: Callable[[], object], selection: BlockSelection | None, q: Tensor, k: Tensor, v: Tensor
+    call: Callable[[], object],
+    selection: BlockSelection | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    fp8: Fp8Layer | None,
 ) -> tuple[float, float]:
-    """Relative error over sampled query blocks, and that of eager bfloat16 attention on them; float64 is the truth."""
+    """Relative error over sampled query blocks, and that of eager attention on them: in bfloat16, or with the roundings
+    of fp8. float64 is the truth."""
     out = call()
     assert isinstance(out, Tensor)
     if not bool(out.isfinite().all()):
@@ -255,7 +276,8 @@ def _error(
             keys = keys[keys < end]
         hidden = keys[None] > torch.arange(begin, end, device=q.device)[:, None]
         tile = (q[0, head, begin:end], k[0, head // group, keys], v[0, head // group, keys], hidden)
-        true, eager = _attend(*tile, torch.float64), _attend(*tile, torch.bfloat16)
+        true = _attend(*tile, torch.float64)
+        eager = fp8.emulate(head, *tile) if fp8 else _attend(*tile, torch.bfloat16)
         got = out[0, head, begin:end].double()
         sums += torch.stack([(got - true).square().sum(), (eager - true).square().sum(), true.square().sum()])
     relative = (sums[:2] / sums[2]).sqrt()
