@@ -22,7 +22,7 @@ from pipeline.engine.plan import (
     fit_arena,
     host_memory,
 )
-from pipeline.engine.prefill import Prefill, attention_layers
+from pipeline.engine.prefill import Prefill
 from pipeline.engine.runner import ModelRunner
 from stem_core.context import PrefillContext
 
@@ -51,7 +51,9 @@ def plan_memory(runner: ModelRunner, config: EngineConfig, chunk_tokens: int) ->
         sampling = SAMPLING_COPIES * config.max_live * runner.vocabulary * 8
         reserve = int(peak * RESERVE_FACTOR) + sampling + GRAPH_BYTES + SLACK_BYTES
         longest = min(context, max(1, (free - reserve) // per_token))
-        reserve += summary_bytes(runner, longest)
+        # A prompt that outgrows a layer's window needs no summary there; the longest that does not, does.
+        lengths = {longest, *(window for _, window in runner.layers if window is not None and window < longest)}
+        reserve += max(summary_bytes(runner, length) for length in lengths)
     else:
         free, total = host_memory()
         reserve = int(free * (1 - HOST_SHARE))
@@ -88,11 +90,13 @@ def measure_chunk(runner: ModelRunner, chunk_tokens: int) -> int:
 def rehearse(runner: ModelRunner, arena: KVArena, plan: MemoryPlan, chunk_tokens: int) -> None:
     """Run the last chunk of the longest document that the plan admits. Raises torch.OutOfMemoryError.
 
-    Shorter documents follow, each half as long: some kernels are compiled for powers of two of a prompt's blocks, and
+    Documents of 1, 2, 4, ... whole chunks follow: some kernels are compiled for powers of two of a prompt's blocks, and
     none should be while a document waits.
     """
-    length = plan.max_context
-    while length > 0:
+    lengths = [plan.max_context]
+    while (whole := chunk_tokens << (len(lengths) - 1)) < plan.max_context:
+        lengths.append(whole)
+    for length in lengths:
         start = (length - 1) // chunk_tokens * chunk_tokens
         context = PrefillContext(prompt_length=length, start=start)
         _past_summaries(runner, context)
@@ -100,13 +104,12 @@ def rehearse(runner: ModelRunner, arena: KVArena, plan: MemoryPlan, chunk_tokens
         ids = torch.zeros(1, length - start, dtype=torch.int64, device=runner.device)
         positions = torch.arange(start, length, device=runner.device)[None]
         runner.logits(ids, positions, cache, context, torch.full_like(ids[:, 0], length))
-        length = length // 2 if length > chunk_tokens else 0
 
 
 def key_summaries(runner: ModelRunner, prompt_tokens: int, device: torch.device) -> dict[int, KeySummary]:
     """What the attention keeps of a whole prompt's keys while it is prefilled, by layer, allocated on `device`."""
     summaries = {}
-    for policy, window in attention_layers(runner.model):
+    for policy, window in runner.layers:
         config = policy.config
         if config is None or config.estimator != "oam" or policy.budget(prompt_tokens, window).budgets is None:
             continue
@@ -137,7 +140,7 @@ def _past_summaries(runner: ModelRunner, context: PrefillContext) -> None:
     for layer, summary in context.summaries.items():
         summary.key_sums.zero_()
         summary.log_norms.zero_()
-        policy = next(policy for policy, _ in attention_layers(runner.model) if policy.layer == layer)
+        policy = next(policy for policy, _ in runner.layers if policy.layer == layer)
         assert policy.config is not None
         summary.blocks = context.start // policy.config.block_size
 
