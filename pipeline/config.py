@@ -159,7 +159,11 @@ class JobConfig:
     )
 
     workers: int | str = option(
-        "auto", "auto_int", "engines to run; auto: one for each GPU, or each CPU core", low=1, group="run"
+        "auto",
+        "auto_int",
+        "engines to run; auto: one for each GPU; without any, one for each core up to 4",
+        low=1,
+        group="run",
     )
     deadline: float = option(3600.0, "float", "seconds for one document in a worker; 0: none", low=0, group="run")
     max_attempts: int = option(

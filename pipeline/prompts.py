@@ -125,7 +125,7 @@ class PromptBuilder:
             raise DocumentError(
                 f"the prompt has {total} tokens, the limit is {limit} (context less max_new_tokens)", "too_long"
             )
-        first, last = self._tokens.span(left, text, right)
+        first, last = self._tokens.span(left, right, body)
         excess = total - limit
         keep = (last - first) - excess
         if keep < 1:

@@ -23,6 +23,8 @@ from pipeline.source import Document
 from pipeline.worker import Worker, WorkerConfig
 
 START_TIMEOUT = 900.0
+# Every worker holds the whole model; beyond so many on CPUs a person should say that there is memory for them.
+AUTO_CPU_WORKERS = 4
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def divide(cluster: Cluster, device: str, workers: int | str, documents: int) ->
             raise JobError(f"--workers {count}: the cluster has {cluster.gpus:g} GPUs, a worker takes one")
         return Share("cuda", min(count, documents), 1.0, 1.0, 0)
     cores = max(1, int(cluster.cpus))
-    count = min(cores, documents) if workers == "auto" else min(int(workers), documents)
+    count = min(cores, AUTO_CPU_WORKERS, documents) if workers == "auto" else min(int(workers), documents)
     if count > 64 * cores:
         raise JobError(f"--workers {count}: the cluster has {cores} cores; give at most {64 * cores}")
     threads = max(1, cores // count) if cluster.nodes == 1 else 1

@@ -127,17 +127,17 @@ class Tokens:
             ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return np.asarray(ids, dtype=np.int32)
 
-    def span(self, left: str, text: str, right: str) -> tuple[int, int]:
-        """[first, last) tokens of encode_data(left + text + right) that hold characters of `text` alone."""
-        if self._data is None:
-            return len(self._encode(left)), len(self._encode(left + text))
-        encoding = self._data.encode(left + text + right, add_special_tokens=False)
-        low, high = len(left), len(left) + len(text)
-        first = next((t for c in range(low, high) if (t := encoding.char_to_token(c)) is not None), 0)
-        last = next((t for c in range(high - 1, low - 1, -1) if (t := encoding.char_to_token(c)) is not None), first)
-        if first and encoding.token_to_chars(first)[0] < low:
-            first += 1
-        return first, last + 1 if encoding.token_to_chars(last)[1] <= high else last
+    def span(self, left: str, right: str, ids: np.ndarray) -> tuple[int, int]:
+        """[first, last) of `ids`, which encode left + text + right, without tokens that have a share in left or right.
+
+        Where a word reaches across the border, the token on the border is left out of the span.
+        """
+        before, after = (self._encode(part) if part else np.empty(0, np.int32) for part in (left, right))
+        first = _common(before, ids)
+        last = len(ids) - _common(after[::-1], ids[::-1])
+        first += len(before) > first
+        last -= len(after) > len(ids) - last
+        return first, max(first, last)
 
     def prefix_chars(self, text: str, tokens: int) -> int:
         """Characters of `text` that its first `tokens` tokens hold; all of them if it has no more tokens."""
@@ -158,6 +158,13 @@ class Tokens:
     def decode(self, ids: list[int]) -> str:
         """The text of generated tokens, control tokens left out."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _common(part: np.ndarray, whole: np.ndarray) -> int:
+    """How many leading elements are the same."""
+    count = min(len(part), len(whole))
+    differ = np.flatnonzero(part[:count] != whole[:count])
+    return int(differ[0]) if len(differ) else count
 
 
 def _bracketed(token: str) -> bool:

@@ -75,15 +75,16 @@ class Meter:
         if not self.completions:
             return values
         done, first = self.completions, self.completions[0]
-        tokens = sum(c.prompt_tokens for c in done)
         sparse = [c for c in done if c.attention == "stem"]
         told = sparse[0] if sparse else first
+        ran = [c for c in done if c.attention]  # the others were refused, or ended before their turn
+        read = sum(c.prompt_tokens for c in ran)
         return values | {
-            "prompt_tokens": tokens,
+            "prompt_tokens": sum(c.prompt_tokens for c in done),
             "output_tokens": sum(c.output_tokens for c in done),
             "attention": told.attention or None,
-            "attention_reason": told.attention_reason,
-            "density": sum(c.density * c.prompt_tokens for c in done) / tokens if tokens else None,
+            "attention_reason": told.attention_reason if ran else None,
+            "density": sum(c.density * c.prompt_tokens for c in ran) / read if read else None,
             "kernel": told.kernel or None,
             "prefill_seconds": sum(c.prefill_seconds for c in done),
             "decode_seconds": sum(c.decode_seconds for c in done),

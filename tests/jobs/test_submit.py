@@ -90,51 +90,46 @@ def ray_submit(address: str) -> list[str]:
     return f"ray job submit --address {address} --working-dir . -- python -m jobs.summarize".split()
 
 
-def outputs(folder: Path) -> dict[str, str]:
+def outputs(folder: Path) -> dict[str, str | None]:
     table = read_results(folder, ["document_id", "output"]).to_pylist()
     assert len({row["document_id"] for row in table}) == len(table)
     return {row["document_id"]: row["output"] for row in table}
 
 
-def test_both_ways_of_submitting_give_the_outputs_of_a_local_run(cluster: str, tmp_path: Path, model: Path) -> None:
+def call(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def test_both_ways_of_submitting_give_the_outputs_and_exit_code_of_a_local_run(
+    cluster: str, tmp_path: Path, model: Path
+) -> None:
     docs = write(tmp_path / "docs", 3, 5)
     python = [sys.executable, "-m"]
-    runs = {
-        "local": [*python, "jobs.summarize", *flags(docs, tmp_path / "local", model)],
-        "submit": [*python, "jobs.submit", "--address", cluster, *flags(docs, tmp_path / "submit", model)],
-        "ray": [*ray_submit(cluster), *flags(docs, tmp_path / "ray", model)],
-    }
-    for name, command in runs.items():
-        ended = subprocess.run(
-            command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, check=False
-        )
-        assert ended.returncode == 0, f"{name}: {ended.stdout[-2000:]}{ended.stderr[-2000:]}"
-        assert "3 of 3" in ended.stdout, name
-    found = {name: outputs(tmp_path / name) for name in runs}
-    assert len(found["local"]) == 3
-    assert found["submit"] == found["ray"] == found["local"]
-
-
-def test_exit_codes_and_errors_come_back(cluster: str, tmp_path: Path, model: Path) -> None:
-    docs = write(tmp_path / "docs", 1, 5)
+    local = call(*python, "jobs.summarize", *flags(docs, tmp_path / "local", model))
+    assert local.returncode == 0, local.stderr
+    ray = call(*ray_submit(cluster), *flags(docs, tmp_path / "ray", model))
+    assert ray.returncode == 0, ray.stdout[-2000:] + ray.stderr[-2000:]
     (docs / "empty.txt").write_bytes(b"")
-    command = [sys.executable, "-m", "jobs.submit", "--address", cluster]
-    ended = subprocess.run(
-        [*command, *flags(docs, tmp_path / "out", model)],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert ended.returncode == 2
-    assert "empty.txt: its text is empty" in ended.stdout
-    relative = subprocess.run(
-        [*ray_submit(cluster), *flags(docs, Path("relative"), model)],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+    submitted = call(*python, "jobs.submit", "--address", cluster, *flags(docs, tmp_path / "submit", model))
+    assert submitted.returncode == 2, submitted.stdout[-2000:] + submitted.stderr[-2000:]
+    assert "3 of 4" in submitted.stdout
+    assert "empty.txt: its text is empty" in submitted.stdout
+    expected = outputs(tmp_path / "local")
+    assert len(expected) == 3
+    assert outputs(tmp_path / "ray") == expected
+    assert outputs(tmp_path / "submit") == expected | {"empty.txt": None}
+
+
+def test_what_cannot_run_on_a_cluster_is_told(cluster: str, tmp_path: Path, model: Path) -> None:
+    docs = write(tmp_path / "docs", 1, 5)
+    relative = call(*ray_submit(cluster), *flags(docs, Path("relative"), model))
     assert relative.returncode != 0
     assert "a submitted job runs in a temporary copy" in relative.stdout + relative.stderr
-    nowhere = subprocess.run(
-        [*command[:-1], "http://127.0.0.1:9", *flags(docs, tmp_path / "out", model)],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+    nowhere = call(
+        sys.executable, "-m", "jobs.submit", "--address", "http://127.0.0.1:9", *flags(docs, tmp_path / "out", model)
+    )
     assert nowhere.returncode == 1
     assert nowhere.stderr.startswith("error: --address http://127.0.0.1:9: no Ray job server answers")
 

@@ -126,11 +126,10 @@ def _prompt_file(folder: Path) -> Path:
 
 
 def test_failed_documents_are_retried_on_request(tmp_path: Path, out: Path, model: Path) -> None:
-    docs = write(tmp_path / "docs", {"a": "text", "b": "RAISE", "c": "more"})
-    assert job(docs, out, model, max_attempts=1).counts == {"ok": 2, "error": 1}
-    assert "fake engine is broken" in rows(out)["b"]["error"]
+    docs = write(tmp_path / "docs", {"a": "text", "b": "ALWAYSOOM", "c": "more"})
+    assert job(docs, out, model).counts == {"ok": 2, "oom": 1}
     write(docs, {"a": "text", "b": "FIXED", "c": "more"})
-    report = job(docs, out, model, max_attempts=1, retry_failed=True, force=True)
+    report = job(docs, out, model, retry_failed=True, force=True)
     assert report.counts == {"ok": 3}
     assert report.done_now == 1
     assert len(rows(out)) == 3
@@ -144,6 +143,12 @@ def test_a_document_that_kills_its_worker_is_found(tmp_path: Path, out: Path, mo
     assert found["killer"]["status"] == "worker_died"
     assert found["killer"]["attempts"] == 3
     assert "worker process ended" in found["killer"]["error"]
+
+
+def test_an_engine_that_breaks_is_the_error_of_the_document_alone_in_it(tmp_path: Path, out: Path, model: Path) -> None:
+    docs = write(tmp_path / "docs", {"bad": "RAISE"})
+    assert job(docs, out, model, max_attempts=1).counts == {"error": 1}
+    assert "RuntimeError: the fake engine is broken" in rows(out)["bad"]["error"]
 
 
 def test_a_document_that_hangs_the_engine_times_out_alone(tmp_path: Path, out: Path, model: Path) -> None:
@@ -197,7 +202,7 @@ def test_too_long_documents_by_policy(tmp_path: Path, out: Path, model: Path) ->
 
 
 def test_a_stop_keeps_what_is_finished_and_the_next_run_goes_on(tmp_path: Path, out: Path, model: Path) -> None:
-    docs = write(tmp_path / "docs", {f"d{i}": "SLOW" for i in range(30)})
+    docs = write(tmp_path / "docs", {f"d{i}": "SLOW" for i in range(16)})
 
     def stop_when_something_is_there() -> None:
         while not list(out.glob("part-*.parquet")):
@@ -208,11 +213,11 @@ def test_a_stop_keeps_what_is_finished_and_the_next_run_goes_on(tmp_path: Path, 
     report = job(docs, out, model)
     assert report.exit_code == 130
     first = rows(out)
-    assert 3 <= len(first) < 30
+    assert 3 <= len(first) < 16
     report = job(docs, out, model)
-    assert report.done_now == 30 - len(first)
+    assert report.done_now == 16 - len(first)
     after = rows(out)
-    assert len(after) == 30
+    assert len(after) == 16
     assert all(after[name] == row for name, row in first.items())
 
 
