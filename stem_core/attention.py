@@ -27,9 +27,15 @@ class LayerPolicy:
     layer: int
 
     def budget(self, prompt_length: int, window: int | None) -> PromptBudget:
-        """The budget of this layer: leading layers and layers with a sliding window never drop blocks."""
-        sparse = self.config is not None and self.layer >= self.config.dense_layers and window is None
-        return prompt_budget(prompt_length, self.config if sparse else None)
+        """The budget of this layer: leading layers and layers whose sliding window cuts the prompt drop no blocks."""
+        leading = self.config is not None and self.layer < self.config.dense_layers
+        dense = leading or cutting_window(prompt_length, window) is not None
+        return prompt_budget(prompt_length, None if dense else self.config)
+
+
+def cutting_window(prompt_length: int, window: int | None) -> int | None:
+    """A layer's sliding window, or None where every token of the prompt sees all before it."""
+    return None if window is None or window >= prompt_length else window
 
 
 def stem_selection(
@@ -171,6 +177,8 @@ def _prefill_chunk(
     scale: float | None,
     window: int | None,
 ) -> Tensor:
+    context.windows[policy.layer] = window
+    window = cutting_window(context.prompt_length, window)
     budget = policy.budget(context.prompt_length, window)
     config = policy.config
     summary = None
@@ -200,6 +208,7 @@ def _whole_cache(
     densely, since its rows need not begin at a block boundary and the full prompt's length is not known.
     """
     if q.shape[2] == k.shape[2]:
+        window = cutting_window(q.shape[2], window)
         return stem_prefill(q, k, v, policy.config, policy.budget(q.shape[2], window), scale=scale, window=window)
     return _dense_continuation(q, k, v, scale, window)
 

@@ -16,11 +16,13 @@ class PrefillContext:
     start: absolute position of the chunk's first token, a multiple of the block size.
     prompt_length: tokens in the whole prompt; budgets are keyed on it, so that chunking changes nothing.
     summaries: key side of the block scores by layer, filled by the attention.
+    windows: sliding window by layer, None for none, as the model hands it to the attention, which notes it here.
     """
 
     prompt_length: int
     start: int = 0
     summaries: dict[int, KeySummary] = field(default_factory=dict)
+    windows: dict[int, int | None] = field(default_factory=dict)
 
 
 @dataclass

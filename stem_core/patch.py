@@ -54,6 +54,14 @@ def unpatch_model(model: Model) -> Model:
     return model
 
 
+def layer_policies(model: nn.Module) -> Iterator[LayerPolicy]:
+    """The policy of each attention layer of a patched model."""
+    for _, module in _attention_modules(model):
+        policy = getattr(module, "stem_policy", None)
+        if isinstance(policy, LayerPolicy):
+            yield policy
+
+
 def _attention_modules(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
     """(layer index, module) of the self-attention modules of the decoder."""
     for module in model.modules():

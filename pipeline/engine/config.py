@@ -74,13 +74,24 @@ class EngineConfig:
             raise ValueError(f"decode_lag must not be negative, got {self.decode_lag}")
 
     def torch_device(self) -> torch.device:
-        """The device to run on. Raises EngineError if a GPU is asked for and there is none."""
+        """The device to run on. Raises EngineError for a name that torch does not know or a GPU that is not there."""
         if self.device == "auto":
             return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        device = torch.device(self.device)
-        if device.type == "cuda" and not torch.cuda.is_available():
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise EngineError(
+                f"device={self.device!r} is not a device of torch: use auto, cpu, cuda or cuda:N"
+            ) from error
+        if device.type != "cuda":
+            return device
+        if not torch.cuda.is_available():
             raise EngineError(f"device={self.device!r} asked for, but torch sees no CUDA device; use device='cpu'")
-        return torch.device("cuda", 0) if device.type == "cuda" and device.index is None else device
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise EngineError(
+                f"device={self.device!r} asked for, but torch sees {torch.cuda.device_count()} CUDA devices"
+            )
+        return torch.device("cuda", device.index or 0)
 
     def torch_dtype(self, device: torch.device) -> torch.dtype:
         """The dtype of weights and KV on `device`."""
@@ -124,8 +135,10 @@ class Completion:
 
     token_ids: generated tokens, the stop token included (as transformers' generate returns them).
     finish_reason: "stop" (a stop token), "length" (max_new_tokens reached) or "error".
-    attention: "stem" or "dense" as it ran for this document, attention_reason: why, where it is not all as configured.
-    density: kept share of the causal block pairs over all layers and heads; 1.0 is dense.
+    attention: "stem" or "dense" as it ran for this document, empty for one that never started. attention_reason: why,
+    where it is not stem in all layers.
+    density: kept share of the causal block pairs over all layers and heads; 1.0 is dense. A layer with a sliding window
+    that cuts the prompt counts as dense.
     queue_seconds: from add() to the first prefill step. prefill_seconds, decode_seconds: wall time of the engine's
     prefill steps of this document and of the decode steps that it took part in; the time in which it waits for other
     documents' prefill is in neither. time_to_first_token: from add().

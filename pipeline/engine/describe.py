@@ -11,6 +11,7 @@ from kernels.block_selection import choose_block_selection
 from kernels.block_sparse_attention import choose_block_sparse_attention
 from kernels.decode_attention import choose_decode_attention
 from pipeline.engine.runner import ModelRunner
+from stem_core.attention import DENSE_BLOCK_SIZE
 from stem_core.config import StemConfig
 
 PACKAGES = ("torch", "transformers", "triton")
@@ -28,14 +29,19 @@ def versions() -> dict[str, str]:
 
 
 def describe_kernels(runner: ModelRunner, attention: StemConfig | None) -> dict[str, str]:
-    """Implementation of each operation on the runner's device, dtype and head size."""
+    """Implementation of each operation on the runner's device, dtype and head size.
+
+    attention: the model's, or None for what runs on a prompt that is dense anyway. Where layers differ in their
+    implementation of prefill (dense ones beside sparse ones, sliding windows), all are named.
+    """
     shape = next(iter(runner.shapes.values()))
     q = torch.empty(1, 1, 1, shape.head_dim, dtype=runner.dtype, device=runner.device)
-    block_size = 128 if attention is None else attention.block_size
-    chosen = {
-        "prefill": str(choose_block_sparse_attention(q, block_size)),
-        "decode": str(choose_decode_attention(q[0])),
-    }
+    prefill = []
+    for policy, window in runner.layers:
+        sparse = attention is not None and policy.layer >= attention.dense_layers and window is None
+        block_size = attention.block_size if attention is not None and sparse else DENSE_BLOCK_SIZE
+        prefill.append(str(choose_block_sparse_attention(q, block_size, window=window)))
+    chosen = {"prefill": " and ".join(dict.fromkeys(prefill)), "decode": str(choose_decode_attention(q[0]))}
     if attention is not None:
         chosen["scores"] = f"{attention.estimator} {choose_block_scores(q)}"
         chosen["selection"] = str(choose_block_selection(runner.device))

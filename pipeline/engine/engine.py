@@ -61,9 +61,16 @@ class Engine:
         self._lag = config.decode_lag if config.decode_lag is not None else 2 * on_gpu
         use_graphs = on_gpu and config.cuda_graphs
         self._decode = DecodeRunner(self._runner, self._arena, self._batch, self._plan.max_context, use_graphs)
-        self._decode.prepare()
+        try:
+            self._decode.prepare()
+        except torch.OutOfMemoryError as error:
+            raise EngineError(
+                f"the decode steps of up to {config.max_live} documents do not fit {device} beside an arena of "
+                f"{self._plan.arena_tokens:,} tokens: lower max_live or arena_tokens"
+            ) from error
         self._readback: Readback[list[tuple[int, Document]]] = Readback(config.max_live, self._lag + 1, device)
         self._kernels = describe_kernels(self._runner, config.attention)
+        self._dense_kernels = describe_kernels(self._runner, None)
         self._waiting = WaitingLine()
         self._prefilling: Document | None = None
         self._live: dict[int, Document] = {}
@@ -266,9 +273,9 @@ class Engine:
         self._meter.note_peak(self._current())
         self._release(document)
         plan = AttentionPlan("", "", 1.0)
-        if document.prompt_tokens:
-            plan = attention_plan(self._runner.model, document.prompt_tokens)
-        used = self._kernels if plan.attention == "stem" else {n: self._kernels[n] for n in ("prefill", "decode")}
+        if document.started:
+            plan = attention_plan(self._runner, document.prompt_tokens)
+        used = {"stem": self._kernels, "dense": self._dense_kernels}.get(plan.attention, {})
         kernel = ", ".join(f"{name}: {chosen}" for name, chosen in used.items())
         self._done.append(document.completion(status, error, finish_reason, plan, kernel))
 

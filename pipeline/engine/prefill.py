@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.engine.arena import Extent, KVArena
 from pipeline.engine.cache import PrefillCache
 from pipeline.engine.runner import ModelRunner
-from stem_core.attention import DENSE_BLOCK_SIZE, LayerPolicy
+from stem_core.attention import DENSE_BLOCK_SIZE, cutting_window
 from stem_core.config import StemConfig
 from stem_core.context import PrefillContext
 
@@ -21,14 +20,6 @@ def chunk_size(chunk_tokens: int, attention: StemConfig | None) -> int:
     """`chunk_tokens` rounded up to whole blocks, so that every chunk but a prompt's last ends on a block boundary."""
     block = DENSE_BLOCK_SIZE if attention is None else attention.block_size
     return -(-chunk_tokens // block) * block
-
-
-def attention_layers(model: nn.Module) -> Iterator[tuple[LayerPolicy, int | None]]:
-    """(policy, sliding window) of each attention layer of a patched model."""
-    for module in model.modules():
-        policy = getattr(module, "stem_policy", None)
-        if isinstance(policy, LayerPolicy):
-            yield policy, getattr(module, "sliding_window", None)
 
 
 @dataclass(frozen=True)
@@ -40,17 +31,18 @@ class AttentionPlan:
     density: float
 
 
-def attention_plan(model: nn.Module, prompt_tokens: int) -> AttentionPlan:
-    """Stem or dense, why, and the density over all layers of a patched model."""
+def attention_plan(runner: ModelRunner, prompt_tokens: int) -> AttentionPlan:
+    """Stem or dense, why, and the density over all layers; a layer with a sliding window counts as dense."""
     densities: list[float] = []
     reasons: list[str] = []
-    for policy, window in attention_layers(model):
+    for policy, window in runner.layers:
         budget = policy.budget(prompt_tokens, window)
         densities.append(budget.density)
         if policy.config is not None and policy.layer < policy.config.dense_layers:
             reasons.append("leading layer")
         else:
-            reasons.append(budget.reason if window is None else "sliding window")
+            cut = cutting_window(prompt_tokens, window) is not None
+            reasons.append("sliding window" if cut else budget.reason)
     sparse = reasons.count("")
     if sparse == 0:
         of_prompt = [reason for reason in reasons if reason not in ("leading layer", "sliding window")]
@@ -89,7 +81,7 @@ class Prefill:
         self._chunk = chunk_tokens
         self._context = PrefillContext(prompt_length=len(prompt_ids))
         # Budgets are copied to the device now: a copy between launches would wait for all that is queued.
-        for policy, window in attention_layers(runner.model):
+        for policy, window in runner.layers:
             budget = policy.budget(len(prompt_ids), window)
             if budget.budgets is not None:
                 budget.rows(0, 1, device)

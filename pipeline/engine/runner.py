@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from pipeline.engine.arena import LayerShape
 from pipeline.engine.cache import EngineCache, ProbeCache
 from pipeline.engine.rope import prepare_rope
+from stem_core.attention import LayerPolicy
 from stem_core.config import StemConfig
 from stem_core.context import PrefillContext, StemContext
 from stem_core.fuse import fuse_model
-from stem_core.patch import patch_model
+from stem_core.patch import layer_policies, patch_model
 
 
 class ModelRunner:
@@ -19,6 +20,8 @@ class ModelRunner:
 
     Raises stem_core's UnsupportedModelError or EngineError for a model whose attention or rotary embedding cannot run
     here, UnsupportedCacheError for one that caches more than keys and values.
+
+    shapes: what each layer caches. layers: policy and sliding window of each attention layer, in the model's order.
     """
 
     def __init__(self, model: nn.Module, attention: StemConfig | None, fuse: bool | None = None) -> None:
@@ -29,7 +32,7 @@ class ModelRunner:
         self.dtype = next(model.parameters()).dtype
         self.vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         self._rope = prepare_rope(model)
-        self.shapes = self._probe()
+        self.shapes, self.layers = self._probe()
 
     @torch.inference_mode()
     def logits(
@@ -50,10 +53,15 @@ class ModelRunner:
         )
         return out.logits[:, -1]
 
-    def _probe(self) -> dict[int, LayerShape]:
-        """What each layer caches, seen by running a prompt of two tokens."""
+    def _probe(self) -> tuple[dict[int, LayerShape], list[tuple[LayerPolicy, int | None]]]:
+        """`shapes` and `layers`, seen by running a prompt of two tokens.
+
+        A window is what the model passes to the attention; some families keep no attribute that tells.
+        """
         cache = ProbeCache()
         ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
         positions = torch.arange(2, device=self.device)[None]
-        self.logits(ids, positions, cache, PrefillContext(prompt_length=2), torch.full_like(ids[:, 0], 2))
-        return cache.shapes
+        context = PrefillContext(prompt_length=2)
+        self.logits(ids, positions, cache, context, torch.full_like(ids[:, 0], 2))
+        policies = {policy.layer: policy for policy in layer_policies(self.model)}
+        return cache.shapes, [(policies[layer], window) for layer, window in context.windows.items()]

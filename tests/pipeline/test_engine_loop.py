@@ -130,6 +130,7 @@ def test_too_long_is_refused_with_the_numbers(folder: Path) -> None:
     for number in ("505", "515", "512"):
         assert number in done["long"].error
     assert done["long"].prompt_tokens == 505
+    assert (done["long"].attention, done["long"].kernel) == ("", ""), "nothing ran"
     assert done["fits"].status == "ok"
     assert make(folder, max_context=64).max_context == 64
     assert make(folder).max_context == 2048, "the model's own limit, though the arena holds more"
@@ -295,6 +296,28 @@ def test_short_prompts_are_dense_and_say_why(folder: Path) -> None:
     assert "scores" in done["1"].kernel
     dense = run(make(folder), [Request("a", texts[0], 3)])["a"]
     assert (dense.attention, dense.attention_reason) == ("dense", "attention is dense")
+
+
+@pytest.mark.parametrize("architecture", ["mistral", "phi3", "gemma3"])
+def test_rows_say_where_a_sliding_window_keeps_stem_out(tmp_path: Path, architecture: str) -> None:
+    # Of these only gemma3's attention modules keep the window as an attribute.
+    windows = {"sliding_window": 70} | (
+        {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+        if architecture == "gemma3"
+        else {}
+    )
+    engine = make(save_model(tmp_path, architecture, **windows), attention=STEM)
+    done = run(engine, [Request("cut", prompts([300])[0], 3), Request("whole", prompts([70])[0], 3)])
+    if architecture == "gemma3":
+        assert (done["cut"].attention, done["cut"].attention_reason) == ("stem", "2 of 3 layers are dense")
+        assert 1 > done["cut"].density > 0.75
+    else:
+        assert (done["cut"].attention, done["cut"].density) == ("dense", 1.0)
+        assert "sliding window" in done["cut"].attention_reason
+    assert (done["whole"].attention, done["whole"].attention_reason) == ("stem", "1 of 3 layers are dense")
+    # What is written in the row is what the layers did.
+    budgets = [policy.budget(300, window).budgets for policy, window in engine._runner.layers]
+    assert sum(budget is not None for budget in budgets) == (architecture == "gemma3")
 
 
 def test_times_add_up(folder: Path) -> None:
