@@ -168,8 +168,9 @@ def _cases(q: Tensor, k: Tensor, v: Tensor, densities: list[float], generator: t
         selection = random_selection(q, density, generator)
         for impl in impls:
             yield Case(f"{density:.0%} ours {impl}", partial(ours, selection, impl))
-        for impl in fp8_impls if fp8 else ():
-            yield Case(f"{density:.0%} fp8 {impl}", partial(fp8.case, selection, impl), fp8=fp8)
+        if fp8:
+            for impl in fp8_impls:
+                yield Case(f"{density:.0%} fp8 {impl}", partial(fp8.case, selection, impl), fp8=fp8)
         if density == 0.25:
             yield Case("25% FlexAttention", partial(_flex, q, k, v, selection))
         if product.impl == "triton":

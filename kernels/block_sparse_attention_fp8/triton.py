@@ -41,7 +41,9 @@ def _step(
     if CAUSAL or D < BLOCK_D:
         real = dims < D
         key_tile = tl.load(k_pointers, inside[:, None] & real[None, :], other=0.0)
-        value_tile = tl.load(v_pointers, real[:, None] & inside[None, :], other=0.0)
+        # The group of the last key is read whole, so that Triton may load 16 bytes at a time.
+        stored = token + place < (known + 15) // 16 * 16
+        value_tile = tl.load(v_pointers, real[:, None] & stored[None, :], other=0.0)
     else:
         key_tile = tl.load(k_pointers)
         value_tile = tl.load(v_pointers)
@@ -103,7 +105,7 @@ def block_sparse_attention_fp8_kernel(
     acc = tl.zeros([TILE_M, BLOCK_D], tl.float32)
 
     # Keys on the diagonal. Those past the last query are masked too: they lie behind every query.
-    diagonal = first // TILE_N * TILE_N if DENSE else query_start + row * BLOCK_SIZE
+    diagonal = first // TILE_N * TILE_N if DENSE else (query_start // BLOCK_SIZE + row) * BLOCK_SIZE
     for token in tl.range(diagonal, tl.minimum(first + TILE_M, known), TILE_N, num_stages=1):
         acc, m, total = _step(
             acc, m, total, query, k, vt, k_stride_t, v_stride_d, token, positions, known, factor, window,

@@ -10,7 +10,8 @@ from torch import Tensor
 from kernels.fp8_heads import FP8, KEY_GROUP, HeadScales
 
 GROUP = tl.constexpr(KEY_GROUP)
-TOKENS = 64  # of a program: [64, 128] elements
+# Of a program. Transposed values are stored in runs of this many bytes: whole lines of the cache.
+TOKENS = 128
 
 
 @triton.jit
@@ -50,15 +51,16 @@ def quantize_kernel(
     tl.store(y + row[:, None] * D + d[None, :], to_fp8(tile, tl.load(scale + head)), inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "start"])
+@triton.jit(do_not_specialize=["tokens", "start_group"])
 def write_kernel(
-    k, v, k_arena, vt_arena, k_scale, v_scale, tokens, start, k_stride_h, k_stride_t, v_stride_h, v_stride_t,
+    k, v, k_arena, vt_arena, k_scale, v_scale, tokens, start_group, k_stride_h, k_stride_t, v_stride_h, v_stride_t,
     ka_stride_h, ka_stride_t, va_stride_h, va_stride_d,
     D: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Program (KV head, token tile). Rows of values are loaded in stored order, so that the transposed tile is stored
     in runs of TOKENS bytes."""
     head = tl.program_id(0).to(tl.int64)
+    start = start_group * GROUP  # visibly a multiple of 16: wide stores need to know
     place = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     d = tl.arange(0, BLOCK_D)
     real = (d < D)[None, :]
@@ -106,7 +108,7 @@ def quantize_heads(x: Tensor, scale: Tensor) -> Tensor:
     N, H, L, D = x.shape
     y = torch.empty(N, L, H, D, dtype=FP8, device=x.device)
     quantize_kernel[(H, triton.cdiv(L, TOKENS), N)](
-        x, y, scale, L, *x.stride()[:3], D=D, BLOCK_D=triton.next_power_of_2(D), TOKENS=TOKENS, num_warps=4
+        x, y, scale, L, *x.stride()[:3], D=D, BLOCK_D=triton.next_power_of_2(D), TOKENS=TOKENS, num_warps=8
     )
     return y.transpose(1, 2)
 
@@ -115,9 +117,9 @@ def write_kv(k: Tensor, v: Tensor, scales: HeadScales, k_arena: Tensor, vt_arena
     """See kernels.fp8_heads."""
     _, heads, L, D = k.shape
     write_kernel[(heads, triton.cdiv(L, TOKENS))](
-        k, v, k_arena, vt_arena, scales.k, scales.v, L, start, *k.stride()[1:3], *v.stride()[1:3],
+        k, v, k_arena, vt_arena, scales.k, scales.v, L, start // KEY_GROUP, *k.stride()[1:3], *v.stride()[1:3],
         *k_arena.stride()[:2], *vt_arena.stride()[:2],
-        D=D, BLOCK_D=triton.next_power_of_2(D), TOKENS=TOKENS, num_warps=4,
+        D=D, BLOCK_D=triton.next_power_of_2(D), TOKENS=TOKENS, num_warps=8,
     )  # fmt: skip
 
 

@@ -13,9 +13,12 @@ from torch import Tensor
 
 from kernels.block_selection import BlockSelection
 from kernels.block_sparse_attention_fp8 import block_sparse_attention_fp8
+from kernels.decode_attention_fp8 import decode_attention_fp8
 from kernels.fp8_heads import FP8, KEY_GROUP, HeadScales, append_kv, quantize_heads, write_kv
 from kernels.fp8_heads.reference import quantize, restore_keys, store_order
 from tests.kernels.attention_cases import Case, eager, random_selection, visible_keys
+from tests.kernels.selection_cases import Decode
+from tests.kernels.selection_cases import _attend as attend_one
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # A flash kernel rounds P relative to the largest score so far, and its output in another order.
@@ -206,3 +209,54 @@ def check_writing(length: int, dtype: torch.dtype, head_dim: int, impl: str, dev
                 v_wanted[:, slot : slot + KEY_GROUP] = 0
             v_wanted[:, slot] = value[:, token]
         compare()
+
+
+DECODE = [
+    Decode((0, 1, 129, 700), dtype=BF16),
+    Decode((127, 128, 1000), head_dim=96, dtype=FP16, window=130),
+    Decode((33, 17), heads=3, kv_heads=3, head_dim=256, window=5),
+    Decode((5000, 15, 16), heads=32, kv_heads=2, head_dim=64),
+]
+
+
+def check_decode(case: Decode, impl: str, device: str) -> None:
+    """Extents at multiples of 16 in arenas of NaN, where a read outside of one spoils the output; large values for keys
+    that only their group of 16 holds."""
+    generator = torch.Generator().manual_seed(sum(case.lengths))
+    starts, total = [], 48
+    for length in case.lengths:
+        starts.append(total)
+        total += -(-length // KEY_GROUP) * KEY_GROUP + 32
+    k_arena = torch.full((case.kv_heads, total, case.head_dim), NAN, dtype=torch.uint8).view(FP8)
+    vt_arena = torch.full((case.kv_heads, case.head_dim, total), NAN, dtype=torch.uint8).view(FP8)
+    ones = torch.ones(case.kv_heads)
+    scales = HeadScales(torch.ones(case.heads), ones * 2.0**-5, ones * 2.0**-6)
+    exact = []
+    for start, length in zip(starts, case.lengths, strict=True):
+        k, v = torch.randn(2, case.kv_heads, length, case.head_dim, generator=generator)
+        k8, v8 = quantize(k, scales.k[:, None, None]), quantize(v, scales.v[:, None, None])
+        k_arena[:, start : start + length] = k8
+        room = -(-length // KEY_GROUP) * KEY_GROUP
+        columns = torch.full((case.kv_heads, case.head_dim, room), 400.0).to(FP8)
+        columns[..., :length] = v8.mT
+        vt_arena[..., start : start + room] = store_order(columns)
+        exact.append((k8.double() * scales.k[:, None, None], v8.double() * scales.v[:, None, None]))
+    q = torch.randn(len(case.lengths), case.heads, case.head_dim, generator=generator).to(case.dtype) * 3
+    got = decode_attention_fp8(
+        q.to(device), k_arena.to(device), vt_arena.to(device),
+        HeadScales(*(s.to(device) for s in (scales.q, scales.k, scales.v))),
+        torch.tensor(starts, device=device), torch.tensor(case.lengths, dtype=torch.int32, device=device),
+        max_length=max(case.lengths), window=case.window, impl=impl,
+    ).cpu()  # fmt: skip
+    assert got.dtype == case.dtype
+    for s, length in enumerate(case.lengths):
+        if not length:
+            assert not got[s].any()
+            continue
+        first = 0 if case.window is None else max(0, length - case.window)
+        k, v = (x[:, first:length] for x in exact[s])
+        true = attend_one(q[s], k, v, torch.float64)
+        # Queries and probabilities are kept to float16's 11 bits.
+        eager_error = (attend_one(q[s], k, v, BF16 if case.dtype == BF16 else FP16) - true).abs().max()
+        error = (got[s].double() - true).abs().max()
+        assert error <= 1.5 * eager_error + 2e-7, (s, error, eager_error)

@@ -106,3 +106,14 @@ def test_writing(dim: int, capability: tuple[int, int]) -> None:
         triton.append_kv(x[0, :, :3].transpose(0, 1), x[0, :, :3].transpose(0, 1), scales(), *arenas, slots)
 
     check(launch, capability)
+
+
+@pytest.mark.parametrize("capability", [ADA, HOPPER], ids=["sm89", "sm90"])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256] if FULL else [128])
+def test_decode(dim: int, capability: tuple[int, int]) -> None:
+    from kernels.decode_attention_fp8 import triton
+
+    q = empty(3, HEADS, dim, dtype=BF16)
+    arenas = (empty(KV_HEADS, LENGTH, dim), empty(KV_HEADS, dim, LENGTH))
+    starts, lengths = empty(3, dtype=torch.int64), empty(3, dtype=torch.int32)
+    check(lambda: triton.decode_attention_fp8(q, *arenas, scales(), starts, lengths, LENGTH, 0.1, None), capability)

@@ -10,6 +10,7 @@ from kernels.block_sparse_attention_fp8 import block_sparse_attention_fp8, choos
 from kernels.fp8_heads import FP8, HeadScales, fp8_obstacle, quantize_heads, write_kv
 from tests.kernels import fp8_cases as cases
 from tests.kernels.attention_cases import Case
+from tests.kernels.selection_cases import Decode
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,6 +66,11 @@ def test_twice_in_chunks_and_with_every_block(impl: str) -> None:
 @pytest.mark.parametrize(("length", "dtype", "head_dim"), [(1, BF16, 64), (70, BF16, 96), (128, torch.float16, 128)])
 def test_writing(length: int, dtype: torch.dtype, head_dim: int, poisoned: None) -> None:
     cases.check_writing(length, dtype, head_dim, "triton", "cuda")
+
+
+@pytest.mark.parametrize("case", cases.DECODE, ids=str)
+def test_decode(case: Decode, poisoned: None) -> None:
+    cases.check_decode(case, "triton", "cuda")
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -7,6 +7,7 @@ import torch
 
 from tests.kernels import fp8_cases as cases
 from tests.kernels.attention_cases import Case
+from tests.kernels.selection_cases import Decode
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Outputs in bfloat16 are tested on a GPU.
@@ -38,3 +39,17 @@ def test_writing(
     length: int, dtype: torch.dtype, head_dim: int, impl: str, poisoned: None, rounding_to_nearest: None
 ) -> None:
     cases.check_writing(length, dtype, head_dim, impl, "cpu")
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Decode((0, 1, 129, 700), dtype=FP16),
+        Decode((127, 128, 1000), head_dim=96, dtype=FP32, window=130),
+        Decode((33, 17), heads=3, kv_heads=3, head_dim=256, window=5),
+    ],
+    ids=str,
+)
+def test_decode(case: Decode, impl: str, poisoned: None, rounding_to_nearest: None) -> None:
+    cases.check_decode(case, impl, "cpu")
