@@ -78,7 +78,7 @@ def share_kernel(
 @triton.jit
 def merge_kernel(
     partial, partial_lse, out, out_stride_s, out_stride_h,
-    D: tl.constexpr, SHARES: tl.constexpr,
+    D: tl.constexpr, SHARES: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Program (head, document): the shares' outputs weighted by their parts of the softmax; zeros if there are none."""
     head = tl.program_id(0)
@@ -87,11 +87,19 @@ def merge_kernel(
     d = tl.arange(0, triton.next_power_of_2(D))
     place = (s * tl.num_programs(0) + head) * SHARES + share
     lse = tl.load(partial_lse + place, mask=share < SHARES, other=float("-inf"))
-    used = lse > float("-inf")
-    weight = tl.where(used, tl.exp2(lse - tl.max(lse, axis=0)), 0.0)
-    parts = tl.load(partial + place[:, None] * D + d[None, :], mask=used[:, None] & (d < D)[None, :], other=0.0)
-    total = tl.sum(weight, axis=0)
-    result = tl.sum(parts * weight[:, None], axis=0) / tl.where(total > 0.0, total, 1.0)
+    top = tl.max(lse, axis=0)
+    total = tl.sum(tl.where(lse > float("-inf"), tl.exp2(lse - top), 0.0), axis=0)
+    result = tl.zeros((triton.next_power_of_2(D),), tl.float32)
+    # PART shares at a time: all of them would not fit the registers where one KV head fills the GPU.
+    for first in tl.static_range(0, SHARES, PART):
+        share = first + tl.arange(0, PART)
+        place = (s * tl.num_programs(0) + head) * SHARES + share
+        lse = tl.load(partial_lse + place, mask=share < SHARES, other=float("-inf"))
+        used = lse > float("-inf")
+        weight = tl.where(used, tl.exp2(lse - top), 0.0)
+        parts = tl.load(partial + place[:, None] * D + d[None, :], mask=used[:, None] & (d < D)[None, :], other=0.0)
+        result += tl.sum(parts * weight[:, None], axis=0)
+    result /= tl.where(total > 0.0, total, 1.0)
     target = out + s * out_stride_s + head * out_stride_h + d
     tl.store(target, result.to(out.dtype.element_ty), mask=d < D)
 
@@ -133,5 +141,6 @@ def decode_attention(
         BG=max(16, triton.next_power_of_2(H // kv_heads)),
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", **_tile(q.element_size(), D),
     )  # fmt: skip
-    merge_kernel[(H, S)](partial, partial_lse, out, *out.stride()[:2], D=D, SHARES=shares, num_warps=4)
+    part = min(triton.next_power_of_2(shares), 8192 // triton.next_power_of_2(D))
+    merge_kernel[(H, S)](partial, partial_lse, out, *out.stride()[:2], D=D, SHARES=shares, PART=part, num_warps=4)
     return out

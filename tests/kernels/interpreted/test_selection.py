@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kernels import device
 from tests.kernels import selection_cases as cases
 from tests.kernels.selection_cases import FP16, Decode, Scores
 
@@ -63,6 +64,11 @@ def test_selection(kind: str, rows: int, first_row: int, poisoned: None) -> None
 )
 def test_decode(case: Decode, impl: str, poisoned: None) -> None:
     cases.check_decode(case, impl, "cpu")
+
+
+def test_more_shares_than_one_merging_step_takes(monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
+    monkeypatch.setattr(device, "multiprocessors", lambda _: 132)
+    cases.check_decode(Decode((0, 200, 9000), heads=2, kv_heads=1, head_dim=256), "triton", "cpu")
 
 
 def test_powers_of_two_are_asked_for() -> None:
