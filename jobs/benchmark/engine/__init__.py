@@ -12,6 +12,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--agreement-tokens", type=int, nargs="+", default=[1200, 2500, 5000, 8000], metavar="N")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--commit", default="", help="what is measured, where this is not a git checkout")
     parser.add_argument("--limit-seconds", type=float, default=3600.0, help="start no phase after this many seconds")
 
 
@@ -67,7 +69,7 @@ class Run:
         self.begin = time.perf_counter()
         self.results: dict[str, Any] = {
             "shape": arguments.shape,
-            "stamp": stamp(config.torch_device()),
+            "stamp": stamp(config.torch_device(), arguments.commit),
             "arguments": vars(arguments) | {},
             "engine": {arm: {} for arm in arguments.arms},
             "skipped": [],
@@ -157,12 +159,13 @@ def _baseline(run: Run, config: EngineConfig) -> None:
     found: dict[str, Any] = {}
     run.results["baseline"] = found
     prompts = {n: torch.arange(n).remainder(1000).numpy() for n in {*arguments.lengths, *arguments.latency_lengths}}
-    for length in sorted(prompts):
-        points[length] = baseline.measure(prompts[length], arguments.baseline_steps)
-        found["points"] = [asdict(point) for point in points.values()]
-        run.write()
+    # Out of memory skips the phase: the model must not stay for the next one.
+    with closing(baseline):
+        for length in sorted(prompts):
+            points[length] = baseline.measure(prompts[length], arguments.baseline_steps)
+            found["points"] = [asdict(point) for point in points.values()]
+            run.write()
     found["job"] = job_baseline(points, _job_lengths(arguments), arguments.new_tokens)
-    baseline.close()
 
 
 def _measure_arm(run: Run, config: EngineConfig, arm: str, vocabulary: int) -> None:
@@ -173,10 +176,9 @@ def _measure_arm(run: Run, config: EngineConfig, arm: str, vocabulary: int) -> N
     def one_document() -> None:
         # An arena for one document alone, so that the peak is what such a document needs.
         longest = max(arguments.latency_lengths) + new
-        engine = Engine(replace(config, arena_tokens=longest, max_live=1))
-        warm_up(engine, vocabulary)
-        found["latency"] = latency(engine, arguments.latency_lengths, min(new, 65), vocabulary)
-        engine.close()
+        with closing(Engine(replace(config, arena_tokens=longest, max_live=1))) as engine:
+            warm_up(engine, vocabulary)
+            found["latency"] = latency(engine, arguments.latency_lengths, min(new, 65), vocabulary)
 
     run.phase(f"latency: {arm}", one_document)
     if not {"decode", "job", "busy"} & set(arguments.phases):

@@ -42,8 +42,14 @@ class Parting:
 def check_agreement(device: str, dtype: str, document_tokens: list[int], new_tokens: int) -> dict[str, Any]:
     """Identical tokens before the first difference, over all tokens, and each parting. "ok": every parting is a tie."""
     prompts = report_prompts(document_tokens)
-    config = EngineConfig(str(MODEL), device=device, dtype=dtype, chunk_tokens=2048, max_live=len(prompts))
-    config = EngineConfig(**(vars(config) | {"arena_tokens": 2 * sum(document_tokens) + 4096}))
+    config = EngineConfig(
+        str(MODEL),
+        device=device,
+        dtype=dtype,
+        chunk_tokens=2048,
+        max_live=len(prompts),
+        arena_tokens=2 * sum(document_tokens) + 4096,
+    )
     engine = Engine(config)
     for i, prompt in enumerate(prompts):
         engine.add(Request(str(i), prompt, new_tokens))
@@ -66,7 +72,7 @@ def check_agreement(device: str, dtype: str, document_tokens: list[int], new_tok
         same, total = same + common, total + len(expected)
         if outputs[i] != expected:
             gap = _gap(model, [*prompt, *expected[:common]], outputs[i], expected, common, config.torch_device())
-            partings.append(Parting(i, common, gap, gap <= TIE[dtype]))
+            partings.append(Parting(i, common, gap, abs(gap) <= TIE[dtype]))
     del model
     release_memory(config.torch_device())
     return {
