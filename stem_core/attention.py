@@ -240,6 +240,8 @@ def _padded_batch(
     offset = k.shape[2] - q.shape[2]
     for n in range(q.shape[0]):
         real = mask[n].nonzero()[:, 0]
+        if len(real) == 0:
+            continue
         first, last = int(real[0]), int(real[-1]) + 1
         if last - first != len(real):
             raise ValueError(

@@ -92,8 +92,7 @@ def _check(model: nn.Module, modules: list[nn.Module]) -> None:
     for feature, present in features.items():
         if present:
             raise UnsupportedModelError(
-                f"{name} uses {feature}, which Stem's kernels do not compute; run it with attention='dense' of "
-                "transformers, or another model"
+                f"{name} uses {feature}, which our kernels do not compute, neither sparse nor dense; use another model"
             )
 
 

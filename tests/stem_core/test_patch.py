@@ -140,6 +140,17 @@ def test_padding_changes_nothing(family, side):
     torch.testing.assert_close(together[0], model(ids[:1]).logits[0], atol=2e-4, rtol=2e-4)
 
 
+@torch.no_grad()
+def test_a_row_of_padding_alone_costs_its_neighbours_nothing():
+    model = patch_model(tiny("llama"), None)
+    ids = prompt(40, batch=2)
+    mask = torch.ones_like(ids)
+    mask[1] = 0
+    together = model(ids, attention_mask=mask, position_ids=torch.arange(40).expand(2, -1)).logits
+    torch.testing.assert_close(together[0], model(ids[:1]).logits[0], atol=2e-4, rtol=2e-4)
+    assert together.isfinite().all()
+
+
 def test_masks_that_are_not_padding_are_refused():
     model = patch_model(tiny("llama"), None)
     holes = torch.ones(1, 200, dtype=torch.long)
