@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
@@ -37,7 +39,7 @@ def triton_version() -> tuple[int, ...] | None:
         text = metadata.version("triton")
     except metadata.PackageNotFoundError:
         return None
-    return tuple(int(part) for part in text.split("+")[0].split(".")[:3])
+    return tuple(int(number) for number in re.findall(r"\d+", text)[:3])  # also of 3.7.0rc1
 
 
 def triton_unavailable(device: torch.device) -> str:
@@ -52,8 +54,24 @@ def triton_unavailable(device: torch.device) -> str:
         if capability < (8, 0):
             return f"Triton kernels need compute capability 8.0, got {capability[0]}.{capability[1]}"
         return ""
-    import os
-
     if os.environ.get("TRITON_INTERPRET") == "1":
         return ""
     return f"Triton kernels need a CUDA device, got {device.type}"
+
+
+def choose_portable(op: str, device: torch.device, impl: str = "auto") -> Choice:
+    """The implementation of an operation that has a reference and a Triton path, for tensors on `device`.
+
+    Raises ValueError, naming `op`, if `impl` is one that cannot run.
+    """
+    check_impl(impl)
+    if impl == "gluon":
+        raise ValueError(f"{op} has no gluon implementation; use impl='triton' or 'reference'")
+    missing = triton_unavailable(device)
+    if impl == "triton" and missing:
+        raise ValueError(f"{op}: impl='triton' cannot run: {missing}")
+    if impl != "auto":
+        return Choice(impl)
+    if device.type != "cuda":
+        return Choice("reference")
+    return Choice("reference", missing) if missing else Choice("triton")

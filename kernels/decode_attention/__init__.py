@@ -5,23 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.dispatch import Choice, check_impl, triton_unavailable
+from kernels.dispatch import Choice, choose_portable
 
 __all__ = ["choose_decode_attention", "decode_attention"]
 
 
 def choose_decode_attention(q: Tensor, impl: str = "auto") -> Choice:
     """The implementation that `decode_attention` uses for queries like `q`."""
-    check_impl(impl)
-    if impl == "gluon":
-        raise ValueError("decode_attention has no gluon implementation; use impl='triton' or 'reference'")
-    missing = triton_unavailable(q.device)
-    if impl == "triton" and missing:
-        raise ValueError(f"decode_attention: impl='triton' cannot run: {missing}")
-    if impl == "auto":
-        on_gpu = q.device.type == "cuda" and not missing
-        return Choice("triton") if on_gpu else Choice("reference", missing if q.device.type == "cuda" else "")
-    return Choice(impl)
+    return choose_portable("decode_attention", q.device, impl)
 
 
 def decode_attention(

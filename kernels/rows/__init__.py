@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import device as device_module
-from kernels.dispatch import Choice, check_impl, triton_unavailable
+from kernels.dispatch import Choice, choose_portable
 
 __all__ = ["FP8", "FP8_MAX", "QuantizedRows", "as_rows", "check_floating", "choose_row_kernel", "in_memory_order"]
 
@@ -52,9 +52,6 @@ def choose_row_kernel(op: str, device: torch.device, impl: str = "auto", *, fp8:
 
     Raises ValueError where `impl` cannot run, and for fp8 on a GPU that has none (compute capability below 8.9).
     """
-    check_impl(impl)
-    if impl == "gluon":
-        raise ValueError(f"{op} has no gluon implementation; use impl='triton' or 'reference'")
     if fp8 and device.type == "cuda":
         capability = device_module.capability(device)
         if capability < (8, 9):
@@ -62,13 +59,7 @@ def choose_row_kernel(op: str, device: torch.device, impl: str = "auto", *, fp8:
                 f"{op}: fp8 needs compute capability 8.9 (Ada, Hopper or later), this GPU has "
                 f"{capability[0]}.{capability[1]}; use bf16"
             )
-    missing = triton_unavailable(device)
-    if impl == "triton" and missing:
-        raise ValueError(f"{op}: impl='triton' cannot run: {missing}")
-    if impl == "auto":
-        on_gpu = device.type == "cuda" and not missing
-        return Choice("triton") if on_gpu else Choice("reference", missing if device.type == "cuda" else "")
-    return Choice(impl)
+    return choose_portable(op, device, impl)
 
 
 def check_floating(op: str, *tensors: Tensor, backward: bool = False) -> None:

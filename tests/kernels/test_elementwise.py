@@ -71,14 +71,14 @@ def launch_all(fp8: bool, batch: int = 2, length: int = 16) -> None:
 @pytest.mark.parametrize(("capability", "fp8"), [((8, 0), False), ((9, 0), False), ((8, 9), True), ((9, 0), True)])
 def test_kernels_compile_without_spills(capability, fp8, monkeypatch):
     # The launch checks ask for a GPU; compiling needs none.
-    monkeypatch.setattr("kernels.rows.triton_unavailable", lambda device: "")
+    monkeypatch.setattr("kernels.dispatch.triton_unavailable", lambda device: "")
     for report in offline.compile_reports(lambda: launch_all(fp8), capability):
         assert report.spills == 0, str(report)
 
 
 @pytest.mark.parametrize(("fp8", "kernels"), [(False, 4), (True, 3)])
 def test_no_kernel_is_compiled_anew_for_another_number_of_tokens(fp8, kernels, monkeypatch):
-    monkeypatch.setattr("kernels.rows.triton_unavailable", lambda device: "")
+    monkeypatch.setattr("kernels.dispatch.triton_unavailable", lambda device: "")
     with offline.compiling((9, 0)) as compiled:
         for batch, length in ((1, 8192), (1, 1), (1, 777), (3, 1), (16, 1)):
             launch_all(fp8, batch, length)
