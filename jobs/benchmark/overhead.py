@@ -11,6 +11,10 @@ import json
 import tempfile
 from pathlib import Path
 
+import torch
+
+from jobs.benchmark._stamp import stamp
+from jobs.benchmark.measure import write_json
 from pipeline.config import JobConfig
 from pipeline.errors import JobError
 from pipeline.job import run
@@ -25,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--documents", type=int, default=200)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--max-new-tokens", type=int, default=8)
+    parser.add_argument("--commit", default="", help="what is measured, where this is not a git checkout")
     parser.add_argument("--output", help="write the figures to this JSON file")
 
 
@@ -34,7 +39,7 @@ def main(options: argparse.Namespace) -> int:
     for name, value in figures.items():
         print(f"{name:>28}  {value:,.2f}")
     if options.output:
-        Path(options.output).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_json(Path(options.output), {**stamp(torch.device("cpu"), options.commit), "figures": figures})
     return 0 if figures["overhead_ms_per_document"] <= TARGET_MS else 2
 
 
