@@ -2,12 +2,16 @@
 
     python -m tests.kernels.fp8_scales
 
-Relative error of the output of dense causal attention (last 256 of 4096 tokens, D = 128, 8 heads, float64 is the truth)
-when q, k and v are rounded to e4m3 under different scales, and P as the kernels round it. Static scales come from
-another sample of the same distribution; their values are clamped where they exceed the range.
+Relative error of the output of dense causal attention (last 256 of 4096 tokens, float64 is the truth) when q, k and v
+are rounded to e4m3 under different scales, and P as the kernels round it: three synthetic kinds of tensors (8 heads,
+D = 128), and the mean over the layers of the bundled trained model. Static scales come from another sample of the same
+kind, or another document; values are clamped where they exceed the range.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,14 +68,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, fp8: bool) -> Tensor:
     return (round_weights(weights) if fp8 else weights) @ v / weights.sum(-1, keepdim=True)
 
 
-def measure(make: object) -> dict[str, float]:
-    """Relative error in % by kind of scale."""
-    tensors = make(torch.Generator().manual_seed(1))  # type: ignore[operator]
-    calibration = make(torch.Generator().manual_seed(2))  # type: ignore[operator]
-    tensors[0] = tensors[0][:, -ROWS:]
-    # Logits with a standard deviation of 2, whatever the channels are.
+def measure(tensors: list[Tensor], calibration: list[Tensor], std: float | None) -> dict[str, float]:
+    """Relative error in % by kind of scale. q, k, v [heads, T, D]; std: of the logits, None for q and k as they are."""
+    tensors = [tensors[0][:, -ROWS:], *tensors[1:]]
     q, k, v = tensors
-    factor = 2.0 / (q @ k.mT).std(dim=(1, 2), keepdim=True)
+    factor = q.shape[-1] ** -0.5 if std is None else std / (q @ k.mT).std(dim=(1, 2), keepdim=True)
     true = attend((q * factor).double(), k.double(), v.double(), fp8=False)
     found = {}
     kinds = {
@@ -87,10 +88,44 @@ def measure(make: object) -> dict[str, float]:
     return found
 
 
+def measure_model(path: str, documents: list[Path]) -> dict[str, float]:
+    """Mean over the layers of a trained model on the first of two documents, the static scales from the second."""
+    from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+
+    from stem_core import patch_model
+    from stem_core.attention import attention_forward
+    from stem_core.patch import ATTENTION_NAME
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = patch_model(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), None)
+    layers: dict[int, list[list[Tensor]]] = {}
+
+    def note(module: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+        group = q.shape[1] // k.shape[1]
+        kept = [q[0].clone(), k[0].repeat_interleave(group, 0), v[0].repeat_interleave(group, 0)]
+        layers.setdefault(module.stem_policy.layer, []).append(kept)
+        return attention_forward(module, q, k, v, *args, **kwargs)
+
+    AttentionInterface.register(ATTENTION_NAME, note)
+    for document in documents:
+        ids = tokenizer(document.read_text(), add_special_tokens=False).input_ids[:TOKENS]
+        with torch.inference_mode():
+            model(input_ids=torch.tensor([ids]), use_cache=False, logits_to_keep=1)
+    AttentionInterface.register(ATTENTION_NAME, attention_forward)
+    found = [measure(first, second, None) for first, second in layers.values()]
+    return {kind: sum(layer[kind] for layer in found) / len(found) for kind in found[0]}
+
+
 def main() -> None:
-    columns = {kind.__name__.replace("_", " "): measure(kind) for kind in (gaussian, outlier_channels, heavy_tails)}
+    columns = {}
+    for kind in (gaussian, outlier_channels, heavy_tails):
+        made = [kind(torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+        columns[kind.__name__.replace("_", " ")] = measure(*made, std=2.0)
+    root = Path(__file__).parents[2]
+    documents = [root / "examples" / "documents" / f"{name}.txt" for name in ("jargon-file", "newton-opticks")]
+    columns["tiny-reader"] = measure_model(str(root / "models" / "tiny-reader"), documents)
     print(f"{'':16}" + "".join(f"{name:>18}" for name in columns))
-    for kind in next(iter(columns.values())):
+    for kind in columns["gaussian"]:
         print(f"{kind:16}" + "".join(f"{values[kind]:18.2f}" for values in columns.values()))
 
 

@@ -14,7 +14,7 @@ import torch
 from kernels.block_selection import BlockSelection
 from kernels.dispatch import triton_version
 from kernels.fp8_heads import FP8, HeadScales
-from tests.kernels import offline
+from tests.kernels import offline, sass
 
 BF16 = torch.bfloat16
 ADA, HOPPER = (8, 9), (9, 0)
@@ -89,6 +89,9 @@ def test_hopper_attention(dim: int, block_size: int | None, return_lse: bool) ->
     assert report.registers == 168, str(report)  # the budget of 12 warps; setmaxnreg moves them to the consumers
     assert report.shared <= SHARED_LIMIT[HOPPER], str(report)
     assert not report.warnings, str(report)
+    instructions, _ = sass.disassemble(compiled[0].asm["cubin"])
+    assert sum("QGMMA" in instruction.opcode for instruction in instructions) >= 36
+    assert not sass.undefined_reads(compiled[0].asm["cubin"])
 
 
 @pytest.mark.parametrize("capability", [ADA, HOPPER], ids=["sm89", "sm90"])
