@@ -69,6 +69,8 @@ class StemConfig:
             value = getattr(self, name)
             if value < 1 or self.block_size % value:
                 raise ValueError(f"{name} must divide block_size={self.block_size}, got {value}")
+        if self.estimator == "mass" and self.block_size > 128:
+            raise ValueError(f"estimator 'mass' takes blocks of up to 128 tokens, got block_size={self.block_size}")
         _within("local_blocks", self.local_blocks, 1, 1 << 20)
         for name in ("sink_blocks", "dense_layers", "dense_below", "dense_tail"):
             _within(name, getattr(self, name), 0, 1 << 30)

@@ -142,9 +142,9 @@ def _load_tile(
     return tile
 
 
-@triton.jit(do_not_specialize=["rows", "first_row", "query_end", "key_end", "max_key_blocks"])
+@triton.jit(do_not_specialize=["rows", "first_row", "n_keys", "query_end", "key_end", "max_key_blocks"])
 def score_kernel(
-    query_sums, key_sums, value_term, scores, rows, first_row, n_keys, query_end, key_end, max_key_blocks,
+    query_sums, key_sums, value_term, scores, rows, first_row, n_keys, row_stride, query_end, key_end, max_key_blocks,
     full, edge, corner,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, STRIDE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
@@ -171,9 +171,15 @@ def score_kernel(
     last = rows - 1
     factor = tl.where((row == last)[:, None], tl.where((j == n_keys - 1)[None, :], corner, edge), full)
     score = tl.where(j[None, :] <= i[:, None], acc * factor + value[None, :], float("-inf"))
-    target = scores + (head.to(tl.int64) * rows + row_begin) * n_keys
-    at = tl.arange(0, BM)[:, None] * n_keys + j[None, :]
+    target = scores + (head.to(tl.int64) * rows + row_begin) * row_stride
+    at = tl.arange(0, BM)[:, None] * row_stride + j[None, :]
     tl.store(target + at, score, mask=(row < rows)[:, None] & (j < n_keys)[None, :])
+
+
+def empty_scores(N: int, H: int, rows: int, n_keys: int, device: torch.device) -> Tensor:
+    """[N, H, rows, n_keys] with rows 16 scores apart or a multiple of it: kernels are compiled once for such strides,
+    and not again for other prompt lengths."""
+    return torch.empty(N, H, rows, -(-n_keys // 16) * 16, dtype=torch.float32, device=device)[..., :n_keys]
 
 
 def sums_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -181,11 +187,12 @@ def sums_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-def _tiles(sums: torch.dtype, head_dim: int) -> dict[str, Any]:
+def _tiles(sums: torch.dtype, head_dim: int, hopper: bool) -> dict[str, Any]:
     # BK must divide the head dimension: 32 serves 96 and every other multiple of 32.
     narrow = next(width for width in (64, 32, 16, 8, 4, 2, 1) if head_dim % width == 0)
     if sums == torch.bfloat16:
-        return {"BM": 128, "BN": 128, "BK": narrow, "num_warps": 8, "num_stages": 3}
+        # The wider tile needs more shared memory than earlier cards have.
+        return {"BM": 128, "BN": 256 if hopper else 128, "BK": narrow, "num_warps": 8, "num_stages": 4 if hopper else 3}
     return {"BM": 64, "BN": 64, "BK": min(narrow, 32), "num_warps": 4, "num_stages": 3}
 
 
@@ -226,7 +233,7 @@ def oam_scores(
 
     query_sums = torch.empty(N * H * rows, stride * D, dtype=sums, device=device)
     value_term = torch.empty(N * kv_heads, n_keys, dtype=torch.float32, device=device)
-    scores = torch.empty(N, H, rows, n_keys, dtype=torch.float32, device=device)
+    scores = empty_scores(N, H, rows, n_keys, device)
 
     summarise_kernel[(H + 2 * kv_heads, max(rows, key_blocks), N)](
         q, k, v, query_sums, summary.key_sums, summary.log_norms,
@@ -237,21 +244,22 @@ def oam_scores(
     summary.blocks = max(summary.blocks, end // block_size)
 
     groups = block_size // stride
-    width = max(16, min(triton.next_power_of_2(n_keys), 8192 // groups))
+    # From 32 blocks on, the layout and with it the order of a block's sum does not depend on the width.
+    width = max(32, min(triton.next_power_of_2(n_keys), 8192 // groups))
     value_term_kernel[(N * kv_heads,)](
         summary.log_norms, value_term, n_keys, max_key_blocks, value_weight,
         GROUPS=groups, WIDTH=width, EPS=STD_EPS, num_warps=max(1, min(16, width * groups // 256)),
     )  # fmt: skip
 
-    tiles = _tiles(sums, D)
     key_sums = summary.key_sums.view(N * kv_heads * max_key_blocks, stride * D)
     tma = kernels_device.capability(device) >= (9, 0)
+    tiles = _tiles(sums, D, tma)
     full, edge, corner = _pair_factors(query_tokens, end, block_size, stride, scale)
     score_kernel[(triton.cdiv(n_keys, tiles["BN"]), triton.cdiv(rows, tiles["BM"]), N * H)](
         TensorDescriptor.from_tensor(query_sums, [tiles["BM"], tiles["BK"]]) if tma else query_sums,
         TensorDescriptor.from_tensor(key_sums, [tiles["BN"], tiles["BK"]]) if tma else key_sums,
-        value_term, scores, rows, query_start // block_size, n_keys, query_sums.shape[0], key_sums.shape[0],
-        max_key_blocks, full, edge, corner, H=H, GROUP=H // kv_heads, D=D, STRIDE=stride, TMA=tma,
+        value_term, scores, rows, query_start // block_size, n_keys, scores.stride(2), query_sums.shape[0],
+        key_sums.shape[0], max_key_blocks, full, edge, corner, H=H, GROUP=H // kv_heads, D=D, STRIDE=stride, TMA=tma,
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", **tiles,
     )  # fmt: skip
     return scores

@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import device as kernels_device
+from kernels.block_scores.triton import empty_scores
 from kernels.block_sparse_attention.descriptors import tma_obstacle, tma_strides
 
 LOG2E = 1.4426950408889634
@@ -90,7 +91,7 @@ def _walk(
 def mass_kernel(
     q, k, k_desc, scores, scratch, ticket, scale_log2,
     q_stride_n, q_stride_h, q_stride_t, k_stride_n, k_stride_h, k_stride_t,
-    query_tokens, first_block, rows, n_keys, tiles, row_tiles, slot_blocks,
+    query_tokens, first_block, rows, n_keys, row_stride, tiles, row_tiles, slot_blocks,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, ROW: tl.constexpr,
     MEAN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -165,14 +166,14 @@ def mass_kernel(
             top = new_top
         all_keys = top + tl.log2(total)
         block = block0 + tl.arange(0, BLOCKS_PER_TILE)
-        out = scores + head.to(tl.int64) * rows * n_keys
+        out = scores + head.to(tl.int64) * rows * row_stride
         for first in range(0, n_keys, CHUNK):
             at = (first + j)[:, None] * BM + row[None, :]
             mass = tl.load(slot + at, mask=(first + j < seen)[:, None], other=float("-inf"))
             share = tl.where((token0 < query_tokens)[None, :], tl.exp2(mass - all_keys[None, :]), 0.0)
             share = tl.max(tl.reshape(share, (CHUNK, BLOCKS_PER_TILE, ROWS_PER_BLOCK)), axis=2)
             share = tl.where((first + j)[:, None] <= (first_block + block)[None, :], share, float("-inf"))
-            place = block.to(tl.int64)[None, :] * n_keys + (first + j)[:, None]
+            place = block.to(tl.int64)[None, :] * row_stride + (first + j)[:, None]
             tl.store(out + place, share, mask=(block < rows)[None, :] & (first + j < n_keys)[:, None])
         # The slot is free for the next tile only when every thread has read it.
         tl.debug_barrier()
@@ -180,7 +181,7 @@ def mass_kernel(
 
 
 def _tile(element_size: int, head_dim: int, block_size: int, rows_per_block: int, hopper: bool) -> dict[str, Any]:
-    """Rows (BM) and keys (BN) of a step. On Hopper 4 warps hold 128 x 128 scores, and two programs share a
+    """Rows (BM) and keys (BN) of a step. On Hopper 4 warps hold 128 x 64 scores, and two programs share a
     multiprocessor: one is in its matrix product while the other is in its exponentials."""
     if element_size == 4:
         # At least rows_per_block rows: a query block's maximum is taken inside one tile.
@@ -190,9 +191,9 @@ def _tile(element_size: int, head_dim: int, block_size: int, rows_per_block: int
     roomy = hopper and not wide
     return {
         "BM": max(rows_per_block, 64 if wide else 128),
-        "BN": min(block_size, 128 if roomy else 64),
+        "BN": min(block_size, 64),
         "num_warps": 4 if roomy else 8,
-        "num_stages": 2,
+        "num_stages": 3 if roomy else 2,
     }
 
 
@@ -215,7 +216,7 @@ def mass_scores(q: Tensor, k: Tensor, query_start: int, block_size: int, group: 
     tiles = row_tiles * H * N
     programs = min(tiles, PROGRAMS_PER_MULTIPROCESSOR * kernels_device.multiprocessors(device))
 
-    scores = torch.empty(N, H, n_rows, n_keys, dtype=torch.float32, device=device)
+    scores = empty_scores(N, H, n_rows, n_keys, device)
     scratch = torch.empty(programs, n_keys, tile["BM"], dtype=torch.float32, device=device)
     ticket = torch.zeros(1, dtype=torch.int32, device=device)
     tma = hopper and not tma_obstacle(k)
@@ -225,7 +226,7 @@ def mass_scores(q: Tensor, k: Tensor, query_start: int, block_size: int, group: 
         k_desc = TensorDescriptor(k, list(k.shape), tma_strides(k), box)
     mass_kernel[(programs,)](
         q, k, k_desc, scores, scratch, ticket, scale * LOG2E, *q.stride()[:3], *k.stride()[:3],
-        query_tokens, query_start // block_size, n_rows, n_keys, tiles, row_tiles, n_keys,
+        query_tokens, query_start // block_size, n_rows, n_keys, scores.stride(2), tiles, row_tiles, n_keys,
         KV_HEADS=kv_heads, GROUP=H // kv_heads, D=D, BLOCK=block_size, ROW=group, MEAN=rows == "mean", CHUNK=32,
         TMA=tma, **tile,
     )  # fmt: skip
