@@ -15,6 +15,7 @@ for float32 inputs).
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -196,17 +197,18 @@ def _tiles(sums: torch.dtype, head_dim: int, hopper: bool) -> dict[str, Any]:
     return {"BM": 64, "BN": 64, "BK": min(narrow, 32), "num_warps": 4, "num_stages": 3}
 
 
-def _pair_factors(query_tokens: int, key_tokens: int, block_size: int, stride: int, scale: float) -> list[float]:
-    """scale / pairs for full blocks, for the last row with full key blocks, and for the last row with its own block."""
+@lru_cache(maxsize=256)
+def _pair_factors(last_row: int, last_block: int, block_size: int, stride: int, scale: float) -> tuple[float, ...]:
+    """scale / pairs for full blocks, for a last row of last_row tokens with full key blocks, and for that row with the
+    last key block, of last_block tokens."""
 
     def counts(tokens: int) -> list[int]:
         return [len(range(offset, tokens, stride)) for offset in range(stride)]
 
-    full, last = counts(block_size), counts((query_tokens - 1) % block_size + 1)
-    own = counts((key_tokens - 1) % block_size + 1)
+    full, last, own = counts(block_size), counts(last_row), counts(last_block)
     sides = ((full, full), (last, full), (last, own))
     pairs = [sum(a * b for a, b in zip(left, reversed(right), strict=True)) for left, right in sides]
-    return [scale / max(count, 1) for count in pairs]
+    return tuple(scale / max(count, 1) for count in pairs)
 
 
 def oam_scores(
@@ -219,6 +221,7 @@ def oam_scores(
     value_weight: float,
     scale: float,
     summary: KeySummary,
+    key_start: int = 0,
 ) -> Tensor:
     """See kernels.block_scores.oam_scores. block_size and stride must be powers of two."""
     if block_size & (block_size - 1) or stride & (stride - 1):
@@ -230,15 +233,17 @@ def oam_scores(
     max_key_blocks = summary.key_sums.shape[2]
     sums = summary.key_sums.dtype
     key_blocks = n_keys - summary.blocks
+    # The kernel counts blocks and tokens from the first key that it was given.
+    held = key_start // block_size
 
     query_sums = torch.empty(N * H * rows, stride * D, dtype=sums, device=device)
     value_term = torch.empty(N * kv_heads, n_keys, dtype=torch.float32, device=device)
     scores = empty_scores(N, H, rows, n_keys, device)
 
     summarise_kernel[(H + 2 * kv_heads, max(rows, key_blocks), N)](
-        q, k, v, query_sums, summary.key_sums, summary.log_norms,
+        q, k, v, query_sums, summary.key_sums[:, :, held:], summary.log_norms[:, :, held:],
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        rows, query_tokens, summary.blocks, key_blocks, end, max_key_blocks,
+        rows, query_tokens, summary.blocks - held, key_blocks, end - key_start, max_key_blocks,
         H=H, KV_HEADS=kv_heads, D=D, BLOCK=block_size, STRIDE=stride, MIN_SQUARE=MIN_NORM**2, num_warps=4,
     )  # fmt: skip
     summary.blocks = max(summary.blocks, end // block_size)
@@ -254,7 +259,8 @@ def oam_scores(
     key_sums = summary.key_sums.view(N * kv_heads * max_key_blocks, stride * D)
     tma = kernels_device.capability(device) >= (9, 0)
     tiles = _tiles(sums, D, tma)
-    full, edge, corner = _pair_factors(query_tokens, end, block_size, stride, scale)
+    last_row, last_block = (query_tokens - 1) % block_size + 1, (end - 1) % block_size + 1
+    full, edge, corner = _pair_factors(last_row, last_block, block_size, stride, scale)
     score_kernel[(triton.cdiv(n_keys, tiles["BN"]), triton.cdiv(rows, tiles["BM"]), N * H)](
         TensorDescriptor.from_tensor(query_sums, [tiles["BM"], tiles["BK"]]) if tma else query_sums,
         TensorDescriptor.from_tensor(key_sums, [tiles["BN"], tiles["BK"]]) if tma else key_sums,

@@ -207,6 +207,29 @@ def check_selection(kind: str, rows: int, first_row: int, impl: str, device: str
         assert_same(BlockSelection(got.indices.cpu(), got.counts.cpu()), wanted)
 
 
+def check_selection_of_nan(impl: str, device: str) -> None:
+    """Scores that are NaN are never kept, and whatever a row then lacks, its indices stay blocks of the row. Rows of a
+    wider tensor, at an odd stride."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(1, 2, 150, 167, generator=generator)[..., 3:160]
+    scores[..., 100] = torch.nan
+    scores[0, 0, 120:] = torch.nan
+    budgets = torch.full((150,), 60, dtype=torch.int32)
+    budgets[140:] = 1000
+    got = select_blocks(scores.to(device), budgets.to(device), first_row=7, max_blocks=157, impl=impl)
+    wanted = select_blocks(scores.nan_to_num(-1e9), budgets, first_row=7, max_blocks=157, impl="reference")
+    assert_same(
+        BlockSelection(got.indices[:, 1:, :133].cpu(), got.counts[:, 1:, :133].cpu()),
+        BlockSelection(wanted.indices[:, 1:, :133], wanted.counts[:, 1:, :133]),
+    )
+    # Rows without a score keep what needs none.
+    lacking = got.counts[0, 0, 120:133].cpu()
+    assert (lacking == 8).all(), lacking
+    indices = torch.where(torch.arange(157, device=device) < got.counts[..., None], got.indices, 0).cpu()
+    assert (indices >= 0).all()
+    assert (indices <= torch.arange(7, 157)[:, None]).all()
+
+
 @dataclass(frozen=True)
 class Decode:
     lengths: tuple[int, ...]

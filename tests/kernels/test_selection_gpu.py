@@ -45,6 +45,10 @@ def test_mass_far_above_its_reference(poisoned: None) -> None:
     cases.check_mass_far_from_reference("triton", "cuda")
 
 
+def test_nan_is_never_selected(poisoned: None) -> None:
+    cases.check_selection_of_nan("triton", "cuda")
+
+
 @pytest.mark.parametrize("kind", cases.KINDS)
 @pytest.mark.parametrize(("rows", "first_row"), [(300, 0), (64, 960), (5, 8187), (3, 20000), (1, 0)])
 def test_selection(kind: str, rows: int, first_row: int, poisoned: None) -> None:
