@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import Choice, check_impl, triton_unavailable
+from kernels.fp8_heads import FP8, HeadScales, fp8_obstacle
 
 __all__ = ["KeySummary", "choose_block_scores", "key_sums_dtype", "mass_scores", "oam_scores"]
 
@@ -85,6 +86,7 @@ def oam_scores(
     value_weight: float = 0.2,
     scale: float | None = None,
     summary: KeySummary | None = None,
+    key_start: int = 0,
     impl: str = "auto",
 ) -> Tensor:
     """Stem's Output-Aware Metric for every causal pair of blocks (arXiv 2603.06274, sections on OAM).
@@ -96,13 +98,27 @@ def oam_scores(
     implementations' whole-sequence statistics. Tokens that do not exist enter neither sums nor statistics.
 
     q: [N, H, Lq, D], the tokens [query_start, query_start + Lq), query_start a multiple of block_size.
-    k, v: [N, Hkv, Lk, D], Lk >= query_start + Lq; later tokens are ignored. Last dimension contiguous.
+    k, v: [N, Hkv, Lk, D], the tokens [key_start, key_start + Lk), up to query_start + Lq at least; later tokens are
+        ignored. Last dimension contiguous.
     scale: defaults to 1 / sqrt(D).
     summary: holds the blocks of earlier chunks and is extended by this one's; the scores are the same with and without.
+    key_start: first token of k and v, a multiple of block_size; the summary must hold the blocks before it. So a chunk
+        can be scored by its own keys where those of earlier chunks exist in fp8 only.
     Returns float32 [N, H, rows, n_keys], rows = ceil(Lq / block_size), n_keys = ceil((query_start + Lq) / block_size),
     -inf for j > i. Raises ValueError for shapes or types that do not fit.
     """
-    _check(q, k, query_start, block_size)
+    if (
+        key_start < 0
+        or key_start % block_size
+        or (key_start and (summary is None or summary.blocks * block_size < key_start))
+    ):
+        raise ValueError(
+            f"key_start must be a multiple of block_size={block_size} up to which a summary holds the keys, got "
+            f"{key_start} and {'no summary' if summary is None else f'{summary.blocks} blocks'}"
+        )
+    _check(q, k, query_start, block_size, key_start)
+    if q.dtype != k.dtype:
+        raise ValueError(f"q and k must share a floating-point type, got {q.dtype} and {k.dtype}")
     if v.shape != k.shape:
         raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
     if stride < 1 or block_size % stride:
@@ -131,7 +147,7 @@ def oam_scores(
         from kernels.block_scores import triton as implementation
     else:
         from kernels.block_scores import reference as implementation  # type: ignore[no-redef]
-    return implementation.oam_scores(q, k, v, query_start, block_size, stride, value_weight, scale, summary)
+    return implementation.oam_scores(q, k, v, query_start, block_size, stride, value_weight, scale, summary, key_start)
 
 
 def mass_scores(
@@ -143,6 +159,7 @@ def mass_scores(
     group: int = 4,
     rows: str = "mean",
     scale: float | None = None,
+    scales: HeadScales | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """The largest share of attention that a key block gets from any of a few rows of the query block.
@@ -153,9 +170,16 @@ def mass_scores(
         score[i, j] = max over r of sum over u in block j of exp(q_r . k_u * scale - logsumexp_u(q_r . k_u * scale)).
 
     q, k, query_start, block_size, scale: as for `oam_scores`. group divides block_size.
+    scales: for keys in float8_e4m3fn: what k is to be multiplied with, and under which scale the rows made of q (still
+        in 16 or 32 bits) are rounded to e4m3 themselves; D must be at least 32. On tensor cores twice as fast; scores
+        are wrong by what fp8 does to the logits (some 4% of their spread), which moves blocks of nearly equal score.
     Returns float32 [N, H, rows, n_keys] in [0, 1], -inf for j > i. Raises ValueError for what does not fit.
     """
     _check(q, k, query_start, block_size)
+    if scales is None and q.dtype != k.dtype:
+        raise ValueError(f"q and k must share a floating-point type, got {q.dtype} and {k.dtype}")
+    if scales is not None:
+        _check_fp8(q, k, scales, impl)
     if group < 1 or block_size % group:
         raise ValueError(f"group must divide block_size={block_size}, got {group}")
     if rows not in MASS_ROWS:
@@ -165,21 +189,32 @@ def mass_scores(
         from kernels.block_scores import triton_mass as implementation
     else:
         from kernels.block_scores import reference as implementation  # type: ignore[no-redef]
-    return implementation.mass_scores(q, k, query_start, block_size, group, rows, scale)
+    return implementation.mass_scores(q, k, query_start, block_size, group, rows, scale, scales)
 
 
-def _check(q: Tensor, k: Tensor, query_start: int, block_size: int) -> None:
+def _check_fp8(q: Tensor, k: Tensor, scales: HeadScales, impl: str) -> None:
+    if k.dtype != FP8 or q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"with scales k must be {FP8} and q bfloat16, float16 or float32, got {k.dtype} and {q.dtype}")
+    if q.shape[3] < 32:
+        raise ValueError(f"keys in fp8 need D of at least 32, got {q.shape[3]}")
+    scales.check(q.shape[1], k.shape[1], q.device)
+    obstacle = fp8_obstacle(q.device)
+    if obstacle and choose_block_scores(q, impl).impl == "triton":
+        raise ValueError(f"mass_scores with keys in fp8 cannot run: {obstacle}")
+
+
+def _check(q: Tensor, k: Tensor, query_start: int, block_size: int, key_start: int = 0) -> None:
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(f"q must be [N, H, Lq, D] and k [N, Hkv, Lk, D], got {tuple(q.shape)} and {tuple(k.shape)}")
     if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"k {tuple(k.shape)} does not go with q {tuple(q.shape)}: batch and D equal, H a multiple of Hkv"
         )
-    if q.dtype != k.dtype or not q.is_floating_point():
-        raise ValueError(f"q and k must share a floating-point type, got {q.dtype} and {k.dtype}")
+    if not q.is_floating_point():
+        raise ValueError(f"q must have a floating-point type, got {q.dtype}")
     end = query_start + q.shape[2]
-    if q.shape[2] < 1 or query_start < 0 or query_start % block_size or k.shape[2] < end:
+    if q.shape[2] < 1 or query_start < key_start or query_start % block_size or key_start + k.shape[2] < end:
         raise ValueError(
             f"queries [{query_start}, {end}) must start at a multiple of block_size={block_size} and lie inside the "
-            f"{k.shape[2]} keys"
+            f"{k.shape[2]} keys" + (f" from {key_start} on" if key_start else "")
         )

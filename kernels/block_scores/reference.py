@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.block_scores import KeySummary
+from kernels.fp8_heads import HeadScales
+from kernels.fp8_heads.reference import quantize
 
 # Keeps the logarithm of an all-zero value group finite.
 MIN_NORM = 1e-6
@@ -50,14 +52,17 @@ def _value_term(log_norms: Tensor) -> Tensor:
     return z.sum(-1) / exists.sum(-1).clamp(min=1)
 
 
-def summarise_keys(k: Tensor, v: Tensor, end: int, block_size: int, stride: int, summary: KeySummary) -> None:
+def summarise_keys(
+    k: Tensor, v: Tensor, key_start: int, end: int, block_size: int, stride: int, summary: KeySummary
+) -> None:
     """Extend `summary` to tokens [0, end); a part-filled last block is written but not counted as done."""
     first = summary.blocks
     begin = first * block_size
     if begin < end:
         last = -(-end // block_size)
-        summary.key_sums[:, :, first:last] = _offset_sums(k[:, :, begin:end], block_size, stride)
-        summary.log_norms[:, :, first:last] = _group_log_norms(v[:, :, begin:end], block_size, stride)
+        new = slice(begin - key_start, end - key_start)
+        summary.key_sums[:, :, first:last] = _offset_sums(k[:, :, new], block_size, stride)
+        summary.log_norms[:, :, first:last] = _group_log_norms(v[:, :, new], block_size, stride)
         summary.blocks = end // block_size
 
 
@@ -71,11 +76,12 @@ def oam_scores(
     value_weight: float,
     scale: float,
     summary: KeySummary,
+    key_start: int = 0,
 ) -> Tensor:
     """See kernels.block_scores.oam_scores."""
     end = query_start + q.shape[2]
     n_keys, first_row = -(-end // block_size), query_start // block_size
-    summarise_keys(k, v, end, block_size, stride, summary)
+    summarise_keys(k, v, key_start, end, block_size, stride, summary)
     kv_head = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // k.shape[1])
     # Key offsets are reversed, so that equal places of the two flattened sums form the antidiagonal pairs.
     key_sums = summary.key_sums[:, :, :n_keys].flip(3).double().flatten(3)
@@ -95,10 +101,21 @@ def oam_scores(
     return scores
 
 
-def mass_scores(q: Tensor, k: Tensor, query_start: int, block_size: int, group: int, rows: str, scale: float) -> Tensor:
+def mass_scores(
+    q: Tensor,
+    k: Tensor,
+    query_start: int,
+    block_size: int,
+    group: int,
+    rows: str,
+    scale: float,
+    scales: HeadScales | None = None,
+) -> Tensor:
     """See kernels.block_scores.mass_scores."""
     N, H, Lq, D = q.shape
     kv_heads = k.shape[1]
+    if scales is not None:
+        k = k[:, :, : query_start + Lq].float() * scales.k[:, None, None]
     n_rows, n_keys = -(-Lq // block_size), -(-(query_start + Lq) // block_size)
     scores = torch.full((N, H, n_rows, n_keys), -torch.inf, dtype=torch.float32, device=q.device)
     for row in range(n_rows):
@@ -110,7 +127,9 @@ def mass_scores(q: Tensor, k: Tensor, query_start: int, block_size: int, group: 
             starts = torch.arange(begin, end, group, device=q.device)
             padded = F.pad(q[:, :, begin:end].float(), (0, 0, 0, -(end - begin) % group))
             picked = padded.unflatten(2, (-1, group)).sum(3) / (lasts - starts + 1)[:, None]
-        known = query_start + end
+        if scales is not None:
+            query_scale = scales.q[:, None, None]
+            picked = quantize(picked, query_scale).float() * query_scale
         picked = picked.mul(scale).reshape(N, kv_heads, -1, D)
         known = query_start + end
         logits = (picked @ k[:, :, :known].float().mT).unflatten(2, (H // kv_heads, len(lasts)))

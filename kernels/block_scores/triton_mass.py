@@ -23,6 +23,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels import device as kernels_device
 from kernels.block_scores.triton import empty_scores
 from kernels.block_sparse_attention.descriptors import tma_obstacle, tma_strides
+from kernels.fp8_heads import HeadScales
+from kernels.fp8_heads.triton import to_fp8
 
 LOG2E = 1.4426950408889634
 PROGRAMS_PER_MULTIPROCESSOR = 2
@@ -89,11 +91,11 @@ def _walk(
 
 @triton.jit(do_not_specialize=["query_tokens", "first_block", "rows", "n_keys", "tiles", "row_tiles", "slot_blocks"])
 def mass_kernel(
-    q, k, k_desc, scores, scratch, ticket, scale_log2,
+    q, k, k_desc, q_scale, k_scale, scores, scratch, ticket, scale_log2,
     q_stride_n, q_stride_h, q_stride_t, k_stride_n, k_stride_h, k_stride_t,
     query_tokens, first_block, rows, n_keys, row_stride, tiles, row_tiles, slot_blocks,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, ROW: tl.constexpr,
-    MEAN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, TMA: tl.constexpr,
+    MEAN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, TMA: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """Persistent: programs draw tiles, all of a KV head's before the next one's (its keys stay in L2), longest first.
 
@@ -120,10 +122,17 @@ def mass_kernel(
                 exists = token0 + u < query_tokens
                 at = (token0 + u).to(tl.int64)[:, None] * q_stride_t + d[None, :]
                 total += tl.load(source + at, mask=exists[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-            query = (total / tl.maximum(last_token - token0 + 1, 1)[:, None]).to(q.dtype.element_ty)
+            query = total / tl.maximum(last_token - token0 + 1, 1)[:, None]
         else:
             at = last_token.to(tl.int64)[:, None] * q_stride_t + d[None, :]
             query = tl.load(source + at, mask=(token0 < query_tokens)[:, None] & (d < D)[None, :], other=0.0)
+        factor = scale_log2
+        if FP8:
+            own_scale = tl.load(q_scale + head % (KV_HEADS * GROUP))
+            query = to_fp8(query, own_scale)
+            factor *= own_scale * tl.load(k_scale + kv_head)
+        else:
+            query = query.to(q.dtype.element_ty)
 
         position = first_block * BLOCK + last_token
         tokens = first_block * BLOCK + query_tokens
@@ -135,21 +144,21 @@ def mass_kernel(
         begin = _load_keys(keys, n, kv_head, 0, k_stride_t, tokens, D, BN, TMA)
         dots = tl.dot(query, begin.T)
         dots = tl.where(tl.arange(0, BN)[None, :] <= position[:, None], dots, float("-inf"))
-        reference = tl.max(dots, axis=1) * scale_log2
+        reference = tl.max(dots, axis=1) * factor
         failed = row < 0
         unmasked = first_block + block0
         seen = tl.minimum(unmasked + BLOCKS_PER_TILE, n_keys)
         reference, failed = _walk(
-            query, position, keys, n, kv_head, k_stride_t, tokens, 0, unmasked, scale_log2, reference, failed, slot,
+            query, position, keys, n, kv_head, k_stride_t, tokens, 0, unmasked, factor, reference, failed, slot,
             D, BLOCK, BM, BN, False, False, TMA,
         )  # fmt: skip
         reference, failed = _walk(
-            query, position, keys, n, kv_head, k_stride_t, tokens, unmasked, seen, scale_log2, reference, failed, slot,
+            query, position, keys, n, kv_head, k_stride_t, tokens, unmasked, seen, factor, reference, failed, slot,
             D, BLOCK, BM, BN, True, False, TMA,
         )  # fmt: skip
         if tl.max(failed.to(tl.int32), axis=0) > 0:
             _walk(
-                query, position, keys, n, kv_head, k_stride_t, tokens, 0, seen, scale_log2, reference, failed, slot,
+                query, position, keys, n, kv_head, k_stride_t, tokens, 0, seen, factor, reference, failed, slot,
                 D, BLOCK, BM, BN, True, True, TMA,
             )  # fmt: skip
         # What other threads of this program stored must be visible before it is read back.
@@ -197,7 +206,16 @@ def _tile(element_size: int, head_dim: int, block_size: int, rows_per_block: int
     }
 
 
-def mass_scores(q: Tensor, k: Tensor, query_start: int, block_size: int, group: int, rows: str, scale: float) -> Tensor:
+def mass_scores(
+    q: Tensor,
+    k: Tensor,
+    query_start: int,
+    block_size: int,
+    group: int,
+    rows: str,
+    scale: float,
+    scales: HeadScales | None = None,
+) -> Tensor:
     """See kernels.block_scores.mass_scores. block_size in 16..128 and group must be powers of two.
 
     float32 inputs are multiplied in TF32: the shares' errors matter to near ties only."""
@@ -211,7 +229,7 @@ def mass_scores(q: Tensor, k: Tensor, query_start: int, block_size: int, group: 
     kv_heads, device = k.shape[1], q.device
     n_rows, n_keys = triton.cdiv(query_tokens, block_size), triton.cdiv(query_start + query_tokens, block_size)
     hopper = kernels_device.capability(device) >= (9, 0)
-    tile = _tile(q.element_size(), D, block_size, block_size // group, hopper)
+    tile = _tile(k.element_size(), D, block_size, block_size // group, hopper)
     row_tiles = triton.cdiv(n_rows, tile["BM"] // (block_size // group))
     tiles = row_tiles * H * N
     programs = min(tiles, PROGRAMS_PER_MULTIPROCESSOR * kernels_device.multiprocessors(device))
@@ -225,9 +243,10 @@ def mass_scores(q: Tensor, k: Tensor, query_start: int, block_size: int, group: 
         box = [1, 1, tile["BN"], triton.next_power_of_2(D)]
         k_desc = TensorDescriptor(k, list(k.shape), tma_strides(k), box)
     mass_kernel[(programs,)](
-        q, k, k_desc, scores, scratch, ticket, scale * LOG2E, *q.stride()[:3], *k.stride()[:3],
+        q, k, k_desc, scores if scales is None else scales.q, scores if scales is None else scales.k,
+        scores, scratch, ticket, scale * LOG2E, *q.stride()[:3], *k.stride()[:3],
         query_tokens, query_start // block_size, n_rows, n_keys, scores.stride(2), tiles, row_tiles, n_keys,
         KV_HEADS=kv_heads, GROUP=H // kv_heads, D=D, BLOCK=block_size, ROW=group, MEAN=rows == "mean", CHUNK=32,
-        TMA=tma, **tile,
+        TMA=tma, FP8=scales is not None, **tile,
     )  # fmt: skip
     return scores

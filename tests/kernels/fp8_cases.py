@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.block_scores import KeySummary, key_sums_dtype, mass_scores, oam_scores
 from kernels.block_selection import BlockSelection
 from kernels.block_sparse_attention_fp8 import block_sparse_attention_fp8
 from kernels.decode_attention_fp8 import decode_attention_fp8
 from kernels.fp8_heads import FP8, KEY_GROUP, HeadScales, append_kv, quantize_heads, write_kv
 from kernels.fp8_heads.reference import quantize, restore_keys, store_order
 from tests.kernels.attention_cases import Case, eager, random_selection, visible_keys
-from tests.kernels.selection_cases import Decode
+from tests.kernels.selection_cases import Decode, Scores
 from tests.kernels.selection_cases import _attend as attend_one
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -260,3 +261,46 @@ def check_decode(case: Decode, impl: str, device: str) -> None:
         eager_error = (attend_one(q[s], k, v, BF16 if case.dtype == BF16 else FP16) - true).abs().max()
         error = (got[s].double() - true).abs().max()
         assert error <= 1.5 * eager_error + 2e-7, (s, error, eager_error)
+
+
+def check_mass(case: Scores, impl: str, device: str) -> None:
+    """Scores from keys in fp8: as far from those of the exact keys as the reference's, in one piece and in chunks."""
+    q, k, _ = case.inputs(device)
+    length = case.length
+    scales = HeadScales(power_of_two_scale(q), power_of_two_scale(k[:, :, :length]), torch.ones(case.kv_heads))
+    scales = HeadScales(*(s.to(device) for s in (scales.q, scales.k, scales.v)))
+    k8 = quantize(k, scales.k[:, None, None])
+    options: dict[str, object] = {"block_size": case.block_size, "group": case.group, "rows": case.rows}
+
+    def run(impl: str) -> Tensor:
+        return mass_scores(q, k8, scales=scales, impl=impl, **options)  # type: ignore[arg-type]
+
+    got, reference = run(impl), run("reference")
+    true = mass_scores(q.double(), k[:, :, :length].double(), impl="reference", **options)  # type: ignore[arg-type]
+    assert torch.equal(got.isneginf(), true.isneginf())
+    seen = ~true.isneginf()
+    error, allowed = ((x[seen].double() - true[seen]).norm() / true[seen].norm() for x in (got, reference))
+    assert error <= ALLOWED * allowed + 1e-6, f"error {error:.2e}, reference {allowed:.2e}"
+    cut = length // 2 // case.block_size * case.block_size
+    if cut:
+        rest = mass_scores(q[:, :, cut:], k8, query_start=cut, scales=scales, impl=impl, **options)  # type: ignore[arg-type]
+        assert torch.equal(rest, got[:, :, cut // case.block_size :])
+
+
+def check_oam_by_chunks_of_keys(impl: str, device: str) -> None:
+    """A chunk scored by its own keys and the summary alone gets the same bits as with all keys at hand."""
+    case = Scores(277, heads=2, kv_heads=1, block_size=16, stride=4)
+    q, k, v = case.inputs(device)
+    options: dict[str, object] = {"block_size": 16, "stride": 4, "impl": impl}
+    whole = oam_scores(q, k, v, **options)  # type: ignore[arg-type]
+    summary = KeySummary.allocate(
+        1, 1, case.length, case.head_dim, block_size=16, stride=4, device=q.device, dtype=key_sums_dtype(k, impl)
+    )
+    for begin, end in ((0, 96), (96, 112), (112, 240), (240, 277)):
+        chunk = slice(begin, end)
+        got = oam_scores(
+            q[:, :, chunk], k[:, :, chunk].clone(), v[:, :, chunk].clone(), query_start=begin, key_start=begin,
+            summary=summary, **options,
+        )  # type: ignore[arg-type]  # fmt: skip
+        rows = slice(begin // 16, -(-end // 16))
+        assert torch.equal(got, whole[:, :, rows, : got.shape[3]])

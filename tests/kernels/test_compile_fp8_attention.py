@@ -120,3 +120,13 @@ def test_decode(dim: int, capability: tuple[int, int]) -> None:
     arenas = (empty(KV_HEADS, LENGTH, dim), empty(KV_HEADS, dim, LENGTH))
     starts, lengths = empty(3, dtype=torch.int64), empty(3, dtype=torch.int32)
     check(lambda: triton.decode_attention_fp8(q, *arenas, scales(), starts, lengths, LENGTH, 0.1, None), capability)
+
+
+@pytest.mark.parametrize("capability", [ADA, HOPPER], ids=["sm89", "sm90"])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256] if FULL else [128])
+def test_mass_scores(dim: int, capability: tuple[int, int]) -> None:
+    from kernels.block_scores import triton_mass
+
+    q = empty(1, LENGTH, HEADS, dim, dtype=BF16).transpose(1, 2)
+    k = empty(1, KV_HEADS, 2 * LENGTH, dim)[:, :, :LENGTH]
+    check(lambda: triton_mass.mass_scores(q, k, 0, 128, 8, "mean", 0.1, scales()), capability)

@@ -10,7 +10,7 @@ from kernels.block_sparse_attention_fp8 import block_sparse_attention_fp8, choos
 from kernels.fp8_heads import FP8, HeadScales, fp8_obstacle, quantize_heads, write_kv
 from tests.kernels import fp8_cases as cases
 from tests.kernels.attention_cases import Case
-from tests.kernels.selection_cases import Decode
+from tests.kernels.selection_cases import Decode, Scores
 
 pytestmark = [
     pytest.mark.gpu,
@@ -71,6 +71,22 @@ def test_writing(length: int, dtype: torch.dtype, head_dim: int, poisoned: None)
 @pytest.mark.parametrize("case", cases.DECODE, ids=str)
 def test_decode(case: Decode, poisoned: None) -> None:
     cases.check_decode(case, "triton", "cuda")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Scores(1000, head_dim=dim, block_size=128, group=group, rows=rows, dtype=BF16)
+        for dim, group, rows in ((128, 4, "mean"), (64, 8, "sample"), (96, 16, "mean"), (256, 8, "mean"))
+    ],
+    ids=str,
+)
+def test_mass_scores(case: Scores, poisoned: None) -> None:
+    cases.check_mass(case, "triton", "cuda")
+
+
+def test_oam_scores_by_chunks_of_keys(poisoned: None) -> None:
+    cases.check_oam_by_chunks_of_keys("triton", "cuda")
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -7,7 +7,7 @@ import torch
 
 from tests.kernels import fp8_cases as cases
 from tests.kernels.attention_cases import Case
-from tests.kernels.selection_cases import Decode
+from tests.kernels.selection_cases import Decode, Scores
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Outputs in bfloat16 are tested on a GPU.
@@ -53,3 +53,21 @@ def test_writing(
 )
 def test_decode(case: Decode, impl: str, poisoned: None, rounding_to_nearest: None) -> None:
     cases.check_decode(case, impl, "cpu")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Scores(127, head_dim=96, group=32),
+        Scores(129, batch=2, block_size=16, group=1),
+        Scores(300, head_dim=128, block_size=128, group=8, rows="sample", dtype=FP16),
+    ],
+    ids=str,
+)
+def test_mass_scores(case: Scores, poisoned: None, rounding_to_nearest: None) -> None:
+    cases.check_mass(case, "triton", "cpu")
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_oam_scores_by_chunks_of_keys(impl: str, poisoned: None) -> None:
+    cases.check_oam_by_chunks_of_keys(impl, "cpu")
