@@ -17,11 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jobs.benchmark._attention_fp8 import Fp8Layer
+from jobs.benchmark._selection_fp8 import decode_case, mass_case
 from jobs.benchmark._stamp import stamp
 from jobs.benchmark.measure import isolated_ms, table, write_json
 from kernels.block_scores import KeySummary, key_sums_dtype, mass_scores, oam_scores
 from kernels.block_selection import BlockSelection, select_blocks
 from kernels.decode_attention import decode_attention
+from kernels.fp8_heads import fp8_obstacle
 from stem_core.budget import row_budgets
 from stem_core.config import StemConfig
 
@@ -61,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     for length in args.lengths:
         rows += prefill_rows(args, length, copy)
     for length in args.lengths:
-        rows.append(decode_row(args, length, copy))
+        rows += decode_rows(args, length, copy)
         torch.cuda.empty_cache()
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(table(rows, COLUMNS))
@@ -120,6 +123,11 @@ def prefill_rows(args: argparse.Namespace, length: int, copy: float) -> list[dic
         flops = 2 * D * args.heads * group * (length // group) * (length // group + 1) / 2
         name = f"mass scores, groups of {group}"
         rows.append(timed(length, name, partial(mass_scores, q, k, group=group), args.idle, bad, copy, flops=flops))
+        if not fp8_obstacle(q.device):
+            layer = Fp8Layer(q, k, v)
+            layer.prepare()
+            call, bad = mass_case(layer, group)
+            rows.append(timed(length, f"{name}, keys in fp8", call, args.idle, bad, copy, flops=flops))
     return rows
 
 
@@ -201,7 +209,7 @@ def check_mass(q: Tensor, k: Tensor, group: int) -> str:
     return ""
 
 
-def decode_row(args: argparse.Namespace, length: int, copy: float) -> dict[str, Any]:
+def decode_rows(args: argparse.Namespace, length: int, copy: float) -> list[dict[str, Any]]:
     S, D = args.documents, args.head_dim
     k, v = (torch.randn(args.kv_heads, S * length, D, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     q = torch.randn(S, args.heads, D, dtype=torch.bfloat16, device="cuda")
@@ -218,4 +226,12 @@ def decode_row(args: argparse.Namespace, length: int, copy: float) -> dict[str, 
         wanted = ((grouped @ keys.mT * D**-0.5).softmax(-1) @ values).flatten(0, 1)
         error = float((got[s].float() - wanted).norm() / wanted.norm())
         bad = bad or ("" if error < 1e-2 else f"decode document {s}: relative error {error:.1e}")
-    return timed(length, f"decode attention, {S} documents", call, args.idle, bad, copy, bytes=k.nbytes + v.nbytes)
+    name = f"decode attention, {S} documents"
+    rows = [timed(length, name, call, args.idle, bad, copy, bytes=k.nbytes + v.nbytes)]
+    if not fp8_obstacle(q.device):
+        layer = Fp8Layer(q[:, :, None].transpose(0, 2), k[None], v[None])
+        layer.prepare()
+        fp8_call, bad = decode_case(layer, q, S)
+        size = sum(arena.nbytes for arena in layer.arenas)
+        rows.append(timed(length, f"{name}, fp8", fp8_call, args.idle, bad, copy, bytes=size))
+    return rows
