@@ -104,9 +104,17 @@ def merge_kernel(
     tl.store(target, result.to(out.dtype.element_ty), mask=d < D)
 
 
-def _shares(kv_heads: int, longest: int, device: torch.device) -> int:
+def count_shares(kv_heads: int, longest: int, device: torch.device) -> int:
+    """Programs for one KV head of one document: enough that a document alone fills the GPU."""
     fill = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * kernels_device.multiprocessors(device), kv_heads)
     return max(1, min(fill, triton.cdiv(longest, MIN_SHARE)))
+
+
+def merge(partial: Tensor, partial_lse: Tensor, out: Tensor) -> None:
+    """out [S, H, D] from the shares' outputs float32 [S, H, shares, D] and base-2 log-sum-exps [S, H, shares]."""
+    S, H, shares, D = partial.shape
+    part = min(triton.next_power_of_2(shares), 8192 // triton.next_power_of_2(D))
+    merge_kernel[(H, S)](partial, partial_lse, out, *out.stride()[:2], D=D, SHARES=shares, PART=part, num_warps=4)
 
 
 def _tile(element_size: int, head_dim: int) -> dict[str, Any]:
@@ -130,7 +138,7 @@ def decode_attention(
         raise ValueError("the last dimension of q, k and v must be contiguous")
     S, H, D = q.shape
     kv_heads = k.shape[0]
-    shares = _shares(kv_heads, max_length if window is None else min(max_length, window), q.device)
+    shares = count_shares(kv_heads, max_length if window is None else min(max_length, window), q.device)
     partial = torch.empty(S, H, shares, D, dtype=torch.float32, device=q.device)
     partial_lse = torch.empty(S, H, shares, dtype=torch.float32, device=q.device)
     out = torch.empty(S, H, D, dtype=q.dtype, device=q.device)
@@ -141,6 +149,5 @@ def decode_attention(
         BG=max(16, triton.next_power_of_2(H // kv_heads)),
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", **_tile(q.element_size(), D),
     )  # fmt: skip
-    part = min(triton.next_power_of_2(shares), 8192 // triton.next_power_of_2(D))
-    merge_kernel[(H, S)](partial, partial_lse, out, *out.stride()[:2], D=D, SHARES=shares, PART=part, num_warps=4)
+    merge(partial, partial_lse, out)
     return out

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.decode_attention.triton import LOG2E, NO_WINDOW, _shares, merge_kernel
+from kernels.decode_attention.triton import LOG2E, NO_WINDOW, count_shares, merge
 from kernels.fp8_heads import HeadScales
 from kernels.fp8_heads.triton import key_at
 
@@ -102,7 +102,7 @@ def decode_attention_fp8(
     S, H, D = q.shape
     kv_heads = k.shape[0]
     longest = max_length if window is None else min(max_length, window + 15)
-    shares = _shares(kv_heads, longest, q.device)
+    shares = count_shares(kv_heads, longest, q.device)
     partial = torch.empty(S, H, shares, D, dtype=torch.float32, device=q.device)
     partial_lse = torch.empty(S, H, shares, dtype=torch.float32, device=q.device)
     out = torch.empty(S, H, D, dtype=q.dtype, device=q.device)
@@ -115,5 +115,5 @@ def decode_attention_fp8(
         BG=max(16, triton.next_power_of_2(H // kv_heads)), BN=max(32, min(128, 16384 // block_d)), STAGES=3,
         num_warps=4,
     )  # fmt: skip
-    merge_kernel[(H, S)](partial, partial_lse, out, *out.stride()[:2], D=D, SHARES=shares, num_warps=4)
+    merge(partial, partial_lse, out)
     return out
