@@ -11,6 +11,8 @@ from typing import Literal
 
 import torch
 
+from kernels import device as gpu
+
 Impl = Literal["auto", "reference", "triton", "gluon"]
 IMPLS: tuple[str, ...] = ("auto", "reference", "triton", "gluon")
 
@@ -50,7 +52,7 @@ def triton_unavailable(device: torch.device) -> str:
     if triton_version() is None:
         return "Triton is not installed: pip install triton"
     if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
+        capability = gpu.capability(device)
         if capability < (8, 0):
             return f"Triton kernels need compute capability 8.0, got {capability[0]}.{capability[1]}"
         return ""

@@ -25,6 +25,7 @@ from kernels.block_scores.triton import empty_scores
 from kernels.block_sparse_attention.descriptors import tma_obstacle, tma_strides
 from kernels.fp8_heads import HeadScales
 from kernels.fp8_heads.triton import to_fp8
+from kernels.sizes import ceil_div
 
 LOG2E = 1.4426950408889634
 PROGRAMS_PER_MULTIPROCESSOR = 2
@@ -227,10 +228,10 @@ def mass_scores(
         raise ValueError("the last dimension of q and k must be contiguous")
     N, H, query_tokens, D = q.shape
     kv_heads, device = k.shape[1], q.device
-    n_rows, n_keys = triton.cdiv(query_tokens, block_size), triton.cdiv(query_start + query_tokens, block_size)
+    n_rows, n_keys = ceil_div(query_tokens, block_size), ceil_div(query_start + query_tokens, block_size)
     hopper = kernels_device.capability(device) >= (9, 0)
     tile = _tile(k.element_size(), D, block_size, block_size // group, hopper)
-    row_tiles = triton.cdiv(n_rows, tile["BM"] // (block_size // group))
+    row_tiles = ceil_div(n_rows, tile["BM"] // (block_size // group))
     tiles = row_tiles * H * N
     programs = min(tiles, PROGRAMS_PER_MULTIPROCESSOR * kernels_device.multiprocessors(device))
 

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.block_selection import BlockSelection
+from kernels.sizes import ceil_div, power_of_2
 
 # Inline assembly does not run under Triton's interpreter.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -204,9 +205,9 @@ def select_blocks(
     N, H, rows, _ = scores.shape
     indices = torch.empty(N, H, rows, max_blocks, dtype=torch.int32, device=scores.device)
     counts = torch.empty(N, H, rows, dtype=torch.int32, device=scores.device)
-    width = max(512, triton.next_power_of_2(first_row + rows))
+    width = max(512, power_of_2(first_row + rows))
     turns = ROWS_PER_PROGRAM if rows * H * N > MANY_ROWS else 1
-    select_kernel[(triton.cdiv(rows, turns), N * H)](
+    select_kernel[(ceil_div(rows, turns), N * H)](
         scores, budgets, indices, counts, *scores.stride()[:3], H, rows, first_row, turns,
         sink_blocks, local_blocks, max_blocks, WIDTH=width, num_warps=max(1, min(16, width // 1024)), maxnreg=REGISTERS,
     )  # fmt: skip

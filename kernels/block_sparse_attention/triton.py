@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels import device
 from kernels.block_selection import BlockSelection
 from kernels.block_sparse_attention.descriptors import tma_obstacle, tma_strides
+from kernels.sizes import ceil_div, power_of_2
 
 LOG2E = 1.4426950408889634
 
@@ -208,7 +209,7 @@ def block_sparse_attention(
     the pointer path."""
     N, H, Lq, D = q.shape
     known = query_start + Lq
-    block_d = max(16, triton.next_power_of_2(D))
+    block_d = max(16, power_of_2(D))
     out = torch.empty(N, Lq, H, D, dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty(N, H, Lq, dtype=torch.float32, device=q.device) if return_lse else None
     tma = tma and not tma_obstacle(q, k, v, out)
@@ -220,7 +221,7 @@ def block_sparse_attention(
         indices = counts = out  # stand-ins, never read
     else:
         indices, counts = selection.indices.contiguous(), selection.counts.contiguous()
-    rows = triton.cdiv(Lq, block_size)
+    rows = ceil_div(Lq, block_size)
     operands: tuple[Tensor | TensorDescriptor, ...] = (q, k, v, out)
     if tiling.tma:
         operands = (

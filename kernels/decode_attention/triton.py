@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import device as kernels_device
+from kernels.sizes import ceil_div, power_of_2
 
 LOG2E = 1.4426950408889634
 # A share of fewer keys would spend its time on starting up.
@@ -106,20 +107,20 @@ def merge_kernel(
 
 def count_shares(kv_heads: int, longest: int, device: torch.device) -> int:
     """Programs for one KV head of one document: enough that a document alone fills the GPU."""
-    fill = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * kernels_device.multiprocessors(device), kv_heads)
-    return max(1, min(fill, triton.cdiv(longest, MIN_SHARE)))
+    fill = ceil_div(PROGRAMS_PER_MULTIPROCESSOR * kernels_device.multiprocessors(device), kv_heads)
+    return max(1, min(fill, ceil_div(longest, MIN_SHARE)))
 
 
 def merge(partial: Tensor, partial_lse: Tensor, out: Tensor) -> None:
     """out [S, H, D] from the shares' outputs float32 [S, H, shares, D] and base-2 log-sum-exps [S, H, shares]."""
     S, H, shares, D = partial.shape
-    part = min(triton.next_power_of_2(shares), 8192 // triton.next_power_of_2(D))
+    part = min(power_of_2(shares), 8192 // power_of_2(D))
     merge_kernel[(H, S)](partial, partial_lse, out, *out.stride()[:2], D=D, SHARES=shares, PART=part, num_warps=4)
 
 
 def _tile(element_size: int, head_dim: int) -> dict[str, Any]:
     """16 KiB of keys a step: three stages of keys and values leave room for two programs on a multiprocessor."""
-    row = element_size * triton.next_power_of_2(head_dim)
+    row = element_size * power_of_2(head_dim)
     return {"BN": max(16, min(128, 16384 // row)), "STAGES": 3, "num_warps": 4}
 
 
@@ -146,7 +147,7 @@ def decode_attention(
         q, k, v, starts, lengths, partial, partial_lse, scale * LOG2E, NO_WINDOW if window is None else window,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         KV_HEADS=kv_heads, GROUP=H // kv_heads, D=D, SHARES=shares,
-        BG=max(16, triton.next_power_of_2(H // kv_heads)),
+        BG=max(16, power_of_2(H // kv_heads)),
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", **_tile(q.element_size(), D),
     )  # fmt: skip
     merge(partial, partial_lse, out)
