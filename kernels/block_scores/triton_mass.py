@@ -121,12 +121,13 @@ def mass_kernel(
             total = tl.zeros((BM, DP), tl.float32)
             for u in range(ROW):
                 exists = token0 + u < query_tokens
-                at = (token0 + u).to(tl.int64)[:, None] * q_stride_t + d[None, :]
-                total += tl.load(source + at, mask=exists[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+                member = (token0 + u).to(tl.int64)[:, None] * q_stride_t + d[None, :]
+                total += tl.load(source + member, mask=exists[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
             query = total / tl.maximum(last_token - token0 + 1, 1)[:, None]
         else:
-            at = last_token.to(tl.int64)[:, None] * q_stride_t + d[None, :]
-            query = tl.load(source + at, mask=(token0 < query_tokens)[:, None] & (d < D)[None, :], other=0.0)
+            # Not `at` here: a name that the loop below binds to another shape would be carried from tile to tile.
+            sampled = last_token.to(tl.int64)[:, None] * q_stride_t + d[None, :]
+            query = tl.load(source + sampled, mask=(token0 < query_tokens)[:, None] & (d < D)[None, :], other=0.0)
         factor = scale_log2
         if FP8:
             own_scale = tl.load(q_scale + head % (KV_HEADS * GROUP))

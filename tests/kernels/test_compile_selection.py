@@ -44,6 +44,11 @@ def mass(dtype: torch.dtype, head_dim: int) -> None:
     triton_mass.mass_scores(q, k, 0, 128, 8, "mean", 0.1)
 
 
+def mass_of_samples(dtype: torch.dtype, head_dim: int) -> None:
+    q, k = prompt(dtype, head_dim)
+    triton_mass.mass_scores(q, k, 0, 32, 8, "sample", 0.1)
+
+
 def decode(dtype: torch.dtype, head_dim: int) -> None:
     arena = torch.empty(8, 4096, head_dim, dtype=dtype)
     starts, lengths = torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int32)
@@ -71,7 +76,7 @@ def check(launch: Callable[[], None], capability: tuple[int, int], spills: int, 
 
 @pytest.mark.parametrize("capability", [AMPERE, HOPPER], ids=["sm80", "sm90"])
 @pytest.mark.parametrize(("dtype", "head_dim"), TYPES, ids=str)
-@pytest.mark.parametrize(("launch", "kernels"), [(oam, 3), (mass, 1), (decode, 2), (decode_one_kv_head, 2)])
+@pytest.mark.parametrize(("launch", "kernels"), [(oam, 3), (mass, 1), (mass_of_samples, 1), (decode, 2), (decode_one_kv_head, 2)])
 def test_compiles(
     launch: Callable[[torch.dtype, int], None],
     kernels: int,
