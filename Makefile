@@ -11,8 +11,9 @@ demo: $(READY)
 compare: $(READY)
 	$(VENV)/bin/python -m jobs.demo --arms stem dense published
 
+# One thread for each of the two test processes: more would only wait for each other.
 test: $(READY)
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
