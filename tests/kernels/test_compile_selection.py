@@ -76,7 +76,9 @@ def check(launch: Callable[[], None], capability: tuple[int, int], spills: int, 
 
 @pytest.mark.parametrize("capability", [AMPERE, HOPPER], ids=["sm80", "sm90"])
 @pytest.mark.parametrize(("dtype", "head_dim"), TYPES, ids=str)
-@pytest.mark.parametrize(("launch", "kernels"), [(oam, 3), (mass, 1), (mass_of_samples, 1), (decode, 2), (decode_one_kv_head, 2)])
+@pytest.mark.parametrize(
+    ("launch", "kernels"), [(oam, 3), (mass, 1), (mass_of_samples, 1), (decode, 2), (decode_one_kv_head, 2)]
+)
 def test_compiles(
     launch: Callable[[torch.dtype, int], None],
     kernels: int,
