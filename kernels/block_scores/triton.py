@@ -174,7 +174,8 @@ def score_kernel(
     score = tl.where(j[None, :] <= i[:, None], acc * factor + value[None, :], float("-inf"))
     target = scores + (head.to(tl.int64) * rows + row_begin) * row_stride
     at = tl.arange(0, BM)[:, None] * row_stride + j[None, :]
-    tl.store(target + at, score, mask=(row < rows)[:, None] & (j < n_keys)[None, :])
+    # Up to the padded width, whose divisibility is known: 16-byte stores.
+    tl.store(target + at, score, mask=(row < rows)[:, None] & (j < row_stride)[None, :])
 
 
 def empty_scores(N: int, H: int, rows: int, n_keys: int, device: torch.device) -> Tensor:

@@ -17,14 +17,16 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.block_selection import BlockSelection
+from kernels.sizes import ceil_div, power_of_2
 
 # Inline assembly does not run under Triton's interpreter.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 # Starting a program costs about as much as a tenth of a row: with many rows each program takes several.
 ROWS_PER_PROGRAM = 2
 MANY_ROWS = 8192
-# Six warps on each quarter of a multiprocessor, without spills.
+# Rows of one warp: six of them on each quarter of a multiprocessor, without spills. Longer rows need more.
 REGISTERS = 80
+REGISTERS_WIDE = 128
 
 
 @triton.jit
@@ -120,17 +122,21 @@ def _drop_last_ties(x, threshold, keep, j):
 
 @triton.jit
 def _ranks(kept):
-    """int32 [WIDTH]: how many of kept [WIDTH] hold up to and including each place.
-
-    Prefix sums of four runs of 32 share an integer, a byte each: a quarter of the exchanges between threads."""
-    RUNS: tl.constexpr = kept.shape[0] // 128
-    byte = 8 * tl.arange(0, 4)
-    packed = tl.sum(tl.reshape(kept.to(tl.int32), (RUNS, 4, 32)) << byte[None, :, None], axis=1)
-    within = (tl.cumsum(packed, axis=1)[:, None, :] >> byte[None, :, None]) & 255
-    totals = (tl.sum(packed, axis=1)[:, None] >> byte[None, :]) & 255
-    flat = tl.reshape(totals, (RUNS * 4,))
-    before = tl.reshape(tl.cumsum(flat, axis=0) - flat, (RUNS, 4))
-    return tl.reshape(within + before[:, :, None], (kept.shape[0],))
+    """int32 [WIDTH]: how many of kept [WIDTH] hold up to and including each place."""
+    if kept.shape[0] > 1024:
+        ranks = tl.cumsum(kept.to(tl.int32), axis=0)
+    else:
+        # Within a warp. Prefix sums of four runs of 32 share an integer, a byte each: a quarter of the exchanges
+        # between threads.
+        RUNS: tl.constexpr = kept.shape[0] // 128
+        byte = 8 * tl.arange(0, 4)
+        packed = tl.sum(tl.reshape(kept.to(tl.int32), (RUNS, 4, 32)) << byte[None, :, None], axis=1)
+        within = (tl.cumsum(packed, axis=1)[:, None, :] >> byte[None, :, None]) & 255
+        totals = (tl.sum(packed, axis=1)[:, None] >> byte[None, :]) & 255
+        flat = tl.reshape(totals, (RUNS * 4,))
+        before = tl.reshape(tl.cumsum(flat, axis=0) - flat, (RUNS, 4))
+        ranks = tl.reshape(within + before[:, :, None], (kept.shape[0],))
+    return ranks
 
 
 @triton.jit
@@ -204,10 +210,11 @@ def select_blocks(
     N, H, rows, _ = scores.shape
     indices = torch.empty(N, H, rows, max_blocks, dtype=torch.int32, device=scores.device)
     counts = torch.empty(N, H, rows, dtype=torch.int32, device=scores.device)
-    width = max(512, triton.next_power_of_2(first_row + rows))
+    width = max(512, power_of_2(first_row + rows))
     turns = ROWS_PER_PROGRAM if rows * H * N > MANY_ROWS else 1
-    select_kernel[(triton.cdiv(rows, turns), N * H)](
+    select_kernel[(ceil_div(rows, turns), N * H)](
         scores, budgets, indices, counts, *scores.stride()[:3], H, rows, first_row, turns,
-        sink_blocks, local_blocks, max_blocks, WIDTH=width, num_warps=max(1, min(16, width // 1024)), maxnreg=REGISTERS,
+        sink_blocks, local_blocks, max_blocks, WIDTH=width, num_warps=max(1, min(16, width // 1024)),
+        maxnreg=REGISTERS if width <= 1024 else REGISTERS_WIDE,
     )  # fmt: skip
     return BlockSelection(indices, counts)
