@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.dispatch import Choice, check_impl, triton_unavailable
+from kernels.dispatch import Choice, choose_portable
 from kernels.fp8_heads import FP8, HeadScales, fp8_obstacle
 
 __all__ = ["KeySummary", "choose_block_scores", "key_sums_dtype", "mass_scores", "oam_scores"]
@@ -63,16 +63,7 @@ def key_sums_dtype(k: Tensor, impl: str = "auto") -> torch.dtype:
 
 def choose_block_scores(q: Tensor, impl: str = "auto") -> Choice:
     """The implementation that `oam_scores` and `mass_scores` use for queries like `q`."""
-    check_impl(impl)
-    if impl == "gluon":
-        raise ValueError("block_scores has no gluon implementation; use impl='triton' or 'reference'")
-    missing = triton_unavailable(q.device)
-    if impl == "triton" and missing:
-        raise ValueError(f"block_scores: impl='triton' cannot run: {missing}")
-    if impl == "auto":
-        on_gpu = q.device.type == "cuda" and not missing
-        return Choice("triton") if on_gpu else Choice("reference", missing if q.device.type == "cuda" else "")
-    return Choice(impl)
+    return choose_portable("block_scores", q.device, impl)
 
 
 def oam_scores(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.dispatch import Choice, check_impl, triton_unavailable
+from kernels.dispatch import Choice, choose_portable
 
 __all__ = ["BlockSelection", "choose_block_selection", "select_blocks"]
 
@@ -41,16 +41,7 @@ class BlockSelection:
 
 def choose_block_selection(device: torch.device, impl: str = "auto") -> Choice:
     """The implementation that `select_blocks` uses for tensors on `device`."""
-    check_impl(impl)
-    if impl == "gluon":
-        raise ValueError("block_selection has no gluon implementation; use impl='triton' or 'reference'")
-    missing = triton_unavailable(device)
-    if impl == "triton" and missing:
-        raise ValueError(f"block_selection: impl='triton' cannot run: {missing}")
-    if impl == "auto":
-        on_gpu = device.type == "cuda" and not missing
-        return Choice("triton") if on_gpu else Choice("reference", missing if device.type == "cuda" else "")
-    return Choice(impl)
+    return choose_portable("block_selection", device, impl)
 
 
 def select_blocks(
