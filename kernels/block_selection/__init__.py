@@ -58,7 +58,8 @@ def select_blocks(
 
     Row r stands for query block i = first_row + r, whose causal key blocks are 0..i. It keeps exactly
     min(i + 1, max(budgets[r], forced)) blocks, `forced` being its sink, local and diagonal blocks. Among equal scores
-    the lower block index wins. No host synchronisation.
+    the lower block index wins. A score that is NaN competes for nothing: its block is kept only as one of the forced
+    ones or in a row that keeps every block, and a row with too few other scores keeps fewer. No host synchronisation.
 
     scores:  float32 [N, H, rows, n_keys], n_keys >= first_row + rows; entries above the diagonal are ignored.
     budgets: int32 [rows] on the device of `scores`.

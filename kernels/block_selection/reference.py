@@ -18,15 +18,17 @@ def select_blocks(
     causal = j <= i
     forced = causal & ((j < sink_blocks) | (j > i - local_blocks))
     keep = torch.maximum(budgets.long(), forced.sum(-1)).minimum(i[:, 0] + 1).clamp(max=max_blocks)
+    everything = (keep > i[:, 0])[:, None]
+    hidden = ~causal | (scores.isnan() & ~forced & ~everything)
+    keep = keep.minimum((~hidden).sum(-1))
 
-    ranked = scores.masked_fill(~causal, -torch.inf).masked_fill(forced, torch.inf)
-    # Columns above the diagonal must lose against a causal block that scores -inf, hence the second key.
+    ranked = scores.masked_fill(hidden, -torch.inf).masked_fill(forced, torch.inf)
+    # Hidden columns must lose against a causal block that scores -inf, hence the second key.
     order = torch.argsort(ranked, dim=-1, descending=True, stable=True)
-    order = order.gather(-1, torch.argsort((~causal).expand_as(ranked).gather(-1, order).int(), dim=-1, stable=True))
+    order = order.gather(-1, torch.argsort(hidden.gather(-1, order).int(), dim=-1, stable=True))
     width = min(max_blocks, n_keys)
     slots = torch.arange(width, device=scores.device)
-    kept = torch.where(slots < keep[:, None], order[..., :width], n_keys).sort(dim=-1).values
+    kept = torch.where(slots < keep[..., None], order[..., :width], n_keys).sort(dim=-1).values
     if width < max_blocks:
         kept = torch.nn.functional.pad(kept, (0, max_blocks - width), value=n_keys)
-    counts = keep.int().expand(*scores.shape[:2], rows).contiguous()
-    return BlockSelection(indices=kept.int().contiguous(), counts=counts)
+    return BlockSelection(indices=kept.int().contiguous(), counts=keep.int())

@@ -203,8 +203,7 @@ def select_kernel(
 def select_blocks(
     scores: Tensor, budgets: Tensor, first_row: int, sink_blocks: int, local_blocks: int, max_blocks: int
 ) -> BlockSelection:
-    """See kernels.block_selection.select_blocks. A NaN among the scores is not kept, unless the row keeps
-    every block: such rows may keep fewer."""
+    """See kernels.block_selection.select_blocks."""
     if scores.stride(-1) != 1:
         raise ValueError("the last dimension of scores must be contiguous")
     N, H, rows, _ = scores.shape

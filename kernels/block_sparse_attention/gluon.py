@@ -36,6 +36,7 @@ from kernels.block_selection import BlockSelection
 from kernels.block_sparse_attention.descriptors import tma_strides
 from kernels.gluon_common import (
     advance,
+    count_turns,
     growth_declare,
     growth_note,
     growth_seen,
@@ -43,8 +44,7 @@ from kernels.gluon_common import (
     opaque,
     row_max,
     row_sum_partial,
-    tile_coordinates,
-    tile_number,
+    tile_of,
 )
 
 BLOCK = 128  # rows of a query block and of a key block
@@ -55,17 +55,16 @@ LOG2E = 1.4426950408889634
 @gluon.jit
 def produce(
     q_desc, k_desc, v_desc, indices, counts, q_s, k_s, v_s,
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, tiles, rows, row0, max_blocks,
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, rows, lanes, row0, max_blocks,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
 ):  # fmt: skip
     """One warp: per tile the two halves of Q, then K and V block by block, the diagonal block first."""
     stage = 0
     phase = 1
     q_phase = 1
-    for turn in range(gl.cdiv(tiles, gl.num_programs(0))):
-        tile = tile_number(turn)
-        if tile < tiles:
-            n, head, kv_head, row = tile_coordinates(tile, rows, KV_HEADS, GROUP)
+    for turn in range(count_turns(rows, lanes, GROUP)):
+        there, n, head, kv_head, row = tile_of(turn, rows, lanes, KV_HEADS, GROUP)
+        if there:
             if DENSE:
                 count = row0 + row + 1
                 kept = indices
@@ -101,7 +100,7 @@ def produce(
 @gluon.jit
 def consume(
     WARPGROUP: gl.constexpr, o_desc, lse, counts, q_s, k_s, v_s, o_s,
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, tiles, rows, row0, n_queries, log2_scale,
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, rows, lanes, row0, n_queries, log2_scale,
     D: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
     WITH_LSE: gl.constexpr,
 ):  # fmt: skip
@@ -122,10 +121,9 @@ def consume(
     no_scores = gl.zeros([64, 128], gl.float32, s_layout)
     no_output = gl.zeros([64, D], gl.float32, o_layout)
     growth_declare(WARPGROUP)
-    for turn in range(gl.cdiv(tiles, gl.num_programs(0))):
-        tile = tile_number(turn)
-        if tile < tiles:
-            n, head, kv_head, row = tile_coordinates(tile, rows, KV_HEADS, GROUP)
+    for turn in range(count_turns(rows, lanes, GROUP)):
+        there, n, head, kv_head, row = tile_of(turn, rows, lanes, KV_HEADS, GROUP)
+        if there:
             flat_head = n * (KV_HEADS * GROUP) + head
             count = row0 + row + 1 if DENSE else gl.load(counts + (flat_head * rows + row))
             # Prologue: the diagonal block. Its causal mask also hides the keys past the last token, which TMA
@@ -191,9 +189,9 @@ def consume(
 
 
 # Lengths change from call to call: specialising on them (== 1, % 16 == 0) would only compile the kernel again.
-@gluon.jit(do_not_specialize=["rows", "tiles", "row0", "n_queries", "max_blocks"])
+@gluon.jit(do_not_specialize=["rows", "lanes", "row0", "n_queries", "max_blocks"])
 def block_sparse_attention_hopper(
-    q_desc, k_desc, v_desc, o_desc, lse, indices, counts, rows, tiles, row0, n_queries, max_blocks, log2_scale,
+    q_desc, k_desc, v_desc, o_desc, lse, indices, counts, rows, lanes, row0, n_queries, max_blocks, log2_scale,
     D: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
     WITH_LSE: gl.constexpr,
 ):  # fmt: skip
@@ -221,13 +219,13 @@ def block_sparse_attention_hopper(
     # The producer warp is padded to four: 12 warps with 168 registers at entry, then 240 / 240 / 24.
     gl.warp_specialize([
         (consume, (0, o_desc, lse, counts, q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                   tiles, rows, row0, n_queries, log2_scale,
+                   rows, lanes, row0, n_queries, log2_scale,
                    D, KV_HEADS, GROUP, STAGES, DENSE, WITH_LSE)),
         (consume, (1, o_desc, lse, counts, q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                   tiles, rows, row0, n_queries, log2_scale,
+                   rows, lanes, row0, n_queries, log2_scale,
                    D, KV_HEADS, GROUP, STAGES, DENSE, WITH_LSE)),
         (produce, (q_desc, k_desc, v_desc, indices, counts, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty,
-                   v_full, v_empty, tiles, rows, row0, max_blocks, KV_HEADS, GROUP, STAGES, DENSE)),
+                   v_full, v_empty, rows, lanes, row0, max_blocks, KV_HEADS, GROUP, STAGES, DENSE)),
     ], [4, 1], [240, 24])  # fmt: skip
 
 
@@ -257,8 +255,7 @@ def block_sparse_attention(
     unused = out if selection is None else selection.counts
     indices = unused if selection is None else selection.indices.contiguous()
     counts = unused if selection is None else selection.counts.contiguous()
-    tiles = N * H * rows
-    block_sparse_attention_hopper[(min(device.multiprocessors(q.device), tiles),)](
+    block_sparse_attention_hopper[(min(device.multiprocessors(q.device), N * H * rows),)](
         _descriptor(q, HALF),
         _descriptor(k[:, :, :known], BLOCK),
         _descriptor(v[:, :, :known], BLOCK),
@@ -267,7 +264,7 @@ def block_sparse_attention(
         indices,
         counts,
         rows,
-        tiles,
+        N * kv_heads,
         query_start // BLOCK,
         Lq,
         indices.shape[-1],

@@ -44,13 +44,13 @@ from kernels.block_sparse_attention_fp8.step import (
 from kernels.fp8_heads import KEY_GROUP, HeadScales
 from kernels.gluon_common import (
     advance,
+    count_turns,
     growth_declare,
     growth_note,
     log2_approx,
     opaque,
     row_max,
-    tile_coordinates,
-    tile_number,
+    tile_of,
 )
 
 BLOCK = 128  # rows of a query block and of a key block
@@ -60,7 +60,7 @@ LOG2E = 1.4426950408889634
 
 @gluon.jit
 def produce(
-    q_desc, k_desc, v_desc, indices, counts, q_s, k_s, v_s, q_full, q_empty, full, empty, tiles, rows, row0, max_blocks,
+    q_desc, k_desc, v_desc, indices, counts, q_s, k_s, v_s, q_full, q_empty, full, empty, rows, lanes, row0, max_blocks,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
 ):  # fmt: skip
     """One warp: per tile the two halves of Q, then count + 2 steps: K of block j (j < count), V of block j - 2."""
@@ -68,10 +68,9 @@ def produce(
     stage = 0
     phase = 1
     q_phase = 1
-    for turn in range(gl.cdiv(tiles, gl.num_programs(0))):
-        tile = tile_number(turn)
-        if tile < tiles:
-            n, head, kv_head, row = tile_coordinates(tile, rows, KV_HEADS, GROUP)
+    for turn in range(count_turns(rows, lanes, GROUP)):
+        there, n, head, kv_head, row = tile_of(turn, rows, lanes, KV_HEADS, GROUP)
+        if there:
             if DENSE:
                 count = row0 + row + 1
                 kept = indices
@@ -120,7 +119,7 @@ def produce(
 @gluon.jit
 def consume(
     WARPGROUP: gl.constexpr, o_desc, lse, counts, q_scale, k_scale, v_scale, q_s, k_s, v_s, o_s,
-    q_full, q_empty, full, empty, tiles, rows, row0, n_queries, log2_scale,
+    q_full, q_empty, full, empty, rows, lanes, row0, n_queries, log2_scale,
     D: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
     WITH_LSE: gl.constexpr,
 ):  # fmt: skip
@@ -134,10 +133,9 @@ def consume(
     q_phase = 0
     q = q_s.index(WARPGROUP).reshape([64, D])
     growth_declare(WARPGROUP)
-    for turn in range(gl.cdiv(tiles, gl.num_programs(0))):
-        tile = tile_number(turn)
-        if tile < tiles:
-            n, head, kv_head, row = tile_coordinates(tile, rows, KV_HEADS, GROUP)
+    for turn in range(count_turns(rows, lanes, GROUP)):
+        there, n, head, kv_head, row = tile_of(turn, rows, lanes, KV_HEADS, GROUP)
+        if there:
             flat_head = n * (KV_HEADS * GROUP) + head
             count = row0 + row + 1 if DENSE else gl.load(counts + (flat_head * rows + row))
             factor = gl.load(q_scale + head) * gl.load(k_scale + kv_head) * log2_scale
@@ -203,10 +201,10 @@ def consume(
 
 
 # Lengths change from call to call: specialising on them (== 1, % 16 == 0) would only compile the kernel again.
-@gluon.jit(do_not_specialize=["rows", "tiles", "row0", "n_queries", "max_blocks"])
+@gluon.jit(do_not_specialize=["rows", "lanes", "row0", "n_queries", "max_blocks"])
 def block_sparse_attention_fp8_hopper(
     q_desc, k_desc, v_desc, o_desc, lse, indices, counts, q_scale, k_scale, v_scale,
-    rows, tiles, row0, n_queries, max_blocks, log2_scale,
+    rows, lanes, row0, n_queries, max_blocks, log2_scale,
     D: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
     WITH_LSE: gl.constexpr,
 ):  # fmt: skip
@@ -229,11 +227,11 @@ def block_sparse_attention_fp8_hopper(
     fence_async_shared()
     gl.warp_specialize([
         (consume, (0, o_desc, lse, counts, q_scale, k_scale, v_scale, q_s, k_s, v_s, o_s, q_full, q_empty, full, empty,
-                   tiles, rows, row0, n_queries, log2_scale, D, KV_HEADS, GROUP, STAGES, DENSE, WITH_LSE)),
+                   rows, lanes, row0, n_queries, log2_scale, D, KV_HEADS, GROUP, STAGES, DENSE, WITH_LSE)),
         (consume, (1, o_desc, lse, counts, q_scale, k_scale, v_scale, q_s, k_s, v_s, o_s, q_full, q_empty, full, empty,
-                   tiles, rows, row0, n_queries, log2_scale, D, KV_HEADS, GROUP, STAGES, DENSE, WITH_LSE)),
+                   rows, lanes, row0, n_queries, log2_scale, D, KV_HEADS, GROUP, STAGES, DENSE, WITH_LSE)),
         (produce, (q_desc, k_desc, v_desc, indices, counts, q_s, k_s, v_s, q_full, q_empty, full, empty,
-                   tiles, rows, row0, max_blocks, KV_HEADS, GROUP, STAGES, DENSE)),
+                   rows, lanes, row0, max_blocks, KV_HEADS, GROUP, STAGES, DENSE)),
     ], [4, 1], [240, 24])  # fmt: skip
 
 
@@ -266,8 +264,7 @@ def block_sparse_attention_fp8(
     unused = out if selection is None else selection.counts
     indices = unused if selection is None else selection.indices.contiguous()
     counts = unused if selection is None else selection.counts.contiguous()
-    tiles = N * H * rows
-    block_sparse_attention_fp8_hopper[(min(device.multiprocessors(q.device), tiles),)](
+    block_sparse_attention_fp8_hopper[(min(device.multiprocessors(q.device), N * H * rows),)](
         _descriptor(q, HALF, D),
         _descriptor(k[:, :, :known], BLOCK, D),
         _descriptor(vt[..., : -(-known // KEY_GROUP) * KEY_GROUP], D, BLOCK),
@@ -279,7 +276,7 @@ def block_sparse_attention_fp8(
         scales.k,
         scales.v,
         rows,
-        tiles,
+        N * kv_heads,
         query_start // BLOCK,
         Lq,
         indices.shape[-1],

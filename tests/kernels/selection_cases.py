@@ -231,26 +231,30 @@ def check_selection(kind: str, rows: int, first_row: int, impl: str, device: str
 
 
 def check_selection_of_nan(impl: str, device: str) -> None:
-    """Scores that are NaN are never kept, and whatever a row then lacks, its indices stay blocks of the row. Rows of a
-    wider tensor, at an odd stride."""
+    """A NaN score is kept by forced blocks and full rows only, and a row that lacks others keeps fewer: as the
+    reference does. Rows of a wider tensor, at an odd stride."""
     generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(1, 2, 150, 167, generator=generator)[..., 3:160]
+    scores = torch.randn(1, 3, 150, 167, generator=generator)[..., 3:160]
     scores[..., 100] = torch.nan
     scores[0, 0, 120:] = torch.nan
+    scores[0, 1, 110:, 30:] = torch.nan
+    scores[0, 2, :, 5:20] = -torch.inf
     budgets = torch.full((150,), 60, dtype=torch.int32)
+    budgets[50:60] = 56
     budgets[140:] = 1000
     got = select_blocks(scores.to(device), budgets.to(device), first_row=7, max_blocks=157, impl=impl)
-    wanted = select_blocks(scores.nan_to_num(-1e9), budgets, first_row=7, max_blocks=157, impl="reference")
-    assert_same(
-        BlockSelection(got.indices[:, 1:, :133].cpu(), got.counts[:, 1:, :133].cpu()),
-        BlockSelection(wanted.indices[:, 1:, :133], wanted.counts[:, 1:, :133]),
-    )
-    # Rows without a score keep what needs none.
-    lacking = got.counts[0, 0, 120:133].cpu()
-    assert (lacking == 8).all(), lacking
-    indices = torch.where(torch.arange(157, device=device) < got.counts[..., None], got.indices, 0).cpu()
-    assert (indices >= 0).all()
-    assert (indices <= torch.arange(7, 157)[:, None]).all()
+    got = BlockSelection(got.indices.cpu(), got.counts.cpu())
+    wanted = select_blocks(scores, budgets, first_row=7, max_blocks=157, impl="reference")
+    assert_same(got, wanted)
+    # Row r is block r + 7. Without a score a row keeps what needs none, with too few (30 less 4 sinks) those too.
+    assert (got.counts[0, 0, 120:140] == 8).all()
+    assert (got.counts[0, 1, 110:140] == 8 + 26).all()
+    assert (got.counts[0, 2, 60:140] == 60).all()
+    rows, block = torch.arange(7, 157)[:, None], torch.arange(157)
+    forced, full = (block < 4) | (block > rows - 4), got.counts == rows[:, 0] + 1
+    kept = got.to_mask(157)
+    assert not (kept & scores.isnan() & ~forced & ~full[..., None]).any()
+    assert not (kept & (block > rows)).any()
 
 
 @dataclass(frozen=True)

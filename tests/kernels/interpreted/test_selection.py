@@ -52,8 +52,9 @@ def test_selection(kind: str, rows: int, first_row: int, poisoned: None) -> None
     cases.check_selection(kind, rows, first_row, "triton", "cpu")
 
 
-def test_nan_is_never_selected(poisoned: None) -> None:
-    cases.check_selection_of_nan("triton", "cpu")
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nan_is_never_selected(impl: str, poisoned: None) -> None:
+    cases.check_selection_of_nan(impl, "cpu")
 
 
 @pytest.mark.parametrize("impl", IMPLS)
