@@ -1,0 +1,57 @@
+"""The Hopper kernels' tile schedule, the kernels' own code run on plain numbers: every tile once, and even loads."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from kernels import gluon_common
+
+PROGRAMS = 132  # multiprocessors of an H100
+TILE_COST = 2.5  # prologue and epilogue, in blocks
+
+
+def tiles_of_programs(
+    monkeypatch: pytest.MonkeyPatch, rows: int, batch: int, kv_heads: int, group: int
+) -> list[list[tuple[int, int, int]]]:
+    """For each program (batch, head, query block) of its tiles, in order."""
+    programs = min(PROGRAMS, batch * kv_heads * group * rows)
+    lanes = batch * kv_heads
+    program = SimpleNamespace(id=0)
+    language = SimpleNamespace(
+        num_programs=lambda axis: programs,
+        program_id=lambda axis: program.id,
+        cdiv=lambda a, b: -(-a // b),
+        where=lambda condition, a, b: a if condition else b,
+    )
+    monkeypatch.setattr(gluon_common, "gl", language)
+    loads = []
+    for program.id in range(programs):
+        turns = [
+            gluon_common.tile_of.fn(turn, rows, lanes, kv_heads, group)
+            for turn in range(gluon_common.count_turns.fn(rows, lanes, group))
+        ]
+        assert all(kv_head == head // group for there, _, head, kv_head, _ in turns if there)
+        loads.append([(n, head, row) for there, n, head, _, row in turns if there])
+    return loads
+
+
+@pytest.mark.parametrize("rows", [1, 2, 33, 64, 101])
+@pytest.mark.parametrize(("batch", "kv_heads", "group"), [(1, 8, 4), (1, 1, 8), (1, 4, 7), (2, 3, 5), (1, 32, 1)])
+def test_every_tile_once(monkeypatch: pytest.MonkeyPatch, rows: int, batch: int, kv_heads: int, group: int) -> None:
+    loads = tiles_of_programs(monkeypatch, rows, batch, kv_heads, group)
+    everything = [(n, head, row) for n in range(batch) for head in range(kv_heads * group) for row in range(rows)]
+    assert sorted(tile for load in loads for tile in load) == everything
+    assert all(loads), "a program without a tile"
+
+
+@pytest.mark.parametrize("density", [1.0, 0.25])
+@pytest.mark.parametrize("tokens", [4096, 8192, 12288, 16384, 32768])
+def test_loads_are_even(monkeypatch: pytest.MonkeyPatch, tokens: int, density: float) -> None:
+    loads = tiles_of_programs(monkeypatch, tokens // 128, 1, 8, 4)
+    costs = [
+        sum(min(row + 1, max(8, math.ceil(density * (row + 1)))) + TILE_COST for _, _, row in load) for load in loads
+    ]
+    assert max(costs) <= 1.03 * sum(costs) / len(costs)
