@@ -78,6 +78,7 @@ def oam_scores(
     scale: float | None = None,
     summary: KeySummary | None = None,
     key_start: int = 0,
+    fill_above: bool = True,
     impl: str = "auto",
 ) -> Tensor:
     """Stem's Output-Aware Metric for every causal pair of blocks (arXiv 2603.06274, sections on OAM).
@@ -95,6 +96,8 @@ def oam_scores(
     summary: holds the blocks of earlier chunks and is extended by this one's; the scores are the same with and without.
     key_start: first token of k and v, a multiple of block_size; the summary must hold the blocks before it. So a chunk
         can be scored by its own keys where those of earlier chunks exist in fp8 only.
+    fill_above: False leaves entries j > i undefined on GPUs, for `select_blocks`, which does not read them: in a long
+        prompt half of the scores need not be written then.
     Returns float32 [N, H, rows, n_keys], rows = ceil(Lq / block_size), n_keys = ceil((query_start + Lq) / block_size),
     -inf for j > i. Raises ValueError for shapes or types that do not fit.
     """
@@ -138,7 +141,9 @@ def oam_scores(
         from kernels.block_scores import triton as implementation
     else:
         from kernels.block_scores import reference as implementation  # type: ignore[no-redef]
-    return implementation.oam_scores(q, k, v, query_start, block_size, stride, value_weight, scale, summary, key_start)
+    return implementation.oam_scores(
+        q, k, v, query_start, block_size, stride, value_weight, scale, summary, key_start, fill_above
+    )
 
 
 def mass_scores(

@@ -77,6 +77,7 @@ def oam_scores(
     scale: float,
     summary: KeySummary,
     key_start: int = 0,
+    fill_above: bool = True,
 ) -> Tensor:
     """See kernels.block_scores.oam_scores."""
     end = query_start + q.shape[2]

@@ -5,6 +5,8 @@
     value_term  per KV head: running statistics and the value term of every key block.
     score       antidiagonal pairs of the sums as one GEMM over stride * D; only tiles with causal entries are made.
 
+A long prompt is cut into slices of heads, and the second and third step of a slice run beside the first of the next.
+
 Nothing depends on where a chunk begins: an offset sum is one program's, the GEMM adds up stride * D in one order
 whatever the tile, and the statistics are int64 fixed-point sums, which no order of addition changes.
 
@@ -15,8 +17,9 @@ for float32 inputs).
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
@@ -26,11 +29,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import device as kernels_device
 from kernels.block_scores import KeySummary
+from kernels.block_scores import triton_gemm as gemm
 from kernels.block_scores.reference import MIN_NORM, STD_EPS
+from kernels.sizes import ceil_div, power_of_2
 
 # Fixed point of the statistics: |log norm| < 89 in float32, so a million groups leave the squares below 2^62.
 FIXED_POINT = tl.constexpr(float(1 << 28))
 MAX_SQUARE = tl.constexpr(3.0e38)
+# Pairs of blocks (over all heads) from which on a call is cut into slices, and how many slices.
+OVERLAP_PAIRS = 1 << 23
+OVERLAP_SLICES = int(os.environ.get("STEMLINE_OAM_SLICES", "4"))
 
 
 @triton.jit
@@ -129,55 +137,6 @@ def value_term_kernel(
         square_before += tl.sum(squares_in_block, axis=0)
 
 
-@triton.jit
-def _load_tile(
-    source, row, row_end, at, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr
-):
-    """[ROWS, COLUMNS] from a row-major [row_end, WIDTH]; zeros past the last row. source: descriptor or pointer."""
-    if TMA:
-        tile = source.load([row, at])
-    else:
-        r = row + tl.arange(0, ROWS)[:, None]
-        pointers = source + r.to(tl.int64) * WIDTH + at + tl.arange(0, COLUMNS)[None, :]
-        tile = tl.load(pointers, mask=r < row_end, other=0.0)
-    return tile
-
-
-@triton.jit(do_not_specialize=["rows", "first_row", "n_keys", "query_end", "key_end", "max_key_blocks"])
-def score_kernel(
-    query_sums, key_sums, value_term, scores, rows, first_row, n_keys, row_stride, query_end, key_end, max_key_blocks,
-    full, edge, corner,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, STRIDE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """Program (key tile, row tile, n * H + h): scores of BM query blocks against BN key blocks."""
-    col0 = tl.program_id(0) * BN
-    row_begin = tl.program_id(1) * BM
-    head = tl.program_id(2)
-    acc = tl.zeros((BM, BN), tl.float32)
-    if col0 < first_row + row_begin + BM:
-        query_row = head * rows + row_begin
-        key_row = head // GROUP * max_key_blocks + col0
-        for at in range(0, STRIDE * D, BK):
-            # A query sum at offset g meets the key sum at offset STRIDE - 1 - g. BK divides D: a step is in one g.
-            g = at // D
-            x = _load_tile(query_sums, query_row, query_end, at, STRIDE * D, BM, BK, TMA)
-            y = _load_tile(key_sums, key_row, key_end, (STRIDE - 1 - 2 * g) * D + at, STRIDE * D, BN, BK, TMA)
-            acc = tl.dot(x, y.T, acc, input_precision=PRECISION)
-    row = row_begin + tl.arange(0, BM)
-    i = first_row + row
-    j = col0 + tl.arange(0, BN)
-    value = tl.load(value_term + (head // GROUP).to(tl.int64) * n_keys + j, mask=j < n_keys, other=0.0)
-    # 1 / (pairs * sqrt(D)): pairs of full blocks, of a part-filled last row, and of that row with its own block.
-    last = rows - 1
-    factor = tl.where((row == last)[:, None], tl.where((j == n_keys - 1)[None, :], corner, edge), full)
-    score = tl.where(j[None, :] <= i[:, None], acc * factor + value[None, :], float("-inf"))
-    target = scores + (head.to(tl.int64) * rows + row_begin) * row_stride
-    at = tl.arange(0, BM)[:, None] * row_stride + j[None, :]
-    # Up to the padded width, whose divisibility is known: 16-byte stores.
-    tl.store(target + at, score, mask=(row < rows)[:, None] & (j < row_stride)[None, :])
-
-
 def empty_scores(N: int, H: int, rows: int, n_keys: int, device: torch.device) -> Tensor:
     """[N, H, rows, n_keys] with rows 16 scores apart or a multiple of it: kernels are compiled once for such strides,
     and not again for other prompt lengths."""
@@ -189,27 +148,73 @@ def sums_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-def _tiles(sums: torch.dtype, head_dim: int, hopper: bool) -> dict[str, Any]:
-    # BK must divide the head dimension: 32 serves 96 and every other multiple of 32.
-    narrow = next(width for width in (64, 32, 16, 8, 4, 2, 1) if head_dim % width == 0)
-    if sums == torch.bfloat16:
-        # The wider tile needs more shared memory than earlier cards have.
-        return {"BM": 128, "BN": 256 if hopper else 128, "BK": narrow, "num_warps": 8, "num_stages": 4 if hopper else 3}
-    return {"BM": 64, "BN": 64, "BK": min(narrow, 32), "num_warps": 4, "num_stages": 3}
+@lru_cache(maxsize=16)
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)
 
 
-@lru_cache(maxsize=256)
-def _pair_factors(last_row: int, last_block: int, block_size: int, stride: int, scale: float) -> tuple[float, ...]:
-    """scale / pairs for full blocks, for a last row of last_row tokens with full key blocks, and for that row with the
-    last key block, of last_block tokens."""
+@dataclass(frozen=True)
+class _Call:
+    """What the launches of one call share: blocks and tokens of the chunk, lengths of a block and of a stride."""
 
-    def counts(tokens: int) -> list[int]:
-        return [len(range(offset, tokens, stride)) for offset in range(stride)]
+    rows: int
+    query_tokens: int
+    first_row: int
+    n_keys: int
+    key_tokens: int
+    block_size: int
+    stride: int
+    value_weight: float
+    scale: float
+    precision: str
+    fill_above: bool
 
-    full, last, own = counts(block_size), counts(last_row), counts(last_block)
-    sides = ((full, full), (last, full), (last, own))
-    pairs = [sum(a * b for a, b in zip(left, reversed(right), strict=True)) for left, right in sides]
-    return tuple(scale / max(count, 1) for count in pairs)
+    def summarise(
+        self, q: Tensor, k: Tensor, v: Tensor, query_sums: Tensor, key_sums: Tensor, log_norms: Tensor, known: int,
+        held: int,
+    ) -> None:  # fmt: skip
+        """Write the sums of all queries, and sums and norms of the key blocks from `known` on; k and v begin with key
+        block `held`."""
+        H, KV, key_blocks = q.shape[1], k.shape[1], self.n_keys - known
+        # The kernel counts blocks and tokens from the first key that it was given.
+        summarise_kernel[(H + 2 * KV, max(self.rows, key_blocks), q.shape[0])](
+            q, k, v, query_sums, key_sums[:, :, held:], log_norms[:, :, held:],
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            self.rows, self.query_tokens, known - held, key_blocks, self.key_tokens - held * self.block_size,
+            key_sums.shape[2], H=H, KV_HEADS=KV, D=q.shape[3], BLOCK=self.block_size, STRIDE=self.stride,
+            MIN_SQUARE=MIN_NORM**2, num_warps=4,
+        )  # fmt: skip
+
+    def score(
+        self, query_sums: Tensor, key_sums: Tensor, log_norms: Tensor, value_term: Tensor, scores: Tensor, beside: bool
+    ) -> None:
+        """Write value_term and scores. beside: leave room on every multiprocessor for another kernel."""
+        N, KV, max_blocks, _, D = key_sums.shape
+        groups, device, group = self.block_size // self.stride, scores.device, scores.shape[1] // KV
+        # From 32 blocks on, the layout and with it the order of a block's sum does not depend on the width.
+        width = max(32, min(power_of_2(self.n_keys), 8192 // groups))
+        value_term_kernel[(N * KV,)](
+            log_norms, value_term, self.n_keys, max_blocks, self.value_weight,
+            GROUPS=groups, WIDTH=width, EPS=STD_EPS, num_warps=max(1, min(16, width * groups // 256)),
+        )  # fmt: skip
+        tma = kernels_device.capability(device) >= (9, 0)
+        tile = gemm.choose_tile(key_sums.dtype, D, tma)
+        head_tiles = gemm.count_head_tiles(self.rows, self.first_row, group, tile["BM"], tile["BN"])
+        tiles = N * KV * head_tiles
+        if beside:
+            # A fourth stage takes so much shared memory that a multiprocessor holds one program only.
+            tile["num_stages"] = 4
+        keys = key_sums.view(N * KV * max_blocks, self.stride * D)
+        last_row = (self.query_tokens - 1) % self.block_size + 1
+        last_block = (self.key_tokens - 1) % self.block_size + 1
+        gemm.score_kernel[(min(tiles, kernels_device.multiprocessors(device)) if beside else tiles,)](
+            TensorDescriptor.from_tensor(query_sums, [tile["BM"], tile["BK"]]) if tma else query_sums,
+            TensorDescriptor.from_tensor(keys, [tile["BN"], tile["BK"]]) if tma else keys,
+            value_term, scores, self.rows, self.first_row, self.n_keys, scores.stride(2), query_sums.shape[0],
+            keys.shape[0], max_blocks, tiles, head_tiles,
+            *gemm.pair_factors(last_row, last_block, self.block_size, self.stride, self.scale),
+            GROUP=group, D=D, STRIDE=self.stride, TMA=tma, PRECISION=self.precision, FILL=self.fill_above, **tile,
+        )  # fmt: skip
 
 
 def oam_scores(
@@ -223,6 +228,7 @@ def oam_scores(
     scale: float,
     summary: KeySummary,
     key_start: int = 0,
+    fill_above: bool = True,
 ) -> Tensor:
     """See kernels.block_scores.oam_scores. block_size and stride must be powers of two."""
     if block_size & (block_size - 1) or stride & (stride - 1):
@@ -230,43 +236,37 @@ def oam_scores(
     N, H, query_tokens, D = q.shape
     kv_heads, device = k.shape[1], q.device
     end = query_start + query_tokens
-    rows, n_keys = triton.cdiv(query_tokens, block_size), triton.cdiv(end, block_size)
-    max_key_blocks = summary.key_sums.shape[2]
-    sums = summary.key_sums.dtype
-    key_blocks = n_keys - summary.blocks
-    # The kernel counts blocks and tokens from the first key that it was given.
-    held = key_start // block_size
-
-    query_sums = torch.empty(N * H * rows, stride * D, dtype=sums, device=device)
+    rows, n_keys = ceil_div(query_tokens, block_size), ceil_div(end, block_size)
+    precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
+    call = _Call(
+        rows, query_tokens, query_start // block_size, n_keys, end, block_size, stride, value_weight, scale, precision,
+        fill_above,
+    )  # fmt: skip
+    key_sums, log_norms, known, held = summary.key_sums, summary.log_norms, summary.blocks, key_start // block_size
+    query_sums = torch.empty(N * H * rows, stride * D, dtype=key_sums.dtype, device=device)
     value_term = torch.empty(N * kv_heads, n_keys, dtype=torch.float32, device=device)
     scores = empty_scores(N, H, rows, n_keys, device)
-
-    summarise_kernel[(H + 2 * kv_heads, max(rows, key_blocks), N)](
-        q, k, v, query_sums, summary.key_sums[:, :, held:], summary.log_norms[:, :, held:],
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        rows, query_tokens, summary.blocks - held, key_blocks, end - key_start, max_key_blocks,
-        H=H, KV_HEADS=kv_heads, D=D, BLOCK=block_size, STRIDE=stride, MIN_SQUARE=MIN_NORM**2, num_warps=4,
-    )  # fmt: skip
-    summary.blocks = max(summary.blocks, end // block_size)
-
-    groups = block_size // stride
-    # From 32 blocks on, the layout and with it the order of a block's sum does not depend on the width.
-    width = max(32, min(triton.next_power_of_2(n_keys), 8192 // groups))
-    value_term_kernel[(N * kv_heads,)](
-        summary.log_norms, value_term, n_keys, max_key_blocks, value_weight,
-        GROUPS=groups, WIDTH=width, EPS=STD_EPS, num_warps=max(1, min(16, width * groups // 256)),
-    )  # fmt: skip
-
-    key_sums = summary.key_sums.view(N * kv_heads * max_key_blocks, stride * D)
-    tma = kernels_device.capability(device) >= (9, 0)
-    tiles = _tiles(sums, D, tma)
-    last_row, last_block = (query_tokens - 1) % block_size + 1, (end - 1) % block_size + 1
-    full, edge, corner = _pair_factors(last_row, last_block, block_size, stride, scale)
-    score_kernel[(triton.cdiv(n_keys, tiles["BN"]), triton.cdiv(rows, tiles["BM"]), N * H)](
-        TensorDescriptor.from_tensor(query_sums, [tiles["BM"], tiles["BK"]]) if tma else query_sums,
-        TensorDescriptor.from_tensor(key_sums, [tiles["BN"], tiles["BK"]]) if tma else key_sums,
-        value_term, scores, rows, query_start // block_size, n_keys, scores.stride(2), query_sums.shape[0],
-        key_sums.shape[0], max_key_blocks, full, edge, corner, H=H, GROUP=H // kv_heads, D=D, STRIDE=stride, TMA=tma,
-        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", **tiles,
-    )  # fmt: skip
+    slices = _slices(N, kv_heads, H * rows * n_keys, device)
+    if slices == 1:
+        call.summarise(q, k, v, query_sums, key_sums, log_norms, known, held)
+        call.score(query_sums, key_sums, log_norms, value_term, scores, False)
+    else:
+        main, side = torch.cuda.current_stream(device), _side_stream(device)
+        kv, group = kv_heads // slices, H // kv_heads
+        for first in range(0, kv_heads, kv):
+            some, heads = slice(first, first + kv), slice(first * group, (first + kv) * group)
+            part = (query_sums[heads.start * rows : heads.stop * rows], key_sums[:, some], log_norms[:, some])
+            call.summarise(q[:, heads], k[:, some], v[:, some], *part, known, held)
+            side.wait_event(main.record_event())
+            with torch.cuda.stream(side):
+                call.score(*part, value_term[some], scores[:, heads], True)
+        main.wait_stream(side)
+    summary.blocks = max(known, end // block_size)
     return scores
+
+
+def _slices(batch: int, kv_heads: int, pairs: int, device: torch.device) -> int:
+    """Into how many slices of heads a call is cut, so that the sums of a slice are multiplied (tensor cores) while the
+    next slice is read (memory). pairs: of blocks, over all heads; few are not worth the launches."""
+    worth = batch == 1 and pairs >= OVERLAP_PAIRS and kernels_device.capability(device) >= (9, 0)
+    return OVERLAP_SLICES if worth and device.type == "cuda" and kv_heads % OVERLAP_SLICES == 0 else 1

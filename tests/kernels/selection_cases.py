@@ -176,6 +176,20 @@ def check_causal(case: Scores, impl: str, device: str) -> None:
         assert torch.equal(old[-1:], single)
 
 
+def check_unfilled(case: Scores, impl: str, device: str) -> None:
+    """Without the entries above the diagonal: the others are the same, and so is what is selected."""
+    q, k, v = case.inputs(device)
+    whole, part = oam(case, q, k, v, impl), oam(case, q, k, v, impl, fill_above=False)
+    n = whole.shape[-1]
+    block = torch.arange(n, device=device)
+    causal = (block <= block[:, None]).expand_as(whole)
+    assert whole[~causal].isneginf().all()
+    assert torch.equal(part[causal], whole[causal])
+    budgets = (block // 3 + 2).int()
+    got, wanted = (select_blocks(scores, budgets, max_blocks=n, impl=impl) for scores in (part, whole))
+    assert_same(got, wanted)
+
+
 def check_mass_far_from_reference(impl: str, device: str) -> None:
     """Later blocks whose scores lie hundreds of powers of two above all earlier ones: exact, and in any chunks."""
     case = Scores(300, dtype=FP32)

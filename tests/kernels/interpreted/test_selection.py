@@ -42,6 +42,11 @@ def test_later_tokens_and_neighbours_change_nothing(impl: str, poisoned: None) -
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_without_entries_above_the_diagonal(impl: str, poisoned: None) -> None:
+    cases.check_unfilled(Scores(300, heads=4, kv_heads=2, block_size=16, stride=4), impl, "cpu")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_mass_far_above_its_reference(impl: str, poisoned: None) -> None:
     cases.check_mass_far_from_reference(impl, "cpu")
 
