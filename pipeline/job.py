@@ -6,14 +6,17 @@ import contextlib
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import manifest
 from pipeline.config import JobConfig, from_mapping
-from pipeline.errors import JobError
+from pipeline.errors import JobError, one_line
 from pipeline.imports import check_kernels
 from pipeline.plan import Plan, make_plan, make_worker_config, survey_input
 from pipeline.progress import Progress
@@ -48,13 +51,14 @@ def run(
     store.create()
     with store.locked():
         messages = [*survey.messages, *recover(store)]
-        if store.remote:
-            messages.append("an object store has no lock: see to it that no other job writes to this output")
         plan = make_plan(survey, store)
+        if plan.outdated:
+            ids = pa.array(plan.outdated, pa.string())
+            drop_rows(store, lambda table: pc.invert(pc.is_in(table["document_id"], value_set=ids)))
         if config.retry_failed and plan.already:
             dropped = drop_rows(store, lambda table: pc.equal(table["status"], "ok"))
             messages.append(f"--retry-failed: {dropped:,} documents are done again")
-            plan = make_plan(survey, store)
+            plan = replace(make_plan(survey, store), messages=plan.messages)
         messages += plan.messages
         if not len(plan.pending):
             messages.append(f"nothing to do: all {len(survey.catalogue):,} documents have a row in {store.name}")
@@ -68,6 +72,8 @@ def _execute(
     plan: Plan, store: Store, messages: list[str], engine_factory: str, progress: Progress | None, grace: float | None
 ) -> JobReport:
     # Ray and the engine are imported here, so that "nothing to do" and user errors come at once.
+    from ray.exceptions import RayError
+
     from pipeline.ray_pool import RayPool, connected, divide
     from pipeline.scheduler import Limits, Scheduler, StopRequestedError
     from pipeline.worker import GRACE_SECONDS
@@ -116,17 +122,16 @@ def _execute(
                     should_stop=flag.is_set,
                     log=progress.message,
                 )
-                try:
-                    scheduler.run()
-                    sink.flush()
-                    stats = _stats(pool, clock.seconds, sink)
-                except StopRequestedError:
-                    stopped = True
-                finally:
-                    sink.flush()
-                    pool.close()
-    finally:
+                with contextlib.closing(pool), _flushed(sink):
+                    try:
+                        scheduler.run()
+                        sink.flush()
+                        stats = _stats(pool, clock.seconds, sink)
+                    except StopRequestedError:
+                        stopped = True
         sink.flush()
+    except RayError as error:
+        raise JobError(f"Ray failed: {one_line(error, 300)}; what was finished is written, run it again") from None
     progress.finish()
     if not stopped and config.compact and len(part_names(store)) > COMPACT_ABOVE:
         compact(store)
@@ -140,6 +145,18 @@ def _execute(
         store, len(survey.catalogue), done_now=sink.rows_written, seconds=clock.seconds, stopped=stopped,
         messages=tuple(messages), stats=stats,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _flushed(sink: Sink) -> Iterator[None]:
+    """Write what is finished before anything else is cleared away, also when the block fails."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(JobError):  # the reason why the block failed is told, not this
+            sink.flush()
+        raise
+    sink.flush()
 
 
 class _Clock:
@@ -177,7 +194,8 @@ def _write_unreadable(pending: Catalogue, sink: Sink, progress: Progress) -> Cat
     keep = np.ones(len(pending), dtype=bool)
     for position in sorted(pending.errors):
         document = pending.document(position)
-        row = new_row(document.document_id, document.source, "error", document.error, finished_at=utc_now())
+        stamp = {"input_stamp": document.stamp, "finished_at": utc_now()}
+        row = new_row(document.document_id, document.source, "error", document.error, **stamp)
         keep[position] = False
         progress.add(row, document.size_bytes)
         sink.add(row)

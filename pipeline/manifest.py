@@ -18,9 +18,12 @@ from pipeline.source.files import SourceFile, content_stamp, open_filesystem, sa
 from pipeline.store import Store
 
 NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 # Local inputs up to so many bytes are fingerprinted by content, larger and remote ones by size and time of change.
 CONTENT_BYTES = 1 << 30
+# A changed file is no other job: the documents that changed in it are done again.
+DECIDING = ("config", "model", "prompt", "reading")
+READING = ("text_column", "id_column", "keep_columns", "shard")
 MODEL_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".bin", ".py")
 
 
@@ -75,8 +78,8 @@ def hub_commit(model: str, revision: str | None) -> str:
     return str(getattr(config, "_commit_hash", None) or revision or "")
 
 
-def input_fingerprint(files: list[SourceFile], config: JobConfig) -> str:
-    """Over the input's files and how they are read."""
+def input_fingerprint(files: list[SourceFile]) -> str:
+    """Over the input's files; only recorded, since each row knows what it was made from (Row.input_stamp)."""
     local = all(not file.filesystem for file in files) and sum(file.size for file in files) <= CONTENT_BYTES
     stamps = []
     for file in files:
@@ -87,17 +90,17 @@ def input_fingerprint(files: list[SourceFile], config: JobConfig) -> str:
             except OSError:
                 stamp = "unreadable"
         stamps.append((file.label, file.kind, file.size, stamp))
-    how = (config.text_column, config.id_column, config.keep_columns, config.shard_pair())
-    return _digest([how, hashlib.sha256(json.dumps(sorted(stamps)).encode()).hexdigest()])
+    return _digest(sorted(stamps))
 
 
 def fingerprints(config: JobConfig, files: list[SourceFile], task: Task) -> dict[str, str]:
-    """The four fingerprints that decide whether two runs are the same job."""
+    """The fingerprints of a job. Those in DECIDING must be the same for a run to go on where another stopped."""
     return {
         "config": config.fingerprint(),
         "model": model_fingerprint(config.model, config.revision, config.load_format != "dummy"),
         "prompt": task.fingerprint(),
-        "input": input_fingerprint(files, config),
+        "reading": _digest([config.text_column, config.id_column, config.keep_columns, config.shard_pair()]),
+        "input": input_fingerprint(files),
     }
 
 
@@ -106,6 +109,7 @@ def config_values(config: JobConfig) -> dict[str, Any]:
     values = asdict(config)
     values["input"] = [safe_name(item) for item in config.input]
     values["output"] = safe_name(config.output)
+    values["keep_columns"] = list(config.keep_columns)
     return values
 
 
@@ -127,12 +131,12 @@ def load(store: Store) -> dict[str, Any] | None:
 
 def check(old: dict[str, Any], new: dict[str, str], config: JobConfig, store: Store) -> list[str]:
     """What differs from the earlier run, in words; empty if nothing does. Raises JobError if so and not --force."""
-    changed = [name for name, value in new.items() if old["fingerprints"].get(name) != value]
+    changed = [name for name in DECIDING if old["fingerprints"].get(name) != new[name]]
     if not changed:
         return []
     words = []
     for name in changed:
-        details = _changed_settings(old, config) if name == "config" else []
+        details = _changed_settings(old, config, name) if name in ("config", "reading") else []
         words.append(f"{name} ({', '.join(details)})" if details else name)
     text = ", ".join(words)
     if config.force:
@@ -143,10 +147,11 @@ def check(old: dict[str, Any], new: dict[str, str], config: JobConfig, store: St
     )
 
 
-def _changed_settings(old: dict[str, Any], config: JobConfig) -> list[str]:
+def _changed_settings(old: dict[str, Any], config: JobConfig, kind: str) -> list[str]:
     before, now = old.get("config", {}), config_values(config)
     names = [item.name for item in fields(JobConfig) if item.metadata["changes_output"]]
-    return [f"{name}: {before.get(name)!r} -> {now[name]!r}" for name in names if before.get(name) != now[name]]
+    pairs = {name: (before.get(name), now[name]) for name in (names if kind == "config" else READING)}
+    return [f"{name}: {was!r} -> {is_!r}" for name, (was, is_) in pairs.items() if was != is_]
 
 
 def save(store: Store, config: JobConfig, prints: dict[str, str], **more: Any) -> None:

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline import manifest
 from pipeline.config import JobConfig
 from pipeline.errors import DocumentError, JobError
 from pipeline.prompts import Task, make_task
 from pipeline.records import result_schema
-from pipeline.sink import done_ids, part_names
-from pipeline.source import Catalogue, DocumentReader, find_files, list_documents
+from pipeline.sink import done_rows, part_names
+from pipeline.source import Catalogue, Document, DocumentReader, find_files, input_hash, list_documents
 from pipeline.store import Store
 
 
@@ -33,12 +34,17 @@ class Survey:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is left to do. pending: documents without a row. already: rows that an earlier run left."""
+    """What is left to do.
+
+    pending: documents without a row, or with a row of an earlier text. already: rows that an earlier run left and that
+    stay. outdated: ids whose documents have changed since; their rows must go before the documents are done again.
+    """
 
     survey: Survey
     pending: Catalogue
     already: int
     messages: tuple[str, ...]
+    outdated: tuple[str, ...] = ()
 
 
 def survey_input(config: JobConfig) -> Survey:
@@ -61,13 +67,58 @@ def survey_input(config: JobConfig) -> Survey:
 def make_plan(survey: Survey, store: Store) -> Plan:
     """Compare the input with what the output holds; changes nothing.
 
-    Raises JobError if the output was made from something else and --force is not given.
+    Raises JobError if the output was made with something else, or holds rows of other documents, and --force is not
+    given.
     """
     if not part_names(store):
         return Plan(survey, survey.catalogue, 0, ())
     messages = _compare_with_earlier(survey.config, store, survey.prints)
-    ids = done_ids(store)
-    return Plan(survey, survey.catalogue.without(ids), len(ids), tuple(messages))
+    rows = done_rows(store)
+    stay, outdated, gone = _sort_rows(survey, rows)
+    if gone:
+        what = f"{len(gone):,} rows are of documents that the input does not hold, e.g. {gone[0]!r}"
+        if not survey.config.force:
+            raise JobError(f"--output {store.name}: {what}; choose another output, or --force to keep them")
+        messages.append(f"{what}; kept with --force")
+    if outdated:
+        messages.append(f"{len(outdated):,} documents have changed since, e.g. {outdated[0]!r}; they are done again")
+    ids = rows["document_id"].take(pa.array(stay, pa.int64()))
+    return Plan(survey, survey.catalogue.without(ids), len(ids), tuple(messages), tuple(outdated))
+
+
+def _sort_rows(survey: Survey, rows: pa.Table) -> tuple[list[int], list[str], list[str]]:
+    """The rows' numbers that stay, ids of documents that changed, ids of rows whose document is gone.
+
+    The stamp decides where it is the same; where it is not, the document is read and its hash does.
+    """
+    catalogue = survey.catalogue
+    ids = rows["document_id"].cast(pa.large_string())
+    positions = pc.index_in(ids, value_set=catalogue.ids).to_pylist()
+    stay, doubtful, outdated, gone = [], [], [], []
+    for number, (position, stamp) in enumerate(zip(positions, rows["input_stamp"].to_pylist(), strict=True)):
+        if position is None:
+            gone.append(ids[number].as_py())
+        elif stamp == catalogue.stamp(position):
+            stay.append(number)
+        else:
+            doubtful.append((position, number))
+    reader = DocumentReader(survey.config.text_column, catalogue.kept)
+    for position, number in sorted(doubtful):  # in the order of the files
+        was = rows["input_hash"][number].as_py()
+        if was is not None and was == _hash_now(reader, catalogue.document(position)):
+            stay.append(number)
+        else:
+            outdated.append(ids[number].as_py())
+    if gone and survey.config.force:
+        stay += [number for number, position in enumerate(positions) if position is None]
+    return stay, outdated, gone
+
+
+def _hash_now(reader: DocumentReader, document: Document) -> str | None:
+    with contextlib.suppress(DocumentError):
+        if not document.error:
+            return input_hash(*reader.read(document))
+    return None
 
 
 def _compare_with_earlier(config: JobConfig, store: Store, prints: dict[str, str]) -> list[str]:

@@ -23,6 +23,8 @@ from pipeline.source import Document
 from pipeline.worker import Worker, WorkerConfig
 
 START_TIMEOUT = 900.0
+# A result is small; one that does not come in this time is lost with the node that holds it.
+FETCH_TIMEOUT = 60.0
 # Every worker holds the whole model; beyond so many on CPUs a person should say that there is memory for them.
 AUTO_CPU_WORKERS = 4
 
@@ -156,9 +158,9 @@ class RayPool:
         self._starting[worker] = time.monotonic()
         return worker
 
-    def submit(self, worker: WorkerId, document: Document) -> None:
+    def submit(self, worker: WorkerId, document: Document, careful: bool) -> None:
         """Give a document to a worker."""
-        self._refs[self._workers[worker].process.remote(document)] = (worker, document.document_id)
+        self._refs[self._workers[worker].process.remote(document, careful)] = (worker, document.document_id)
 
     def wait(self, timeout: float) -> list[Event]:
         """Events since the last call; waits up to `timeout` seconds for the first."""
@@ -202,7 +204,7 @@ class RayPool:
     def _event(self, ref: Any, worker: WorkerId, document_id: str) -> Event:
         starting = worker in self._starting
         try:
-            value = ray.get(ref)
+            value = ray.get(ref, timeout=FETCH_TIMEOUT)
         except RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
             if starting:
@@ -214,8 +216,8 @@ class RayPool:
             return Event(kind, worker, document_id, reason=describe_error(cause))  # type: ignore[arg-type]
         except RayActorError as error:
             return Event("start_failed" if starting else "died", worker, document_id, reason=describe_death(error))
-        except RayError as error:
-            return Event("start_failed" if starting else "failed", worker, document_id, reason=describe_error(error))
+        except RayError as error:  # what it made is lost with its node
+            return Event("start_failed" if starting else "died", worker, document_id, reason=describe_error(error))
         if document_id:
             return Event("result", worker, document_id, row=value)
         self._starting.pop(worker, None)

@@ -68,6 +68,8 @@ COLUMNS: tuple[Column, ...] = (
     Column("gpu", _TEXT, "name of the device"),
     Column("model", _TEXT, "path or hub id"),
     Column("config_hash", _TEXT, "fingerprint of all settings that can change an output"),
+    Column("input_stamp", _TEXT, "size and time of change of the input file, and the document's place in it"),
+    Column("input_hash", _TEXT, "of the text and kept columns as they were read; null if they could not be"),
     Column("started_at", _TIME, "UTC"),
     Column("finished_at", _TIME, "UTC"),
 )

@@ -41,8 +41,8 @@ class Pool(Protocol):
         """Begin to start a worker; an event tells when it is there."""
         ...
 
-    def submit(self, worker: WorkerId, document: Document) -> None:
-        """Give a document to a started worker."""
+    def submit(self, worker: WorkerId, document: Document, careful: bool) -> None:
+        """Give a document to a started worker. careful: it is alone there, and is to use less memory at a time."""
         ...
 
     def wait(self, timeout: float) -> list[Event]:
@@ -59,24 +59,30 @@ class Limits:
     """Bounds of a run. Times in seconds.
 
     max_attempts: times a document may end its worker before it is given up, counting the first, shared one.
-    start_tries: failed starts in a row after which the job ends. hang_after: a document is out so long with no sign of
+    start_tries: failed starts in a row after which the job ends if no worker runs, and else pauses start_pause before
+    each further try. hang_after: a document is out so long with no sign of
     life, then its worker is killed; 0 never. ahead: documents that a worker holds beyond those it decodes.
     """
 
     workers: int
     max_attempts: int = 3
     start_tries: int = 3
+    start_pause: float = 60.0
     hang_after: float = 0.0
     ahead: int = 2
 
 
 @dataclass
 class Job:
-    """A document on its way. attempts: times given to a worker. shared: this time it is not alone in its worker."""
+    """A document on its way. attempts: times given to a worker. shared: this time it is not alone in its worker.
+
+    careful: it came to grief before, so it is alone this time and its prefill goes in smaller steps.
+    """
 
     document: Document
     attempts: int = 0
     shared: bool = False
+    careful: bool = False
     sent_at: float = 0.0
 
 
@@ -124,6 +130,7 @@ class Scheduler:
         self._workers: dict[WorkerId, WorkerState] = {}
         self._suspects: deque[Job] = deque()
         self._failed_starts = 0
+        self._next_start = 0.0
         self.started: dict[WorkerId, dict[str, Any]] = {}
 
     def run(self) -> None:
@@ -150,8 +157,8 @@ class Scheduler:
     def _staff(self) -> None:
         """Start workers up to the number wanted, never more than documents are left."""
         wanted = min(self._limits.workers, self._left)
-        if self._failed_starts >= self._limits.start_tries and self._workers:
-            return  # go on with those that run
+        if self._failed_starts >= self._limits.start_tries and self._workers and self._clock() < self._next_start:
+            return  # go on with those that run, and see later if there is room again
         while len(self._workers) < wanted:
             self._workers[self._pool.start()] = WorkerState()
 
@@ -161,7 +168,9 @@ class Scheduler:
         for worker, state in ready.items():
             if self._suspects and not state.jobs:
                 state.alone = True
-                self._send(worker, state, self._suspects.popleft())
+                job = self._suspects.popleft()
+                job.careful = True
+                self._send(worker, state, job)
         open_ = {worker: state for worker, state in ready.items() if not state.alone}
         while self._to_come and open_:
             fair = -(-self._left // len(self._workers))
@@ -178,7 +187,7 @@ class Scheduler:
         for other in state.jobs.values():
             other.shared = True
         state.jobs[job.document.document_id] = job
-        self._pool.submit(worker, job.document)
+        self._pool.submit(worker, job.document, job.careful)
 
     def _handle(self, event: Event) -> None:
         state = self._workers.get(event.worker)
@@ -199,8 +208,10 @@ class Scheduler:
         job = state.jobs.pop(event.document_id)
         state.alone = False
         assert event.row is not None
-        if event.row["status"] in ("oom", "timeout") and job.shared:
-            self._suspects.append(job)  # its neighbours may be why: it gets a try alone
+        status = event.row["status"]
+        # Neighbours, or the size of the steps, may be why: it gets one try alone.
+        if (status == "oom" and not job.careful) or (status == "timeout" and job.shared):
+            self._suspects.append(job)
         else:
             self._finish(event.row, job.document, job.attempts)
 
@@ -215,9 +226,8 @@ class Scheduler:
             document, attempts = jobs[0].document, jobs[0].attempts
             times = f"each of {attempts} attempts, in the last it was alone" if attempts > 1 else "its only attempt"
             what = f"its worker was lost in {times}: {reason}"
-            self._finish(
-                new_row(document.document_id, document.source, status, what, finished_at=utc_now()), document, attempts
-            )
+            stamp = {"input_stamp": document.stamp, "finished_at": utc_now()}
+            self._finish(new_row(document.document_id, document.source, status, what, **stamp), document, attempts)
         else:
             self._suspects.extend(jobs)
 
@@ -225,6 +235,7 @@ class Scheduler:
         self._pool.kill(event.worker)
         del self._workers[event.worker]
         self._failed_starts += 1
+        self._next_start = self._clock() + self._limits.start_pause
         self._log(f"a worker could not start ({self._failed_starts}): {event.reason}")
         if self._failed_starts >= self._limits.start_tries and not any(s.capacity for s in self._workers.values()):
             raise JobError(f"no worker could start in {self._failed_starts} tries; the last reason: {event.reason}")

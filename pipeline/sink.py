@@ -1,4 +1,8 @@
-"""Result rows to Parquet part files, and back."""
+"""Result rows to Parquet part files, and back: at no time two rows of a document, at the end of a job one.
+
+A row is done when its part file is there. Rows that must go (their document changed, or is to be tried again) are
+taken out of their parts before the document is done anew: nobody ever sees two, or one of an earlier text.
+"""
 
 from __future__ import annotations
 
@@ -74,8 +78,22 @@ class Sink:
 def encode(table: pa.Table) -> pa.Buffer:
     """A table as the bytes of a Parquet file."""
     stream = pa.BufferOutputStream()
-    pq.write_table(table, stream, compression="zstd")
+    pq.write_table(table, stream, compression="zstd", write_page_checksum=True)
     return stream.getvalue()
+
+
+def damage(store: Store, name: str) -> str:
+    """What is wrong with a part file, all of it read and its checksums compared; empty if nothing is."""
+    try:
+        with store.open(name) as file:
+            parquet = pq.ParquetFile(file, page_checksum_verification=True)
+            if "document_id" not in parquet.schema_arrow.names:
+                return "it has no column document_id"
+            for group in range(parquet.num_row_groups):
+                parquet.read_row_group(group)
+    except (OSError, pa.ArrowException) as error:
+        return one_line(error, 120)
+    return ""
 
 
 def part_names(store: Store) -> list[str]:
@@ -105,38 +123,63 @@ def recover(store: Store) -> list[str]:
     Returns messages about what was found.
     """
     store.clear_temporary()
+    messages = []
     journal = _journal(store)
     if journal:
         names = store.list(PREFIX, SUFFIX)
         if journal["merged"] in names:
-            for name in journal["replaced"]:
-                store.delete(name)
+            problem = damage(store, journal["merged"])
+            if problem:  # then what it was to replace still counts
+                messages.append(_set_aside(store, journal["merged"], problem))
+            else:
+                for name in journal["replaced"]:
+                    store.delete(name)
     store.delete(JOURNAL)
-    messages = []
     for name in part_names(store):
-        try:
-            with store.filesystem.open_input_file(store.path(name)) as file:
-                pq.ParquetFile(file).read(["document_id"])
-        except (OSError, pa.ArrowException, KeyError) as error:
-            store.rename(name, name + ".damaged")
-            messages.append(f"{name} is damaged ({one_line(error, 120)}); set aside, its documents are done again")
+        problem = damage(store, name)
+        if problem:
+            messages.append(_set_aside(store, name, problem))
     return messages
+
+
+def _set_aside(store: Store, name: str, problem: str) -> str:
+    store.rename(name, name + ".damaged")
+    return f"{name} is damaged ({problem}); set aside, its documents are done again"
 
 
 def read_columns(store: Store, columns: Sequence[str]) -> pa.Table:
     """Some columns of all results."""
-    tables = []
-    for name in part_names(store):
-        with store.filesystem.open_input_file(store.path(name)) as file:
-            tables.append(pq.read_table(file, columns=list(columns)))
+    tables = _tables(store, columns)
     if not tables:
         return pa.table({name: pa.array([], pa.string()) for name in columns})
     return pa.concat_tables(tables, promote_options="default")
 
 
-def done_ids(store: Store) -> pa.Array:
-    """Ids that have a row. Raises JobError if one has two (parts that were copied in by hand)."""
-    ids = read_columns(store, ["document_id"]).column("document_id").combine_chunks()
+def _tables(store: Store, columns: Sequence[str] | None) -> list[pa.Table]:
+    """All parts, or some columns of them. A job may merge parts meanwhile: then it is done anew. Raises JobError."""
+    for last in (False, False, True):
+        name = ""
+        try:
+            tables = []
+            for name in part_names(store):
+                with store.open(name) as file:
+                    tables.append(pq.read_table(file, columns=list(columns) if columns else None))
+            return tables
+        except FileNotFoundError as error:
+            if last:
+                raise JobError(f"{store.name}: {name} went away while it was read: {one_line(error)}") from None
+        except (OSError, pa.ArrowException) as error:
+            raise JobError(f"{store.name}: {name} cannot be read: {one_line(error)}") from None
+    raise AssertionError
+
+
+def done_rows(store: Store) -> pa.Table:
+    """document_id, input_stamp and input_hash of every row. Raises JobError if an id has two (parts copied by hand)."""
+    rows = read_columns(store, ["document_id", "input_stamp", "input_hash"])
+    for name in ("input_stamp", "input_hash"):
+        if name not in rows.column_names:  # of an earlier version; unknown means changed
+            rows = rows.append_column(name, pa.nulls(len(rows), pa.string()))
+    ids = rows["document_id"].combine_chunks()
     if len(ids) != len(pc.unique(ids)):
         counts = pc.value_counts(ids)
         twice = pc.filter(counts.field("values"), pc.greater(counts.field("counts"), 1)).to_pylist()
@@ -144,7 +187,7 @@ def done_ids(store: Store) -> pa.Array:
             f"--output {store.name}: {len(twice)} documents have more than one row, e.g. {twice[0]!r}; "
             "remove the doubled part files"
         )
-    return ids
+    return rows
 
 
 def drop_rows(store: Store, keep: Callable[[pa.Table], pa.Array]) -> int:
@@ -175,8 +218,10 @@ def compact(store: Store) -> int:
     group: list[str] = []
     rows = size = 0
     for name in [*part_names(store), ""]:
-        info = pq.read_metadata(store.path(name), filesystem=store.filesystem) if name else None
-        bytes_ = store.filesystem.get_file_info(store.path(name)).size if name else 0
+        info, bytes_ = None, 0
+        if name:
+            with store.open(name) as file:
+                info, bytes_ = pq.read_metadata(file), file.size()
         if group and (info is None or rows + info.num_rows > COMPACT_ROWS or size + bytes_ > COMPACT_BYTES):
             _merge(store, group)
             group, rows, size = [], 0, 0
@@ -206,10 +251,8 @@ def read_results(output: str | Path | Iterable[str | Path], columns: Sequence[st
     tables = []
     for folder in folders:
         store = Store(str(folder))
-        names = part_names(store)
-        if not names:
+        found = _tables(store, columns)
+        if not found:
             raise JobError(f"{store.name} holds no results (no {PREFIX}*{SUFFIX} files)")
-        for name in names:
-            with store.filesystem.open_input_file(store.path(name)) as file:
-                tables.append(pq.read_table(file, columns=list(columns) if columns else None))
+        tables += found
     return pa.concat_tables(tables, promote_options="default")

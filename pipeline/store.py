@@ -1,12 +1,20 @@
-"""Where results go: a folder on this machine or in an object store, written so that a file is whole or not there."""
+"""Where results go: a folder on this machine or in an object store, written so that a file is whole or not there.
+
+Commit protocol with rename (a local or mounted file system): temporary name, fsync, rename over the final name, fsync
+of the folder. What a crash leaves is a temporary file, which the next run removes.
+
+Commit protocol without rename (s3://, gs://): a part is one object, put under its final name, which carries a random
+suffix and is never used twice. A put, or the completion of a multipart upload, is atomic: before it there is no object,
+after it a whole one. A crash leaves at most an upload that was never completed, which nobody can see (let a lifecycle
+rule of the bucket remove such). What replaces several objects (a merge of parts) is announced in a journal object
+first, which readers honour and the next run finishes or undoes. One job at a time: pipeline.lock.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,17 +22,14 @@ import pyarrow as pa
 from pyarrow.fs import FileSelector, FileSystem, FileType
 
 from pipeline.errors import JobError, one_line
+from pipeline.lock import ClaimLock, FolderLock, Lock
 from pipeline.source.files import is_remote, open_filesystem, safe_name, split_location
 
 TEMPORARY = ".tmp"
 
 
 class Store:
-    """A folder of files that appear whole.
-
-    On a local or mounted file system: temporary name, fsync, rename, fsync of the folder. In an object store a put is
-    atomic by itself, so the file is written under its own name and appears when its upload completes.
-    """
+    """A folder of files that appear whole. All its methods raise JobError (disk full, permission, network)."""
 
     def __init__(self, location: str) -> None:
         self.location = location
@@ -32,7 +37,7 @@ class Store:
         self.remote = is_remote(location)
         self._uri, self._root, _ = split_location(location)
         self._filesystem: FileSystem = open_filesystem(self._uri)
-        self._lock_file = -1
+        self._lock: Lock | None = None
 
     def create(self) -> None:
         """Make the folder. Raises JobError if that cannot be done or it cannot be written to."""
@@ -40,56 +45,56 @@ class Store:
             self._filesystem.create_dir(self._root, recursive=True)
             probe = f"probe-{secrets.token_hex(4)}{TEMPORARY}"
             self._put(probe, b"")
-            self.delete(probe)
+            self._filesystem.delete_file(self.path(probe))
         except (OSError, pa.ArrowException) as error:
             raise JobError(f"--output {self.name}: cannot be written: {one_line(error)}") from None
 
     def lock(self) -> None:
-        """Keep other jobs out until `unlock` or this process ends, however it ends. Raises JobError if one is in.
-
-        Object stores have no such lock; there the caller must not start two jobs on one output.
-        """
-        if self.remote:
-            return
-        descriptor = os.open(Path(self._root) / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.read(descriptor, 200).decode(errors="replace").strip() or "unknown process"
-            os.close(descriptor)
-            raise JobError(
-                f"--output {self.name}: another job is writing there ({holder}); wait for it or choose another folder"
-            ) from None
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        self._lock_file = descriptor
+        """Keep other jobs out until `unlock` or this process ends, however it ends. Raises JobError if one is in."""
+        lock: Lock = ClaimLock(self) if self.remote else FolderLock(Path(self._root), self.name)
+        lock.acquire()
+        self._lock = lock
 
     def unlock(self) -> None:
         """Let other jobs in."""
-        if self._lock_file >= 0:
-            os.close(self._lock_file)
-            self._lock_file = -1
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def list(self, prefix: str = "", suffix: str = "") -> list[str]:
         """Names of files in the folder, sorted; none if there is no folder."""
-        infos = self._filesystem.get_file_info(FileSelector(self._root, allow_not_found=True))
+        with self._told("cannot be listed"):
+            infos = self._filesystem.get_file_info(FileSelector(self._root, allow_not_found=True))
         names = (info.base_name for info in infos if info.type == FileType.File)
         return sorted(name for name in names if name.startswith(prefix) and name.endswith(suffix))
 
+    def open(self, name: str) -> pa.NativeFile:
+        """A file to read from. Raises OSError (FileNotFoundError if it is not there) or ArrowException."""
+        return self._filesystem.open_input_file(self.path(name))
+
     def read(self, name: str) -> bytes | None:
         """A file's bytes, or None if there is no such file."""
-        if self._filesystem.get_file_info(self.path(name)).type != FileType.File:
-            return None
-        with self._filesystem.open_input_file(self.path(name)) as file:
-            return file.read()
+        with self._told(f"{name} cannot be read"):
+            try:
+                with self.open(name) as file:
+                    return file.read()
+            except FileNotFoundError:
+                return None
 
     def write(self, name: str, data: bytes | pa.Buffer) -> None:
-        """Write a file; whoever looks sees all of it or nothing. Raises JobError (disk full, permission, network)."""
+        """Write a file; whoever looks sees all of it or nothing."""
+        if self._lock is not None:
+            self._lock.check()
+        self.put(name, data)
+
+    def put(self, name: str, data: bytes | pa.Buffer) -> None:
+        """`write` for the lock's own files."""
         try:
             self._put(name, data)
         except (OSError, pa.ArrowException) as error:
             raise JobError(
-                f"--output {self.name}: {name} cannot be written: {one_line(error)}; what is on disk stays valid"
+                f"--output {self.name}: {name} cannot be written: {one_line(error)}; what is there stays valid, "
+                "and the same command goes on once this is mended"
             ) from None
 
     def _put(self, name: str, data: bytes | pa.Buffer) -> None:
@@ -112,12 +117,13 @@ class Store:
         _sync_folder(folder)
 
     def rename(self, name: str, new_name: str) -> None:
-        """Give a file another name."""
-        self._filesystem.move(self.path(name), self.path(new_name))
+        """Give a file another name; in an object store a copy, then a removal."""
+        with self._told(f"{name} cannot be renamed"):
+            self._filesystem.move(self.path(name), self.path(new_name))
 
     def delete(self, name: str) -> None:
         """Remove a file if it is there."""
-        with contextlib.suppress(FileNotFoundError):
+        with self._told(f"{name} cannot be removed"), contextlib.suppress(FileNotFoundError):
             self._filesystem.delete_file(self.path(name))
 
     def clear_temporary(self) -> None:
@@ -142,6 +148,13 @@ class Store:
             yield
         finally:
             self.unlock()
+
+    @contextlib.contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, pa.ArrowException) as error:
+            raise JobError(f"--output {self.name}: {what}: {one_line(error)}") from None
 
 
 def _sync_folder(folder: Path) -> None:

@@ -20,12 +20,14 @@ from pipeline.imports import check_kernels
 from pipeline.loop import EngineBrokenError, EngineLike, EngineLoop
 from pipeline.prompts import Prompt, PromptBuilder, Task
 from pipeline.records import Row, new_row, utc_now
-from pipeline.source import Document, DocumentReader
+from pipeline.source import Document, DocumentReader, input_hash
 from pipeline.tokens import load_tokens
 
 T = TypeVar("T")
 # How long after its deadline a document may still hold the reader or the engine before the worker counts as hung.
 GRACE_SECONDS = 10.0
+# A document that ran out of memory is tried once more, alone and in prefill chunks smaller by this factor.
+CAREFUL = 4
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Meter:
     queue: float = 0.0
     truncated: int = 0
     parts: int = 1
+    input_hash: str | None = None
+    chunk_tokens: int | None = None
     completions: list[Completion] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
@@ -71,6 +75,7 @@ class Meter:
             "tokenize_seconds": self.tokenize,
             "truncated_tokens": self.truncated,
             "parts": self.parts,
+            "input_hash": self.input_hash,
         }
         if not self.completions:
             return values
@@ -143,12 +148,15 @@ class Worker:
         span = self._last - self._first
         return {"engine_seconds": self._loop.busy_seconds, "reader_seconds": self._busy_read, "span_seconds": span}
 
-    async def process(self, document: Document) -> Row:
+    async def process(self, document: Document, careful: bool = False) -> Row:
         """The row of a document; whatever is wrong with it is in the row.
 
+        careful: it ran out of memory before, so its prompt is read in smaller chunks.
         Raises EngineBrokenError if this worker cannot go on; then any of the documents in it may be the cause.
         """
         started, begin, meter = utc_now(), time.perf_counter(), Meter()
+        if careful:
+            meter.chunk_tokens = max(1, self._config.engine.chunk_tokens // CAREFUL)
         self._first = self._first or begin
         kept: dict[str, Any] = {}
         values: dict[str, Any] = {}
@@ -176,12 +184,18 @@ class Worker:
             "gpu": self._gpu,
             "model": self._config.model_name,
             "config_hash": self._config.config_hash,
+            "input_stamp": document.stamp,
             "started_at": started,
             "finished_at": utc_now(),
         }
 
     async def _read(self, document: Document, meter: Meter) -> tuple[str, dict[str, Any]]:
-        (text, kept), seconds = await self._in_reader(meter, self._documents.read, document)
+        def read() -> tuple[str, dict[str, Any]]:
+            text, kept = self._documents.read(document)
+            meter.input_hash = input_hash(text, kept)
+            return text, kept
+
+        (text, kept), seconds = await self._in_reader(meter, read)
         meter.load += seconds
         return text, kept
 
@@ -240,8 +254,9 @@ class Worker:
     async def _run(self, request_id: str, prompt: Prompt, meter: Meter) -> dict[str, Any]:
         config = self._config
         request = Request(
-            request_id, cast(Sequence[int], prompt.ids), config.max_new_tokens, config.sampling, self._tokens.eos_ids
-        )
+            request_id, cast(Sequence[int], prompt.ids), config.max_new_tokens, config.sampling, self._tokens.eos_ids,
+            meter.chunk_tokens,
+        )  # fmt: skip
         meter.requests.append(request_id)
         completion = await asyncio.wrap_future(self._loop.submit(request))
         meter.requests.remove(request_id)

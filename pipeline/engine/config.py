@@ -120,13 +120,17 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One document. prompt_ids: token ids; stop_ids end the output besides the model's own end-of-sequence ids."""
+    """One document. prompt_ids: token ids; stop_ids end the output besides the model's own end-of-sequence ids.
+
+    chunk_tokens: prefill steps of this document at most so long; None: as EngineConfig says.
+    """
 
     request_id: str
     prompt_ids: Sequence[int] | np.ndarray
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     stop_ids: tuple[int, ...] = ()
+    chunk_tokens: int | None = None
 
 
 @dataclass(frozen=True)

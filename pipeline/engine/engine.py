@@ -182,9 +182,10 @@ class Engine:
         try:
             if document.prefill is None:
                 assert document.extent is not None
-                new_tokens = document.request.max_new_tokens
+                request = document.request
+                chunk = min(self._chunk, chunk_size(request.chunk_tokens or self._chunk, self.config.attention))
                 document.prefill = Prefill(
-                    self._runner, self._arena, document.extent, document.prompt_ids, new_tokens, self._chunk
+                    self._runner, self._arena, document.extent, document.prompt_ids, request.max_new_tokens, chunk
                 )
             logits = document.prefill.step()
             if document.prefill.done:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -13,7 +14,16 @@ from pipeline.source.files import SourceFile, find_files, open_filesystem
 from pipeline.source.jsonl import JsonlReader, list_jsonl
 from pipeline.source.parquet import ParquetReader, list_parquet
 
-__all__ = ["Catalogue", "Document", "DocumentReader", "Locator", "SourceFile", "find_files", "list_documents"]
+__all__ = [
+    "Catalogue",
+    "Document",
+    "DocumentReader",
+    "Locator",
+    "SourceFile",
+    "find_files",
+    "input_hash",
+    "list_documents",
+]
 
 # Up to so many bytes of Parquet the listing reads the texts to know their sizes; beyond, it takes row groups' means.
 EXACT_SIZES_BYTES = 4 << 30
@@ -103,6 +113,14 @@ class DocumentReader:
                 f"its text has a lone surrogate at character {error.start}; no UTF-8 can hold it"
             ) from None
         return value
+
+
+def input_hash(text: str, kept: dict[str, Any]) -> str:
+    """16 hex digits over what a row depends on of its document: the text and the kept columns."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8)
+    if kept:
+        digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
 
 
 def _kept_value(value: Any, kind: pa.DataType, source_kind: str) -> Any:

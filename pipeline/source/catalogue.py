@@ -33,13 +33,17 @@ class Locator:
 
 @dataclass(frozen=True)
 class Document:
-    """One document. size_bytes: of its text, as well as the listing knows. error: why it cannot be read, if so."""
+    """One document. size_bytes: of its text, as well as the listing knows. error: why it cannot be read, if so.
+
+    stamp: the same as long as nobody has written to its file.
+    """
 
     document_id: str
     source: str
     locator: Locator
     size_bytes: int
     error: str = ""
+    stamp: str = ""
 
 
 class Catalogue:
@@ -67,7 +71,16 @@ class Catalogue:
         file_index, start, length, size, number = (int(x) for x in self.columns[position])
         file = self.files[file_index]
         locator = Locator(file.filesystem, file.path, file.kind, start, length)
-        return Document(self.ids[position].as_py(), place(file, number), locator, size, self.errors.get(position, ""))
+        return Document(
+            self.ids[position].as_py(), place(file, number), locator, size,
+            self.errors.get(position, ""), self.stamp(position),
+        )  # fmt: skip
+
+    def stamp(self, position: int) -> str:
+        """The file's size and time of change, and the document's place in it."""
+        file_index, start, length = (int(x) for x in self.columns[position, :3])
+        file = self.files[file_index]
+        return f"{file.size}:{file.modified_ns}:{start}:{length}"
 
     def select(self, keep: np.ndarray) -> Catalogue:
         """The documents where `keep` (bool [documents]) is true."""

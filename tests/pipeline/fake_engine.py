@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from pathlib import Path
@@ -17,8 +18,8 @@ ANSWER = "the answer"
 class FakeEngine:
     """Answers every prompt with ANSWER and the number of its tokens. Words in the document change that:
 
-    SLOW takes 0.3 s, CRASH ends the process, RAISE raises, HANG never returns, OOM ends as out of memory if it is not
-    alone, ALWAYSOOM does so in any case.
+    SLOW takes 0.3 s, CRASH ends the process, RAISE raises, HANG never returns, FREEZE holds the interpreter for ever,
+    OOM ends as out of memory unless its prefill goes in smaller steps, ALWAYSOOM does so in any case.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -59,7 +60,9 @@ class FakeEngine:
             raise RuntimeError("the fake engine is broken")
         if "HANG" in text:
             time.sleep(3600)
-        if "ALWAYSOOM" in text or ("OOM" in text and len(self._waiting) > 1):
+        if "FREEZE" in text:
+            ctypes.PyDLL(None).sleep(3600)
+        if "ALWAYSOOM" in text or ("OOM" in text and request.chunk_tokens is None):
             return [self._completion(request, status="oom", error="out of fake memory")]
         return [self._completion(request, token_ids=self._answer, output_tokens=len(self._answer))]
 

@@ -106,12 +106,15 @@ def test_another_job_on_the_same_output_is_refused(tmp_path: Path, out: Path, mo
         job(docs, out, model, max_new_tokens=9)
     with pytest.raises(JobError, match="another prompt"):
         job(docs, out, model, prompt_file=str(_prompt_file(tmp_path)))
-    write(docs, {"a": "text", "b": "more"})
-    with pytest.raises(JobError, match="another input"):
+    with pytest.raises(JobError, match=r"another reading \(keep_columns: \[\] -> \['n'\]\)"):
+        job(docs, out, model, keep_columns=["n"])
+    write(docs, {"b": "text"})
+    with pytest.raises(JobError, match="1 rows are of documents that the input does not hold, e.g. 'a'"):
         job(docs, out, model)
     report = job(docs, out, model, force=True)
     assert report.done_now == 1
     assert sorted(rows(out)) == ["a", "b"]
+    write(docs, {"a": "text", "b": "text"})
     with pytest.raises(JobError, match="holds results already"):
         job(docs, out, model, resume=False)
     (out / "manifest.json").write_text("{half")
@@ -129,7 +132,7 @@ def test_failed_documents_are_retried_on_request(tmp_path: Path, out: Path, mode
     docs = write(tmp_path / "docs", {"a": "text", "b": "ALWAYSOOM", "c": "more"})
     assert job(docs, out, model).counts == {"ok": 2, "oom": 1}
     write(docs, {"a": "text", "b": "FIXED", "c": "more"})
-    report = job(docs, out, model, retry_failed=True, force=True)
+    report = job(docs, out, model, retry_failed=True)
     assert report.counts == {"ok": 3}
     assert report.done_now == 1
     assert len(rows(out)) == 3

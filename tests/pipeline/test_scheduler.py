@@ -41,7 +41,7 @@ class Workers:
         self.fresh.append(self.count)
         return self.count
 
-    def submit(self, worker: int, item: Document) -> None:
+    def submit(self, worker: int, item: Document, careful: bool) -> None:
         self.held[worker].append(item)
         self.order.append(item.document_id)
         self.most_held = max(self.most_held, sum(map(len, self.held.values())))

@@ -15,7 +15,7 @@ from pipeline.errors import JobError
 from pipeline.progress import Progress
 from pipeline.prompts import make_task
 from pipeline.records import new_row, result_schema
-from pipeline.sink import Sink, compact, done_ids, part_names, read_results, recover
+from pipeline.sink import Sink, compact, done_rows, part_names, read_results, recover
 from pipeline.source import DocumentReader, find_files, list_documents
 from pipeline.source.files import open_filesystem, safe_name
 from pipeline.store import Store
@@ -56,14 +56,19 @@ def test_the_model_counts_by_its_files_not_by_its_path(tmp_path: Path, model: Pa
 def test_input_counts_by_content_and_by_how_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one")
-    files = find_files((str(tmp_path),))[0]
-    before = manifest.input_fingerprint(files, config())
+    task = make_task("summarize", None, None)
+    model = {"model": str(Path(__file__).parents[2] / "models" / "tiny-reader")}
+
+    def prints(**settings: Any) -> dict[str, str]:
+        return manifest.fingerprints(config(**model, **settings), find_files((str(tmp_path),))[0], task)
+
+    before = prints()
     path.touch()
-    assert manifest.input_fingerprint(find_files((str(tmp_path),))[0], config()) == before
-    assert manifest.input_fingerprint(files, config(text_column="body")) != before
-    assert manifest.input_fingerprint(files, config(shard="0/2")) != before
+    assert prints() == before
+    for settings in ({"text_column": "body"}, {"shard": "0/2"}, {"keep_columns": ("a",)}, {"id_column": "x"}):
+        assert {name for name, value in prints(**settings).items() if value != before[name]} == {"reading"}
     path.write_text("two")
-    assert manifest.input_fingerprint(find_files((str(tmp_path),))[0], config()) != before
+    assert {name for name, value in prints().items() if value != before[name]} == {"input"}
 
 
 def test_credentials_stay_out_of_names_and_manifest(tmp_path: Path) -> None:
@@ -162,7 +167,7 @@ def test_an_object_store_holds_documents_and_results() -> None:
     assert len(part_names(store)) == 3
     assert compact(store) == 1
     assert recover(store) == []
-    assert sorted(done_ids(store).to_pylist()) == ["a", "b", "c"]
+    assert sorted(done_rows(store)["document_id"].to_pylist()) == ["a", "b", "c"]
     assert read_results("mock:///bucket/out").num_rows == 3
     with store.filesystem.open_input_file(store.path(part_names(store)[0])) as file:
         assert pq.read_table(file).num_rows == 3

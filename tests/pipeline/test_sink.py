@@ -17,7 +17,7 @@ import pytest
 from pipeline import sink as sinks
 from pipeline.errors import JobError
 from pipeline.records import COLUMNS, new_row, result_schema, utc_now
-from pipeline.sink import Sink, compact, done_ids, drop_rows, part_names, read_results, recover
+from pipeline.sink import Sink, compact, done_rows, drop_rows, part_names, read_results, recover
 from pipeline.store import Store
 
 
@@ -116,7 +116,7 @@ def test_doubled_rows_are_refused(tmp_path: Path) -> None:
     sink.add(row("a"))
     (tmp_path / "part-copy.parquet").write_bytes((tmp_path / part_names(store)[0]).read_bytes())
     with pytest.raises(JobError, match=r"1 documents have more than one row, e\.g\. 'a'"):
-        done_ids(store)
+        done_rows(store)
 
 
 def test_dropping_failed_rows_keeps_the_others(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_compaction_neither_loses_nor_doubles_at_any_interruption(
     assert ids(tmp_path) == names, "a reader sees every row once even before recovery"
     again = Store(str(tmp_path))
     recover(again)
-    assert sorted(done_ids(again).to_pylist()) == names
+    assert sorted(done_rows(again)["document_id"].to_pylist()) == names
     assert sorted(pq.read_table(tmp_path)["document_id"].to_pylist()) == names, "so do tools that know nothing of us"
     compact(again)
     assert len(part_names(again)) == 1
