@@ -126,11 +126,11 @@ class JobConfig:
     device: str = option(
         "auto", "str", "auto takes GPUs if there are any", choices=("auto", "cpu", "cuda"), group="engine"
     )
-    dtype: str = option(
+    precision: str = option(
         "auto",
         "str",
-        "auto: bfloat16 on GPUs, float32 on CPUs",
-        choices=("auto", "bfloat16", "float16", "float32"),
+        "of weights, attention and KV; fp8 needs GPUs that have it; auto: bf16 on GPUs, fp32 on CPUs",
+        choices=("auto", "bf16", "fp16", "fp32", "fp8"),
         group="engine",
         changes_output=True,
     )

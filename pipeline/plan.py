@@ -173,7 +173,7 @@ def make_engine_config(config: JobConfig, device: str) -> Any:
     return EngineConfig(
         model=str(folder.absolute()) if folder.is_dir() else config.model,
         device=device,
-        dtype=config.dtype,
+        precision=config.precision,
         attention=config.stem(),
         chunk_tokens=config.chunk_tokens,
         max_live=config.max_live,

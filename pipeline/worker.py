@@ -111,6 +111,7 @@ class Worker:
         self._config = config
         self._name = f"{socket.gethostname()}/{os.getpid()}"
         self._gpu = ""
+        self._precision: str | None = None
         self._limit = 0
         self._reader = ThreadPoolExecutor(1, "reader")
         self._documents = DocumentReader(config.text_column, list(config.kept))
@@ -136,6 +137,7 @@ class Worker:
             )
         about = engine.describe()
         self._gpu = str(about.get("gpu") or about.get("device") or "cpu")
+        self._precision = about.get("precision")
         return {
             "worker": self._name,
             "max_context": engine.max_context,
@@ -182,6 +184,7 @@ class Worker:
             "total_seconds": self._last - begin,
             "worker": self._name,
             "gpu": self._gpu,
+            "precision": self._precision,
             "model": self._config.model_name,
             "config_hash": self._config.config_hash,
             "input_stamp": document.stamp,

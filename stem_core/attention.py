@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,31 +10,14 @@ from torch import Tensor, nn
 from kernels.block_scores import KeySummary, key_sums_dtype, mass_scores, oam_scores
 from kernels.block_selection import BlockSelection, select_blocks
 from kernels.block_sparse_attention import block_sparse_attention
+from kernels.block_sparse_attention_fp8 import block_sparse_attention_fp8
 from kernels.decode_attention import decode_attention
-from stem_core.budget import PromptBudget, prompt_budget
+from kernels.decode_attention_fp8 import decode_attention_fp8
+from kernels.fp8_heads import quantize_heads
+from stem_core.budget import PromptBudget
 from stem_core.config import StemConfig
-from stem_core.context import DecodeContext, PrefillContext, StemContext
-
-DENSE_BLOCK_SIZE = 128
-
-
-@dataclass(frozen=True)
-class LayerPolicy:
-    """How one attention layer of a patched model runs. config None: dense everywhere."""
-
-    config: StemConfig | None
-    layer: int
-
-    def budget(self, prompt_length: int, window: int | None) -> PromptBudget:
-        """The budget of this layer: leading layers and layers whose sliding window cuts the prompt drop no blocks."""
-        leading = self.config is not None and self.layer < self.config.dense_layers
-        dense = leading or cutting_window(prompt_length, window) is not None
-        return prompt_budget(prompt_length, None if dense else self.config)
-
-
-def cutting_window(prompt_length: int, window: int | None) -> int | None:
-    """A layer's sliding window, or None where every token of the prompt sees all before it."""
-    return None if window is None or window >= prompt_length else window
+from stem_core.context import DecodeContext, PrefillContext, QuantizedKV, StemContext
+from stem_core.policy import DENSE_BLOCK_SIZE, LayerPolicy, cutting_window
 
 
 def stem_selection(
@@ -48,18 +30,20 @@ def stem_selection(
     start: int = 0,
     scale: float | None = None,
     summary: KeySummary | None = None,
+    quantized: QuantizedKV | None = None,
     impl: str = "auto",
 ) -> BlockSelection:
     """The key blocks that each query block of the chunk [start, start + Lq) keeps; shapes as for `stem_prefill`."""
     if config.estimator == "mass":
         scores = mass_scores(
             q,
-            k,
+            k if quantized is None else quantized.k[None],
             query_start=start,
             block_size=config.block_size,
             group=config.mass_group,
             rows=config.mass_rows,
             scale=scale,
+            scales=None if quantized is None else quantized.scales,
             impl=impl,
         )
     else:
@@ -73,6 +57,8 @@ def stem_selection(
             value_weight=config.value_weight,
             scale=scale,
             summary=summary,
+            key_start=0 if quantized is None else start,
+            fill_above=False,
             impl=impl,
         )
     first, rows = start // config.block_size, scores.shape[2]
@@ -98,20 +84,38 @@ def stem_prefill(
     scale: float | None = None,
     window: int | None = None,
     summary: KeySummary | None = None,
+    quantized: QuantizedKV | None = None,
 ) -> Tensor:
     """Causal attention of one chunk of a prompt, sparse or dense as `budget` says.
 
     q [N, H, Lq, D] are the tokens [start, start + Lq); k, v [N, Hkv, Lk, D] hold at least the tokens [0, start + Lq).
+    quantized: attend in fp8 to these keys and values; then N is 1, and k, v are those of the chunk alone.
     Returns [N, H, Lq, D] in q's dtype (a view of [N, Lq, H, D]).
     """
     if config is None or budget.budgets is None:
         selection, block_size = None, DENSE_BLOCK_SIZE if config is None else config.block_size
     else:
-        selection = stem_selection(q, k, v, config, budget, start=start, scale=scale, summary=summary)
+        selection = stem_selection(
+            q, k, v, config, budget, start=start, scale=scale, summary=summary, quantized=quantized
+        )
         block_size = config.block_size
-    out = block_sparse_attention(
-        q, k, v, selection, query_start=start, block_size=block_size, scale=scale, window=window
-    )
+    if quantized is None:
+        out = block_sparse_attention(
+            q, k, v, selection, query_start=start, block_size=block_size, scale=scale, window=window
+        )
+    else:
+        out = block_sparse_attention_fp8(
+            quantize_heads(q, quantized.scales.q),
+            quantized.k[None],
+            quantized.vt[None],
+            quantized.scales,
+            selection,
+            query_start=start,
+            block_size=block_size,
+            scale=scale,
+            window=window,
+            dtype=q.dtype,
+        )
     assert isinstance(out, Tensor)
     return out
 
@@ -148,17 +152,7 @@ def attention_forward(
         raise ValueError(f"Stem attention is for inference; got dropout={dropout}: call model.eval()")
 
     if isinstance(stem_context, DecodeContext):
-        decoded = decode_attention(
-            query[:, :, 0],
-            key[0],
-            value[0],
-            stem_context.starts,
-            stem_context.lengths,
-            max_length=stem_context.max_length,
-            scale=scaling,
-            window=sliding_window,
-        )
-        return decoded.unsqueeze(1), None
+        return _decode_step(policy, query[:, :, 0], key, value, stem_context, scaling, sliding_window), None
     if isinstance(stem_context, PrefillContext):
         out = _prefill_chunk(policy, query, key, value, stem_context, scaling, sliding_window)
     elif attention_mask is None:
@@ -166,6 +160,27 @@ def attention_forward(
     else:
         out = _padded_batch(policy, query, key, value, attention_mask, scaling, sliding_window)
     return out.transpose(1, 2), None
+
+
+def _decode_step(
+    policy: LayerPolicy,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context: DecodeContext,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    """q [S, H, D] -> [S, 1, H, D]."""
+    documents = context.starts, context.lengths
+    bound = context.max_length
+    quantized = context.quantized.get(policy.layer)
+    if quantized is None:
+        out = decode_attention(q, k[0], v[0], *documents, max_length=bound, scale=scale, window=window)
+    else:
+        keys, values, scales = quantized.k, quantized.vt, quantized.scales
+        out = decode_attention_fp8(q, keys, values, scales, *documents, max_length=bound, scale=scale, window=window)
+    return out.unsqueeze(1)
 
 
 def _prefill_chunk(
@@ -196,7 +211,18 @@ def _prefill_chunk(
                 dtype=key_sums_dtype(k),
             )
             context.summaries[policy.layer] = summary
-    return stem_prefill(q, k, v, config, budget, start=context.start, scale=scale, window=window, summary=summary)
+    return stem_prefill(
+        q,
+        k,
+        v,
+        config,
+        budget,
+        start=context.start,
+        scale=scale,
+        window=window,
+        summary=summary,
+        quantized=context.quantized.get(policy.layer),
+    )
 
 
 def _whole_cache(

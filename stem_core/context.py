@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from kernels.block_scores import KeySummary
+from kernels.fp8_heads import HeadScales
+
+
+@dataclass(frozen=True)
+class QuantizedKV:
+    """Where one layer's keys and values lie in fp8 (kernels.fp8_heads), with the scales of its heads.
+
+    k: float8_e4m3fn [Hkv, T, D]. vt: float8_e4m3fn [Hkv, D, T], 16 dividing T; values transposed, keys permuted.
+    In a prefill token t of the document is row t; in a decode step T is the whole arena.
+    """
+
+    k: Tensor
+    vt: Tensor
+    scales: HeadScales
 
 
 @dataclass
@@ -17,12 +32,15 @@ class PrefillContext:
     prompt_length: tokens in the whole prompt; budgets are keyed on it, so that chunking changes nothing.
     summaries: key side of the block scores by layer, filled by the attention.
     windows: sliding window by layer, None for none, as the model hands it to the attention, which notes it here.
+    quantized: by layer, the document's keys and values in fp8, this chunk's included: the attention runs in fp8 then,
+        and the keys and values that the model hands over are those of the chunk alone.
     """
 
     prompt_length: int
     start: int = 0
     summaries: dict[int, KeySummary] = field(default_factory=dict)
     windows: dict[int, int | None] = field(default_factory=dict)
+    quantized: Mapping[int, QuantizedKV] = field(default_factory=dict)
 
 
 @dataclass
@@ -31,12 +49,14 @@ class DecodeContext:
 
     starts: int64 [S], first arena row of each document. lengths: int32 [S], tokens it holds, the new one included; 0
     for an unused slot. max_length: a bound on `lengths` that is known on the host.
-    The model's cache returns the whole arenas [1, Hkv, T, D] from `update`.
+    The model's cache returns the whole arenas [1, Hkv, T, D] from `update`, unless they are in fp8.
+    quantized: by layer, the whole arena in fp8, the new tokens included; empty where the arenas are not in fp8.
     """
 
     starts: Tensor
     lengths: Tensor
     max_length: int
+    quantized: Mapping[int, QuantizedKV] = field(default_factory=dict)
 
 
 StemContext = PrefillContext | DecodeContext

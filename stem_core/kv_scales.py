@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from kernels.fp8_heads import FP8_MAX, HeadScales
-from stem_core.attention import LayerPolicy, attention_forward
+from stem_core.attention import attention_forward
 from stem_core.patch import ATTENTION_NAME
+from stem_core.policy import LayerPolicy
 
 HEADROOM = 16.0
 

@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from stem_core.attention import LayerPolicy, attention_forward
+from stem_core.attention import attention_forward
 from stem_core.config import StemConfig
+from stem_core.policy import LayerPolicy
 
 # Must not contain "flash", "sdpa" or "flex_attention": transformers reads meaning into such names.
 ATTENTION_NAME = "stem"

@@ -5,12 +5,17 @@ Offline lengths are bounded before a document starts (prompt + max_new_tokens), 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# Extents start at multiples of this many tokens, so that a kernel's tiles of keys stay aligned.
+from kernels.fp8_heads import FP8, HeadScales, append_kv, write_kv
+from stem_core.context import QuantizedKV
+
+# Extents start at multiples of this many tokens, so that a kernel's tiles of keys stay aligned, and the groups of 16
+# keys in which the values of an fp8 arena are permuted.
 ALIGNMENT = 64
 
 
@@ -85,25 +90,15 @@ class LayerShape:
         return self.kv_heads * (self.head_dim + self.value_dim) * dtype.itemsize
 
 
-class KVArena:
-    """Keys and values of all layers i: k[i] [Hkv, T, D], v[i] [Hkv, T, Dv], T = capacity + ALIGNMENT.
+class Arena:
+    """What the arenas of all precisions have in common: the extents, and tensors by layer, T = capacity + ALIGNMENT.
 
     The last ALIGNMENT tokens belong to no extent: unused rows of a decode batch write there (`scratch`).
     """
 
-    def __init__(self, shapes: dict[int, LayerShape], tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, tokens: int, device: torch.device) -> None:
         self.extents = ExtentAllocator(tokens)
         self.device = device
-        rows = self.extents.capacity + ALIGNMENT
-
-        def allocate(heads: int, dim: int) -> Tensor:
-            tensor = torch.empty(heads, rows, dim, dtype=dtype, device=device)
-            # A GPU kernel may load past a document's end before it masks, and 0 * NaN is NaN. On a CPU nothing reads
-            # there, and memory that is not touched costs nothing.
-            return tensor.zero_() if device.type == "cuda" else tensor
-
-        self.k = {layer: allocate(shape.kv_heads, shape.head_dim) for layer, shape in shapes.items()}
-        self.v = {layer: allocate(shape.kv_heads, shape.value_dim) for layer, shape in shapes.items()}
 
     @property
     def capacity(self) -> int:
@@ -118,4 +113,117 @@ class KVArena:
     @property
     def nbytes(self) -> int:
         """Bytes of all layers."""
-        return sum(t.nbytes for t in (*self.k.values(), *self.v.values()))
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """All that was allocated."""
+        raise NotImplementedError
+
+    def write(self, layer: int, k: Tensor, v: Tensor, extent: Extent, seen: int) -> tuple[Tensor, Tensor]:
+        """Put a chunk's keys and values k, v [1, Hkv, L, D] behind the `seen` tokens of its document.
+
+        Returns what the model's attention is to be given, [1, Hkv, tokens, D].
+        """
+        raise NotImplementedError
+
+    def append(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Put one token of each of S documents, k, v [S, Hkv, 1, D], at arena indices slots int64 [S].
+
+        Returns what the model's attention is to be given. Waits for nothing.
+        """
+        raise NotImplementedError
+
+    def quantized(self, extent: Extent | None = None) -> Mapping[int, QuantizedKV]:
+        """By layer, the keys and values of an extent, or of the whole arena; empty if they are not quantised."""
+        return {}
+
+    def fill(self, extent: Extent) -> None:
+        """Random keys and values in an extent, for measuring."""
+        raise NotImplementedError
+
+    def _allocate(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        tensor = torch.empty(*shape, dtype=dtype, device=self.device)
+        # A GPU kernel may load past a document's end before it masks, and 0 * NaN is NaN. On a CPU nothing reads
+        # there, and memory that is not touched costs nothing.
+        return tensor.zero_() if self.device.type == "cuda" else tensor
+
+
+class KVArena(Arena):
+    """Keys and values of all layers i in the model's dtype: k[i] [Hkv, T, D], v[i] [Hkv, T, Dv]."""
+
+    def __init__(self, shapes: dict[int, LayerShape], tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(tokens, device)
+        rows = self.capacity + ALIGNMENT
+        self.k = {i: self._allocate(shape.kv_heads, rows, shape.head_dim, dtype=dtype) for i, shape in shapes.items()}
+        self.v = {i: self._allocate(shape.kv_heads, rows, shape.value_dim, dtype=dtype) for i, shape in shapes.items()}
+
+    def tensors(self) -> list[Tensor]:
+        """All that was allocated."""
+        return [*self.k.values(), *self.v.values()]
+
+    def write(self, layer: int, k: Tensor, v: Tensor, extent: Extent, seen: int) -> tuple[Tensor, Tensor]:
+        """See Arena. Returns views of the document so far, [1, Hkv, seen + L, D]."""
+        first = extent.start
+        begin, end = first + seen, first + seen + k.shape[2]
+        arena_k, arena_v = self.k[layer], self.v[layer]
+        arena_k[:, begin:end] = k[0]
+        arena_v[:, begin:end] = v[0]
+        return arena_k[None, :, first:end], arena_v[None, :, first:end]
+
+    def append(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """See Arena. Returns the whole arena of the layer, [1, Hkv, T, D]."""
+        arena_k, arena_v = self.k[layer], self.v[layer]
+        arena_k.index_copy_(1, slots, k[:, :, 0].transpose(0, 1))
+        arena_v.index_copy_(1, slots, v[:, :, 0].transpose(0, 1))
+        return arena_k[None], arena_v[None]
+
+    def fill(self, extent: Extent) -> None:
+        """See Arena."""
+        for tensor in self.tensors():
+            tensor[:, extent.start : extent.start + extent.tokens].normal_()
+
+
+class Fp8KVArena(Arena):
+    """Keys k[i] [Hkv, T, D], transposed values vt[i] [Hkv, D, T] of all layers i in e4m3 (see kernels.fp8_heads).
+
+    scales: by layer. What is written is what the attention reads (`quantized`); the model gets its own k and v back.
+    """
+
+    def __init__(
+        self, shapes: dict[int, LayerShape], tokens: int, scales: dict[int, HeadScales], device: torch.device
+    ) -> None:
+        super().__init__(tokens, device)
+        rows = self.capacity + ALIGNMENT
+        self.k = {i: self._allocate(shape.kv_heads, rows, shape.head_dim, dtype=FP8) for i, shape in shapes.items()}
+        self.vt = {i: self._allocate(shape.kv_heads, shape.head_dim, rows, dtype=FP8) for i, shape in shapes.items()}
+        self.scales = scales
+        self._whole = {i: QuantizedKV(self.k[i], self.vt[i], scales[i]) for i in shapes}
+
+    def tensors(self) -> list[Tensor]:
+        """All that was allocated."""
+        return [*self.k.values(), *self.vt.values()]
+
+    def write(self, layer: int, k: Tensor, v: Tensor, extent: Extent, seen: int) -> tuple[Tensor, Tensor]:
+        """See Arena. Returns k and v."""
+        write_kv(k, v, self.scales[layer], self.k[layer], self.vt[layer], extent.start + seen)
+        return k, v
+
+    def append(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """See Arena. Returns k and v."""
+        append_kv(k[:, :, 0], v[:, :, 0], self.scales[layer], self.k[layer], self.vt[layer], slots)
+        return k, v
+
+    def quantized(self, extent: Extent | None = None) -> Mapping[int, QuantizedKV]:
+        """See Arena. An extent is rounded up to whole units of ALIGNMENT."""
+        if extent is None:
+            return self._whole
+        part = slice(extent.start, extent.start + aligned(extent.tokens))
+        return {i: QuantizedKV(kv.k[:, part], kv.vt[..., part], kv.scales) for i, kv in self._whole.items()}
+
+    def fill(self, extent: Extent) -> None:
+        """See Arena; the same in all heads."""
+        part = slice(extent.start, extent.start + extent.tokens)
+        for tensor in (*self.k.values(), *(vt.mT for vt in self.vt.values())):
+            values = torch.randn(extent.tokens, tensor.shape[-1], device=self.device).to(FP8)
+            for head in tensor:
+                head[part] = values

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from pipeline.engine.arena import Extent, KVArena, LayerShape
+from pipeline.engine.arena import Arena, Extent, LayerShape
 
 
 class UnsupportedCacheError(AttributeError):
@@ -67,32 +67,24 @@ class ProbeCache(EngineCache):
 class PrefillCache(EngineCache):
     """One chunk of one document: tokens [seen, seen + L) of its extent."""
 
-    def __init__(self, arena: KVArena, extent: Extent, seen: int) -> None:
+    def __init__(self, arena: Arena, extent: Extent, seen: int) -> None:
         super().__init__(seen)
         self._arena = arena
         self._extent = extent
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write k, v [1, Hkv, L, D] in place; return views of the document so far, [1, Hkv, seen + L, D]."""
-        first = self._extent.start
-        begin, end = first + self.seen, first + self.seen + k.shape[2]
-        arena_k, arena_v = self._arena.k[layer_idx], self._arena.v[layer_idx]
-        arena_k[:, begin:end] = k[0]
-        arena_v[:, begin:end] = v[0]
-        return arena_k[None, :, first:end], arena_v[None, :, first:end]
+        """Write k, v [1, Hkv, L, D] in place; return what the attention is given (Arena.write)."""
+        return self._arena.write(layer_idx, k, v, self._extent, self.seen)
 
 
 class DecodeCache(EngineCache):
     """One token for each row of a decode batch, written at arena index slots[s]."""
 
-    def __init__(self, arena: KVArena, slots: Tensor) -> None:
+    def __init__(self, arena: Arena, slots: Tensor) -> None:
         super().__init__(seen=0)
         self._arena = arena
         self._slots = slots
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write k, v [S, Hkv, 1, D] in place; return the whole arena of the layer, [1, Hkv, T, D]."""
-        arena_k, arena_v = self._arena.k[layer_idx], self._arena.v[layer_idx]
-        arena_k.index_copy_(1, self._slots, k[:, :, 0].transpose(0, 1))
-        arena_v.index_copy_(1, self._slots, v[:, :, 0].transpose(0, 1))
-        return arena_k[None], arena_v[None]
+        """Write k, v [S, Hkv, 1, D] in place; return what the attention is given (Arena.append)."""
+        return self._arena.append(layer_idx, k, v, self._slots)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -13,7 +13,8 @@ from pipeline.errors import JobError
 from stem_core.config import StemConfig
 
 Status = Literal["ok", "error", "oom", "too_long"]
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+PrecisionName = Literal["auto", "bf16", "fp16", "fp32", "fp8"]
+PRECISIONS: tuple[str, ...] = get_args(PrecisionName)
 LOAD_FORMATS = ("auto", "dummy")
 
 
@@ -27,7 +28,9 @@ class EngineConfig:
 
     model: path of a model folder, or a hub id.
     device: "auto" (the first GPU, else the CPU) or a torch device name.
-    dtype: "auto" (bfloat16 on a GPU, float32 on the CPU) or one of DTYPES.
+    precision: "bf16", "fp16" or "fp32" of everything; "fp8": linears, attention and KV in fp8 (e4m3), the rest in bf16,
+        on a CPU in fp32; "auto": bf16 on a GPU, fp32 on a CPU, fp8 for a checkpoint that is stored in fp8.
+    fp8_fast_accumulation: let fp8 linears sum in the tensor cores' reduced precision (Hopper): faster, less exact.
     attention: sparse prefill; None is dense attention through the same kernels.
     chunk_tokens: prompt tokens per prefill step; rounded up to whole blocks of the attention.
     max_live: documents that hold KV at the same time, i.e. the largest decode batch.
@@ -36,7 +39,7 @@ class EngineConfig:
     load_format: "auto" reads safetensors; "dummy" makes random weights on the device from the config alone.
     revision, trust_remote_code: as in transformers.
     seed: of the dummy weights.
-    fuse: run norms, MLPs, projections and rotary embeddings through our kernels; None does on a GPU.
+    fuse: run norms, MLPs, projections and rotary embeddings through our kernels; None does on a GPU and in fp8.
     cuda_graphs: replay captured decode steps (GPU only).
     decode_lag: decode steps that the host may launch ahead of the tokens that it has read back; steps launched for a
         document that has stopped are discarded. None is 2 on a GPU, 0 on the CPU. Results do not depend on it.
@@ -44,7 +47,7 @@ class EngineConfig:
 
     model: str
     device: str = "auto"
-    dtype: str = "auto"
+    precision: str = "auto"
     attention: StemConfig | None = None
     chunk_tokens: int = 8192
     max_live: int = 8
@@ -54,13 +57,14 @@ class EngineConfig:
     revision: str | None = None
     trust_remote_code: bool = False
     seed: int = 0
+    fp8_fast_accumulation: bool = True
     fuse: bool | None = None
     cuda_graphs: bool = True
     decode_lag: int | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype != "auto" and self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.load_format not in LOAD_FORMATS:
             raise ValueError(f"load_format must be one of {LOAD_FORMATS}, got {self.load_format!r}")
         for name in ("chunk_tokens", "max_live"):
@@ -92,12 +96,6 @@ class EngineConfig:
                 f"device={self.device!r} asked for, but torch sees {torch.cuda.device_count()} CUDA devices"
             )
         return torch.device("cuda", device.index or 0)
-
-    def torch_dtype(self, device: torch.device) -> torch.dtype:
-        """The dtype of weights and KV on `device`."""
-        if self.dtype == "auto":
-            return torch.float32 if device.type == "cpu" else torch.bfloat16
-        return DTYPES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -139,10 +137,10 @@ class Completion:
 
     token_ids: generated tokens, the stop token included (as transformers' generate returns them).
     finish_reason: "stop" (a stop token), "length" (max_new_tokens reached) or "error".
-    attention: "stem" or "dense" as it ran for this document, empty for one that never started. attention_reason: why,
-    where it is not stem in all layers.
-    density: kept share of the causal block pairs over all layers and heads; 1.0 is dense. A layer with a sliding window
-    that cuts the prompt counts as dense.
+    attention: "stem" or "dense" as it ran for this document, empty for one that never started. attention_reason: why
+    it is not the one asked for, empty if it is.
+    density: computed share of the causal block pairs over all layers and heads; 1.0 is dense. A layer with a sliding
+    window that cuts the prompt counts with what the window meets.
     queue_seconds: from add() to the first prefill step. prefill_seconds, decode_seconds: wall time of the engine's
     prefill steps of this document and of the decode steps that it took part in; the time in which it waits for other
     documents' prefill is in neither. time_to_first_token: from add().

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from pipeline.engine.arena import KVArena
+from pipeline.engine.arena import Arena
 from pipeline.engine.batch import EMITTED, LENGTH, LIMIT, START, TOKEN, DecodeBatch
 from pipeline.engine.cache import DecodeCache
 from pipeline.engine.runner import ModelRunner
@@ -41,7 +41,7 @@ class DecodeRunner:
     """Runs decode steps of a DecodeBatch against the arena; documents come to at most `max_context` tokens."""
 
     def __init__(
-        self, runner: ModelRunner, arena: KVArena, batch: DecodeBatch, max_context: int, use_graphs: bool
+        self, runner: ModelRunner, arena: Arena, batch: DecodeBatch, max_context: int, use_graphs: bool
     ) -> None:
         self._runner = runner
         self._arena = arena
@@ -86,7 +86,12 @@ class DecodeRunner:
         lengths, starts = ints[LENGTH], ints[START]
         positions = (lengths - 1).clamp(min=0)
         slots = (starts + positions).masked_fill(lengths == 0, self._arena.scratch)
-        context = DecodeContext(starts=starts, lengths=lengths.to(torch.int32), max_length=self._max_context)
+        context = DecodeContext(
+            starts=starts,
+            lengths=lengths.to(torch.int32),
+            max_length=self._max_context,
+            quantized=self._arena.quantized(),
+        )
         cache = DecodeCache(self._arena, slots)
         bounds = lengths - ints[EMITTED] + ints[LIMIT]
         logits = self._runner.logits(ints[TOKEN][:, None], positions[:, None], cache, context, bounds)

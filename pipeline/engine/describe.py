@@ -9,10 +9,13 @@ import torch
 from kernels.block_scores import choose_block_scores
 from kernels.block_selection import choose_block_selection
 from kernels.block_sparse_attention import choose_block_sparse_attention
+from kernels.block_sparse_attention_fp8 import choose_block_sparse_attention_fp8
 from kernels.decode_attention import choose_decode_attention
+from kernels.decode_attention_fp8 import choose_decode_attention_fp8
 from pipeline.engine.runner import ModelRunner
-from stem_core.attention import DENSE_BLOCK_SIZE
 from stem_core.config import StemConfig
+from stem_core.fp8 import describe_fp8
+from stem_core.policy import DENSE_BLOCK_SIZE
 
 PACKAGES = ("torch", "transformers", "triton")
 
@@ -40,9 +43,18 @@ def describe_kernels(runner: ModelRunner, attention: StemConfig | None) -> dict[
     for policy, window in runner.layers:
         sparse = attention is not None and policy.layer >= attention.dense_layers and window is None
         block_size = attention.block_size if attention is not None and sparse else DENSE_BLOCK_SIZE
-        prefill.append(str(choose_block_sparse_attention(q, block_size, window=window)))
-    chosen = {"prefill": " and ".join(dict.fromkeys(prefill)), "decode": str(choose_decode_attention(q[0]))}
+        if runner.precision.fp8:
+            choice = choose_block_sparse_attention_fp8(q, block_size, window=window, dtype=runner.dtype)
+        else:
+            choice = choose_block_sparse_attention(q, block_size, window=window)
+        prefill.append(str(choice))
+    kind = "fp8 " if runner.precision.fp8 else ""
+    decode = choose_decode_attention_fp8(q[0]) if runner.precision.fp8 else choose_decode_attention(q[0])
+    chosen = {"prefill": kind + " and ".join(dict.fromkeys(prefill)), "decode": f"{kind}{decode}"}
     if attention is not None:
         chosen["scores"] = f"{attention.estimator} {choose_block_scores(q)}"
         chosen["selection"] = str(choose_block_selection(runner.device))
+    if runner.precision.fp8:
+        fast = describe_fp8(runner.model)["fast_accumulation"]
+        chosen["linears"] = f"fp8 with {'fast' if fast else 'precise'} accumulation"
     return chosen

@@ -22,12 +22,13 @@ from pipeline.engine.config import Completion, EngineConfig, EngineError, Reques
 from pipeline.engine.decode import DecodeRunner, Readback, StepKey, batch_bucket
 from pipeline.engine.describe import describe_kernels, versions
 from pipeline.engine.document import Document, WaitingLine, accept
-from pipeline.engine.loading import load_model, stop_token_ids
+from pipeline.engine.loading import load_model, load_precision, stop_token_ids
 from pipeline.engine.memory import allocate_arena, plan_memory, release_memory
 from pipeline.engine.meter import Meter, check_device, is_out_of_memory
 from pipeline.engine.plan import MemoryPlan
 from pipeline.engine.prefill import AttentionPlan, Prefill, attention_plan, chunk_size
 from pipeline.engine.runner import ModelRunner
+from stem_core.fp8 import describe_fp8
 from stem_core.fuse import describe_fusion
 
 
@@ -44,10 +45,11 @@ class Engine:
         on_gpu = device.type == "cuda"
         if on_gpu:
             torch.cuda.set_device(device)
+        precision = load_precision(config)
         model = load_model(config)
         self._eos = stop_token_ids(model)
         try:
-            self._runner = ModelRunner(model, config.attention, config.fuse)
+            self._runner = ModelRunner(model, config.attention, config.fuse, precision)
             plan = plan_memory(self._runner, config, self._chunk)
         except torch.OutOfMemoryError as error:
             raise EngineError(
@@ -92,13 +94,15 @@ class Engine:
         return self._plan
 
     def describe(self) -> dict[str, Any]:
-        """What runs here: device, dtype, attention, kernels, decode mode, versions."""
+        """What runs here: device, precision, attention, kernels, decode mode, versions. dtype: of activations."""
         attention = self.config.attention
         return {
             "model": self.config.model,
             "device": str(self._device),
             "gpu": torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "",
+            "precision": self._runner.precision.name,
             "dtype": str(self._runner.dtype).removeprefix("torch."),
+            "fp8": describe_fp8(self._runner.model) if self._runner.precision.fp8 else None,
             "attention": "dense" if attention is None else "stem",
             "attention_config": None if attention is None else attention.to_dict(),
             "chunk_tokens": self._chunk,

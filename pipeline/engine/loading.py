@@ -11,6 +11,9 @@ import torch
 from torch import nn
 
 from pipeline.engine.config import EngineConfig, EngineError
+from pipeline.engine.dummy import dummy_model
+from pipeline.engine.precision import Precision, resolve_precision
+from stem_core.fp8 import Fp8Linear, prepare_quantized_config, quantize_linears
 
 # A context that no arena reaches, for configs that state none.
 UNBOUNDED = 1 << 40
@@ -33,40 +36,56 @@ def load_config(config: EngineConfig) -> Any:
         raise ModelLoadError(f"cannot read the config of model {config.model!r}: {_first_line(error)}") from error
 
 
+def load_precision(config: EngineConfig) -> Precision:
+    """What `config.precision` means here for this model. Raises EngineError (see resolve_precision)."""
+    return resolve_precision(config.precision, config.torch_device(), load_config(config))
+
+
 def load_model(config: EngineConfig) -> nn.Module:
-    """The model in eval mode on the engine's device, without a second copy in host memory.
+    """The model in eval mode on the engine's device, its linears in fp8 if that is the precision.
 
-    Reads safetensors only. load_format "dummy" builds the architecture straight on the device with its own random
-    initialisation, buffers (rotary frequencies) included. Raises ModelLoadError.
+    Reads safetensors only. load_format "dummy" makes random weights on the device (pipeline.engine.dummy).
+    Neither needs a second copy in host memory, nor, for fp8, device memory for more than one weight in 16 bits.
+    Raises ModelLoadError, or EngineError for a precision that cannot be.
     """
-    from transformers import AutoModelForCausalLM
-
     device = config.torch_device()
-    dtype = config.torch_dtype(device)
     hf_config = load_config(config)
+    precision = resolve_precision(config.precision, device, hf_config)
     try:
+        stored_fp8 = prepare_quantized_config(hf_config)
         if config.load_format == "dummy":
-            torch.manual_seed(config.seed)
-            with torch.device(device):
-                model = AutoModelForCausalLM.from_config(
-                    hf_config, dtype=dtype, trust_remote_code=config.trust_remote_code
-                )
+            model = dummy_model(config, hf_config, precision)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                config.model,
-                config=hf_config,
-                revision=config.revision,
-                trust_remote_code=config.trust_remote_code,
-                dtype=dtype,
-                use_safetensors=True,
-                device_map={"": device} if device.type == "cuda" else None,
-            )
+            model = _from_files(config, hf_config, precision, stored_fp8)
     except torch.OutOfMemoryError as error:
         total = torch.cuda.get_device_properties(device).total_memory / 2**30
         raise ModelLoadError(f"model {config.model!r} does not fit the {total:.0f} GiB of {device}") from error
     except Exception as error:
         raise ModelLoadError(f"cannot load model {config.model!r}: {_first_line(error)}") from error
     return model.eval().requires_grad_(False)
+
+
+def _from_files(config: EngineConfig, hf_config: Any, precision: Precision, stored_fp8: bool) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    device = config.torch_device()
+    # Weights that are to be quantised come to host memory and go to the device one by one, in fp8.
+    to_quantize = precision.fp8 and not stored_fp8
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        config.model,
+        config=hf_config,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        dtype=precision.dtype,
+        use_safetensors=True,
+        device_map={"": device} if device.type == "cuda" and not to_quantize else None,
+    )
+    if to_quantize:
+        quantize_linears(model, fast_accumulation=config.fp8_fast_accumulation, device=device)
+    for module in model.modules():
+        if isinstance(module, Fp8Linear):
+            module.fast_accumulation = config.fp8_fast_accumulation
+    return model.to(device) if to_quantize else model
 
 
 def stop_token_ids(model: nn.Module) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from kernels.block_scores import KeySummary, key_sums_dtype
-from pipeline.engine.arena import ALIGNMENT, Extent, KVArena
+from pipeline.engine.arena import ALIGNMENT, Arena, Extent
 from pipeline.engine.cache import PrefillCache
 from pipeline.engine.config import EngineConfig, EngineError
 from pipeline.engine.loading import context_limit, weight_bytes
@@ -42,7 +42,7 @@ def release_memory(device: torch.device) -> None:
 
 def plan_memory(runner: ModelRunner, config: EngineConfig, chunk_tokens: int) -> MemoryPlan:
     """The plan for a loaded model. Raises EngineError if no useful arena fits."""
-    per_token = sum(shape.bytes_per_token(runner.dtype) for shape in runner.shapes.values())
+    per_token = runner.bytes_per_token
     context = config.max_context or context_limit(runner.model.config)
     if runner.device.type == "cuda":
         peak = measure_chunk(runner, chunk_tokens)
@@ -60,6 +60,7 @@ def plan_memory(runner: ModelRunner, config: EngineConfig, chunk_tokens: int) ->
     tokens = fit_arena(config, free - reserve, per_token, context)
     return MemoryPlan(
         device=str(runner.device),
+        precision=runner.precision.name,
         total_bytes=total,
         weight_bytes=weight_bytes(runner.model),
         reserve_bytes=reserve,
@@ -79,7 +80,7 @@ def measure_chunk(runner: ModelRunner, chunk_tokens: int) -> int:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(runner.device)
     base = torch.cuda.memory_reserved(runner.device)
-    arena = KVArena(runner.shapes, chunk_tokens, runner.dtype, runner.device)
+    arena = runner.new_arena(chunk_tokens)
     ids = np.zeros(chunk_tokens, dtype=np.int64)
     Prefill(runner, arena, Extent(0, chunk_tokens), ids, 0, chunk_tokens).step()
     torch.cuda.synchronize(runner.device)
@@ -87,7 +88,7 @@ def measure_chunk(runner: ModelRunner, chunk_tokens: int) -> int:
 
 
 @torch.inference_mode()
-def rehearse(runner: ModelRunner, arena: KVArena, plan: MemoryPlan, chunk_tokens: int) -> None:
+def rehearse(runner: ModelRunner, arena: Arena, plan: MemoryPlan, chunk_tokens: int) -> None:
     """Run the last chunk of the longest document that the plan admits. Raises torch.OutOfMemoryError.
 
     Documents of 1, 2, 4, ... whole chunks follow: some kernels are compiled for powers of two of a prompt's blocks, and
@@ -98,9 +99,10 @@ def rehearse(runner: ModelRunner, arena: KVArena, plan: MemoryPlan, chunk_tokens
         lengths.append(whole)
     for length in lengths:
         start = (length - 1) // chunk_tokens * chunk_tokens
-        context = PrefillContext(prompt_length=length, start=start)
+        extent = Extent(0, length)
+        context = PrefillContext(prompt_length=length, start=start, quantized=arena.quantized(extent))
         _past_summaries(runner, context)
-        cache = PrefillCache(arena, Extent(0, length), seen=start)
+        cache = PrefillCache(arena, extent, seen=start)
         ids = torch.zeros(1, length - start, dtype=torch.int64, device=runner.device)
         positions = torch.arange(start, length, device=runner.device)[None]
         runner.logits(ids, positions, cache, context, torch.full_like(ids[:, 0], length))
@@ -147,7 +149,7 @@ def _past_summaries(runner: ModelRunner, context: PrefillContext) -> None:
 
 def allocate_arena(
     runner: ModelRunner, config: EngineConfig, plan: MemoryPlan, chunk_tokens: int
-) -> tuple[KVArena, MemoryPlan]:
+) -> tuple[Arena, MemoryPlan]:
     """The arena, proven by a rehearsal on a GPU: a plan that runs out of memory there is shrunk by 5% at a time.
 
     Returns the arena and the plan that it follows. Raises EngineError if `config.arena_tokens` asked for too much.
@@ -172,10 +174,10 @@ def allocate_arena(
     )
 
 
-def _rehearsed_arena(runner: ModelRunner, plan: MemoryPlan, chunk_tokens: int) -> KVArena | None:
+def _rehearsed_arena(runner: ModelRunner, plan: MemoryPlan, chunk_tokens: int) -> Arena | None:
     """The plan's arena, or None if it or the rehearsal in it runs out of GPU memory."""
     try:
-        arena = KVArena(runner.shapes, plan.arena_tokens, runner.dtype, runner.device)
+        arena = runner.new_arena(plan.arena_tokens)
         if runner.device.type == "cuda":
             rehearse(runner, arena, plan, chunk_tokens)
             torch.cuda.synchronize(runner.device)

@@ -12,6 +12,8 @@ import torch
 from pipeline.engine.arena import ALIGNMENT, aligned
 from pipeline.engine.config import EngineConfig, EngineError
 from pipeline.engine.loading import context_limit, load_config
+from pipeline.engine.precision import Precision, resolve_precision
+from stem_core.fp8 import quantize_linears
 
 GIB = 2**30
 # On a CPU the arena shares memory with everything else on the machine.
@@ -28,7 +30,7 @@ class MemoryPlan:
 
     total_bytes: memory of the device (of the host, on a CPU). reserve_bytes: kept free for activations, decode
     graphs and the allocator. bytes_per_token: KV of all layers. max_context: longest document, prompt and output.
-    estimated: made from the config alone, before anything was loaded or measured.
+    estimated: made from the config alone, before anything was loaded or measured. precision: of weights and KV.
     """
 
     device: str
@@ -40,6 +42,7 @@ class MemoryPlan:
     max_context: int
     max_live: int
     estimated: bool = False
+    precision: str = ""
 
     @property
     def arena_bytes(self) -> int:
@@ -62,7 +65,7 @@ class MemoryPlan:
         context = f"{self.max_context:,} tokens a document at most (prompt and output)"
         kv = f"{self.arena_bytes / GIB:.2f} GiB = {self.arena_tokens:,} tokens x {self.bytes_per_token:,} bytes"
         return [
-            f"memory of {self.device} ({kind}): {self.total_bytes / GIB:.1f} GiB",
+            f"memory of {self.device} ({kind}): {self.total_bytes / GIB:.1f} GiB, precision {self.precision}",
             f"  weights  {self.weight_bytes / GIB:.2f} GiB",
             f"  reserve  {self.reserve_bytes / GIB:.2f} GiB for activations and decoding",
             f"  KV       {kv}",
@@ -104,7 +107,7 @@ def fit_arena(config: EngineConfig, free_bytes: int, bytes_per_token: int, conte
     if tokens < ALIGNMENT:
         raise EngineError(
             f"{max(0, free_bytes) / GIB:.2f} GiB are left for KV at {bytes_per_token:,} bytes a token: too little; use "
-            "a smaller model, chunk_tokens or dtype"
+            "a smaller model or chunk_tokens, or precision fp8"
         )
     return tokens
 
@@ -116,18 +119,18 @@ def estimate_plan(config: EngineConfig, total_bytes: int | None = None) -> Memor
     """
     hf_config = load_config(config)
     device = config.torch_device()
-    dtype = config.torch_dtype(device)
+    precision = resolve_precision(config.precision, device, hf_config)
     free = total_bytes
     if free is None or total_bytes is None:
         free, total_bytes = torch.cuda.mem_get_info(device) if device.type == "cuda" else host_memory()
-    weights = _parameter_count(hf_config, config) * dtype.itemsize
+    weights = _weight_bytes(hf_config, config, precision)
     text = hf_config.get_text_config()
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    per_token = text.num_hidden_layers * kv_heads * head_dim * 2 * dtype.itemsize
+    per_token = text.num_hidden_layers * kv_heads * head_dim * 2 * precision.kv_dtype.itemsize
     widest = 3 * getattr(text, "intermediate_size", 4 * text.hidden_size) + 6 * text.hidden_size
-    reserve = config.chunk_tokens * widest * dtype.itemsize + SLACK_BYTES
+    reserve = config.chunk_tokens * widest * precision.dtype.itemsize + SLACK_BYTES
     if device.type == "cpu":
         reserve = max(reserve, int((free - weights) * (1 - HOST_SHARE)))
     context = config.max_context or context_limit(hf_config)
@@ -142,13 +145,18 @@ def estimate_plan(config: EngineConfig, total_bytes: int | None = None) -> Memor
         max_context=min(tokens, context),
         max_live=config.max_live,
         estimated=True,
+        precision=precision.name,
     )
 
 
-def _parameter_count(hf_config: Any, config: EngineConfig) -> int:
+def _weight_bytes(hf_config: Any, config: EngineConfig, precision: Precision) -> int:
     """Parameters of the architecture, built without memory; tied ones once."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=config.trust_remote_code)
-    return sum(parameter.numel() for parameter in model.parameters())
+        model = AutoModelForCausalLM.from_config(
+            hf_config, dtype=precision.dtype, trust_remote_code=config.trust_remote_code
+        )
+        if precision.fp8:
+            quantize_linears(model)
+    return sum(parameter.nbytes for parameter in model.parameters())

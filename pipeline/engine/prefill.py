@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.engine.arena import Extent, KVArena
+from pipeline.engine.arena import Arena, Extent
 from pipeline.engine.cache import PrefillCache
 from pipeline.engine.runner import ModelRunner
-from stem_core.attention import DENSE_BLOCK_SIZE, cutting_window
 from stem_core.config import StemConfig
 from stem_core.context import PrefillContext
+from stem_core.policy import DENSE_BLOCK_SIZE, cutting_window
 
 
 def chunk_size(chunk_tokens: int, attention: StemConfig | None) -> int:
@@ -32,26 +32,22 @@ class AttentionPlan:
 
 
 def attention_plan(runner: ModelRunner, prompt_tokens: int) -> AttentionPlan:
-    """Stem or dense, why, and the density over all layers; a layer with a sliding window counts as dense."""
-    densities: list[float] = []
-    reasons: list[str] = []
-    for policy, window in runner.layers:
-        budget = policy.budget(prompt_tokens, window)
-        densities.append(budget.density)
-        if policy.config is not None and policy.layer < policy.config.dense_layers:
-            reasons.append("leading layer")
-        else:
-            cut = cutting_window(prompt_tokens, window) is not None
-            reasons.append("sliding window" if cut else budget.reason)
-    sparse = reasons.count("")
-    if sparse == 0:
-        of_prompt = [reason for reason in reasons if reason not in ("leading layer", "sliding window")]
-        return AttentionPlan(
-            "dense", of_prompt[0] if of_prompt else "every layer is dense or has a sliding window", 1.0
-        )
-    dense = len(reasons) - sparse
-    reason = f"{dense} of {len(reasons)} layers are dense" if dense else ""
-    return AttentionPlan("stem", reason, sum(densities) / len(densities))
+    """Stem or dense, why it is not what was asked for, and the density over all layers."""
+    densities = [policy.density(prompt_tokens, window) for policy, window in runner.layers]
+    density = sum(densities) / len(densities)
+    if all(policy.config is None for policy, _ in runner.layers):
+        return AttentionPlan("dense", "", density)
+    # Leading layers are dense because that was asked for.
+    others = [(policy, window) for policy, window in runner.layers if not policy.leading]
+    cut = [cutting_window(prompt_tokens, window) is not None for _, window in others]
+    dense = [policy.budget(prompt_tokens, None).reason for policy, _ in others]
+    if not any(not window and not reason for window, reason in zip(cut, dense, strict=True)):
+        of_prompt = [reason for window, reason in zip(cut, dense, strict=True) if reason and not window]
+        reason = of_prompt[0] if of_prompt else "every layer is dense or has a sliding window"
+        return AttentionPlan("dense", reason, density)
+    windows = sum(cut)
+    reason = f"{windows} of {len(runner.layers)} layers keep to their sliding window" if windows else ""
+    return AttentionPlan("stem", reason, density)
 
 
 class Prefill:
@@ -63,7 +59,7 @@ class Prefill:
     def __init__(
         self,
         runner: ModelRunner,
-        arena: KVArena,
+        arena: Arena,
         extent: Extent,
         prompt_ids: np.ndarray,
         max_new_tokens: int,
@@ -79,7 +75,7 @@ class Prefill:
         self._arena = arena
         self._extent = extent
         self._chunk = chunk_tokens
-        self._context = PrefillContext(prompt_length=len(prompt_ids))
+        self._context = PrefillContext(prompt_length=len(prompt_ids), quantized=arena.quantized(extent))
         # Budgets are copied to the device now: a copy between launches would wait for all that is queued.
         for policy, window in runner.layers:
             budget = policy.budget(len(prompt_ids), window)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pipeline.engine.arena import LayerShape
+from kernels.fp8_heads import HeadScales
+from pipeline.engine.arena import Arena, Fp8KVArena, KVArena, LayerShape
 from pipeline.engine.cache import EngineCache, ProbeCache
+from pipeline.engine.calibration import calibration_prompts
+from pipeline.engine.precision import Precision, check_fp8_attention
 from pipeline.engine.rope import prepare_rope
-from stem_core.attention import LayerPolicy
 from stem_core.config import StemConfig
 from stem_core.context import PrefillContext, StemContext
 from stem_core.fuse import fuse_model
+from stem_core.kv_scales import calibrate
 from stem_core.patch import layer_policies, patch_model
+from stem_core.policy import LayerPolicy
 
 
 class ModelRunner:
@@ -21,22 +25,58 @@ class ModelRunner:
     Raises stem_core's UnsupportedModelError or EngineError for a model whose attention or rotary embedding cannot run
     here, UnsupportedCacheError for one that caches more than keys and values.
 
+    precision: as the model was loaded; None: its dtype throughout. In fp8 attention and KV are in fp8 too.
     shapes: what each layer caches. layers: policy and sliding window of each attention layer, in the model's order.
+    scales: of keys, values and queries in fp8, by layer; empty in other precisions.
     """
 
-    def __init__(self, model: nn.Module, attention: StemConfig | None, fuse: bool | None = None) -> None:
-        self.device = next(model.parameters()).device
-        if self.device.type == "cuda" if fuse is None else fuse:
+    def __init__(
+        self,
+        model: nn.Module,
+        attention: StemConfig | None,
+        fuse: bool | None = None,
+        precision: Precision | None = None,
+    ) -> None:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+        self.device, self.dtype = embedding.weight.device, embedding.weight.dtype
+        self.vocabulary: int = embedding.num_embeddings
+        self.precision = precision or Precision(str(self.dtype).removeprefix("torch."), self.dtype)
+        if self.device.type == "cuda" or self.precision.fp8 if fuse is None else fuse:
             fuse_model(model)
         self.model = patch_model(model, attention)
-        self.dtype = next(model.parameters()).dtype
-        self.vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         self._rope = prepare_rope(model)
         self.shapes, self.layers = self._probe()
+        self.scales: dict[int, HeadScales] = {}
+        if self.precision.fp8:
+            check_fp8_attention(self.shapes, attention)
+            self.scales = self._calibrate()
+
+    def attend(self, attention: StemConfig | None) -> None:
+        """Change the attention of prefill. Raises EngineError for blocks that the precision cannot take."""
+        if self.precision.fp8:
+            check_fp8_attention(self.shapes, attention)
+        patch_model(self.model, attention)
+        self.shapes, self.layers = self._probe()
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Keys and values of all layers."""
+        return sum(shape.bytes_per_token(self.precision.kv_dtype) for shape in self.shapes.values())
+
+    def new_arena(self, tokens: int) -> Arena:
+        """An arena of `tokens` tokens in the runner's precision, on its device."""
+        if self.precision.fp8:
+            return Fp8KVArena(self.shapes, tokens, self.scales, self.device)
+        return KVArena(self.shapes, tokens, self.dtype, self.device)
 
     @torch.inference_mode()
     def logits(
-        self, input_ids: Tensor, position_ids: Tensor, cache: EngineCache, context: StemContext, bounds: Tensor
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        cache: EngineCache,
+        context: StemContext,
+        bounds: Tensor,
     ) -> Tensor:
         """One forward pass. input_ids, position_ids int64 [N, L] -> logits [N, V] of each row's last token.
 
@@ -52,6 +92,14 @@ class ModelRunner:
             stem_context=context,
         )
         return out.logits[:, -1]
+
+    def _calibrate(self) -> dict[int, HeadScales]:
+        """Static fp8 scales of every layer, from fixed prompts."""
+        config = self.model.config
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
+        prompts = calibration_prompts(self.vocabulary, getattr(config, "bos_token_id", None), limit)
+        self._rope.rows = torch.full((1,), max(map(len, prompts)), device=self.device)
+        return calibrate(self.model, prompts)
 
     def _probe(self) -> tuple[dict[int, LayerShape], list[tuple[LayerPolicy, int | None]]]:
         """`shapes` and `layers`, seen by running a prompt of two tokens.

@@ -32,8 +32,7 @@ def decode_step_ms(engine: Engine, document_tokens: list[int], steps: int = 32) 
             if extent is None:
                 return None
             extents.append(extent)
-            for tensor in (*arena.k.values(), *arena.v.values()):
-                tensor[:, extent.start : extent.start + tokens].normal_()
+            arena.fill(extent)
         for row, (tokens, extent) in enumerate(zip(document_tokens, extents, strict=True)):
             # A limit that is never reached and no stop ids: rows go on for all steps.
             batch.begin(row, RowStart(extent, tokens, 1 << 30, 0, (), 0.0, 1.0))

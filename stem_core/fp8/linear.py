@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -96,12 +96,15 @@ def quantize_linears(
     *,
     fast_accumulation: bool = False,
     device: torch.device | str | None = None,
+    fill: Callable[[str, nn.Linear], None] | None = None,
 ) -> Model:
     """Replace the model's linears by fp8 ones, one at a time, freeing each weight. Changes the model in place.
 
     skip: names that stay, full ("model.layers.0.mlp.down_proj") or last part ("lm_head").
     device: where the fp8 weights go; None leaves them where the weights are. With a model in host memory and a GPU as
         device, only one weight at a time is there in its old dtype; the rest of the model follows with .to(device).
+    fill: called with the name of each linear, and the linear, before its weight is read: it can give memory and values
+        to one that was built on the device "meta". Linears that stay are not filled.
     Linears that share their weight, or whose sizes are no multiples of 16, stay; see `describe_fp8`. Call it before
     `fuse_model`. Raises ValueError on GPUs without fp8, and for a model that has nothing to quantise.
     """
@@ -112,13 +115,15 @@ def quantize_linears(
     first = next(iter(linears.values()), None)
     if first is not None:
         choose_row_kernel("quantize_linears", target or first.weight.device, fp8=True)
-    owners = Counter(p.data_ptr() for p in _parameters_with_repeats(model))
+    owners = Counter(map(_memory, _parameters_with_repeats(model)))
     kept: dict[str, str] = {}
     for name, linear in linears.items():
         reason = _reason_to_keep(name, linear, skip, owners)
         if reason:
             kept[name] = reason
             continue
+        if fill is not None:
+            fill(name, linear)
         parent, _, child = name.rpartition(".")
         replacement = Fp8Linear.from_linear(linear, fast_accumulation=fast_accumulation, device=target)
         setattr(model.get_submodule(parent), child, replacement)
@@ -135,10 +140,15 @@ def _parameters_with_repeats(model: nn.Module) -> list[Tensor]:
     return [p for module in model.modules() for p in module._parameters.values() if p is not None]
 
 
+def _memory(parameter: Tensor) -> int:
+    """What parameters that share their values have in common, those without memory (meta) included."""
+    return parameter.data_ptr() or id(parameter)
+
+
 def _reason_to_keep(name: str, linear: nn.Linear, skip: Sequence[str], owners: Counter[int]) -> str:
     if name in skip or name.rpartition(".")[2] in skip:
         return "asked for"
-    if owners[linear.weight.data_ptr()] > 1:
+    if owners[_memory(linear.weight)] > 1:
         return "shares its weight"
     if linear.in_features % ALIGNMENT or linear.out_features % ALIGNMENT:
         return f"its sizes are no multiples of {ALIGNMENT}"

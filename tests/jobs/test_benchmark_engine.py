@@ -47,7 +47,7 @@ def test_nothing_is_timed_where_tokens_differ(tmp_path: Path, monkeypatch: pytes
     def differ(*_: Any) -> dict[str, Any]:
         partings = [{"document": 0, "token": 3, "gap": 4.0, "tie": False}]
         return {
-            "ok": False, "dtype": "float32", "identical_share": 0.5, "tokens": 8, "documents": 1, "partings": partings,
+            "ok": False, "precision": "fp32", "identical_share": 0.5, "tokens": 8, "documents": 1, "partings": partings,
         }  # fmt: skip
 
     monkeypatch.setattr(benchmark, "check_agreement", differ)
@@ -69,7 +69,7 @@ def test_time_limit_skips_and_says_so(tmp_path: Path) -> None:
 
 
 def test_agreement_on_the_trained_model() -> None:
-    check = check_agreement("cpu", "float32", [1000], 16)
+    check = check_agreement("cpu", "fp32", [1000], 16)
     assert check["ok"]
     assert check["identical_share"] == 1.0
     assert check["tokens"] > 4

@@ -36,7 +36,7 @@ def _memory() -> Iterator[None]:
 
 
 def make(folder: Path, **options: Any) -> Engine:
-    defaults = {"device": "cuda", "dtype": "bfloat16", "chunk_tokens": 1024, "arena_tokens": 16_384}
+    defaults = {"device": "cuda", "precision": "bf16", "chunk_tokens": 1024, "arena_tokens": 16_384}
     return Engine(EngineConfig(str(folder), **(defaults | options)))
 
 
@@ -52,7 +52,7 @@ def tokens(engine: Engine, **options: Any) -> list[list[int]]:
 def test_float32_equals_generate(tmp_path: Path, architecture: str) -> None:
     folder = save_model(tmp_path, architecture, head_dim=64, max_position_embeddings=8192)
     expected = [generate(folder, prompt, NEW, "cuda") for prompt in prompts(LENGTHS)]
-    assert tokens(make(folder, dtype="float32")) == expected
+    assert tokens(make(folder, precision="fp32")) == expected
 
 
 def test_graphs_are_used_and_change_nothing(folder: Path) -> None:

@@ -22,7 +22,7 @@ from pipeline.engine import (
     estimate_plan,
     memory,
 )
-from pipeline.engine.arena import KVArena, LayerShape
+from pipeline.engine.arena import Arena, KVArena, LayerShape
 from pipeline.engine.loading import context_limit, load_config, load_model, stop_token_ids
 from pipeline.engine.memory import allocate_arena, plan_memory, rehearse, summary_bytes
 from pipeline.engine.plan import fit_arena, host_memory
@@ -104,7 +104,7 @@ def test_dummy_model_has_valid_buffers(tmp_path: Path, architecture: str) -> Non
     folder = save_model(tmp_path / "model", architecture)
     loaded = load_model(EngineConfig(str(folder), device="cpu"))
     (folder / "model.safetensors").unlink()
-    dummy = load_model(EngineConfig(str(folder), device="cpu", load_format="dummy", dtype="bfloat16"))
+    dummy = load_model(EngineConfig(str(folder), device="cpu", load_format="dummy", precision="bf16"))
     buffers = {name: buffer for name, buffer in dummy.named_buffers() if "inv_freq" in name}
     assert buffers
     for name, buffer in loaded.named_buffers():
@@ -169,7 +169,7 @@ def test_plan_of_an_8b_model_on_80_gb(tmp_path: Path) -> None:
         "max_position_embeddings": 262_144,
     }
     (tmp_path / "config.json").write_text(json.dumps(shape))
-    config = EngineConfig(str(tmp_path), dtype="bfloat16", device="cpu", load_format="dummy")
+    config = EngineConfig(str(tmp_path), precision="bf16", device="cpu", load_format="dummy")
     # Sizes are asked for a GPU of 78 GiB; nothing is allocated.
     plan = estimate_plan(config, total_bytes=int(78 * 2**30 / 0.4))
     assert plan.weight_bytes == 2 * 8_030_261_248
@@ -209,7 +209,7 @@ def test_host_memory_is_sane() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"dtype": "int8"},
+        {"precision": "int8"},
         {"load_format": "pickle"},
         {"chunk_tokens": 0},
         {"max_live": 0},
@@ -241,7 +241,7 @@ def test_rehearsal_runs_the_last_chunk(folder: Path, tokens: int) -> None:
     plan = plan_memory(runner, config, 128)
     arena, same = allocate_arena(runner, config, plan, 128)
     assert same == plan
-    for tensor in (*arena.k.values(), *arena.v.values()):
+    for tensor in arena.tensors():
         tensor.zero_()
     rehearse(runner, arena, plan, 128)
     # Two sparse layers of 2 KV heads: 44 (40) blocks of 8 float32 sums of 16, and 2 float32 norms.
@@ -256,12 +256,12 @@ def test_arena_shrinks_until_the_rehearsal_fits(folder: Path, monkeypatch: pytes
     assert plan.arena_tokens == 4 * 2048
     fits = int(0.91 * plan.arena_tokens)
 
-    def allocate(shapes: object, tokens: int, *_: object) -> KVArena:
+    def allocate(tokens: int) -> Arena:
         if tokens > fits:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return KVArena(runner.shapes, tokens, runner.dtype, runner.device)
 
-    monkeypatch.setattr(memory, "KVArena", allocate)
+    monkeypatch.setattr(runner, "new_arena", allocate)
     arena, smaller = memory.allocate_arena(runner, config, plan, 128)
     assert arena.capacity == smaller.arena_tokens <= fits
     assert smaller.arena_tokens > 0.85 * plan.arena_tokens

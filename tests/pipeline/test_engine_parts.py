@@ -158,7 +158,7 @@ def test_a_moved_row_goes_on() -> None:
 
 def test_caches_write_in_place_and_only_there() -> None:
     arena = KVArena({0: LayerShape(2, 8, 8), 5: LayerShape(1, 4, 6)}, 256, torch.float32, torch.device("cpu"))
-    for tensor in (*arena.k.values(), *arena.v.values()):
+    for tensor in arena.tensors():
         tensor.fill_(torch.nan)
     extent = Extent(64, 128)
     k, v = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8)

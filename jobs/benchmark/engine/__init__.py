@@ -26,6 +26,7 @@ from jobs.benchmark.engine.baseline import Baseline, BaselinePoint, job_baseline
 from jobs.benchmark.engine.phases import decode_by_batch, gpu_busy, job, latency, warm_up
 from jobs.benchmark.engine.report import plot, show
 from pipeline.engine import Engine, EngineConfig
+from pipeline.engine.config import PRECISIONS
 from pipeline.engine.loading import load_config
 from pipeline.errors import JobError
 from stem_core import StemConfig
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", default="llama-3.1-8b", help=f"{', '.join(SHAPES)} or a model folder's config")
     parser.add_argument("--output", default="benchmark", help="folder for engine.json and engine.png")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto")
     parser.add_argument("--lengths", type=int, nargs="+", default=[131072, 98304, 65536, 32768], metavar="N")
     parser.add_argument("--documents", type=int, default=16, help="documents of the job, over the lengths in turn")
     parser.add_argument("--new-tokens", type=int, default=256)
@@ -106,7 +107,7 @@ def main(arguments: argparse.Namespace) -> int:
         config = EngineConfig(
             str(folder),
             device=arguments.device,
-            dtype=arguments.dtype,
+            precision=arguments.precision,
             load_format="dummy",
             chunk_tokens=arguments.chunk_tokens,
             max_live=arguments.max_live,
@@ -147,9 +148,9 @@ def _job_lengths(arguments: argparse.Namespace) -> list[int]:
 
 
 def _agreement(run: Run, config: EngineConfig) -> None:
-    dtypes = ["float32"] if config.torch_device().type == "cpu" else ["float32", "bfloat16"]
+    precisions = ["fp32"] if config.torch_device().type == "cpu" else ["fp32", "bf16"]
     lengths = run.arguments.agreement_tokens
-    run.results["agreement"] = [check_agreement(config.device, dtype, lengths, 48) for dtype in dtypes]
+    run.results["agreement"] = [check_agreement(config.device, precision, lengths, 48) for precision in precisions]
 
 
 def _baseline(run: Run, config: EngineConfig) -> None:

@@ -21,8 +21,8 @@ from pipeline.engine.memory import release_memory
 
 MODEL = Path(__file__).parents[3] / "models" / "tiny-reader"
 QUESTION = "List all key findings of the report in the order in which they appear."
-# Logits of bfloat16 models come in steps of 2^-8 of their size: a few steps at logits around 16 are a tie.
-TIE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
+# Logits of bf16 models come in steps of 2^-8 of their size: a few steps at logits around 16 are a tie.
+TIE = {"fp32": 1e-3, "bf16": 0.5, "fp16": 0.1}
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class Parting:
     tie: bool
 
 
-def check_agreement(device: str, dtype: str, document_tokens: list[int], new_tokens: int) -> dict[str, Any]:
+def check_agreement(device: str, precision: str, document_tokens: list[int], new_tokens: int) -> dict[str, Any]:
     """Identical tokens before the first difference, over all tokens, and each parting. "ok": every parting is a tie."""
     prompts = report_prompts(document_tokens)
     config = EngineConfig(
         str(MODEL),
         device=device,
-        dtype=dtype,
+        precision=precision,
         chunk_tokens=2048,
         max_live=len(prompts),
         arena_tokens=2 * sum(document_tokens) + 4096,
@@ -57,7 +57,7 @@ def check_agreement(device: str, dtype: str, document_tokens: list[int], new_tok
     while engine.has_work:
         for done in engine.step():
             if done.status != "ok":
-                return {"ok": False, "dtype": dtype, "error": done.error}
+                return {"ok": False, "precision": precision, "error": done.error}
             outputs[int(done.request_id)] = done.token_ids
     about = engine.describe()
     engine.close()
@@ -72,13 +72,13 @@ def check_agreement(device: str, dtype: str, document_tokens: list[int], new_tok
         same, total = same + common, total + len(expected)
         if outputs[i] != expected:
             gap = _gap(model, [*prompt, *expected[:common]], outputs[i], expected, common, config.torch_device())
-            partings.append(Parting(i, common, gap, abs(gap) <= TIE[dtype]))
+            partings.append(Parting(i, common, gap, abs(gap) <= TIE[precision]))
     del model
     release_memory(config.torch_device())
     return {
         "ok": all(parting.tie for parting in partings),
         "model": MODEL.name,
-        "dtype": dtype,
+        "precision": precision,
         "documents": len(prompts),
         "prompt_tokens": [len(prompt) for prompt in prompts],
         "identical_share": same / total,

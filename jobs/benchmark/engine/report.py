@@ -113,12 +113,12 @@ def plot(results: dict[str, Any], path: Path) -> bool:
 
 def _agreement(check: dict[str, Any]) -> str:
     if "error" in check:
-        return f"agreement with generate ({check['dtype']}): {check['error']}"
+        return f"agreement with generate ({check['precision']}): {check['error']}"
     partings = check["partings"]
     gaps = f", largest logit gap {max(p['gap'] for p in partings):.3g}" if partings else ""
     return (
-        f"agreement with generate ({check['dtype']}): {check['identical_share']:.2%} of {check['tokens']} tokens stand "
-        f"before a parting; {len(partings)} of {check['documents']} documents part{gaps}"
+        f"agreement with generate ({check['precision']}): {check['identical_share']:.2%} of {check['tokens']} tokens "
+        f"stand before a parting; {len(partings)} of {check['documents']} documents part{gaps}"
         f"{'' if check['ok'] else ': these are NOT ties'}"
     )
 

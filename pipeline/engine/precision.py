@@ -1,0 +1,79 @@
+"""One setting, and what it means for weights, activations, keys and values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kernels.block_sparse_attention_fp8 import BLOCK_SIZES
+from kernels.fp8_heads import FP8, fp8_obstacle
+from pipeline.engine.arena import LayerShape
+from pipeline.engine.config import EngineError
+from stem_core.config import StemConfig
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# What attention mass by fp8 keys needs: tensor cores sum 32 products of fp8 at a time.
+MASS_HEAD_DIM = 32
+
+
+@dataclass(frozen=True)
+class Precision:
+    """name: bf16, fp16, fp32 or fp8. dtype: of activations, and of all that is not in fp8."""
+
+    name: str
+    dtype: torch.dtype
+
+    @property
+    def fp8(self) -> bool:
+        """Whether linears, attention and KV are in fp8."""
+        return self.name == "fp8"
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """The type of keys and values in the arena."""
+        return FP8 if self.fp8 else self.dtype
+
+
+def resolve_precision(asked: str, device: torch.device, hf_config: Any) -> Precision:
+    """What `asked` (one of PRECISIONS) is on `device` for a checkpoint with this transformers config.
+
+    Raises EngineError where the device has no fp8, and where a checkpoint in fp8 is asked for in another precision.
+    """
+    stored = getattr(hf_config, "quantization_config", None) is not None
+    name = asked
+    if asked == "auto":
+        name = "fp8" if stored else "fp32" if device.type == "cpu" else "bf16"
+    if name != "fp8":
+        if stored:
+            raise EngineError(
+                f"precision {name!r} does not go with this checkpoint, whose weights are quantised already: use fp8 "
+                "(or auto), or the checkpoint in bf16 that it was made of"
+            )
+        return Precision(name, DTYPES[name])
+    obstacle = fp8_obstacle(device)
+    if obstacle:
+        gpu = torch.cuda.get_device_name(device)
+        raise EngineError(f"precision 'fp8' cannot run on {device} ({gpu}): {obstacle}")
+    return Precision("fp8", torch.float32 if device.type == "cpu" else torch.bfloat16)
+
+
+def check_fp8_attention(shapes: dict[int, LayerShape], attention: StemConfig | None) -> None:
+    """Raise EngineError for heads or blocks that the fp8 kernels cannot take, naming what to change."""
+    for layer, shape in shapes.items():
+        if shape.head_dim != shape.value_dim:
+            raise EngineError(
+                f"precision 'fp8' needs keys and values of one size, but layer {layer} has heads of {shape.head_dim} "
+                f"and {shape.value_dim}: use bf16"
+            )
+        if attention is not None and attention.estimator == "mass" and shape.head_dim < MASS_HEAD_DIM:
+            raise EngineError(
+                f"precision 'fp8' takes estimator 'mass' with heads of at least {MASS_HEAD_DIM}, this model has heads "
+                f"of {shape.head_dim}: use estimator 'oam' or bf16"
+            )
+    if attention is not None and attention.block_size not in BLOCK_SIZES:
+        raise EngineError(
+            f"precision 'fp8' takes block_size {', '.join(map(str, BLOCK_SIZES))}, got {attention.block_size}: "
+            "change it (--block-size), or use another precision"
+        )
