@@ -1,0 +1,102 @@
+"""The command line of jobs.faults."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import jobs.faults
+from jobs.cli import Parser, run_main
+from jobs.faults import runs
+
+DOCUMENTS = {"kills": 10_000, "restarts": 2_000, "soak": 400_000}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run what the command line asks for; 0 if every document has its one row, else 2."""
+    parser = Parser(prog="python -m jobs.faults", description=(jobs.faults.__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="what", required=True)
+    for name, about in {
+        "kills": "workers and driver killed while many documents are done",
+        "restarts": "the driver killed at random moments of a small job",
+        "soak": "memory over a long time",
+        "bucket": "the demo in an object store, killed and resumed",
+    }.items():
+        command = commands.add_parser(name, help=about)
+        command.add_argument("--folder", type=Path, help="empty folder for documents and results (default: temporary)")
+        command.add_argument("--seed", type=int, default=0)
+        if name != "bucket":
+            command.add_argument("--workers", type=int, default=2)
+            command.add_argument(
+                "--documents", type=int, default={"kills": 10_000, "restarts": 2_000}.get(name, 400_000)
+            )
+        if name == "kills":
+            command.add_argument("--worker-every", type=float, default=20.0, help="seconds")
+            command.add_argument("--driver-every", type=float, default=60.0, help="seconds")
+        if name == "restarts":
+            command.add_argument("--times", type=int, default=20)
+        if name == "soak":
+            command.add_argument("--minutes", type=float, default=60.0)
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="stemline_faults_") as temporary:
+        return _run(options, options.folder or Path(temporary) / "run")
+
+
+def _run(options: argparse.Namespace, folder: Path) -> int:
+    if options.what == "bucket":
+        from jobs.faults.bucket import bucket
+
+        return bucket(folder)
+    if options.what == "soak":
+        return _soak(options, folder)
+    if options.what == "kills":
+        outcome = runs.kills(
+            folder, documents=options.documents, workers=options.workers, seed=options.seed,
+            worker_every=options.worker_every, driver_every=options.driver_every,
+        )  # fmt: skip
+    else:
+        outcome = runs.kills(
+            folder, documents=options.documents, workers=options.workers, seed=options.seed,
+            worker_every=float("inf"), driver_every=0.0, first_kill=(1.0, 40.0), max_driver_kills=options.times,
+        )  # fmt: skip
+    return _show(outcome)
+
+
+def _show(outcome: runs.Outcome) -> int:
+    count = outcome.count
+    assert count is not None
+    memory = outcome.driver_memory
+    lines = {
+        "documents": f"{count.documents:,}",
+        "rows lost": count.lost,
+        "rows doubled": count.doubled,
+        "statuses": count.statuses,
+        "computed again": f"{count.again:,} (at most {outcome.recomputed_bound:,} were in flight or not yet written)",
+        "workers killed": outcome.worker_kills,
+        "drivers killed": outcome.driver_kills,
+        "runs": outcome.runs,
+        "runs that gave up": f"{len(outcome.refused)} {outcome.refused[:3]}",
+        "processes left over after a driver's end": outcome.left_over,
+        "driver memory, MiB": f"first run {memory[0][0]:.0f} to {memory[0][1]:.0f}, last {memory[-1][0]:.0f} to "
+        f"{memory[-1][1]:.0f}, most {max(late for _, late in memory):.0f}",
+        "seconds": f"{outcome.seconds:.0f}",
+    }
+    for name, value in lines.items():
+        print(f"{name:42} {value}", flush=True)
+    return 0 if count.exact else 2
+
+
+def _soak(options: argparse.Namespace, folder: Path) -> int:
+    samples, count = runs.soak(folder, minutes=options.minutes, workers=options.workers, documents=options.documents)
+    print("minutes  driver MiB  workers MiB  documents")
+    for sample in samples:
+        workers = " ".join(f"{value:.0f}" for value in sample.workers)
+        print(f"{sample.seconds / 60:7.1f}  {sample.driver:10.0f}  {workers:11}  {sample.rows:9,}")
+    print(f"rows {sum(count.statuses.values()):,}, doubled {count.doubled}, statuses {count.statuses}")
+    return 2 if count.doubled else 0
+
+
+if __name__ == "__main__":
+    run_main(main)

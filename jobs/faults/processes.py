@@ -1,0 +1,91 @@
+"""A driver as a process of its own, the processes below it, their memory and their end. Linux: reads /proc."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from pipeline.imports import ROOT
+
+WORKER = b"ray::Worker"
+
+
+def start_driver(arguments: list[str], log: Path, engine_log: Path) -> subprocess.Popen[bytes]:
+    """jobs.faults.driver with its own process group; its output is appended to `log`."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment |= {"STEMLINE_FAULTS_LOG": str(engine_log), "OMP_NUM_THREADS": "1"}
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "jobs.faults.driver", *arguments],
+            cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
+        )  # fmt: skip
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below `pid`."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(entry.name))
+    found, todo = [], [pid]
+    while todo:
+        below = children.get(todo.pop(), [])
+        found += below
+        todo += below
+    return found
+
+
+def workers(driver: int) -> list[int]:
+    """The driver's worker processes (it started the cluster, so they are below it)."""
+    return [pid for pid in descendants(driver) if _command(pid).startswith(WORKER)]
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def memory_mib(pid: int) -> float:
+    """Resident memory of a process; 0 if it is gone."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) / 1024
+    except OSError:
+        pass
+    return 0.0
+
+
+def kill(pid: int, number: int = signal.SIGKILL) -> bool:
+    """Signal a process; whether it was there."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+        return True
+    return False
+
+
+def left_over(pids: list[int], seconds: float) -> list[int]:
+    """Which of `pids` are still running after at most `seconds`."""
+    until = time.monotonic() + seconds
+    while True:
+        alive = [pid for pid in pids if _running(pid)]
+        if not alive or time.monotonic() > until:
+            return alive
+        time.sleep(0.2)
+
+
+def _running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
