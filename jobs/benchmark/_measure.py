@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 import torch
 
 
-def isolated_ms(call: Callable[[], object], idle_seconds: float, repeats: int = 5) -> float:
-    """Median of `repeats` calls by GPU events, after an idle time that lets the clock recover."""
-    call()
-    torch.cuda.synchronize()
+def isolated_ms(call: Callable[[], object], idle_seconds: float, repeats: int = 5, seconds: float = math.inf) -> float:
+    """Median of `repeats` calls by GPU events, after an idle time that lets the clock recover; of fewer calls (at
+    least one) where so many would take longer than `seconds`."""
+    call()  # may compile
+    once = _timed(call, 1)[0]
     time.sleep(idle_seconds)
-    return sorted(_timed(call, repeats))[repeats // 2]
+    count = int(max(1.0, min(repeats, 1000 * seconds / max(once, 1e-6))))
+    return sorted(_timed(call, count))[count // 2]
 
 
 def sustained_ms(call: Callable[[], object], seconds: float, once_ms: float) -> float:

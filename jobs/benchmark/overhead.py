@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
+from jobs.benchmark._measure import write_json
 from jobs.benchmark._stamp import stamp
-from jobs.benchmark.measure import write_json
 from pipeline.config import JobConfig
 from pipeline.errors import JobError
 from pipeline.job import run

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
+from jobs.benchmark._measure import table, write_json
 from jobs.benchmark._shapes import SHAPES
 from jobs.benchmark._stamp import stamp
 from jobs.benchmark.elementwise.case import Case, measure
 from jobs.benchmark.elementwise.cases import DEVICE, linear_cases, row_cases
 from jobs.benchmark.elementwise.models import model_cases
-from jobs.benchmark.measure import table, write_json
 
 COLUMNS = {
     "part": "",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jobs.benchmark.measure import isolated_ms, sustained_ms
+from jobs.benchmark._measure import isolated_ms, sustained_ms
 from kernels.quantize import QuantizedRows
 
 SAMPLE = 128  # rows at either end that are compared with float64
