@@ -20,7 +20,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise JobError, with the nearest flag where one is not known."""
         if message.startswith("unrecognized arguments:"):
-            unknown = message.split(":", 1)[1].split()[0]
+            unknown = (message.split(":", 1)[1].split() or ["''"])[0]
             known = [option for action in self._actions for option in action.option_strings]
             message = f"{unknown} is not a flag{nearest(unknown.split('=')[0], known) or '; see --help'}"
         raise JobError(message)

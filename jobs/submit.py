@@ -20,9 +20,9 @@ from typing import Any
 
 from jobs.cli import Parser, add_job_flags, run_main
 from pipeline.config import JobConfig, read_job_file
-from pipeline.errors import JobError, one_line
+from pipeline.errors import JobError, one_line, without_secrets
 from pipeline.imports import ROOT
-from pipeline.source.files import is_remote
+from pipeline.source.files import has_credentials, is_remote, safe_name
 
 # What is uploaded: our packages and nothing else of the checkout (Ray refuses a working folder of more than 100 MiB).
 PACKAGES = ("jobs", "kernels", "pipeline", "stem_core")
@@ -42,8 +42,9 @@ def main(arguments: Sequence[str]) -> int:
     options, job_arguments = split_arguments(parser, arguments)
     client = connect(options.address)
     job = submit(client, job_arguments)
+    shown = without_secrets(options.address)
     print(
-        f"submitted {job} to {options.address}; stop it with: ray job stop --address {options.address} {job}",
+        f"submitted {job} to {shown}; stop it with: ray job stop --address {shown} {job}",
         flush=True,
     )
     return 0 if options.no_wait else follow(client, job)
@@ -54,7 +55,13 @@ def split_arguments(parser: Parser, arguments: Sequence[str]) -> tuple[Any, list
     options = parser.parse_args([item for item in arguments if item != "--"])
     values = read_job_file(options.config) if options.config else {}
     values |= {name: value for name, value in vars(options).items() if name not in ("address", "no_wait", "config")}
-    JobConfig(**values)
+    config = JobConfig(**values)
+    for location in (*config.input, config.output, config.model):
+        if has_credentials(location):
+            raise JobError(
+                f"{safe_name(location)}: its URI holds a key, and the cluster shows the command line of a job to "
+                "whoever looks; set it in the environment of the cluster instead (AWS_ACCESS_KEY_ID and so on)"
+            )
     return options, to_flags(absolute_paths(values))
 
 
@@ -97,7 +104,7 @@ def connect(address: str) -> Any:
         return JobSubmissionClient(address)
     except Exception as error:  # the client raises many kinds
         raise JobError(
-            f"--address {address}: no Ray job server answers: {one_line(error, 200)}; start one with: "
+            f"--address {without_secrets(address)}: no Ray job server answers: {one_line(error, 200)}; start one with: "
             "ray start --head --dashboard-host 127.0.0.1"
         ) from None
 

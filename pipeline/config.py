@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import JobError, nearest
-from pipeline.options import checked, flag, option
+from pipeline.errors import JobError, nearest, one_line
+from pipeline.options import checked, flag, option, short
 
 if TYPE_CHECKING:
     from stem_core.config import StemConfig
@@ -267,9 +267,9 @@ def from_mapping(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
     known = {item.name for item in fields(JobConfig)}
     result = {}
     for key, value in values.items():
-        name = str(key).replace("-", "_")
+        name = key.replace("-", "_") if isinstance(key, str) else ""
         if name not in known:
-            raise JobError(f"{origin}: {key!r} is not a setting{nearest(name, known) or '; see --help'}")
+            raise JobError(f"{origin}: {short(key)} is not a setting{nearest(name, known) or '; see --help'}")
         result[name] = value
     return result
 
@@ -279,11 +279,13 @@ def read_job_file(path: str) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeError) as error:
-        raise JobError(f"--config {path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise JobError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise JobError(f"--config {path}: cannot be read: {one_line(error)}") from None
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:  # ValueError: a 13th month, say
+        raise JobError(f"--config {path}: not valid YAML: {one_line(error)}") from None
     if not isinstance(values, Mapping):
         raise JobError(f"--config {path}: expected `key: value` lines, got {type(values).__name__}")
     return from_mapping(values, f"--config {path}")

@@ -24,6 +24,7 @@ CONTENT_BYTES = 1 << 30
 # A changed file is no other job: the documents that changed in it are done again.
 DECIDING = ("config", "model", "prompt", "reading")
 READING = ("text_column", "id_column", "keep_columns", "shard")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MODEL_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".bin", ".py")
 
 
@@ -31,7 +32,7 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def model_fingerprint(model: str, revision: str | None, weights: bool = True) -> str:
+def model_fingerprint(model: str, revision: str | None, weights: bool = True, trust_remote_code: bool = False) -> str:
     """Over a folder's configuration, weights and tokenizer, or a hub model's commit.
 
     Large weight files count by size and 64 spread samples. Raises JobError if the model is not there or,
@@ -48,7 +49,7 @@ def model_fingerprint(model: str, revision: str | None, weights: bool = True) ->
             raise JobError(f"--model {model}: cannot be read: {one_line(error)}") from None
     if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise JobError(f"--model {model}: no such folder; give a transformers model folder or a hub id like org/name")
-    return _digest([model, hub_commit(model, revision)])
+    return _digest([model, hub_commit(model, revision, trust_remote_code)])
 
 
 def _check_folder(folder: Path, model: str, weights: bool) -> None:
@@ -62,15 +63,20 @@ def _check_folder(folder: Path, model: str, weights: bool) -> None:
         raise JobError(f"--model {model}: its config.json names no model_type; expected a transformers model")
     if weights and not list(folder.glob("*.safetensors")):
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:6])
-        raise JobError(f"--model {model}: it has no *.safetensors (found: {found}); other weight formats are not read")
+        pickles = any(p.suffix in PICKLES for p in folder.iterdir())
+        why = "pickled weights can run code when they are loaded, so" if pickles else "other weight formats"
+        raise JobError(
+            f"--model {model}: it has no *.safetensors (found: {found}); {why} "
+            + ("they are not read; save the model again with save_pretrained()" if pickles else "are not read")
+        )
 
 
-def hub_commit(model: str, revision: str | None) -> str:
+def hub_commit(model: str, revision: str | None, trust_remote_code: bool = False) -> str:
     """The commit of a hub model. Raises JobError if it cannot be found."""
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(model, revision=revision)
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # the hub client raises many kinds
         raise JobError(
             f"--model {model}: no such folder, and the hub did not give it: {one_line(error, 200)}"
@@ -97,7 +103,9 @@ def fingerprints(config: JobConfig, files: list[SourceFile], task: Task) -> dict
     """The fingerprints of a job. Those in DECIDING must be the same for a run to go on where another stopped."""
     return {
         "config": config.fingerprint(),
-        "model": model_fingerprint(config.model, config.revision, config.load_format != "dummy"),
+        "model": model_fingerprint(
+            config.model, config.revision, config.load_format != "dummy", config.trust_remote_code
+        ),
         "prompt": task.fingerprint(),
         "reading": _digest([config.text_column, config.id_column, config.keep_columns, config.shard_pair()]),
         "input": input_fingerprint(files),
@@ -108,7 +116,8 @@ def config_values(config: JobConfig) -> dict[str, Any]:
     """All settings as plain values, without credentials that may stand in locations."""
     values = asdict(config)
     values["input"] = [safe_name(item) for item in config.input]
-    values["output"] = safe_name(config.output)
+    for name in ("output", "model", "ray_address"):
+        values[name] = values[name] and safe_name(values[name])
     values["keep_columns"] = list(config.keep_columns)
     return values
 

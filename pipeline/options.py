@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import JobError, nearest
+from pipeline.errors import JobError, nearest, one_line
 
+# What every number that is stored or sent on can hold.
+LARGEST = 2**53
 Kind = str  # "str" | "int" | "float" | "bool" | "list" | "map" | "auto_int" | "shard"
 
 
@@ -65,35 +69,65 @@ def checked(name: str, value: Any, rules: Mapping[str, Any], default: Any) -> An
             return value
         kind = "int"
     if kind == "str" and isinstance(value, Path):
-        return str(value)
+        value = str(value)
     if (isinstance(value, bool) and kind != "bool") or not isinstance(value, _TYPES[kind]):
         extra = " or auto" if rules["kind"] == "auto_int" else ""
-        raise JobError(f"{flag(name)} must be {_WORDS[kind]}{extra}, got {value!r}")
+        raise JobError(f"{flag(name)} must be {_WORDS[kind]}{extra}, got {short(value)}")
     if rules["choices"] and value not in rules["choices"]:
         raise JobError(
-            f"{flag(name)} must be one of {', '.join(rules['choices'])}, got {value!r}"
-            + nearest(str(value), rules["choices"])
+            f"{flag(name)} must be one of {', '.join(rules['choices'])}, got {short(value)}"
+            + nearest(value, rules["choices"])
         )
     if kind in ("int", "float"):
         low, high = rules["low"], rules["high"]
-        if value != value or (low is not None and value < low) or (high is not None and value > high):
+        if not math.isfinite(value) or abs(value) > LARGEST:
+            raise JobError(f"{flag(name)} must be a number of at most {LARGEST:,}, got {short(value)}")
+        if (low is not None and value < low) or (high is not None and value > high):
             bounds = f"at least {low}" if high is None else f"in {low}..{high}"
-            raise JobError(f"{flag(name)} must be {bounds}, got {value}")
+            raise JobError(f"{flag(name)} must be {bounds}, got {short(value)}")
         return float(value) if kind == "float" else value
-    return dict(value) if kind == "map" else value  # a copy, which the caller cannot change
+    if kind == "str":
+        return _printable(name, value)
+    return _json_map(name, value) if kind == "map" else value
+
+
+def short(value: Any) -> str:
+    """A value for a message, without secrets, on one line."""
+    try:
+        return one_line(repr(value), 80)
+    except Exception:  # a number of more digits than Python prints, an object whose repr fails
+        return f"a value of type {type(value).__name__}"
+
+
+def _printable(name: str, value: str) -> str:
+    """`value`, which must be text that a path, a prompt or a file can hold."""
+    if "\0" in value or (not value.isprintable() and any("\ud800" <= char <= "\udfff" for char in value)):
+        raise JobError(f"{flag(name)} must be text without NUL and lone surrogates, got {short(value)}")
+    return value
+
+
+def _json_map(name: str, value: Mapping[Any, Any]) -> dict[str, Any]:
+    """A copy, which the caller cannot change, and which the manifest and the fingerprint can hold."""
+    try:
+        if all(isinstance(key, str) for key in value):
+            return json.loads(json.dumps(dict(value), allow_nan=False))
+    except (TypeError, ValueError, RecursionError):
+        pass
+    raise JobError(f"{flag(name)} must be a mapping of JSON values with text as keys, got {short(value)}")
 
 
 def _name_list(name: str, value: Any) -> tuple[str, ...]:
     items = (value,) if isinstance(value, str | Path) else value
     if not isinstance(items, list | tuple) or not all(isinstance(item, str | Path) for item in items):
-        raise JobError(f"{flag(name)} must be one name or a list of names, got {value!r}")
+        raise JobError(f"{flag(name)} must be one name or a list of names, got {short(value)}")
     if name == "keep_columns":
         items = [part.strip() for item in items for part in str(item).split(",") if part.strip()]
-    return tuple(dict.fromkeys(str(item) for item in items))
+    return tuple(dict.fromkeys(_printable(name, str(item)) for item in items))
 
 
 def _checked_shard(name: str, value: Any) -> str:
-    index, slash, count = str(value).partition("/")
-    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise JobError(f"{flag(name)} must be i/n with 0 <= i < n, got {value!r}")
+    index, slash, count = (value if isinstance(value, str) else "").partition("/")
+    numbers = slash and index.isdecimal() and count.isdecimal() and len(index) < 10 and len(count) < 10
+    if not numbers or int(index) >= int(count):
+        raise JobError(f"{flag(name)} must be i/n with 0 <= i < n, got {short(value)}")
     return f"{int(index)}/{int(count)}"

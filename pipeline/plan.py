@@ -18,6 +18,7 @@ from pipeline.prompts import Task, make_task
 from pipeline.records import result_schema
 from pipeline.sink import done_rows, part_names
 from pipeline.source import Catalogue, Document, DocumentReader, find_files, input_hash, list_documents
+from pipeline.source.files import safe_name
 from pipeline.store import Store
 
 
@@ -154,7 +155,7 @@ def make_worker_config(survey: Survey, device: str, threads: int, engine_factory
         max_new_tokens=config.max_new_tokens,
         sampling=Sampling(config.temperature, config.top_p, config.seed),
         text_column=config.text_column,
-        model_name=config.model,
+        model_name=safe_name(config.model),
         config_hash=config.fingerprint(),
         template_args=config.chat_template_args,
         kept=tuple(pa.field(field.name, field.type) for field in survey.catalogue.kept),

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from pipeline.errors import JobError, one_line
+from pipeline.errors import JobError, one_line, without_secrets
 from pipeline.imports import ROOT
 from pipeline.loop import EngineBrokenError
 from pipeline.scheduler import Event, WorkerId
@@ -58,7 +58,7 @@ def connected(address: str | None) -> Iterator[Cluster]:
         try:
             ray.init(**options)
         except (ConnectionError, RayError, RuntimeError, ValueError, OSError) as error:
-            raise JobError(f"Ray at {address!r} cannot be reached: {one_line(error, 300)}") from None
+            raise JobError(f"Ray at {without_secrets(address)!r} cannot be reached: {one_line(error, 300)}") from None
         try:
             yield _describe(local)
         finally:

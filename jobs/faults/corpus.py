@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -52,9 +53,9 @@ def write_model(folder: Path, layers: int = 2, width: int = 64) -> Path:
     import transformers
 
     torch.manual_seed(0)
-    size = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": width // 4}
-    ids = {"vocab_size": 2048, "bos_token_id": 1, "eos_token_id": 4, "pad_token_id": 0}
+    size: dict[str, Any] = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": width // 4}
+    ids: dict[str, Any] = {"vocab_size": 2048, "bos_token_id": 1, "eos_token_id": 4, "pad_token_id": 0}
     # Wide weights keep the tokens of a random model apart: near-ties would turn on rounding.
     config = transformers.Qwen3Config(
         **size, **heads, **ids, max_position_embeddings=4096, tie_word_embeddings=True, initializer_range=0.3

@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from pyarrow import ArrowException
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem
 
-from pipeline.errors import JobError, one_line
+from pipeline.errors import JobError, one_line, without_secrets
 
 KINDS = {
     ".parquet": "parquet",
@@ -82,8 +81,17 @@ def safe_name(location: str) -> str:
     """A location without credentials and query, for messages and rows."""
     if not is_remote(location):
         return location
-    parts = urlsplit(location)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    scheme, _, rest = location.partition("://")
+    rest = rest.partition("?")[0]
+    place, slash, path = rest.partition("/")
+    if ":" in place and "@" not in place:  # a secret may hold a slash
+        return f"{scheme}://{rest.rpartition('@')[2]}"
+    return f"{scheme}://{place.rpartition('@')[2]}{slash}{path}"
+
+
+def has_credentials(location: str) -> bool:
+    """Whether a URI holds a user name or key."""
+    return is_remote(location) and without_secrets(location) != location
 
 
 def find_files(locations: tuple[str, ...]) -> tuple[list[SourceFile], list[str]]:

@@ -109,7 +109,7 @@ def test_another_job_on_the_same_output_is_refused(tmp_path: Path, out: Path, mo
     with pytest.raises(JobError, match=r"another reading \(keep_columns: \[\] -> \['n'\]\)"):
         job(docs, out, model, keep_columns=["n"])
     write(docs, {"b": "text"})
-    with pytest.raises(JobError, match="1 rows are of documents that the input does not hold, e.g. 'a'"):
+    with pytest.raises(JobError, match="1 rows are of documents that the input does not hold"):
         job(docs, out, model)
     report = job(docs, out, model, force=True)
     assert report.done_now == 1
