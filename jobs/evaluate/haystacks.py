@@ -1,0 +1,313 @@
+"""The kinds of documents, after RULER (arXiv 2404.06654), and what is asked about each.
+
+Tasks whose haystack is the same share a document: the needles of one are further distractors to the others, so a
+document is never easier than RULER's, which holds one question. `questions` = 1 comes closest to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import count, cycle
+from random import Random
+
+from jobs.demo.grammar import (
+    ADJECTIVES,
+    NAMES,
+    NOTES,
+    NOUNS,
+    PLACES,
+    UNIT_OF_MEASURE,
+    VERBS,
+    Measure,
+    new_measure,
+    number,
+    sentence,
+)
+from jobs.evaluate.documents import Fact, Filler, Lookup, Question, depths
+from jobs.evaluate.wording import Style
+
+NOISE = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
+DISTRACTORS = 4
+MULTI_QUERY_KEYS = 4
+REPEATED = ("As noted above, the {}", "To repeat, the {}", "It was said earlier that the {}")
+COMMON_WORDS, COMMON_TIMES, UNCOMMON_TIMES = 10, 30, 3
+CODED_WORDS, ZETA = 500, 2.0
+LOTS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
+
+
+@dataclass
+class Plan:
+    """A document before it has a text. asks: each question and the facts that hold its answer."""
+
+    filler: Filler
+    facts: list[Fact] = field(default_factory=list)
+    asks: list[tuple[Question, list[int]]] = field(default_factory=list)
+    repeats: list[tuple[int, int, str]] = field(default_factory=list)
+    title: str = ""
+
+    def tell(self, text: str, depth: float, mark: str = "") -> int:
+        """Add a fact; returns its index."""
+        self.facts.append(Fact(text, depth, mark))
+        return len(self.facts) - 1
+
+
+def essay_filler(rng: Random, essay: str = "") -> Filler:
+    """Sentences in paragraphs: of the synthetic grammar, or of a text from a random place on, again and again."""
+    if essay:
+        pieces = [part for part in essay.replace("\n\n", "\n").splitlines(keepends=True) if part.strip()]
+        words = [" " + said for line in pieces for said in _sentences(line)]
+        yield from cycle(words[(start := rng.randrange(len(words))) :] + words[:start])
+    for _ in count():
+        yield ("\n\n" if rng.random() < 0.12 else " ") + sentence(rng)
+
+
+def _sentences(line: str) -> list[str]:
+    parts = line.strip().split(". ")
+    return [part + "." for part in parts[:-1]] + parts[-1:]
+
+
+def noise_filler() -> Filler:
+    return (" " + said for said in cycle(NOISE))
+
+
+def record_filler(rng: Random, used: set[tuple[str, str, str]]) -> Filler:
+    """Key-value records, "The Calder bridge repair budget was 12,410 dollars."; `used` tells their keys."""
+    while True:
+        measure = Measure(rng.choice(NAMES), rng.choice(PLACES), rng.choice(list(UNIT_OF_MEASURE)))
+        key = (measure.name, measure.place, measure.quantity)
+        if key not in used or len(used) > 50_000:
+            used.add(key)
+            unit = UNIT_OF_MEASURE[measure.quantity]
+            yield f" The {measure.name} {measure.place} {measure.quantity} was {number(rng)} {unit}."
+
+
+class Keys:
+    """Keys like "quiet-harbour", none twice in a document."""
+
+    def __init__(self, rng: Random) -> None:
+        self._rng = rng
+        self._used: set[str] = set()
+
+    def new(self, like: str = "") -> str:
+        """like: share one half of this key, to be confused with it."""
+        while True:
+            first, second = self._rng.choice(ADJECTIVES), self._rng.choice(NOUNS)
+            if like and self._rng.random() < 0.5:
+                first = like.split("-")[0]
+            elif like:
+                second = like.split("-")[1]
+            key = f"{first}-{second}"
+            if len(self._used) > 3000:
+                key += f"-{self._rng.choice(PLACES)}"
+            if key not in self._used:
+                self._used.add(key)
+                return key
+
+
+def magic(rng: Random) -> str:
+    return str(rng.randrange(10**6, 10**7))
+
+
+def add_numbers(plan: Plan, rng: Random, style: Style, keys: Keys, task: str, questions: int) -> dict[str, str]:
+    """Needles of one key and one number each, spread over the depth, and a question about each."""
+    said = {}
+    for depth in depths(rng, questions):
+        key, value = keys.new(), magic(rng)
+        fact = plan.tell(style.needle.format(key=key, value=value), depth)
+        ask_number(plan, style, task, key, [value], [fact])
+        said[key] = value
+    return said
+
+
+def ask_number(plan: Plan, style: Style, task: str, key: str, values: list[str], facts: list[int]) -> None:
+    asked = "ask_number" if len(values) == 1 else "ask_numbers"
+    question = Question(
+        task,
+        getattr(style, asked).format(key=key),
+        tuple(values),
+        (),
+        style.prefix(asked, key=key),
+        ", ".join(values),
+    )
+    plan.asks.append((question, facts))
+
+
+def noise(rng: Random, style: Style, questions: int, essay: str) -> Plan:
+    """RULER niah_single_1: the haystack is the same five sentences over and over."""
+    plan = Plan(noise_filler())
+    add_numbers(plan, rng, style, Keys(rng), "niah_noise", questions)
+    return plan
+
+
+def essays(rng: Random, style: Style, questions: int, essay: str) -> Plan:
+    """RULER niah_single_2, multikey_1, multivalue, multiquery and variable tracking in one essay-like text."""
+    plan, keys = Plan(essay_filler(rng, essay)), Keys(rng)
+    said = add_numbers(plan, rng, style, keys, "niah_essay", max(questions, MULTI_QUERY_KEYS))
+    plan.asks = plan.asks[:questions]
+    some = max(1, questions // 2)
+    for _ in range(some):
+        add_multikey(plan, rng, style, keys)
+        add_multivalue(plan, rng, style, keys)
+        add_chain(plan, rng, style)
+    asked = list(said)[:MULTI_QUERY_KEYS]
+    listed = f"{', '.join(asked[:-1])} and {asked[-1]}"
+    ask_number(plan, style, "multiquery", listed, [said[key] for key in asked], list(range(len(asked))))
+    return plan
+
+
+def add_multikey(plan: Plan, rng: Random, style: Style, keys: Keys) -> None:
+    """RULER multikey_1, made harder: the four other keys share a half with the one that is asked for."""
+    key, value = keys.new(), magic(rng)
+    fact = plan.tell(style.needle.format(key=key, value=value), rng.random())
+    for _ in range(DISTRACTORS):
+        plan.tell(style.needle.format(key=keys.new(like=key), value=magic(rng)), rng.random())
+    ask_number(plan, style, "multikey_4", key, [value], [fact])
+
+
+def add_multivalue(plan: Plan, rng: Random, style: Style, keys: Keys) -> None:
+    key, places = keys.new(), sorted(depths(rng, style.values))
+    values = [magic(rng) for _ in places]
+    facts = [plan.tell(style.needle.format(key=key, value=value), at) for value, at in zip(values, places, strict=True)]
+    ask_number(plan, style, "multivalue", key, values, facts)
+
+
+def add_chain(plan: Plan, rng: Random, style: Style) -> None:
+    """RULER variable tracking: one chain; a report asks for the value at its end, RULER for all its names."""
+    report = style.name == "report"
+    taken = " ".join(fact.text for fact in plan.facts)
+    names: list[str] = []
+    while len(names) <= style.hops:
+        name = f"{rng.choice(LOTS)}{rng.randrange(10, 100)}" if report else "".join(rng.choice(LOTS) for _ in range(5))
+        if name not in names and name not in taken:
+            names.append(name)
+    value = number(rng) if report else str(rng.randrange(10_000, 100_000))
+    facts = []
+    for step, at in enumerate(sorted(depths(rng, len(names)))):
+        wording = style.chain_step if step else style.chain_start
+        facts.append(plan.tell(wording.format(name=names[step], previous=names[step - 1], value=value), at))
+    references, expected = ((value,), f"{value} dollars") if report else (tuple(names), "")
+    prefix = style.prefix("ask_chain", count=str(len(names)), value=value)
+    text = style.ask_chain.format(name=names[-1], value=value)
+    plan.asks.append((Question("variable_tracking", text, references, (), prefix, expected), facts))
+
+
+def records(rng: Random, style: Style, questions: int, essay: str) -> Plan:
+    """A needle among key-value records of another kind."""
+    plan = Plan(record_filler(rng, set()))
+    add_numbers(plan, rng, style, Keys(rng), "niah_records", questions)
+    return plan
+
+
+def distractors(rng: Random, style: Style, questions: int, essay: str) -> Plan:
+    """RULER multikey_2: the haystack is needles that are not asked for."""
+    keys = Keys(rng)
+    plan = Plan(iter(()))
+    add_numbers(plan, rng, style, keys, "multikey_all", questions)
+    plan.filler = (" " + style.needle.format(key=keys.new(), value=magic(rng)) for _ in count())
+    return plan
+
+
+def report(rng: Random, style: Style, questions: int, essay: str) -> Plan:
+    """A report with key findings to list, side notes to ask for, and values that are said twice."""
+    plan = Plan(essay_filler(rng, essay), title=f"Report on the {rng.choice(NAMES)} {rng.choice(PLACES)}\n\n")
+    used: list[Measure] = []
+    findings, facts = [], []
+    for at in sorted(depths(rng, rng.randint(3, 8))):
+        said, measure, value = _measured(rng, used)
+        if style.sentences and rng.random() < 0.25:
+            said = value = sentence(rng)
+        findings.append((said, said if style.sentences else value))
+        facts.append(plan.tell(f"Key finding: {said}", at, said))
+    expected = "\n".join(f"{number}. {said}" for number, (said, _) in enumerate(findings, start=1))
+    asked = Question("summary", style.ask_findings, tuple(value for _, value in findings), (), "", expected)
+    plan.asks.append((asked, facts))
+    for at in depths(rng, questions):
+        said, measure, value = _measured(rng, used)
+        fact = plan.tell(rng.choice(NOTES).format(said), at, said)
+        prefix = style.prefix("ask_fact", measure=measure)
+        unit = said[:-1].rsplit(" ", 1)[1]
+        text = style.ask_fact.format(measure=measure)
+        plan.asks.append((Question("report_facts", text, (value,), (), prefix, f"{value} {unit}"), [fact]))
+    for _ in range(2 * questions):
+        said, _, value = _measured(rng, used)
+        at = rng.uniform(0.0, 0.8)
+        first = plan.tell(rng.choice(NOTES).format(said), at, said)
+        again = rng.choice(REPEATED).format(said.removeprefix("The "))
+        second = plan.tell(again, rng.uniform(at + 0.08, 0.93), value)
+        plan.repeats.append((first, second, value))
+    return plan
+
+
+def _measured(rng: Random, used: list[Measure]) -> tuple[str, str, str]:
+    """A sentence about a measure that is not in `used` yet, what it is about, and its figure."""
+    measure = new_measure(rng, used)
+    used.append(measure)
+    about, value = f"{measure.name} {measure.place} {measure.quantity}", number(rng)
+    says = rng.choice(("was", "reached", "came to", "stood at"))
+    return f"The {about} {says} {value} {UNIT_OF_MEASURE[measure.quantity]}.", about, value
+
+
+def words(rng: Random, style: Style, questions: int, essay: str) -> Plan:
+    """RULER common words extraction: ten words stand in the list 30 times, all others 3 times."""
+    known = sorted({*NOUNS, *ADJECTIVES, *VERBS, *PLACES})
+    common = rng.sample(known, COMMON_WORDS)
+    rare = sorted(set(known) - set(common))
+    plan = Plan(_word_list(rng, common, rare))
+    question = Question("common_words", style.ask_common, tuple(common), (), style.prefix("ask_common"))
+    plan.asks.append((question, []))
+    return plan
+
+
+def _word_list(rng: Random, common: list[str], rare: list[str]) -> Filler:
+    """A numbered list. Rare words come in portions, so that the list may end anywhere with common ones ahead."""
+    place = count(1)
+    made: set[str] = set(common) | set(rare)
+    portion = [*common * COMMON_TIMES, *rng.sample(rare, 100) * UNCOMMON_TIMES]
+    while True:
+        rng.shuffle(portion)
+        yield from (f" {next(place)}. {word}" for word in portion)
+        fresh: list[str] = []
+        while len(fresh) < 100:
+            word = "".join(rng.choice("bcdfghklmnprstvz") + rng.choice("aeiou") for _ in range(3))
+            if word not in made:
+                made.add(word)
+                fresh.append(word)
+        portion = fresh * UNCOMMON_TIMES
+
+
+def coded(rng: Random, style: Style, questions: int, essay: str) -> Plan:
+    """RULER frequent words extraction: random words drawn by Zipf's law; the dots, drawn most often, do not count."""
+    made = ["".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(6)) for _ in range(CODED_WORDS)]
+    weights = [(rank + 1) ** -ZETA for rank in range(CODED_WORDS + 1)]
+    plan = Plan(" " + rng.choices(["...", *made], weights)[0] for _ in count())
+    question = Question("frequent_words", style.ask_frequent, tuple(made[:3]), (), style.prefix("ask_frequent"))
+    plan.asks.append((question, []))
+    return plan
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of document, and the tasks that its questions belong to."""
+
+    plan: Callable[[Random, Style, int, str], Plan]
+    tasks: tuple[str, ...]
+
+
+KINDS = {
+    "noise": Kind(noise, ("niah_noise",)),
+    "essay": Kind(essays, ("niah_essay", "multikey_4", "multivalue", "multiquery", "variable_tracking")),
+    "records": Kind(records, ("niah_records",)),
+    "distractors": Kind(distractors, ("multikey_all",)),
+    "report": Kind(report, ("summary", "report_facts", "lookup")),
+    "words": Kind(words, ("common_words",)),
+    "coded": Kind(coded, ("frequent_words",)),
+}
+TASKS = tuple(task for kind in KINDS.values() for task in kind.tasks)
+
+
+def finish(plan: Plan, spans: list[tuple[int, int]], shift: int) -> tuple[tuple[Question, ...], tuple[Lookup, ...]]:
+    """Questions and lookups with their places, `shift` characters further on than the woven text has them."""
+    moved = [(first + shift, last + shift) for first, last in spans]
+    asks = tuple(replace(question, needles=tuple(moved[fact] for fact in facts)) for question, facts in plan.asks)
+    return asks, tuple(Lookup(moved[first], moved[second], value) for first, second, value in plan.repeats)

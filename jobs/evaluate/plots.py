@@ -1,0 +1,116 @@
+"""Recall by depth and length, and recall against density, as PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jobs.evaluate.results import Row
+from jobs.evaluate.summary import group, unlearned_tasks
+from pipeline.errors import JobError
+
+DEPTHS = 10
+
+
+def load_pyplot() -> Any:
+    """matplotlib.pyplot, drawing to files. Raises JobError where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise JobError("plots need matplotlib: pip install 'stemline[bench]', or give --no-plots") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """All plots of an evaluation; the files written."""
+    pyplot = load_pyplot()
+    left_out = unlearned_tasks(rows)
+    counted = [row for row in rows if (row["length"], row["task"]) not in left_out]
+    paths: list[Path | None] = [_against_density(pyplot, counted, folder)]
+    paths += [_by_depth(pyplot, counted, arm, folder) for arm in dict.fromkeys(row["arm"] for row in counted)]
+    return [path for path in paths if path]
+
+
+def _against_density(pyplot: Any, rows: Sequence[Row], folder: Path) -> Path:
+    """A panel for each length and group of tasks; a line for each arm."""
+    lengths, groups = sorted({row["length"] for row in rows}), sorted({*map(group, rows)})
+    figure, axes = pyplot.subplots(
+        len(lengths), len(groups), figsize=(4.2 * len(groups), 3.4 * len(lengths)), squeeze=False, sharey=True
+    )
+    for y, length in enumerate(lengths):
+        for x, name in enumerate(groups):
+            panel = axes[y][x]
+            here = [row for row in rows if row["length"] == length and group(row) == name]
+            for arm, points in _lines(here).items():
+                panel.plot(*zip(*points, strict=True), marker="o", markersize=3.5, label=arm)
+            panel.set_title(f"{name}, {length:,} tokens", fontsize=9)
+            panel.set_xlabel("density (kept causal blocks)")
+            panel.set_ylim(-0.03, 1.03)
+            panel.grid(alpha=0.3)
+        axes[y][0].set_ylabel("recall")
+    handles = {label: line for line, label in zip(*_legend(axes), strict=True)}
+    figure.legend(handles.values(), handles, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    figure.tight_layout()
+    path = folder / "recall-by-density.png"
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+    return path
+
+
+def _legend(axes: Any) -> tuple[list[Any], list[str]]:
+    lines, labels = [], []
+    for panel in axes.flat:
+        more = panel.get_legend_handles_labels()
+        lines += more[0]
+        labels += more[1]
+    return lines, labels
+
+
+def _lines(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
+    """(density, recall) of each arm, block size and tail, by density; dense is a line across."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for row in rows:
+        label = row["arm"]
+        if row["block_size"]:
+            label += f" B{row['block_size']}" + (f" tail {row['dense_tail']}" if row["dense_tail"] else "")
+        found.setdefault(label, {}).setdefault(round(row["density"], 2), []).append(row["recall"])
+    lines = {arm: sorted((at, float(np.mean(values))) for at, values in by.items()) for arm, by in found.items()}
+    if "dense" in lines:
+        lines["dense"] = [(0.0, lines["dense"][0][1]), (1.0, lines["dense"][0][1])]
+    return lines
+
+
+def _by_depth(pyplot: Any, rows: Sequence[Row], arm: str, folder: Path) -> Path | None:
+    """Heat map of an arm's retrieval recall: depth of the needle by length, all its settings pooled."""
+    mine = [row for row in rows if row["arm"] == arm and row["depth"] is not None and group(row) == "retrieval"]
+    lengths = sorted({row["length"] for row in mine})
+    if not mine:
+        return None
+    grid = np.full((DEPTHS, len(lengths)), np.nan)
+    for x, length in enumerate(lengths):
+        for y in range(DEPTHS):
+            here = [
+                row["recall"]
+                for row in mine
+                if row["length"] == length and min(DEPTHS - 1, int(row["depth"] * DEPTHS)) == y
+            ]
+            if here:
+                grid[y, x] = np.mean(here)
+    figure, panel = pyplot.subplots(figsize=(1.6 + 0.9 * len(lengths), 4.2))
+    image = panel.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    panel.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45)
+    panel.set_yticks(range(DEPTHS), [f"{(y + 0.5) / DEPTHS:.0%}" for y in range(DEPTHS)])
+    panel.set_xlabel("tokens")
+    panel.set_ylabel("depth of the needle")
+    panel.set_title(arm, fontsize=10)
+    figure.colorbar(image, label="recall")
+    path = folder / f"recall-by-depth-{''.join(c if c.isalnum() else '-' for c in arm)}.png"
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+    return path

@@ -1,0 +1,50 @@
+"""What a selection keeps: attention mass of sampled rows, and the blocks of the needles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from jobs.evaluate.arms import Place, block_shares
+from jobs.evaluate.documents import Span
+from kernels.block_selection import BlockSelection
+
+# Rows of a chunk whose attention is computed in full.
+SAMPLED_ROWS = 32
+
+
+@dataclass
+class Probe:
+    """Looks at one chunk in every layer.
+
+    needles: token ranges whose blocks ought to be kept, with the query position that needs them.
+    mass: by layer, retained share of the attention of the sampled rows, mean over rows and heads.
+    kept: by layer, for each needle, the share of heads that keep its blocks.
+    """
+
+    needles: Sequence[tuple[Span, int]] = ()
+    mass: dict[int, float] = field(default_factory=dict)
+    kept: dict[int, list[float]] = field(default_factory=dict)
+
+    def see(self, q: Tensor, k: Tensor, place: Place, selection: BlockSelection | None, block_size: int) -> None:
+        """Measure one layer; shapes as for Arm.select. Synchronises with the device."""
+        if selection is None:
+            self.mass[place.layer], self.kept[place.layer] = 1.0, [1.0] * len(self.needles)
+            return
+        rows = torch.linspace(0, q.shape[2] - 1, min(SAMPLED_ROWS, q.shape[2]), device=q.device).round().long()
+        mask = selection.to_mask(-(-(place.start + q.shape[2]) // block_size))
+        shares = []
+        for row in rows.split(4):
+            share = block_shares(q[:, :, row], k, place.start + row, block_size, place.scale)
+            kept = mask[:, :, row // block_size, : share.shape[-1]]
+            shares.append((share * kept).sum(-1).mean((0, 1)))
+        self.mass[place.layer] = float(torch.cat(shares).mean())
+        found = []
+        for (first, last), position in self.needles:
+            row = (position - place.start) // block_size
+            blocks = mask[0, :, row, first // block_size : (last - 1) // block_size + 1]
+            found.append(float(blocks.all(-1).float().mean()))
+        self.kept[place.layer] = found

@@ -1,0 +1,166 @@
+"""From documents and questions to token ids, with the tokens of each needle known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from jobs.evaluate.documents import Document, Lookup, Question, Span, take, weave
+from jobs.evaluate.haystacks import KINDS, finish
+from jobs.evaluate.wording import Style
+from pipeline.errors import JobError, one_line
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question's prompt. ids: int64 [tokens]; needles, places: token ranges [first, last).
+
+    max_new_tokens is 0 for a prompt that only carries its document's lookups.
+    """
+
+    question: Question
+    ids: np.ndarray
+    needles: tuple[Span, ...]
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class TokenLookup:
+    """A lookup in tokens: the ranges of the value's first sentence and of its second mention."""
+
+    lookup: Lookup
+    first: Span
+    second: Span
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A document as the model gets it: one prompt for each question, all beginning with the same tokens.
+
+    shared: tokens that all its prompts begin with, less than the shortest has.
+    """
+
+    document: Document
+    prompts: tuple[Prompt, ...]
+    lookups: tuple[TokenLookup, ...]
+    shared: int
+
+
+class Tokenizer:
+    """A fast tokenizer with its chat template. Raises JobError for one that cannot tell tokens' places in the text."""
+
+    def __init__(self, model: str, revision: str | None = None) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(model, revision=revision)
+        except Exception as error:  # transformers raises many kinds for a missing or damaged tokenizer
+            raise JobError(f"--tokenizer {model}: it cannot be loaded: {one_line(error)}") from None
+        if not self._tokenizer.is_fast:
+            raise JobError(f"--tokenizer {model}: a fast tokenizer (tokenizer.json) is needed to find needles by place")
+        self.chat = bool(getattr(self._tokenizer, "chat_template", None))
+        self.vocabulary = len(self._tokenizer)
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text."""
+        return [len(ids) for ids in self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+    def prompt(self, message: str, prefix: str) -> tuple[np.ndarray, np.ndarray, int]:
+        """int64 ids, the end of each token in the rendered text, and where in it the message begins."""
+        text = message
+        if self.chat:
+            said = [{"role": "user", "content": message}]
+            text = self._tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        begins = text.index(message)
+        if prefix:
+            text += ("" if self.chat else "\n") + prefix
+        encoded = self._tokenizer(text, add_special_tokens=not self.chat, return_offsets_mapping=True)
+        ends = np.array([last for _, last in encoded["offset_mapping"]])
+        return np.array(encoded["input_ids"], dtype=np.int64), ends, begins
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def tokens_of(span: Span, ends: np.ndarray) -> Span:
+    """The tokens that hold the characters [first, last). ends: the last character of each token, ascending."""
+    return int(np.searchsorted(ends, span[0], "right")), int(np.searchsorted(ends, span[1], "left")) + 1
+
+
+def make_document(
+    kind: str, length: int, index: int, style: Style, tokenizer: Tokenizer, questions: int, seed: int, essay: str = ""
+) -> Document:
+    """One document; the same arguments give the same text. Raises JobError where the facts alone pass `length`."""
+    name = f"{kind}-{length}-{index}"
+    rng = Random(f"{seed}/{style.name}/{name}")
+    plan = KINDS[kind].plan(rng, style, questions, essay)
+    longest = max((ask for ask, _ in plan.asks), key=lambda ask: len(ask.text) + len(ask.prefix))
+    frame = len(tokenizer.prompt(_message("", longest, style, kind), longest.prefix)[0])
+    facts = sum(tokenizer.count([" " + fact.text for fact in plan.facts])) if plan.facts else 0
+    title = sum(tokenizer.count([plan.title])) if plan.title else 0
+    room = length - frame - facts - title
+    if room < length // 8:
+        raise JobError(
+            f"{length} tokens are too few for a document of kind {kind!r} with {len(plan.facts)} facts of {facts} "
+            f"tokens: give larger --lengths or fewer --questions"
+        )
+    filler = take(plan.filler, room, tokenizer.count)
+    while True:
+        woven, spans = weave(filler, plan.facts)
+        text = plan.title + woven.lstrip()
+        asks, lookups = finish(plan, spans, len(text) - len(woven))
+        document = Document(name, kind, length, text, asks, lookups, carrier=longest.text)
+        over = len(tokenizer.prompt(_message(text, longest, style, kind), longest.prefix)[0]) - length
+        if over <= 0:
+            return document
+        # Tokens across a border may come out differently than in the pieces alone.
+        filler = filler[: len(filler) - max(1, over // 32)]
+
+
+def _message(text: str, question: Question, style: Style, kind: str) -> str:
+    return f"{style.preamble(kind)}{text}\n\n{question.text}"
+
+
+def read_prompts(document: Document, style: Style, tokenizer: Tokenizer) -> Reading:
+    """The document's prompts and the token ranges of its needles."""
+    asked = list(document.questions) or [Question("none", document.carrier, (), ())]
+    before = len(style.preamble(document.kind))
+    prompts = []
+    lookups: tuple[TokenLookup, ...] = ()
+    for question in asked:
+        message = _message(document.text, question, style, document.kind)
+        ids, ends, begins = tokenizer.prompt(message, question.prefix)
+        shift = begins + before
+        needles = tuple(tokens_of((first + shift, last + shift), ends) for first, last in question.needles)
+        prompts.append(Prompt(question, ids, needles, _room_for(question, tokenizer)))
+        if not lookups:
+            lookups = tuple(
+                TokenLookup(
+                    lookup,
+                    tokens_of((lookup.first[0] + shift, lookup.first[1] + shift), ends),
+                    tokens_of((lookup.second[0] + shift, lookup.second[1] + shift), ends),
+                )
+                for lookup in document.lookups
+            )
+    return Reading(document, tuple(prompts), lookups, _shared([prompt.ids for prompt in prompts]))
+
+
+def _room_for(question: Question, tokenizer: Tokenizer) -> int:
+    """Output tokens: twice what the answer takes, so that a wordy model may say it too."""
+    if question.task == "none":
+        return 0
+    answer = question.expected or ", ".join(question.references)
+    return 32 + 2 * tokenizer.count([answer])[0]
+
+
+def _shared(prompts: Sequence[np.ndarray]) -> int:
+    shortest = min(len(ids) for ids in prompts) - 1
+    first = prompts[0][:shortest]
+    for ids in prompts[1:]:
+        differ = np.flatnonzero(ids[: len(first)] != first)
+        first = first[: differ[0]] if len(differ) else first
+    return len(first)
