@@ -80,13 +80,13 @@ def run(options: argparse.Namespace) -> int:
     print("  ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
     rows: list[dict[str, Any]] = []
     short: list[dict[str, Any]] = []
-    for length in options.lengths:
-        flex = length in options.flex_lengths
-        rows += _at_length(length, options, partial(table_cases, densities=options.densities, flex=flex))
-        _write(options.output, facts, rows, short)
     everything = argparse.Namespace(**vars(options) | {"only": [], "without": []})
     for length in options.crossover_lengths if options.crossover else []:
         short += _at_length(length, everything, crossover_cases)
+        _write(options.output, facts, rows, short)
+    for length in options.lengths:
+        flex = length in options.flex_lengths
+        rows += _at_length(length, options, partial(table_cases, densities=options.densities, flex=flex))
         _write(options.output, facts, rows, short)
     print((options.output / "attention.txt").read_text(), end="")
     _plot(rows, facts, options.output / "attention.png")
@@ -209,7 +209,7 @@ def _plot(rows: list[dict[str, Any]], facts: dict[str, Any], path: Path) -> None
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5))
     for name in dict.fromkeys(row["case"] for row in rows):
-        points = [row for row in rows if row["case"] == name and row.get("TFLOP/s")]
+        points = sorted((x for x in rows if x["case"] == name and x.get("TFLOP/s")), key=lambda row: row["tokens"])
         tokens = [row["tokens"] for row in points]
         if points:
             left.plot(tokens, [row["vs cuDNN"] or float("nan") for row in points], marker="o", label=name)
