@@ -16,7 +16,7 @@ from kernels.decode_attention_fp8 import decode_attention_fp8
 from kernels.fp8_heads import quantize_heads
 from stem_core.budget import PromptBudget
 from stem_core.config import StemConfig
-from stem_core.context import DecodeContext, PrefillContext, QuantizedKV, StemContext
+from stem_core.context import DecodeContext, PrefillContext, PromptGoesOn, QuantizedKV, StemContext
 from stem_core.policy import DENSE_BLOCK_SIZE, LayerPolicy, cutting_window
 
 
@@ -211,6 +211,14 @@ def _prefill_chunk(
                 dtype=key_sums_dtype(k),
             )
             context.summaries[policy.layer] = summary
+    quantized = context.quantized.get(policy.layer)
+    if policy.layer == context.last_layer and context.start + q.shape[2] < context.prompt_length:
+        if config is not None and summary is not None:
+            # The last chunk's scores need the key side of this one's.
+            stem_selection(
+                q, k, v, config, budget, start=context.start, scale=scale, summary=summary, quantized=quantized
+            )
+        raise PromptGoesOn
     return stem_prefill(
         q,
         k,
@@ -221,7 +229,7 @@ def _prefill_chunk(
         scale=scale,
         window=window,
         summary=summary,
-        quantized=context.quantized.get(policy.layer),
+        quantized=quantized,
     )
 
 

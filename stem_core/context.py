@@ -34,6 +34,8 @@ class PrefillContext:
     windows: sliding window by layer, None for none, as the model hands it to the attention, which notes it here.
     quantized: by layer, the document's keys and values in fp8, this chunk's included: the attention runs in fp8 then,
         and the keys and values that the model hands over are those of the chunk alone.
+    last_layer: the attention layer that runs last, if a chunk that the prompt goes on behind may end there: its keys
+        and values are in the cache by then, and nobody reads what would follow (see PromptGoesOn).
     """
 
     prompt_length: int
@@ -41,6 +43,15 @@ class PrefillContext:
     summaries: dict[int, KeySummary] = field(default_factory=dict)
     windows: dict[int, int | None] = field(default_factory=dict)
     quantized: Mapping[int, QuantizedKV] = field(default_factory=dict)
+    last_layer: int | None = None
+
+
+class PromptGoesOn(Exception):  # noqa: N818 - nothing went wrong
+    """Raised by the attention of PrefillContext.last_layer, in place of a result, when the prompt goes on.
+
+    Only the keys and values of such a chunk are needed; the rest of its last layer, a share 1 / layers of the prefill,
+    would be computed for nobody.
+    """
 
 
 @dataclass

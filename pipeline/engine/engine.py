@@ -193,6 +193,7 @@ class Engine:
                 )
             logits = document.prefill.step()
             if document.prefill.done:
+                assert logits is not None
                 self._start_decoding(document, logits)
         except Exception as error:
             self._fail([document], error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ from pipeline.engine.arena import Arena, Extent
 from pipeline.engine.cache import PrefillCache
 from pipeline.engine.runner import ModelRunner
 from stem_core.config import StemConfig
-from stem_core.context import PrefillContext
+from stem_core.context import PrefillContext, PromptGoesOn
 from stem_core.policy import DENSE_BLOCK_SIZE, cutting_window
 
 
@@ -53,7 +54,8 @@ def attention_plan(runner: ModelRunner, prompt_tokens: int) -> AttentionPlan:
 class Prefill:
     """The prefill of one document. Nothing here waits for the device.
 
-    prompt_ids: int64 [prompt tokens]. chunk_tokens: see chunk_size().
+    prompt_ids: int64 [prompt tokens]. chunk_tokens: see chunk_size(). every_row: run the last layer on all chunks, for
+    those who look at hidden states; otherwise only on the last one, since nothing else reads its output.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Prefill:
         prompt_ids: np.ndarray,
         max_new_tokens: int,
         chunk_tokens: int,
+        every_row: bool = False,
     ) -> None:
         device = arena.device
         ids = torch.from_numpy(prompt_ids)
@@ -75,7 +78,11 @@ class Prefill:
         self._arena = arena
         self._extent = extent
         self._chunk = chunk_tokens
-        self._context = PrefillContext(prompt_length=len(prompt_ids), quantized=arena.quantized(extent))
+        self._context = PrefillContext(
+            prompt_length=len(prompt_ids),
+            quantized=arena.quantized(extent),
+            last_layer=None if every_row else runner.layers[-1][0].layer,
+        )
         # Budgets are copied to the device now: a copy between launches would wait for all that is queued.
         for policy, window in runner.layers:
             budget = policy.budget(len(prompt_ids), window)
@@ -86,12 +93,16 @@ class Prefill:
     def done(self) -> bool:
         return self._context.start >= self._context.prompt_length
 
-    def step(self) -> Tensor:
-        """Run the next chunk. Returns logits [1, V] of its last token; they count after the last chunk only."""
+    def step(self) -> Tensor | None:
+        """Run the next chunk. Returns logits [1, V] of its last token, which is the prompt's last one when done.
+
+        None for an earlier chunk, unless every_row."""
         begin = self._context.start
         end = min(begin + self._chunk, self._context.prompt_length)
         positions = torch.arange(begin, end, device=self._ids.device)[None]
         cache = PrefillCache(self._arena, self._extent, seen=begin)
-        logits = self._runner.logits(self._ids[:, begin:end], positions, cache, self._context, self._bound)
+        logits = None
+        with suppress(PromptGoesOn):
+            logits = self._runner.logits(self._ids[:, begin:end], positions, cache, self._context, self._bound)
         self._context.start = end
         return logits

@@ -67,6 +67,7 @@ def test_steps_stay_on_the_device(runner: ModelRunner) -> None:
     with OneDevice(), torch.inference_mode():
         while not prefill.done:
             logits = prefill.step()
+        assert logits is not None
         batch.advance(logits, 3, sampled=True)
         decode.run(StepKey(4, sampled=False))
         decode.run(StepKey(8, sampled=True))
