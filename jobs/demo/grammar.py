@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from random import Random
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
+    """The words of a list kept as text."""
     return text.split()
 
 
-NAMES = _words("""
+NAMES = words("""
 Marwick Calder Ostrava Linden Harrow Selby Brixton Tamar Orwell Kestrel Aldine Fenwick Garrow Hollis Ivers Jarrow Kelso
 Lorne Morven Nairn Ogden Penrith Quarry Rydal Stroud Thirsk Ullswater Verdon Whitby Yarrow Zennor Ashford Belmont Corwen
 Dunbar Elgin Falmouth Glossop Hexham Ilford Keswick Ludlow Malvern Newlyn Oakham Poole Ripon
 """)
-PLACES = _words("""
+PLACES = words("""
 harbour bridge reservoir tramway library hospital stadium airport tunnel railway museum market school laboratory
 observatory quarry refinery warehouse terminal canal dam lighthouse theatre greenhouse substation depot shipyard foundry
 brewery sawmill vineyard orchard nursery aquarium archive clinic courthouse garage hangar lagoon marina monastery pier
@@ -57,13 +58,13 @@ UNIT_OF_MEASURE = {
     "seat total": "seats",
     "ticket income": "dollars",
 }
-ADJECTIVES = _words("""
+ADJECTIVES = words("""
 quiet steady modest early sudden broad narrow careful simple heavy bright cold warm local regional public private annual
 monthly final draft minor major useful common rare modern ancient rapid gentle formal partial complete recent northern
 southern eastern western central upper lower inner outer shallow deep coastal rural urban technical seasonal reliable
 temporary permanent detailed cautious expensive cheap distant nearby empty crowded fragile solid hollow smooth
 """)
-NOUNS = _words("""
+NOUNS = words("""
 committee proposal budget survey council report garden river valley engine sensor record sample market street bridge
 office journal lecture village festival weather season harvest machine pipeline network meeting contract supplier
 inspector manager student teacher worker neighbour driver pilot farmer visitor designer analyst editor builder clerk
@@ -71,7 +72,7 @@ schedule forecast pattern method result figure chapter drawing sketch letter not
 window corridor entrance ceiling foundation channel filter valve turbine generator battery circuit cable antenna
 signal meadow forest hillside coastline island beach cliff stream glacier summit trail path road junction
 """)
-VERBS = _words("""
+VERBS = words("""
 reviewed approved delayed measured recorded described compared repaired painted moved opened closed visited checked
 praised questioned updated replaced cleaned counted collected studied discussed planned ordered rejected signed mapped
 tested labelled stored shipped returned borrowed improved inspected restored extended reduced doubled photographed
