@@ -43,6 +43,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
+ALIASES = {"llama-8b": "llama-3.1-8b"}
 WITHOUT_STOPS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
@@ -51,6 +52,7 @@ def shape_folder(shape: str, folder: Path) -> Path:
 
     The model is then made with load_format "dummy". Raises JobError for a name that is neither.
     """
+    shape = ALIASES.get(shape, shape)
     if shape in SHAPES:
         config = SHAPES[shape]
     elif (Path(shape) / "config.json").is_file():

@@ -12,6 +12,7 @@ import jobs.benchmark.engine as benchmark
 from jobs.benchmark.__main__ import main
 from jobs.benchmark.engine.agreement import check_agreement
 from jobs.benchmark.engine.baseline import BaselinePoint, job_baseline
+from jobs.benchmark.engine.breakdown import breakdown, group_of, own_kernels
 from jobs.benchmark.engine.phases import union_length
 from jobs.benchmark.engine.report import rows
 from pipeline.errors import JobError
@@ -27,20 +28,23 @@ def test_phases_end_in_a_file_and_a_table(tmp_path: Path) -> None:
     phases = ["--phases", "baseline", "latency", "decode", "job", "busy"]
     assert main([*FLAGS, *phases, "--output", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "engine.json").read_text())
-    stem, dense = results["engine"]["stem"], results["engine"]["dense"]
+    stem, dense = results["engine"]["stem-fp32"], results["engine"]["dense-fp32"]
     assert stem["job"]["prompt_tokens"] == [200, 200, 100]
     assert stem["job"]["documents_per_hour"] == pytest.approx(3 * 3600 / stem["job"]["seconds"])
     assert dense["job"]["density"] == 1.0
     assert stem["latency"][0]["attention"] == "stem"
     assert 0.25 < stem["latency"][0]["density"] < 1.0
     assert [(point["prompt_tokens"], point["documents"]) for point in stem["decode"]] == [
-        (100, 1), (100, 2), (200, 1), (200, 2),
+        (200, 1), (200, 2), (100, 1), (100, 2),
     ]  # fmt: skip
     assert [point["prompt_tokens"] for point in results["baseline"]["points"]] == [100, 150, 200]
     assert results["baseline"]["points"][0]["measured_steps"] == 2
     table = {row[0]: row[1:] for row in rows(results)}
     assert all(table["job: documents an hour"])
-    assert "density" in table["150 tokens: first token"][2]
+    assert table["150 tokens: density"] == ("", f"{stem['latency'][0]['density']:.3f}", "1.000")
+    faster = dense["latency"][0]["first_token_seconds"] / stem["latency"][0]["first_token_seconds"]
+    assert results["ratios"]["stem-fp32"]["first_token_vs_own_dense"]["150"] == pytest.approx(faster)
+    assert results["ratios"]["dense-fp32"]["job_vs_own_dense"] == 1.0
 
 
 def test_nothing_is_timed_where_tokens_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,9 +66,9 @@ def test_time_limit_skips_and_says_so(tmp_path: Path) -> None:
         "agreement:",
         "baseline:",
         "latency:",
-        "decode:",
-        "busy:",
         "job:",
+        "error:",
+        "error:",
     ]
 
 
@@ -80,6 +84,65 @@ def test_baseline_job_is_computed_from_its_points() -> None:
     figures = job_baseline(points, [200, 100, 100], new_tokens=101)
     assert figures["seconds"] == pytest.approx((5 + 2) + 2 * (2 + 1))
     assert "computed" in figures["how"]
+
+
+def test_every_precision_has_its_arms_and_its_errors(tmp_path: Path) -> None:
+    flags = (
+        f"{' '.join(FLAGS)} --phases latency profile job error --precision fp32 fp8 --main-arms stem-fp8 "
+        f"--block-size 32 --error-tokens 300 --error-document 400 --dense-layers 0 --documents 1 --output {tmp_path}"
+    )
+    assert main(flags.split()) == 0
+    results = json.loads((tmp_path / "engine.json").read_text())
+    arms = results["engine"]
+    assert list(arms) == ["stem-fp32", "stem-fp8", "dense-fp32", "dense-fp8"]
+    assert [name for name, arm in arms.items() if "job" in arm] == ["stem-fp8"]
+    assert arms["stem-fp8"]["about"]["precision"] == "fp8"
+    assert arms["stem-fp8"]["plan_of_one"]["bytes_per_token"] * 4 == arms["stem-fp32"]["plan_of_one"]["bytes_per_token"]
+    assert len(results["error"]) == 2
+    for model in results["error"].values():
+        found = {variant["variant"]: variant for variant in model["variants"]}
+        assert len(found) == 5
+        assert all(0 < variant["layer_errors"][0] < 0.5 for name, variant in found.items() if "dense" in name)
+        assert all(0 <= variant["kl_mean"] <= variant["kl_max"] < 5 for variant in found.values())
+        assert found["dense fp8"]["density"] == 1.0 > found["stem fp8"]["density"]
+
+
+def test_a_phase_that_fails_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(benchmark, "job", fails)
+    assert main([*FLAGS, "--phases", "latency", "job", "decode", "--arms", "dense", "--output", str(tmp_path)]) == 1
+    results = json.loads((tmp_path / "engine.json").read_text())
+    assert results["failed"] == ["job: dense-fp32: RuntimeError: no such luck"]
+    assert results["engine"]["dense-fp32"]["latency"]
+
+
+def test_kernels_are_grouped_by_name() -> None:
+    kernels = own_kernels()
+    assert kernels["block_sparse_attention_fp8_hopper"] == "attention"
+    assert {kernels["score_kernel"], kernels["select_kernel"], kernels["mass_kernel"]} == {"selection"}
+    assert {kernels["rms_norm_kernel"], kernels["write_kernel"], kernels["silu_mul_fp8_kernel"]} == {"elementwise"}
+    library = {
+        "sm90_xmma_gemm_e4m3bf16_e4m3f32_f32_tn_n": "linears",
+        "nvjet_qqtst_128x256_128x4_2x1_v_bz_coopA_NNT": "linears",
+        "void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<...>>": "linears",
+        "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::BFloat16>>": "elementwise",
+        "Memcpy HtoD (Pinned -> Device)": "elementwise",
+        "something_new": "other",
+    }
+    assert {name: group_of(name) for name in library} == library
+
+
+def test_breakdown_adds_up() -> None:
+    events = [
+        ("rms_norm_kernel", 0, 2_000_000),
+        ("nvjet_x", 3_000_000, 7_000_000),
+        ("score_kernel", 6_000_000, 8_000_000),
+    ]
+    found = breakdown(events)
+    assert (found["wall_ms"], found["busy_ms"], found["gaps_ms"], found["launches"]) == (8.0, 7.0, 1.0, 3)
+    assert found["groups_ms"] == {"linears": 4.0, "attention": 0, "selection": 2.0, "elementwise": 2.0, "other": 0}
 
 
 def test_union_length() -> None:

@@ -19,6 +19,9 @@ from pipeline.errors import JobError
 UTILISATION_PERIOD = 0.2
 TOP_KERNELS = 14
 
+# (name, start, end), in nanoseconds.
+Event = tuple[str, int, int]
+
 
 def random_prompts(lengths: Sequence[int], vocabulary: int, seed: int = 0) -> list[np.ndarray]:
     """Token ids drawn evenly from the vocabulary."""
@@ -117,24 +120,31 @@ def gpu_busy(engine: Engine, lengths: Sequence[int], new_tokens: int, vocabulary
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         run_documents(engine, prompts, new_tokens)
         torch.cuda.synchronize()
-    spans: list[tuple[int, int]] = []
-    by_name: Counter[str] = Counter()
-    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
-        if event.device_type() == torch.autograd.DeviceType.CUDA:
-            spans.append((event.start_ns(), event.start_ns() + event.duration_ns()))
-            by_name[event.name()] += event.duration_ns()
-    if not spans:
+    events = gpu_events(profiler)
+    if not events:
         return None
-    wall = max(end for _, end in spans) - min(start for start, _ in spans)
+    by_name: Counter[str] = Counter()
+    for name, start, end in events:
+        by_name[name] += end - start
+    wall = max(end for *_, end in events) - min(start for _, start, _ in events)
     total = sum(by_name.values())
     return {
         "how": f"torch profiler, {len(prompts)} documents of {max(lengths):,} tokens, {new_tokens} new tokens each",
-        "busy_share": union_length(spans) / wall,
+        "busy_share": union_length([(start, end) for _, start, end in events]) / wall,
         "kernels": [
             {"name": name[:120], "ms": nanoseconds / 1e6, "share": nanoseconds / total}
             for name, nanoseconds in by_name.most_common(TOP_KERNELS)
         ],
     }
+
+
+def gpu_events(profiler: torch.profiler.profile) -> list[Event]:
+    """What the GPU ran while the profiler was on."""
+    return [
+        (event.name(), event.start_ns(), event.start_ns() + event.duration_ns())
+        for event in profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+        if event.device_type() == torch.autograd.DeviceType.CUDA
+    ]
 
 
 def union_length(spans: list[tuple[int, int]]) -> int:
