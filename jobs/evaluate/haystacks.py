@@ -186,7 +186,7 @@ def add_chain(plan: Plan, rng: Random, style: Style) -> None:
     for step, at in enumerate(sorted(depths(rng, len(names)))):
         wording = style.chain_step if step else style.chain_start
         facts.append(plan.tell(wording.format(name=names[step], previous=names[step - 1], value=value), at))
-    references, expected = ((value,), f"{value} dollars") if report else (tuple(names), "")
+    references, expected = ((value,), "") if report else (tuple(names), "")
     prefix = style.prefix("ask_chain", count=str(len(names)), value=value)
     text = style.ask_chain.format(name=names[-1], value=value)
     plan.asks.append((Question("variable_tracking", text, references, (), prefix, expected), facts))
@@ -229,7 +229,7 @@ def report(rng: Random, style: Style, questions: int, essay: str) -> Plan:
         unit = said[:-1].rsplit(" ", 1)[1]
         text = style.ask_fact.format(measure=measure)
         plan.asks.append((Question("report_facts", text, (value,), (), prefix, f"{value} {unit}"), [fact]))
-    for _ in range(2 * questions):
+    for _ in range(max(4, 2 * questions)):
         said, _, value = _measured(rng, used)
         at = rng.uniform(0.0, 0.8)
         first = plan.tell(rng.choice(NOTES).format(said), at, said)

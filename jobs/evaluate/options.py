@@ -14,7 +14,7 @@ from jobs.evaluate.haystacks import KINDS, TASKS
 from pipeline.errors import JobError, nearest
 from stem_core.config import BLOCK_SIZES
 
-CPU_ARMS = ("dense", "release", "stem", "robust", "window")
+CPU_ARMS = ("dense", "stem", "robust", "window")
 GPU_ARMS = ARMS
 
 
@@ -42,6 +42,7 @@ class Options:
     style: str
     essay: str
     chunk_tokens: int
+    cache_gib: float | None
     time_limit: float
     plots: bool
     output: Path
@@ -80,6 +81,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--style", choices=("auto", "ruler", "report"), default="auto", help="report: as models/tiny-reader was taught")
     add("--essay", type=Path, metavar="FILE", help="a text for essay-like filler instead of reports")
     add("--chunk-tokens", type=int, metavar="N", help="prompt tokens at once (default: 32768 on a CPU, 16384 on a GPU)")
+    add("--cache-gib", type=float, help="of keys and values held (default: 2 on a CPU, half the free memory of a GPU)")
     add("--time-limit", type=float, default=float("inf"), metavar="SECONDS", help="start no more documents after this")
     add("--plots", action=argparse.BooleanOptionalAction, default=True, help="PNG files beside the rows")
     add("--output", type=Path, default=Path("evaluation"), metavar="DIR", help="rows, tables, plots")
@@ -126,6 +128,7 @@ def options_of(flags: argparse.Namespace, device: torch.device) -> Options:
         style=flags.style,
         essay=flags.essay.read_text(encoding="utf-8") if flags.essay else "",
         chunk_tokens=flags.chunk_tokens or (16384 if on_gpu else 32768),
+        cache_gib=flags.cache_gib,
         time_limit=flags.time_limit,
         plots=flags.plots,
         output=flags.output,

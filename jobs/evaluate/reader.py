@@ -36,6 +36,7 @@ class Answer:
     prefill_seconds: of the document under this arm, shared by all its questions.
     """
 
+    arm: Arm
     reading: Reading
     prompt: Prompt
     lookup: TokenLookup | None = None
@@ -59,8 +60,9 @@ class Answer:
 
 @dataclass
 class Entry:
-    """Questions of one document that share a prefill."""
+    """Questions of one document that share a prefill under one arm."""
 
+    arm: Arm
     reading: Reading
     prompts: list[Prompt]
     shared: int
@@ -82,7 +84,7 @@ def entries_of(readings: Sequence[Reading], arm: Arm) -> list[Entry]:
             by_blocks.setdefault(blocks, []).append(prompt)
         shared = reading.shared // arm.block_size * arm.block_size
         for index, prompts in enumerate(by_blocks.values()):
-            entries.append(Entry(reading, prompts, shared, () if index else reading.lookups))
+            entries.append(Entry(arm, reading, prompts, shared, () if index else reading.lookups))
     return entries
 
 
@@ -95,7 +97,7 @@ class Reader:
 
     def __init__(self, model: nn.Module, stop_ids: Sequence[int], chunk_tokens: int, cached_tokens: int) -> None:
         self.model = model
-        self._cached_tokens = cached_tokens
+        self.cached_tokens = cached_tokens
         self.device = next(model.parameters()).device
         self.layers = int(model.config.get_text_config().num_hidden_layers)  # type: ignore[union-attr, operator, arg-type]
         self._stop_ids = frozenset(stop_ids)
@@ -105,17 +107,17 @@ class Reader:
     def read(
         self,
         readings: Sequence[Reading],
-        arm: Arm,
+        arms: Sequence[Arm],
         dense: dict[tuple[str, str], Answer] | None,
         probed: frozenset[str],
     ) -> list[Answer]:
-        """Answers to all questions and lookups of some documents under one arm.
+        """Answers to all questions and lookups of some documents under each of some arms.
 
         dense: the dense answers by key, None in the dense run itself. probed: names of the documents to look into.
         """
         answers = []
-        for group in self._groups(entries_of(readings, arm)):
-            answers += self._read_group(group, arm, dense, probed)
+        for group in self._groups([entry for arm in arms for entry in entries_of(readings, arm)]):
+            answers += self._read_group(group, dense, probed)
         return answers
 
     def _groups(self, entries: Sequence[Entry]) -> list[list[Entry]]:
@@ -123,7 +125,7 @@ class Reader:
         groups: list[list[Entry]] = [[]]
         for entry in entries:
             longest = max(entry.length, *(other.length for other in groups[-1]), 0)
-            if groups[-1] and longest * (len(groups[-1]) + 1) > self._cached_tokens:
+            if groups[-1] and longest * (len(groups[-1]) + 1) > self.cached_tokens:
                 groups.append([])
             groups[-1].append(entry)
         return groups
@@ -131,7 +133,6 @@ class Reader:
     def _read_group(
         self,
         entries: Sequence[Entry],
-        arm: Arm,
         dense: dict[tuple[str, str], Answer] | None,
         probed: frozenset[str],
     ) -> list[Answer]:
@@ -147,12 +148,12 @@ class Reader:
         for index, entry in enumerate(entries):
             documents.entry = index
             begun = time.perf_counter()
-            probe = self._prefill(entry, arm, documents, lookups, probed)
+            probe = self._prefill(entry, documents, lookups, probed)
             seconds = self._seconds_since(begun)
             for slot, prompt in enumerate(entry.prompts):
                 row = index * per_entry + slot
-                answer = answers[row] = Answer(entry.reading, prompt, prefill_seconds=seconds)
-                logits[row] = self._ask(entry, prompt, arm, documents, answer, probe)
+                answer = answers[row] = Answer(entry.arm, entry.reading, prompt, prefill_seconds=seconds)
+                logits[row] = self._ask(entry, prompt, documents, answer, probe)
                 tails.take(row, documents, entry.shared, len(prompt.ids))
         some = next(row for row in logits if row is not None)
         first = torch.stack([torch.zeros_like(some) if row is None else row for row in logits])
@@ -172,10 +173,10 @@ class Reader:
         return time.perf_counter() - begun
 
     def _prefill(
-        self, entry: Entry, arm: Arm, documents: DocumentKeys, lookups: list[Answer], probed: frozenset[str]
+        self, entry: Entry, documents: DocumentKeys, lookups: list[Answer], probed: frozenset[str]
     ) -> Probe | None:
         """The entry's shared tokens; appends what became of its lookups."""
-        prompt, probe = entry.prompts[0], None
+        prompt, arm, probe = entry.prompts[0], entry.arm, None
         if entry.reading.document.name in probed and entry.shared:
             probe = Probe([(lookup.first, lookup.second[0] - 1) for lookup in entry.lookups])
         expected: dict[int, int] = {}
@@ -201,7 +202,7 @@ class Reader:
         seconds = self._seconds_since(begun)
         merged = _merge(pieces, self.layers) if probe is not None else None
         for lookup in inside:
-            answer = Answer(entry.reading, prompt, lookup, prefill_seconds=seconds)
+            answer = Answer(arm, entry.reading, prompt, lookup, prefill_seconds=seconds)
             answer.correct = all(right[place - 1] for place in range(*lookup.second))
             if merged is not None:
                 answer.mass = answer.document_mass = [merged.mass[layer] for layer in range(self.layers)]
@@ -212,14 +213,14 @@ class Reader:
         return merged
 
     def _ask(
-        self, entry: Entry, prompt: Prompt, arm: Arm, documents: DocumentKeys, answer: Answer, document: Probe | None
+        self, entry: Entry, prompt: Prompt, documents: DocumentKeys, answer: Answer, document: Probe | None
     ) -> Tensor:
         """The prompt's tokens behind the shared ones. Returns float32 logits [V] of its last token."""
         last = len(prompt.ids) - 1
         probe = None
         if document is not None:
             probe = Probe([(needle, last) for needle in prompt.needles])
-        chunk = Chunk(arm, len(prompt.ids), entry.shared, probe)
+        chunk = Chunk(entry.arm, len(prompt.ids), entry.shared, probe)
         logits = self._forward(prompt.ids[entry.shared :], documents, entry.shared, chunk, [last])
         if probe is not None and document is not None:
             layers = range(self.layers)

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.evaluate.arms import Arm
 from jobs.evaluate.documents import Span
 from jobs.evaluate.reader import Answer
 from pipeline.errors import JobError
@@ -57,9 +56,10 @@ def recall_of(answer: str, references: Sequence[str]) -> float:
     return sum(reference.lower() in said for reference in references) / len(references)
 
 
-def row_of(answer: Answer, arm: Arm, layers: int, decode: Callable[[Sequence[int]], str]) -> Row:
+def row_of(answer: Answer, layers: int, decode: Callable[[Sequence[int]], str]) -> Row:
     """The result row of an answer. decode: ids to text without control tokens."""
-    document, prompt, config = answer.reading.document, answer.prompt, arm.config
+    document, prompt, arm = answer.reading.document, answer.prompt, answer.arm
+    config = arm.config
     density, mean_density = arm.density(len(prompt.ids), layers)
     row: Row = {
         "document": document.name,

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import shutil
 import time
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from jobs.evaluate.arms import Arm, make_arms
+from jobs.benchmark._shapes import shape_folder
+from jobs.evaluate.arms import FEWEST_BLOCKS, Arm, make_arms
 from jobs.evaluate.attention import prepare_model
 from jobs.evaluate.options import Options
 from jobs.evaluate.prompts import Tokenizer, make_document, read_prompts
-from jobs.evaluate.reader import Reader
-from jobs.evaluate.results import row_of, write_rows
+from jobs.evaluate.reader import Answer, Reader
+from jobs.evaluate.results import Row, row_of, write_rows
 from jobs.evaluate.wording import Style, pick_style
 from pipeline.engine import EngineConfig
 from pipeline.engine.loading import context_limit, load_model, stop_token_ids
@@ -25,24 +26,30 @@ from stem_core.patch import UnsupportedModelError
 # Keys and values that are held at once on a CPU, and the share of a GPU's free memory for them.
 CPU_CACHE_BYTES = 2 << 30
 GPU_CACHE_SHARE = 0.5
+# Arms whose answers are decoded as one batch, where the cache has room.
+MOST_ARMS = 4
 
 
-def cached_tokens(model: nn.Module, device: torch.device) -> int:
-    """Tokens whose keys and values may be held at the same time."""
+def cached_tokens(model: nn.Module, device: torch.device, gib: float | None) -> int:
+    """Tokens whose keys and values may be held at the same time, in `gib` GiB if that is given."""
     text = model.config.get_text_config()  # type: ignore[union-attr, operator]
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     size = 2 * text.num_hidden_layers * heads * width * next(model.parameters()).element_size()
+    if gib is not None:
+        return int(gib * 2**30 // size)
     room = CPU_CACHE_BYTES if device.type == "cpu" else int(GPU_CACHE_SHARE * torch.cuda.mem_get_info(device)[0])
     return int(room // size)
 
 
 def load(options: Options) -> nn.Module:
     """The model with the evaluation's attention. Raises JobError."""
-    device = str(options.device)
+    device, folder = str(options.device), options.model
+    if options.load_format == "dummy":  # a shape of jobs.benchmark by name, or any config.json
+        folder = str(shape_folder(options.model, options.output / "shape"))
     model = load_model(
         EngineConfig(
-            options.model,
+            folder,
             device=device,
             precision=options.precision,
             load_format=options.load_format,
@@ -65,7 +72,9 @@ def describe(options: Options, style: Style, arms: dict[int, list[Arm]]) -> list
     for length in options.lengths:
         sizes = options.block_sizes_for(length)
         blocks = ", ".join(f"B = {size} ({-(-length // size)} blocks)" for size in sizes)
-        why = "as asked" if options.block_sizes else "the largest B that gives at least 256 blocks"
+        why = "as asked" if options.block_sizes else f"the largest B that gives at least {FEWEST_BLOCKS} blocks"
+        if not options.block_sizes and length // sizes[0] < FEWEST_BLOCKS:
+            why = "the smallest B"
         lines.append(f"{length:,} tokens: {blocks}, {why}; {len(arms[length])} arms:")
         lines += [f"  {_describe_arm(arm, length)}" for arm in arms[length]]
     return lines
@@ -99,45 +108,49 @@ def run(options: Options) -> dict[str, Any]:
     limit = context_limit(model.config)
     if max(options.lengths) > limit:
         raise JobError(f"--lengths {max(options.lengths)}: {options.model} takes up to {limit} tokens")
-    reader = Reader(model, stop_token_ids(model), options.chunk_tokens, cached_tokens(model, options.device))
-    rows = options.output / "rows"
-    if rows.exists():
-        shutil.rmtree(rows)  # an evaluation is one run; several are put together by --report
-    stopped, part = "", 0
-    for length in options.lengths:
-        for kind in options.kinds:
-            if time.monotonic() - begun > options.time_limit:
-                stopped = stopped or f"stopped by --time-limit before {kind} at {length} tokens"
-                continue
-            _run_cell(options, style, tokenizer, reader, arms[length], kind, length, rows, part)
+    reader = Reader(
+        model, stop_token_ids(model), options.chunk_tokens, cached_tokens(model, options.device, options.cache_gib)
+    )
+    folder = options.output / "rows"
+    if folder.exists():
+        shutil.rmtree(folder)  # an evaluation is one run; several are put together by --report
+    cells = [(length, kind) for length in options.lengths for kind in options.kinds]
+    part, stopped = 0, ""
+    for length, kind in cells:
+        for rows in _run_cell(options, style, tokenizer, reader, arms[length], kind, length):
+            write_rows(rows, folder, part)
             part += 1
-            print(f"  {length:,} tokens, {kind}: {time.monotonic() - begun:.0f} s since the start", flush=True)
-    if stopped:
-        print(stopped, flush=True)
-    return {"style": style.name, "seconds": time.monotonic() - begun, "stopped": stopped, "layers": reader.layers}
+            seconds = time.monotonic() - begun
+            if seconds > options.time_limit:
+                stopped = f"stopped by --time-limit in {kind}, {length} tokens"
+                break
+        print(f"  {length:,} tokens, {kind}: {time.monotonic() - begun:.0f} s since the start", flush=True)
+        if stopped:
+            print(stopped, flush=True)
+            break
+    return {
+        "style": style.name,
+        "seconds": time.monotonic() - begun,
+        "stopped": stopped,
+        "layers": reader.layers,
+    }
 
 
 def _run_cell(
-    options: Options,
-    style: Style,
-    tokenizer: Tokenizer,
-    reader: Reader,
-    arms: list[Arm],
-    kind: str,
-    length: int,
-    folder: Path,
-    part: int,
-) -> None:
-    """All documents of one kind and length under all arms, dense first."""
+    options: Options, style: Style, tokenizer: Tokenizer, reader: Reader, arms: list[Arm], kind: str, length: int
+) -> Iterator[list[Row]]:
+    """All documents of one kind and length: the rows of dense, then of the other arms, a few at a time."""
     readings = []
     for index in range(options.documents):
         made = make_document(kind, length, index, style, tokenizer, options.questions, options.seed, options.essay)
         readings.append(read_prompts(made.only(options.tasks), style, tokenizer))
     probed = frozenset(reading.document.name for reading in readings[: options.probed])
-    rows, dense = [], None
-    for arm in arms:
-        answers = reader.read(readings, arm, dense, probed)
-        if arm.config is None:
-            dense = {answer.key: answer for answer in answers}
-        rows += [row_of(answer, arm, reader.layers, tokenizer.decode) for answer in answers]
-    write_rows(rows, folder, part)
+    dense: dict[tuple[str, str], Answer] | None = None
+    others = [arm for arm in arms if arm.config is not None]
+    if len(others) < len(arms):
+        answers = reader.read(readings, [Arm("dense", None)], None, probed)
+        dense = {answer.key: answer for answer in answers}
+        yield [row_of(answer, reader.layers, tokenizer.decode) for answer in answers]
+    for first in range(0, len(others), MOST_ARMS):
+        answers = reader.read(readings, others[first : first + MOST_ARMS], dense or {}, probed)
+        yield [row_of(answer, reader.layers, tokenizer.decode) for answer in answers]

@@ -5,6 +5,7 @@ Every piece begins where the tokenizer's pre-tokens do, so the pieces' ids side 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -64,6 +65,7 @@ class DocumentMaker:
     def __init__(self, tokenizer: Path, paragraphs: float = 0.3, seed: int = 0, pool: float = 1.0) -> None:
         from tokenizers import Tokenizer
 
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the workers' fork
         self.tokenizer = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
         self.paragraphs = paragraphs
         vocabulary = self.tokenizer.get_vocab()

@@ -122,9 +122,11 @@ class Checks:
             made = [maker.batch(length, count, 7 + number) for number in range(settings.check_batches)]
             self._batches[length] = [make_batch(documents, settings.plan, draw) for documents in made]
 
-    @torch.no_grad()
     def recall(self, model: nn.Module, longest: int) -> dict[str, dict[str, float]]:
-        """Share of targets that are right in every token, by length and kind, for documents of up to `longest`."""
+        """Share of targets that are right in every token, by length and kind, for documents of up to `longest`.
+
+        Not under no_grad, which torch.compile would compile everything once more for.
+        """
         found: dict[str, dict[str, float]] = {}
         for length, batches in self._batches.items():
             if length > longest:
