@@ -11,12 +11,15 @@ from collections.abc import Iterable
 class JobError(Exception):
     """The job cannot run or go on. The message is one line: what was got, what was expected, how to mend it."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message, 2000))
+
 
 class DocumentError(Exception):
     """One document cannot be processed; it becomes a row with this message and `status`."""
 
     def __init__(self, message: str, status: str = "error") -> None:
-        super().__init__(message, status)
+        super().__init__(one_line(message, 1000), status)
         self.status = status
 
     def __str__(self) -> str:

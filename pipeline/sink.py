@@ -148,11 +148,15 @@ def _set_aside(store: Store, name: str, problem: str) -> str:
 
 
 def read_columns(store: Store, columns: Sequence[str]) -> pa.Table:
-    """Some columns of all results."""
+    """Some columns of all results, null where an earlier version had none."""
     tables = _tables(store, columns)
     if not tables:
         return pa.table({name: pa.array([], pa.string()) for name in columns})
-    return pa.concat_tables(tables, promote_options="default")
+    table = pa.concat_tables(tables, promote_options="default")
+    for name in columns:
+        if name not in table.column_names:
+            table = table.append_column(name, pa.nulls(len(table), pa.string()))
+    return table.select(list(columns))
 
 
 def _tables(store: Store, columns: Sequence[str] | None) -> list[pa.Table]:
@@ -163,7 +167,10 @@ def _tables(store: Store, columns: Sequence[str] | None) -> list[pa.Table]:
             tables = []
             for name in part_names(store):
                 with store.open(name) as file:
-                    tables.append(pq.read_table(file, columns=list(columns) if columns else None))
+                    parquet = pq.ParquetFile(file)
+                    # Parts of an earlier version may lack a column.
+                    present = set(parquet.schema_arrow.names)
+                    tables.append(parquet.read([c for c in columns if c in present] if columns else None))
             return tables
         except FileNotFoundError as error:
             if last:
@@ -176,9 +183,6 @@ def _tables(store: Store, columns: Sequence[str] | None) -> list[pa.Table]:
 def done_rows(store: Store) -> pa.Table:
     """document_id, input_stamp and input_hash of every row. Raises JobError if an id has two (parts copied by hand)."""
     rows = read_columns(store, ["document_id", "input_stamp", "input_hash"])
-    for name in ("input_stamp", "input_hash"):
-        if name not in rows.column_names:  # of an earlier version; unknown means changed
-            rows = rows.append_column(name, pa.nulls(len(rows), pa.string()))
     ids = rows["document_id"].combine_chunks()
     if len(ids) != len(pc.unique(ids)):
         counts = pc.value_counts(ids)

@@ -19,7 +19,9 @@ def ray_cluster() -> Iterator[None]:
     import ray
 
     before = {name: os.environ.get(name) for name in ("PYTHONPATH", "RAY_AUTH_TOKEN", "OMP_NUM_THREADS")}
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "pipeline")])
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT), str(ROOT / "tests" / "pipeline"), str(ROOT / "tests" / "faults")]
+    )
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # otherwise Ray leaves a token file in the home directory
     os.environ["OMP_NUM_THREADS"] = "1"
     ray.init(

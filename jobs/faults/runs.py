@@ -52,6 +52,11 @@ class Place:
         return self.folder / "engine.log"
 
     @property
+    def taken(self) -> int:
+        """Bytes in the engines' log; more of them mean that documents were taken."""
+        return self.engine_log.stat().st_size if self.engine_log.exists() else 0
+
+    @property
     def log(self) -> Path:
         return self.folder / "driver.log"
 
@@ -78,7 +83,9 @@ def kills(
 ) -> Outcome:  # fmt: skip
     """Run a job to its end while workers and driver are killed with SIGKILL; each time the driver starts again.
 
-    worker_every, driver_every: seconds between kills. first_kill: draw the driver's time from this range instead.
+    worker_every, driver_every: seconds between kills, as long as documents are being taken: on a busy machine a process
+    may need longer to start than it is given to live, and nothing would ever get done. first_kill: draw the driver's
+    time from this range instead, counted from its start.
     """
     chance, outcome, begun = random.Random(seed), Outcome(), time.monotonic()
     place = prepare(folder, documents, workers)
@@ -88,15 +95,19 @@ def kills(
         may_kill = outcome.driver_kills < max_driver_kills
         outcome.runs += 1
         driver = processes.start_driver(place.arguments, place.log, place.engine_log)
-        end = time.monotonic() + life
+        end = time.monotonic() + life if first_kill else float("inf")
         early = late = 0.0
+        taken = taken_at_kill = place.taken
         while driver.poll() is None:
             time.sleep(0.1)
             now = time.monotonic()
             late = processes.memory_mib(driver.pid) or late
             running = processes.workers(driver.pid) if now >= next_worker or not early else []
             early = early or (late if running else 0.0)
-            if now >= next_worker and running:
+            if place.taken > taken and end == float("inf"):
+                end = now + life
+            if now >= next_worker and running and place.taken > taken_at_kill:
+                taken_at_kill = place.taken
                 outcome.worker_kills += processes.kill(chance.choice(running))
                 next_worker = now + worker_every
             if may_kill and now >= end:

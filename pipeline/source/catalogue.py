@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.errors import JobError
+from pipeline.errors import JobError, one_line
 from pipeline.records import valid_text
 from pipeline.source.files import SourceFile
 
@@ -142,7 +142,7 @@ class CatalogueBuilder:
     def add(self, document_id: str, start: int, length: int, size: int, number: int = -1, error: str = "") -> None:
         """A document of the current file; `error` marks it as unreadable."""
         if error:
-            self._errors[len(self._ids)] = error
+            self._errors[len(self._ids)] = one_line(error)
         self._ids.append(valid_text(document_id))
         self._values.extend((len(self.files) - 1, start, length, size, number))
 

@@ -42,9 +42,9 @@ def _list(parquet: pq.ParquetFile, file: SourceFile, builder: CatalogueBuilder, 
         _need(schema, name, "--keep-columns", file)
         kind = schema.field(name).type
         builder.keep(name, kind.value_type if pa.types.is_dictionary(kind) else kind)
-    if builder.id_column:
-        _need(schema, builder.id_column, "--id-column", file)
     id_column = builder.id_column or next((name for name in DEFAULT_IDS if name in schema.names), None)
+    if id_column:
+        _need(schema, id_column, "--id-column", file)
     row = 0
     for group in range(parquet.num_row_groups):
         row = _list_group(parquet, group, row, id_column, file, builder, exact_sizes)
@@ -87,6 +87,8 @@ def _batches(
 def _need(schema: pa.Schema, name: str, flag: str, file: SourceFile) -> None:
     if name not in schema.names:
         raise JobError(f"{flag} {name}: {file.name} has no such column; found: {', '.join(schema.names)}")
+    if schema.names.count(name) > 1:
+        raise JobError(f"{flag} {name}: {file.name} has {schema.names.count(name)} columns of that name; rename them")
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -122,7 +124,7 @@ def _values(column: pa.Array) -> list[Any]:
     """Python values; a string that is not valid UTF-8 comes as its bytes."""
     try:
         return column.to_pylist()
-    except UnicodeDecodeError:
+    except ValueError:  # UnicodeDecodeError is one
         return [_value(item) for item in column]
 
 
@@ -131,6 +133,8 @@ def _value(item: pa.Scalar) -> Any:
         return item.as_py()
     except UnicodeDecodeError:
         return item.cast(pa.large_binary()).as_py()
+    except ValueError:  # nanoseconds, which only pandas has an object for
+        return item.value
 
 
 class ParquetReader:

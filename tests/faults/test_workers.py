@@ -1,0 +1,101 @@
+"""Workers that die, hang or cannot do one document: on a real Ray cluster, with a real model of two narrow layers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.faults.corpus import write_model
+from pipeline import read_results
+from pipeline.config import JobConfig
+from pipeline.errors import JobError
+from pipeline.job import run
+from pipeline.summary import JobReport
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+WORDS = "the harbour committee reviewed the winter budget "
+TEXTS = {"victim": WORDS * 60, **{f"d{i}": WORDS * (40 + i) for i in range(5)}}
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "model")
+
+
+def job(tmp_path: Path, model: Path, engine: str, texts: dict[str, str] = TEXTS, **settings: Any) -> JobReport:
+    docs = tmp_path / "docs.jsonl"
+    docs.write_text("".join(json.dumps({"id": name, "text": text}) + "\n" for name, text in texts.items()))
+    values = {"input": str(docs), "output": str(tmp_path / "out"), "model": str(model), "device": "cpu", "workers": 1}
+    values |= {"max_new_tokens": 6, "chunk_tokens": 128, "max_live": 3, "question": "What?"}
+    config = JobConfig(**(values | settings))  # type: ignore[arg-type]
+    return run(config, engine_factory=engine, grace=1.0)
+
+
+def rows(tmp_path: Path) -> dict[str, dict[str, Any]]:
+    found = read_results(tmp_path / "out").to_pylist()
+    assert len({row["document_id"] for row in found}) == len(found), "one row a document"
+    return {row["document_id"]: row for row in found}
+
+
+@pytest.mark.parametrize("moment", ["Prefill", "Decode"])
+def test_a_worker_killed_at_work_loses_nothing(tmp_path: Path, tiny: Path, moment: str) -> None:
+    report = job(tmp_path, tiny, f"fault_engines:DiesIn{moment}")
+    assert (tiny / f"{moment.lower()}.once").exists(), "the worker was killed"
+    assert report.counts == {"ok": len(TEXTS)}
+    found = rows(tmp_path)
+    assert sorted(found) == sorted(TEXTS)
+    assert found["victim"]["attempts"] == 2
+    assert max(row["attempts"] for row in found.values()) == 2
+
+
+def test_results_that_wait_to_be_written_survive_their_worker(tmp_path: Path, tiny: Path) -> None:
+    report = job(tmp_path, tiny, "fault_engines:DiesAfterResults", flush_documents=1000, flush_seconds=1000)
+    assert (tiny / "results.once").exists(), "the worker was killed"
+    assert report.counts == {"ok": len(TEXTS)}
+    attempts = [row["attempts"] for row in rows(tmp_path).values()]
+    assert attempts.count(1) >= 3, "what was handed over is not computed again"
+    assert attempts.count(2) >= 1
+
+
+def test_a_tokenizer_that_raises_costs_one_document(tmp_path: Path, tiny: Path) -> None:
+    report = job(tmp_path, tiny, "fault_engines:BadTokenizer", TEXTS | {"bad": "BADTOKEN here"})
+    assert report.counts == {"ok": len(TEXTS), "error": 1}
+    assert rows(tmp_path)["bad"]["error"] == "OverflowError: the tokenizer has a fault"
+
+
+def test_a_chat_template_that_raises_ends_the_job_with_its_message(tmp_path: Path, tiny: Path) -> None:
+    (tiny / "chat_template.jinja").write_text("{{ raise_exception('only for assistants') }}")
+    with pytest.raises(JobError, match=r"no worker could start in 3 tries.*only for assistants"):
+        job(tmp_path, tiny, "pipeline.engine:Engine")
+
+
+def test_out_of_memory_is_tried_once_more_in_smaller_chunks(tmp_path: Path, tiny: Path) -> None:
+    report = job(tmp_path, tiny, "fault_engines:ShortOfMemory", chunk_tokens=512)
+    assert report.counts == {"ok": len(TEXTS)}
+    found = rows(tmp_path)
+    assert found["victim"]["attempts"] == 2
+    assert {row["attempts"] for name, row in found.items() if name != "victim"} == {1}
+
+
+def test_out_of_memory_in_the_smallest_chunks_is_a_row(tmp_path: Path, tiny: Path) -> None:
+    report = job(tmp_path, tiny, "fault_engines:ShortOfMemory", chunk_tokens=4096)
+    assert report.counts == {"ok": len(TEXTS) - 1, "oom": 1}
+    row = rows(tmp_path)["victim"]
+    assert row["attempts"] == 2
+    assert "out of memory" in row["error"]
+
+
+def test_a_document_that_freezes_the_whole_process_times_out_alone(tmp_path: Path, model: Path) -> None:
+    texts = {"a": "text", "frozen": "FREEZE " * 9, "b": "more text"}
+    report = job(tmp_path, model, "fake_engine:FakeEngine", texts, deadline=1.0)
+    assert report.counts == {"ok": 2, "timeout": 1}
+    assert rows(tmp_path)["frozen"]["attempts"] == 2
+
+
+def test_a_model_that_is_not_there_for_the_workers_ends_the_job(tmp_path: Path, tiny: Path) -> None:
+    (tiny / "model.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(JobError, match=r"no worker could start in 3 tries; the last reason: .*cannot load model"):
+        job(tmp_path, tiny, "pipeline.engine:Engine")
