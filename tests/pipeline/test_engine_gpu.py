@@ -11,6 +11,7 @@ import torch
 from engine_models import TINY_READER, generate, prompts, run, save_model
 
 from pipeline.engine import Engine, EngineConfig, Request, Sampling
+from pipeline.engine.loading import load_model
 from stem_core import StemConfig
 
 pytestmark = [
@@ -18,8 +19,22 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+needs_fp8 = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="this GPU has no fp8"
+)
+
 NEW = 24
 LENGTHS = [3000, 1, 129, 700, 64]
+GENTLE: dict[str, Any] = {
+    "head_dim": 64,
+    "hidden_size": 256,
+    "max_position_embeddings": 8192,
+    "initializer_range": 0.05,
+    "eos_token_id": None,
+}
+PRECISIONS = ["bf16", pytest.param("fp8", marks=needs_fp8)]
+# Blocks of 128, which the Hopper kernels take.
+WIDE = StemConfig(schedule="density", density=0.4, sink_blocks=1, local_blocks=2, dense_layers=1)
 STEM = StemConfig(schedule="density", density=0.4, block_size=32, stride=8, sink_blocks=1, local_blocks=2)
 
 
@@ -27,6 +42,12 @@ STEM = StemConfig(schedule="density", density=0.4, block_size=32, stride=8, sink
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # 64 is the smallest head size that all kernels take.
     return save_model(tmp_path_factory.mktemp("model"), "llama", head_dim=64, max_position_embeddings=8192)
+
+
+@pytest.fixture(scope="module")
+def gentle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of usual width: those of `folder` amplify every rounding."""
+    return save_model(tmp_path_factory.mktemp("gentle"), "llama", **GENTLE)
 
 
 @pytest.fixture(autouse=True)
@@ -55,10 +76,11 @@ def test_float32_equals_generate(tmp_path: Path, architecture: str) -> None:
     assert tokens(make(folder, precision="fp32")) == expected
 
 
-def test_graphs_are_used_and_change_nothing(folder: Path) -> None:
-    captured = make(folder)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_graphs_are_used_and_change_nothing(folder: Path, precision: str) -> None:
+    captured = make(folder, precision=precision)
     assert captured.describe()["decode"] == "cuda graphs"
-    assert tokens(captured) == tokens(make(folder, cuda_graphs=False))
+    assert tokens(captured) == tokens(make(folder, precision=precision, cuda_graphs=False))
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.2, top_p=0.9, seed=5)])
@@ -79,9 +101,10 @@ def test_stem_does_not_depend_on_chunks(folder: Path) -> None:
     assert same >= 0.9 * sum(len(x) for r in results[1:] for x in r)
 
 
-@pytest.mark.parametrize("attention", [None, STEM])
-def test_prefill_does_not_wait_for_the_device(folder: Path, attention: StemConfig | None) -> None:
-    engine = make(folder, attention=attention)
+@pytest.mark.parametrize("attention", [None, STEM, WIDE])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_prefill_does_not_wait_for_the_device(folder: Path, attention: StemConfig | None, precision: str) -> None:
+    engine = make(folder, attention=attention, precision=precision)
     engine.add(Request("a", prompts([4000])[0], 2))
     engine.step()
     torch.cuda.synchronize()
@@ -94,9 +117,11 @@ def test_prefill_does_not_wait_for_the_device(folder: Path, attention: StemConfi
     assert run(engine, [])["a"].status == "ok"
 
 
-def test_plan_leaves_its_reserve_free(folder: Path) -> None:
-    engine = make(folder, arena_tokens=None, max_live=64)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_plan_leaves_its_reserve_free(folder: Path, precision: str) -> None:
+    engine = make(folder, arena_tokens=None, max_live=64, precision=precision)
     plan = engine.plan()
+    assert plan.bytes_per_token == 3 * 2 * 64 * 2 * (1 if precision == "fp8" else 2)
     free, total = torch.cuda.mem_get_info()
     assert plan.total_bytes == total
     assert plan.arena_bytes + plan.weight_bytes + plan.reserve_bytes < total
@@ -145,3 +170,80 @@ def test_trained_model_agrees_in_bfloat16(folder: Path) -> None:
     for i, text in enumerate(texts):
         expected = generate(TINY_READER, text, NEW, "cuda", torch.bfloat16)
         assert done[str(i)].token_ids[:1] == expected[:1]
+
+
+def prefill_logits(engine: Engine, prompt: Any) -> torch.Tensor:
+    """Logits after the whole prompt, on the host."""
+    seen: list[torch.Tensor] = []
+    logits = engine._runner.logits
+
+    def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(logits(*args, **kwargs))
+        return seen[-1]
+
+    engine._runner.logits = spy  # type: ignore[method-assign]
+    assert run(engine, [Request("a", prompt, 1)])["a"].status == "ok"
+    engine.close()
+    return seen[-1].double().cpu()
+
+
+@needs_fp8
+@pytest.mark.parametrize("attention", [None, STEM, WIDE, WIDE.replace(estimator="mass")])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral"])
+def test_fp8_is_as_exact_as_its_reference(tmp_path: Path, architecture: str, attention: StemConfig | None) -> None:
+    """Both against float32 on the CPU; the GPU's activations are in bfloat16 besides."""
+    folder = save_model(tmp_path, architecture, **GENTLE)
+    (prompt,) = prompts([1500])
+    options = {"attention": attention, "arena_tokens": 4096}
+    exact = prefill_logits(make(folder, device="cpu", precision="fp32", **options), prompt)
+    reference = prefill_logits(make(folder, device="cpu", precision="fp8", **options), prompt)
+    got = prefill_logits(make(folder, precision="fp8", **options), prompt)
+    allowed, error = ((x - exact).norm() / exact.norm() for x in (reference, got))
+    assert allowed < 0.2
+    assert error < 1.5 * allowed + 0.02, f"{error:.3f}, reference {allowed:.3f}"
+
+
+@needs_fp8
+def test_fp8_decodes_as_it_prefills(gentle: Path) -> None:
+    """Decode steps after a prompt, against the prompt grown by their tokens: logits within fp8's noise."""
+    (prompt,) = prompts([700])
+    engine = make(gentle, precision="fp8", cuda_graphs=False, decode_lag=0)
+    seen: list[torch.Tensor] = []
+    logits = engine._runner.logits
+
+    def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(logits(*args, **kwargs)[:1])
+        return seen[-1]
+
+    engine._runner.logits = spy  # type: ignore[method-assign]
+    done = run(engine, [Request("a", prompt, 20)])["a"]
+    grown = [*prompt.tolist(), *done.token_ids[:-1]]
+    expected = prefill_logits(make(gentle, precision="fp8"), grown)
+    error = (seen[-1].double().cpu() - expected).norm() / expected.norm()
+    assert error < 0.1, error
+
+
+@needs_fp8
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_loading_in_fp8_never_holds_the_model_in_16_bits(tmp_path: Path, load_format: str) -> None:
+    shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "head_dim": 64}
+    folder = save_model(tmp_path, "llama", **shape)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = load_model(EngineConfig(str(folder), device="cuda", precision="fp8", load_format=load_format))
+    peak = torch.cuda.max_memory_allocated() - before
+    bf16 = 2 * sum(p.numel() for p in model.parameters())
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
+    assert peak < 0.75 * bf16, f"{peak / bf16:.2f} of the model in 16 bits"
+
+
+@needs_fp8
+def test_stem_in_fp8_does_not_depend_on_chunks(gentle: Path) -> None:
+    (prompt,) = prompts([3000])
+    logits = [
+        prefill_logits(make(gentle, attention=WIDE, precision="fp8", chunk_tokens=n), prompt) for n in (512, 1024, 4096)
+    ]
+    for other in logits[1:]:
+        # Matrix products of other heights round otherwise in bfloat16; selections do not.
+        assert (other - logits[0]).norm() / logits[0].norm() < 0.05
