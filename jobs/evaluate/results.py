@@ -118,15 +118,16 @@ def write_rows(rows: Sequence[Row], folder: Path, part: int) -> None:
 
 
 def read_rows(folders: Sequence[Path]) -> list[Row]:
-    """The rows of one or more evaluations. Raises JobError where there are none."""
-    rows: list[Row] = []
+    """The rows of one or more evaluations, each once. Raises JobError where there are none."""
+    rows: dict[Any, Row] = {}
     for folder in folders:
         parts = sorted((folder / "rows").glob("part-*.parquet"))
         if not parts:
             raise JobError(f"{folder} holds no rows of an evaluation (rows/part-*.parquet)")
         for part in parts:
-            rows += pq.read_table(part).to_pylist()
-    return rows
+            for row in pq.read_table(part).to_pylist():
+                rows[setting_key(row), question_key(row)] = row
+    return list(rows.values())
 
 
 @dataclass(frozen=True)
