@@ -5,8 +5,6 @@
     value_term  per KV head: running statistics and the value term of every key block.
     score       antidiagonal pairs of the sums as one GEMM over stride * D; only tiles with causal entries are made.
 
-A long prompt is cut into slices of heads, and the second and third step of a slice run beside the first of the next.
-
 Nothing depends on where a chunk begins: an offset sum is one program's, the GEMM adds up stride * D in one order
 whatever the tile, and the statistics are int64 fixed-point sums, which no order of addition changes.
 
@@ -16,10 +14,6 @@ for float32 inputs).
 """
 
 from __future__ import annotations
-
-import os
-from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
@@ -36,9 +30,6 @@ from kernels.sizes import ceil_div, power_of_2
 # Fixed point of the statistics: |log norm| < 89 in float32, so a million groups leave the squares below 2^62.
 FIXED_POINT = tl.constexpr(float(1 << 28))
 MAX_SQUARE = tl.constexpr(3.0e38)
-# Pairs of blocks (over all heads) from which on a call is cut into slices, and how many slices.
-OVERLAP_PAIRS = 1 << 23
-OVERLAP_SLICES = int(os.environ.get("STEMLINE_OAM_SLICES", "4"))
 
 
 @triton.jit
@@ -148,75 +139,6 @@ def sums_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-@lru_cache(maxsize=16)
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device, priority=-1)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What the launches of one call share: blocks and tokens of the chunk, lengths of a block and of a stride."""
-
-    rows: int
-    query_tokens: int
-    first_row: int
-    n_keys: int
-    key_tokens: int
-    block_size: int
-    stride: int
-    value_weight: float
-    scale: float
-    precision: str
-    fill_above: bool
-
-    def summarise(
-        self, q: Tensor, k: Tensor, v: Tensor, query_sums: Tensor, key_sums: Tensor, log_norms: Tensor, known: int,
-        held: int,
-    ) -> None:  # fmt: skip
-        """Write the sums of all queries, and sums and norms of the key blocks from `known` on; k and v begin with key
-        block `held`."""
-        H, KV, key_blocks = q.shape[1], k.shape[1], self.n_keys - known
-        # The kernel counts blocks and tokens from the first key that it was given.
-        summarise_kernel[(H + 2 * KV, max(self.rows, key_blocks), q.shape[0])](
-            q, k, v, query_sums, key_sums[:, :, held:], log_norms[:, :, held:],
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            self.rows, self.query_tokens, known - held, key_blocks, self.key_tokens - held * self.block_size,
-            key_sums.shape[2], H=H, KV_HEADS=KV, D=q.shape[3], BLOCK=self.block_size, STRIDE=self.stride,
-            MIN_SQUARE=MIN_NORM**2, num_warps=4,
-        )  # fmt: skip
-
-    def score(
-        self, query_sums: Tensor, key_sums: Tensor, log_norms: Tensor, value_term: Tensor, scores: Tensor, beside: bool
-    ) -> None:
-        """Write value_term and scores. beside: leave room on every multiprocessor for another kernel."""
-        N, KV, max_blocks, _, D = key_sums.shape
-        groups, device, group = self.block_size // self.stride, scores.device, scores.shape[1] // KV
-        # From 32 blocks on, the layout and with it the order of a block's sum does not depend on the width.
-        width = max(32, min(power_of_2(self.n_keys), 8192 // groups))
-        value_term_kernel[(N * KV,)](
-            log_norms, value_term, self.n_keys, max_blocks, self.value_weight,
-            GROUPS=groups, WIDTH=width, EPS=STD_EPS, num_warps=max(1, min(16, width * groups // 256)),
-        )  # fmt: skip
-        tma = kernels_device.capability(device) >= (9, 0)
-        tile = gemm.choose_tile(key_sums.dtype, D, tma)
-        head_tiles = gemm.count_head_tiles(self.rows, self.first_row, group, tile["BM"], tile["BN"])
-        tiles = N * KV * head_tiles
-        if beside:
-            # A fourth stage takes so much shared memory that a multiprocessor holds one program only.
-            tile["num_stages"] = 4
-        keys = key_sums.view(N * KV * max_blocks, self.stride * D)
-        last_row = (self.query_tokens - 1) % self.block_size + 1
-        last_block = (self.key_tokens - 1) % self.block_size + 1
-        gemm.score_kernel[(min(tiles, kernels_device.multiprocessors(device)) if beside else tiles,)](
-            TensorDescriptor.from_tensor(query_sums, [tile["BM"], tile["BK"]]) if tma else query_sums,
-            TensorDescriptor.from_tensor(keys, [tile["BN"], tile["BK"]]) if tma else keys,
-            value_term, scores, self.rows, self.first_row, self.n_keys, scores.stride(2), query_sums.shape[0],
-            keys.shape[0], max_blocks, tiles, head_tiles,
-            *gemm.pair_factors(last_row, last_block, self.block_size, self.stride, self.scale),
-            GROUP=group, D=D, STRIDE=self.stride, TMA=tma, PRECISION=self.precision, FILL=self.fill_above, **tile,
-        )  # fmt: skip
-
-
 def oam_scores(
     q: Tensor,
     k: Tensor,
@@ -237,36 +159,43 @@ def oam_scores(
     kv_heads, device = k.shape[1], q.device
     end = query_start + query_tokens
     rows, n_keys = ceil_div(query_tokens, block_size), ceil_div(end, block_size)
-    precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
-    call = _Call(
-        rows, query_tokens, query_start // block_size, n_keys, end, block_size, stride, value_weight, scale, precision,
-        fill_above,
-    )  # fmt: skip
-    key_sums, log_norms, known, held = summary.key_sums, summary.log_norms, summary.blocks, key_start // block_size
-    query_sums = torch.empty(N * H * rows, stride * D, dtype=key_sums.dtype, device=device)
+    max_key_blocks = summary.key_sums.shape[2]
+    key_blocks = n_keys - summary.blocks
+    # The kernel counts blocks and tokens from the first key that it was given.
+    held = key_start // block_size
+
+    query_sums = torch.empty(N * H * rows, stride * D, dtype=summary.key_sums.dtype, device=device)
     value_term = torch.empty(N * kv_heads, n_keys, dtype=torch.float32, device=device)
     scores = empty_scores(N, H, rows, n_keys, device)
-    slices = _slices(N, kv_heads, H * rows * n_keys, device)
-    if slices == 1:
-        call.summarise(q, k, v, query_sums, key_sums, log_norms, known, held)
-        call.score(query_sums, key_sums, log_norms, value_term, scores, False)
-    else:
-        main, side = torch.cuda.current_stream(device), _side_stream(device)
-        kv, group = kv_heads // slices, H // kv_heads
-        for first in range(0, kv_heads, kv):
-            some, heads = slice(first, first + kv), slice(first * group, (first + kv) * group)
-            part = (query_sums[heads.start * rows : heads.stop * rows], key_sums[:, some], log_norms[:, some])
-            call.summarise(q[:, heads], k[:, some], v[:, some], *part, known, held)
-            side.wait_event(main.record_event())
-            with torch.cuda.stream(side):
-                call.score(*part, value_term[some], scores[:, heads], True)
-        main.wait_stream(side)
-    summary.blocks = max(known, end // block_size)
+
+    summarise_kernel[(H + 2 * kv_heads, max(rows, key_blocks), N)](
+        q, k, v, query_sums, summary.key_sums[:, :, held:], summary.log_norms[:, :, held:],
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        rows, query_tokens, summary.blocks - held, key_blocks, end - key_start, max_key_blocks,
+        H=H, KV_HEADS=kv_heads, D=D, BLOCK=block_size, STRIDE=stride, MIN_SQUARE=MIN_NORM**2, num_warps=4,
+    )  # fmt: skip
+    summary.blocks = max(summary.blocks, end // block_size)
+
+    groups = block_size // stride
+    # From 32 blocks on, the layout and with it the order of a block's sum does not depend on the width.
+    width = max(32, min(power_of_2(n_keys), 8192 // groups))
+    value_term_kernel[(N * kv_heads,)](
+        summary.log_norms, value_term, n_keys, max_key_blocks, value_weight,
+        GROUPS=groups, WIDTH=width, EPS=STD_EPS, num_warps=max(1, min(16, width * groups // 256)),
+    )  # fmt: skip
+
+    key_sums = summary.key_sums.view(N * kv_heads * max_key_blocks, stride * D)
+    tma = kernels_device.capability(device) >= (9, 0)
+    group, first_row = H // kv_heads, query_start // block_size
+    tile = gemm.choose_tile(key_sums.dtype, D, tma)
+    head_tiles = gemm.count_head_tiles(rows, first_row, group, tile["BM"], tile["BN"])
+    last_row, last_block = (query_tokens - 1) % block_size + 1, (end - 1) % block_size + 1
+    gemm.score_kernel[(N * kv_heads * head_tiles,)](
+        TensorDescriptor.from_tensor(query_sums, [tile["BM"], tile["BK"]]) if tma else query_sums,
+        TensorDescriptor.from_tensor(key_sums, [tile["BN"], tile["BK"]]) if tma else key_sums,
+        value_term, scores, rows, first_row, n_keys, scores.stride(2), query_sums.shape[0], key_sums.shape[0],
+        max_key_blocks, head_tiles, *gemm.pair_factors(last_row, last_block, block_size, stride, scale),
+        GROUP=group, D=D, STRIDE=stride, TMA=tma, PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
+        FILL=fill_above, **tile,
+    )  # fmt: skip
     return scores
-
-
-def _slices(batch: int, kv_heads: int, pairs: int, device: torch.device) -> int:
-    """Into how many slices of heads a call is cut, so that the sums of a slice are multiplied (tensor cores) while the
-    next slice is read (memory). pairs: of blocks, over all heads; few are not worth the launches."""
-    worth = batch == 1 and pairs >= OVERLAP_PAIRS and kernels_device.capability(device) >= (9, 0)
-    return OVERLAP_SLICES if worth and device.type == "cuda" and kv_heads % OVERLAP_SLICES == 0 else 1

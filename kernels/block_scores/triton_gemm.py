@@ -33,54 +33,53 @@ def _causal_columns(m, rows, first_row, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        "rows", "first_row", "n_keys", "query_end", "key_end", "max_key_blocks", "tiles", "head_tiles",
+        "rows", "first_row", "n_keys", "query_end", "key_end", "max_key_blocks", "head_tiles",
     ]
 )  # fmt: skip
 def score_kernel(
     query_sums, key_sums, value_term, scores, rows, first_row, n_keys, row_stride, query_end, key_end, max_key_blocks,
-    tiles, head_tiles, full, edge, corner,
+    head_tiles, full, edge, corner,
     GROUP: tl.constexpr, D: tl.constexpr, STRIDE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
     FILL: tl.constexpr,
 ):  # fmt: skip
     """Scores of BM query blocks against BN key blocks. The query blocks of the heads that share a KV head form one
-    matrix; programs take its causal tiles in turn, `head_tiles` for every (n, KV head). With FILL the tiles of a row
-    also write the -inf to their right."""
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        kv_head = tile // head_tiles
-        column = tile % head_tiles
-        m0 = 0
+    matrix; program p takes its causal tile p, of which every (n, KV head) has `head_tiles`. With FILL the tiles of a
+    row also write the -inf to their right."""
+    kv_head = tl.program_id(0) // head_tiles
+    column = tl.program_id(0) % head_tiles
+    m0 = 0
+    columns = _causal_columns(m0, rows, first_row, BM, BN)
+    while column >= columns:
+        column -= columns
+        m0 += BM
         columns = _causal_columns(m0, rows, first_row, BM, BN)
-        while column >= columns:
-            column -= columns
-            m0 += BM
-            columns = _causal_columns(m0, rows, first_row, BM, BN)
-        query_row = kv_head * (GROUP * rows) + m0
-        key_row = kv_head * max_key_blocks + column * BN
-        acc = tl.zeros((BM, BN), tl.float32)
-        for at in range(0, STRIDE * D, BK):
-            # A query sum at offset g meets the key sum at offset STRIDE - 1 - g. BK divides D: a step is in one g.
-            g = at // D
-            x = _load_tile(query_sums, query_row, query_end, at, STRIDE * D, BM, BK, TMA)
-            y = _load_tile(key_sums, key_row, key_end, (STRIDE - 1 - 2 * g) * D + at, STRIDE * D, BN, BK, TMA)
-            acc = tl.dot(x, y.T, acc, input_precision=PRECISION)
-        m = m0 + tl.arange(0, BM)
-        row = m % rows
-        j = column * BN + tl.arange(0, BN)
-        value = tl.load(value_term + kv_head.to(tl.int64) * n_keys + j, mask=j < n_keys, other=0.0)
-        # 1 / (pairs * sqrt(D)): pairs of full blocks, of a part-filled last row, and of that row with its own block.
-        last = tl.where((j == n_keys - 1)[None, :], corner, edge)
-        factor = tl.where((row == rows - 1)[:, None], last, full)
-        score = tl.where(j[None, :] <= first_row + row[:, None], acc * factor + value[None, :], float("-inf"))
-        target = scores + query_row.to(tl.int64) * row_stride + tl.arange(0, BM)[:, None] * row_stride
-        exists = (m < GROUP * rows)[:, None]
-        # Up to the padded width, whose divisibility is known: 16-byte stores.
-        tl.store(target + j[None, :], score, mask=exists & (j < row_stride)[None, :])
-        if FILL:
-            for right in range((column + columns) * BN, n_keys, columns * BN):
-                hidden = right + tl.arange(0, BN)[None, :]
-                nothing = tl.full((BM, BN), float("-inf"), tl.float32)
-                tl.store(target + hidden, nothing, mask=exists & (hidden < row_stride))
+    query_row = kv_head * (GROUP * rows) + m0
+    key_row = kv_head * max_key_blocks + column * BN
+    acc = tl.zeros((BM, BN), tl.float32)
+    for at in range(0, STRIDE * D, BK):
+        # A query sum at offset g meets the key sum at offset STRIDE - 1 - g. BK divides D: a step is in one g.
+        g = at // D
+        x = _load_tile(query_sums, query_row, query_end, at, STRIDE * D, BM, BK, TMA)
+        y = _load_tile(key_sums, key_row, key_end, (STRIDE - 1 - 2 * g) * D + at, STRIDE * D, BN, BK, TMA)
+        acc = tl.dot(x, y.T, acc, input_precision=PRECISION)
+    m = m0 + tl.arange(0, BM)
+    row = m % rows
+    j = column * BN + tl.arange(0, BN)
+    value = tl.load(value_term + kv_head.to(tl.int64) * n_keys + j, mask=j < n_keys, other=0.0)
+    # 1 / (pairs * sqrt(D)): pairs of full blocks, of a part-filled last row, and of that row with its own block.
+    last = tl.where((j == n_keys - 1)[None, :], corner, edge)
+    factor = tl.where((row == rows - 1)[:, None], last, full)
+    score = tl.where(j[None, :] <= first_row + row[:, None], acc * factor + value[None, :], float("-inf"))
+    target = scores + query_row.to(tl.int64) * row_stride + tl.arange(0, BM)[:, None] * row_stride
+    exists = (m < GROUP * rows)[:, None]
+    # Up to the padded width, whose divisibility is known: 16-byte stores.
+    tl.store(target + j[None, :], score, mask=exists & (j < row_stride)[None, :])
+    if FILL:
+        for right in range((column + columns) * BN, n_keys, columns * BN):
+            hidden = right + tl.arange(0, BN)[None, :]
+            nothing = tl.full((BM, BN), float("-inf"), tl.float32)
+            tl.store(target + hidden, nothing, mask=exists & (hidden < row_stride))
 
 
 def choose_tile(sums: torch.dtype, head_dim: int, hopper: bool) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from kernels.block_scores import mass_scores, oam_scores
-from kernels.block_scores import triton as triton_oam
 from kernels.block_selection import select_blocks
 from kernels.decode_attention import decode_attention
 from tests.kernels import selection_cases as cases
@@ -98,24 +97,6 @@ def test_no_host_synchronisation() -> None:
         valid = torch.arange(9, device="cuda") < captured[i + 1][..., None]
         assert torch.equal(captured[i][valid], wanted[i][valid])
     assert torch.equal(captured[4], wanted[4])
-
-
-@pytest.mark.parametrize("slices", [2, 4])
-def test_slices_of_heads_beside_each_other(slices: int, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Long prompts are scored in slices of heads on two streams: the same bits as in one piece, in a graph too."""
-    case = Scores(2900, heads=16, kv_heads=4, head_dim=128, block_size=128, stride=16, dtype=BF16)
-    q, k, v = case.inputs("cuda")
-    monkeypatch.setattr(triton_oam, "OVERLAP_SLICES", slices)
-    whole = cases.oam(case, q, k, v, "triton")
-    monkeypatch.setattr(triton_oam, "OVERLAP_PAIRS", 1)
-    assert torch.equal(cases.oam(case, q, k, v, "triton"), whole)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = cases.oam(case, q, k, v, "triton")
-    captured.zero_()
-    graph.replay()
-    assert torch.equal(captured, whole)
-    cases.check_chunks(case, "triton", "cuda", 7, "oam")
 
 
 def test_without_entries_above_the_diagonal(poisoned: None) -> None:

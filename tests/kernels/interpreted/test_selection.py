@@ -3,14 +3,10 @@ so types here are float16 and float32; bfloat16 is tested on a GPU."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from kernels import device
-from kernels.block_scores import triton as triton_oam
 from tests.kernels import selection_cases as cases
 from tests.kernels.selection_cases import FP16, Decode, Scores
 
@@ -89,20 +85,3 @@ def test_powers_of_two_are_asked_for() -> None:
     q = torch.zeros(1, 1, 96, 64)
     with pytest.raises(ValueError, match="powers of two"):
         cases.oam(Scores(96, block_size=48, stride=8), q, q, q, "triton")
-
-
-@pytest.mark.parametrize("slices", [2, 4])
-def test_slices_of_heads(slices: int, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same bits as in one piece, with and without a summary; streams are stubs here."""
-    case = Scores(300, heads=8, kv_heads=4, block_size=16, stride=4, dtype=FP16)
-    q, k, v = case.inputs("cpu")
-    whole = cases.oam(case, q, k, v, "triton")
-    stream = SimpleNamespace(wait_event=lambda event: None, wait_stream=lambda other: None, record_event=lambda: None)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda other: nullcontext())
-    monkeypatch.setattr(triton_oam, "_side_stream", lambda device: stream)
-    used: list[int] = []
-    monkeypatch.setattr(triton_oam, "_slices", lambda *_: used.append(slices) or slices)
-    assert torch.equal(cases.oam(case, q, k, v, "triton"), whole)
-    cases.check_chunks(case, "triton", "cpu", 3, "oam")
-    assert len(used) > 2
