@@ -80,7 +80,7 @@ def checked(name: str, value: Any, rules: Mapping[str, Any], default: Any) -> An
         )
     if kind in ("int", "float"):
         low, high = rules["low"], rules["high"]
-        if not math.isfinite(value) or abs(value) > LARGEST:
+        if abs(value) > LARGEST or not math.isfinite(value):
             raise JobError(f"{flag(name)} must be a number of at most {LARGEST:,}, got {short(value)}")
         if (low is not None and value < low) or (high is not None and value > high):
             bounds = f"at least {low}" if high is None else f"in {low}..{high}"

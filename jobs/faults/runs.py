@@ -115,7 +115,7 @@ def kills(
                 if processes.kill(driver.pid):
                     outcome.driver_kills += 1
                     driver.wait()
-                    outcome.left_over += len(processes.left_over(below, 15.0))
+                    outcome.left_over += len(processes.left_over(below, 60.0))
                 break
         outcome.driver_memory.append((early, late))
         code = driver.wait()

@@ -1,0 +1,93 @@
+"""Documents and results in an S3-compatible server that runs here; the job is stopped like by kill -9, and resumed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import lock, read_results, sink
+from pipeline.config import JobConfig
+from pipeline.errors import JobError
+from pipeline.job import run
+from pipeline.sink import part_names
+from pipeline.store import Store
+
+pytest.importorskip("moto.server", reason="needs moto[server]")
+from jobs.faults.bucket import credentials, server, upload
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+
+@pytest.fixture(scope="module")
+def endpoint(ray_cluster: None) -> Iterator[str]:
+    with credentials(), server() as address:
+        yield address
+
+
+SECRET = "quite-secret"
+
+
+class KilledError(BaseException):
+    """The process is gone: nothing is cleared away, as far as that can be played inside one."""
+
+
+def test_a_job_from_and_to_a_bucket_is_killed_and_resumed(
+    tmp_path: Path, endpoint: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.3)
+    monkeypatch.setattr(lock, "LEASE_SECONDS", 2.0)
+    (tmp_path / "docs").mkdir()
+    rows = [{"id": f"d{i:02}", "text": f"text {i} " * 9} for i in range(12)]
+    (tmp_path / "docs" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "docs" / "plain.txt").write_text("a file of its own")
+    source, output = upload(tmp_path / "docs", endpoint, "faults")
+    # The shared cluster was started without keys in its environment, so they stand in the URIs here.
+    source, place = (uri.replace("s3://", f"s3://nobody:{SECRET}@") for uri in (source, output))
+
+    def job(**settings: Any) -> Any:
+        values = {"input": source, "output": place, "model": str(model), "device": "cpu", "workers": 1}
+        values |= {"max_new_tokens": 8, "flush_documents": 4} | settings
+        return run(JobConfig(**values), engine_factory="fake_engine:FakeEngine")  # type: ignore[arg-type]
+
+    written = []
+    real = Store.put
+
+    def dies(store: Store, name: str, data: Any) -> None:
+        if name.startswith("part-"):
+            if len(written) == 2:
+                raise KilledError
+            written.append(name)
+        real(store, name, data)
+
+    monkeypatch.setattr(Store, "put", dies)
+    # A killed process does not give its claim back either.
+    monkeypatch.setattr(lock.ClaimLock, "release", lambda self: self._stop.set())
+    with pytest.raises(KilledError):
+        job()
+    monkeypatch.undo()
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.3)
+    monkeypatch.setattr(lock, "LEASE_SECONDS", 2.0)
+    before = {row["document_id"]: row for row in read_results(place).to_pylist()}
+    assert len(before) == 8
+    report = job()
+    assert report.done_now == 13 - 8
+    after = {row["document_id"]: row for row in read_results(place).to_pylist()}
+    assert sorted(after) == sorted([*(row["id"] for row in rows), "plain.txt"])
+    assert read_results(place).num_rows == 13
+    assert all(after[name] == row for name, row in before.items())
+    assert "nothing to do" in job().messages[-1]
+    assert sink.compact(Store(place)) == 1
+    assert read_results(place).num_rows == 13
+
+    store = Store(place)
+    with store.locked(), pytest.raises(JobError, match="another job is writing there"):
+        job()
+    manifest = store.read("manifest.json") or b""
+    assert SECRET.encode() not in manifest
+    assert b"s3://faults/docs" in manifest
+    assert SECRET not in str(after) + str(report)
+    assert part_names(store)[0].startswith("part-000000-")
