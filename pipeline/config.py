@@ -201,7 +201,15 @@ class JobConfig:
         given = [name for name in STEM_OVERRIDES if getattr(self, name) is not None]
         if self.attention == "dense" and given:
             raise JobError(f"{flag(given[0])} has no meaning with --attention dense; leave one of them out")
-        self.stem()
+        self._check_precision(self.stem())
+
+    def _check_precision(self, stem: StemConfig | None) -> None:
+        if self.precision == "fp8" and stem is not None:
+            from pipeline.engine.precision import fp8_block_obstacle
+
+            obstacle = fp8_block_obstacle(stem)
+            if obstacle:
+                raise JobError(f"{flag('precision')} fp8: {obstacle}; change {flag('block_size')}")
 
     def stem(self) -> StemConfig | None:
         """The prefill's configuration, or None for dense. Raises JobError if its fields do not go together."""

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from pipeline.engine.arena import ALIGNMENT, aligned
+from pipeline.engine.arena import ALIGNMENT, LayerShape, aligned
 from pipeline.engine.config import EngineConfig, EngineError
 from pipeline.engine.loading import context_limit, load_config
-from pipeline.engine.precision import Precision, resolve_precision
+from pipeline.engine.precision import Precision, check_fp8_attention, resolve_precision
 from stem_core.fp8 import quantize_linears
 
 GIB = 2**30
@@ -128,6 +128,8 @@ def estimate_plan(config: EngineConfig, total_bytes: int | None = None) -> Memor
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    if precision.fp8:
+        check_fp8_attention({0: LayerShape(kv_heads, head_dim, head_dim)}, config.attention)
     per_token = text.num_hidden_layers * kv_heads * head_dim * 2 * precision.kv_dtype.itemsize
     widest = 3 * getattr(text, "intermediate_size", 4 * text.hidden_size) + 6 * text.hidden_size
     reserve = config.chunk_tokens * widest * precision.dtype.itemsize + SLACK_BYTES

@@ -72,8 +72,15 @@ def check_fp8_attention(shapes: dict[int, LayerShape], attention: StemConfig | N
                 f"precision 'fp8' takes estimator 'mass' with heads of at least {MASS_HEAD_DIM}, this model has heads "
                 f"of {shape.head_dim}: use estimator 'oam' or bf16"
             )
-    if attention is not None and attention.block_size not in BLOCK_SIZES:
-        raise EngineError(
-            f"precision 'fp8' takes block_size {', '.join(map(str, BLOCK_SIZES))}, got {attention.block_size}: "
-            "change it (--block-size), or use another precision"
-        )
+    obstacle = "" if attention is None else fp8_block_obstacle(attention)
+    if obstacle:
+        raise EngineError(f"precision 'fp8': {obstacle}; change it or use another precision")
+
+
+def fp8_block_obstacle(attention: StemConfig) -> str:
+    """Why the fp8 kernels cannot take these blocks; empty if they can."""
+    if attention.block_size in BLOCK_SIZES:
+        return ""
+    return (
+        f"its kernels take blocks of {', '.join(map(str, BLOCK_SIZES))} tokens, got block_size={attention.block_size}"
+    )

@@ -14,12 +14,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from kernels.fp8_heads.reference import restore_keys
+from pipeline import read_results
+from pipeline.config import JobConfig
 from pipeline.engine import Engine, EngineConfig, EngineError, Request, estimate_plan
 from pipeline.engine.arena import ALIGNMENT, Extent, Fp8KVArena, LayerShape
 from pipeline.engine.calibration import PROMPT_TOKENS, calibration_prompts
 from pipeline.engine.dummy import dummy_model
 from pipeline.engine.loading import load_config, load_model
 from pipeline.engine.precision import Precision, resolve_precision
+from pipeline.errors import JobError
+from pipeline.job import summarize
 from stem_core import StemConfig
 from stem_core.fp8 import Fp8Linear
 from stem_core.kv_scales import HeadScales, recording
@@ -291,7 +295,7 @@ def test_gpus_without_fp8_are_told_what_to_use(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("attention", "changes", "message"),
     [
-        (STEM.replace(block_size=16), {}, r"block_size 32, 64, 128, 256, got 16"),
+        (STEM.replace(block_size=16), {}, r"blocks of 32, 64, 128, 256 tokens, got block_size=16"),
         (MASS, {"head_dim": 16}, r"heads of at least 32, this model has heads of 16"),
     ],
 )
@@ -301,6 +305,39 @@ def test_what_fp8_kernels_cannot_take_is_named(
     folder = small(tmp_path, "llama", **changes)
     with pytest.raises(EngineError, match=message):
         make(folder, attention=attention)
+    config = EngineConfig(str(folder), device="cpu", precision="fp8", attention=attention)
+    with pytest.raises(EngineError, match=message):
+        estimate_plan(config)
+
+
+def test_blocks_are_refused_before_a_job_starts() -> None:
+    settings: dict[str, Any] = {"input": "docs", "output": "out", "model": "m", "precision": "fp8"}
+    with pytest.raises(JobError, match=r"--precision fp8: .*got block_size=16; change --block-size"):
+        JobConfig(block_size=16, **settings)
+    assert JobConfig(block_size=16, attention="stem", **(settings | {"precision": "bf16"})).precision == "bf16"
+    assert JobConfig(**settings).precision == "fp8"
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_job_in_fp8(tmp_path: Path) -> None:
+    """Document in, row out: what ran is in the row, and going on with another precision is refused."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(TINY_READER)
+    text = (TINY_READER.parents[1] / "examples/documents/report-01.txt").read_text()
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.txt").write_text(tokenizer.decode(tokenizer.encode(text)[:900]))
+    settings: dict[str, Any] = {"device": "cpu", "workers": 1, "max_new_tokens": 24, "arena_tokens": 4096}
+    settings |= {"preset": "robust", "budget": 0.5, "block_size": 32, "dense_layers": 0, "precision": "fp8"}
+    settings |= {"input": str(tmp_path / "docs"), "output": str(tmp_path / "out"), "model": str(TINY_READER)}
+    report = summarize(**settings)
+    assert report.exit_code == 0
+    (row,) = read_results(tmp_path / "out").to_pylist()
+    assert (row["status"], row["precision"], row["attention"], row["attention_reason"]) == ("ok", "fp8", "stem", "")
+    assert row["output"]
+    assert 0.5 <= row["density"] < 0.7, "forced blocks weigh more in a short document"
+    assert "prefill: fp8" in row["kernel"]
+    with pytest.raises(JobError, match="--force"):
+        summarize(**(settings | {"precision": "fp32"}))
 
 
 def test_dummy_weights_are_the_same_in_every_precision(tmp_path: Path) -> None:
