@@ -32,6 +32,7 @@ TITLES = ["Report on the {} {}\n\n"] * 3 + ["{} {}: annual review\n\n", ""]
 # Sentences of each kind of filler that slices are taken from.
 POOL = {"report": 60_000, "salad": 8_000, "invented": 12_000, "noise": 8_000}
 RANDOM_TOKENS = 200_000
+SHORTEST = 256
 # Marks in Document.mask.
 OTHER, TARGET = 1, 2
 
@@ -110,7 +111,12 @@ class DocumentMaker:
         return ids[last - tokens : last]
 
     def document(self, length: int, seed: int, skip_to: int = 0) -> Document:
-        """A document of exactly `length` tokens. skip_to: positions may jump ahead, up to this one (PoSE)."""
+        """A document of exactly `length` tokens. skip_to: positions may jump ahead, up to this one (PoSE).
+
+        Raises ValueError below SHORTEST tokens, where facts do not fit.
+        """
+        if length < SHORTEST:
+            raise ValueError(f"a document has at least {SHORTEST} tokens, got {length}")
         rng, draw = Random(seed), np.random.default_rng(seed)
         facts = make_facts(rng, _counts(rng, length))
         needles = facts.placed(rng)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jobs.train_demo_model.batches import Batch, BatchPlan, BatchSource, make_batch
-from jobs.train_demo_model.documents import DocumentMaker
+from jobs.train_demo_model.documents import SHORTEST, DocumentMaker
 from jobs.train_demo_model.model import Reader, Shape
 from jobs.train_demo_model.optimizer import Muon
 from jobs.train_demo_model.tokenizer import vocabulary_size
@@ -220,6 +220,8 @@ def parse_stages(text: str) -> tuple[tuple[int, float], ...]:
     stages = tuple((int(part.split(":")[0]), float(part.split(":")[1])) for part in text.split(","))
     if not _rising([share for _, share in stages]) or stages[-1][1] != 1.0:
         raise ValueError(f"the shares of the stages must rise to 1, got {text}")
+    if min(length for length, _ in stages) < SHORTEST:
+        raise ValueError(f"documents have at least {SHORTEST} tokens, got {text}")
     return stages
 
 
