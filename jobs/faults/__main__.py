@@ -11,7 +11,7 @@ import jobs.faults
 from jobs.cli import Parser, run_main
 from jobs.faults import runs
 
-DOCUMENTS = {"kills": 10_000, "restarts": 2_000, "soak": 400_000}
+DOCUMENTS = {"kills": 10_000, "restarts": 12_000, "soak": 400_000}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -29,9 +29,7 @@ def main(arguments: Sequence[str]) -> int:
         command.add_argument("--seed", type=int, default=0)
         if name != "bucket":
             command.add_argument("--workers", type=int, default=2)
-            command.add_argument(
-                "--documents", type=int, default={"kills": 10_000, "restarts": 2_000}.get(name, 400_000)
-            )
+            command.add_argument("--documents", type=int, default=DOCUMENTS[name])
         if name == "kills":
             command.add_argument("--worker-every", type=float, default=20.0, help="seconds")
             command.add_argument("--driver-every", type=float, default=60.0, help="seconds")

@@ -47,6 +47,11 @@ def workers(driver: int) -> list[int]:
     return [pid for pid in descendants(driver) if _command(pid).startswith(WORKER)]
 
 
+def name(pid: int) -> str:
+    """What a process calls itself."""
+    return _command(pid).replace(b"\0", b" ").decode(errors="replace")[:60]
+
+
 def _command(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()

@@ -24,7 +24,7 @@ class Outcome:
     driver_kills: int = 0
     runs: int = 0
     refused: list[str] = field(default_factory=list)
-    left_over: int = 0
+    left_over: list[str] = field(default_factory=list)
     driver_memory: list[tuple[float, float]] = field(default_factory=list)  # of each run: after its start, at its end
     seconds: float = 0.0
     count: Count | None = None
@@ -115,7 +115,7 @@ def kills(
                 if processes.kill(driver.pid):
                     outcome.driver_kills += 1
                     driver.wait()
-                    outcome.left_over += len(processes.left_over(below, 60.0))
+                    outcome.left_over += map(processes.name, processes.left_over(below, 60.0))
                 break
         outcome.driver_memory.append((early, late))
         code = driver.wait()
