@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: demo compare test lint clean
+.PHONY: demo compare test lint audit clean
 
 demo: $(READY)
 	$(VENV)/bin/python -m jobs.demo
@@ -19,6 +19,11 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# Known vulnerabilities of the pinned versions; needs a network that reaches PyPI's advisories.
+audit: $(READY)
+	$(VENV)/bin/python -m pip install --quiet pip-audit
+	$(VENV)/bin/pip-audit -r constraints.txt --no-deps --disable-pip
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
