@@ -32,6 +32,8 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     pyplot = load_pyplot()
     left_out = unlearned_tasks(rows)
     counted = [row for row in rows if (row["length"], row["task"]) not in left_out]
+    if not counted:
+        return []
     paths: list[Path | None] = [_against_density(pyplot, counted, folder)]
     paths += [_by_depth(pyplot, counted, arm, folder) for arm in dict.fromkeys(row["arm"] for row in counted)]
     return [path for path in paths if path]

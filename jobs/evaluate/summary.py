@@ -137,8 +137,11 @@ def print_summary(summary: dict[str, Any], file: Any = None) -> None:
             f"{record['prefill_seconds']:.2f}",
         )
     console.print(table)
+    left_out: dict[int, list[str]] = {}
     for length, task in summary["left_out"]:
-        console.print(f"not counted: {task} at {length:,} tokens, which the model does not do when dense (see above)")
+        left_out.setdefault(length, []).append(task)
+    for length, tasks in left_out.items():
+        console.print(f"not counted, since dense fails them at {length:,} tokens: {', '.join(tasks)}")
 
 
 def _column(name: str) -> tuple[bool, str]:
