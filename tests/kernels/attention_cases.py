@@ -156,14 +156,18 @@ def check(case: Case, impl: str, device: str) -> None:
     assert not out.isnan().any(), "rows were not written"
     norm = true_out.norm()
     error, allowed = (out.double() - true_out).norm() / norm, (eager_out.double() - true_out).norm() / norm
-    assert error <= ALLOWED[case.dtype] * allowed, f"error {error:.2e}, eager {allowed:.2e}"
+    # Where every query sees one key, eager attention is exact: a rounding of the output is always allowed.
+    rounding = torch.finfo(case.dtype).eps / 4
+    limit = ALLOWED[case.dtype] * max(float(allowed), rounding)
+    assert error <= limit, f"error {error:.2e}, eager {allowed:.2e}"
     # The largest single error too, so that one wrong row does not drown in the norm. A maximum scatters more: twice.
     worst, allowed = (out.double() - true_out).abs().amax(), (eager_out.double() - true_out).abs().amax()
-    assert worst <= 2 * ALLOWED[case.dtype] * allowed, f"largest error {worst:.2e}, eager {allowed:.2e}"
+    limit = 2 * ALLOWED[case.dtype] * max(float(allowed), rounding * float(true_out.abs().amax()))
+    assert worst <= limit, f"largest error {worst:.2e}, eager {allowed:.2e}"
     # Scores accumulate in float32 whatever the type, so that a sum of products is wrong by a few roundings of the sum
     # of their magnitudes, and a log-sum-exp by no more than its worst score (and its own roundings).
     magnitude = (q.abs().double() @ k.abs().double().repeat_interleave(q.shape[1] // k.shape[1], 1).mT) * scale
     magnitude = magnitude.masked_fill(~visible, 0).amax(-1) + true_lse.abs()
-    limit = ALLOWED[torch.float32] * torch.finfo(torch.float32).eps * magnitude
-    excess = ((lse.double() - true_lse).abs() / limit).amax()
+    lse_limit = ALLOWED[torch.float32] * torch.finfo(torch.float32).eps * magnitude
+    excess = ((lse.double() - true_lse).abs() / lse_limit).amax()
     assert excess <= 1, f"log-sum-exp: {excess:.2f} of the allowed error"

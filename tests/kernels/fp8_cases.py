@@ -24,8 +24,10 @@ from tests.kernels.selection_cases import _attend as attend_one
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # A flash kernel rounds P relative to the largest score so far, and its output in another order.
 ALLOWED = 1.25
-# Hopper's fp8 tensor cores keep about 14 bits of a sum.
-SUM_EPS = 2.0**-13
+# Hopper's fp8 tensor cores cut a sum off about 14 bits below its largest term, 32 products at a time and always towards
+# zero, so that the errors of a head's steps add up. Largest seen in these cases on an H100: 2.6 x 2^-13, the same in
+# every implementation.
+SUM_EPS = 2.0**-11
 NAN = 0x7F
 
 CASES = [

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from engine_models import TINY_READER, generate, prompts, run, save_model
+from engine_models import generate, prompts, run, save_model
 
+from jobs.benchmark.engine.agreement import check_agreement
 from pipeline.engine import Engine, EngineConfig, Request, Sampling
 from pipeline.engine.loading import load_model
 from stem_core import StemConfig
@@ -162,14 +163,11 @@ def test_out_of_memory_is_one_row(folder: Path) -> None:
     assert run(engine, [Request("fed", text, 4)])["fed"].status == "ok"
 
 
-def test_trained_model_agrees_in_bfloat16(folder: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
-    texts = [torch.randint(20, 2000, (n,), generator=generator).numpy() for n in (500, 3000)]
-    engine = make(TINY_READER)
-    done = run(engine, [Request(str(i), text, NEW) for i, text in enumerate(texts)])
-    for i, text in enumerate(texts):
-        expected = generate(TINY_READER, text, NEW, "cuda", torch.bfloat16)
-        assert done[str(i)].token_ids[:1] == expected[:1]
+def test_trained_model_agrees_in_bfloat16() -> None:
+    """With generate, on reports; where they part, the two tokens' logits must be a tie in bfloat16."""
+    found = check_agreement("cuda", "bf16", [1200, 5000], 32)
+    assert found["ok"], found
+    assert found["identical_share"] > 0.5
 
 
 def prefill_logits(engine: Engine, prompt: Any) -> torch.Tensor:
