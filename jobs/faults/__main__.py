@@ -76,7 +76,7 @@ def _show(outcome: runs.Outcome) -> int:
         "drivers killed": outcome.driver_kills,
         "runs": outcome.runs,
         "runs that gave up": f"{len(outcome.refused)} {outcome.refused[:3]}",
-        "processes left over a minute after a kill": f"{len(outcome.left_over)} {sorted(set(outcome.left_over))}",
+        "processes left over after a driver's end": f"{len(outcome.left_over)} {sorted(set(outcome.left_over))}",
         "driver memory, MiB": f"first run {memory[0][0]:.0f} to {memory[0][1]:.0f}, last {memory[-1][0]:.0f} to "
         f"{memory[-1][1]:.0f}, most {max(late for _, late in memory):.0f}",
         "seconds": f"{outcome.seconds:.0f}",

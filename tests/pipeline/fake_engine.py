@@ -43,7 +43,7 @@ class FakeEngine:
         return len(self._waiting) < before
 
     def describe(self) -> dict[str, Any]:
-        return {"device": "cpu", "gpu": ""}
+        return {"device": "cpu", "gpu": "", "precision": "fp32"}
 
     def close(self) -> None:
         self._waiting = []

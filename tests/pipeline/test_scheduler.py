@@ -31,6 +31,7 @@ class Workers:
         self.time = 0.0
         self.most_held = 0
         self.order: list[str] = []
+        self.careful: list[str] = []
 
     def clock(self) -> float:
         return self.time
@@ -44,6 +45,9 @@ class Workers:
     def submit(self, worker: int, item: Document, careful: bool) -> None:
         self.held[worker].append(item)
         self.order.append(item.document_id)
+        if careful:
+            assert self.held[worker] == [item], "a suspect is alone"
+            self.careful.append(item.document_id)
         self.most_held = max(self.most_held, sum(map(len, self.held.values())))
 
     def kill(self, worker: int) -> None:
@@ -170,6 +174,18 @@ def test_a_document_that_fails_beside_others_gets_one_try_alone(status: str) -> 
     assert (found["d5"]["attempts"], found["d9"]["attempts"], found["d1"]["attempts"]) == (2, 2, 1)
 
 
+def test_out_of_memory_without_company_gets_one_careful_try() -> None:
+    rows, pool, _ = run(["only"], lambda pool, worker, item: ok(pool, worker, item, "oom"), workers=1)
+    assert (rows[0]["status"], rows[0]["attempts"]) == ("oom", 2)
+    assert pool.careful == ["only"]
+
+    def behave(pool: Workers, worker: int, item: Document) -> Event | None:
+        return ok(pool, worker, item, "ok" if item.document_id in pool.careful else "oom")
+
+    rows, pool, _ = run(["only"], behave, workers=1)
+    assert (rows[0]["status"], rows[0]["attempts"]) == ("ok", 2)
+
+
 def test_silence_ends_a_worker() -> None:
     def behave(pool: Workers, worker: int, item: Document) -> Event | None:
         silent = any(held.document_id == "d2" for held in pool.held[worker])
@@ -190,6 +206,9 @@ def test_some_failed_starts_are_survived() -> None:
     rows, pool, _ = run(NAMES, ok, workers=2, starts=["", *["no room"] * 50])
     assert len(by_id(rows)) == len(NAMES)
     assert pool.count == 4, "it stops trying while another worker does the job"
+    rows, pool, _ = run(NAMES, ok, workers=2, starts=["", *["no room"] * 3], start_pause=1.0)
+    assert pool.count == 5, "it tries again after a pause, in case a node has joined"
+    assert len(by_id(rows)) == len(NAMES)
 
 
 def test_a_stop_keeps_what_is_finished() -> None:
