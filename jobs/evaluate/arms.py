@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.block_scores import mass_scores, oam_scores
 from kernels.block_selection import BlockSelection, select_blocks
 from pipeline.errors import JobError, nearest
 from stem_core.attention import LayerPolicy, stem_selection
@@ -34,19 +35,20 @@ class Place:
     scale: float | None
 
 
-Score = Callable[[Tensor, Tensor, Place, int], Tensor]
+# (q, k, v, place, config) -> float32 [N, H, rows, n_keys]
+Score = Callable[[Tensor, Tensor, Tensor, Place, StemConfig], Tensor]
 
 
-def window_scores(q: Tensor, k: Tensor, place: Place, block_size: int) -> Tensor:
+def window_scores(q: Tensor, k: Tensor, v: Tensor, place: Place, config: StemConfig) -> Tensor:
     """float32 [N, H, rows, n_keys]: the nearer a block, the higher."""
-    rows, n_keys = _grid(q, place, block_size)
+    rows, n_keys = _grid(q, place, config.block_size)
     return torch.arange(n_keys, device=q.device, dtype=torch.float32).expand(*q.shape[:2], rows, n_keys)
 
 
-def random_scores(q: Tensor, k: Tensor, place: Place, block_size: int) -> Tensor:
+def random_scores(q: Tensor, k: Tensor, v: Tensor, place: Place, config: StemConfig) -> Tensor:
     """float32 [N, H, rows, n_keys] in [0, 1), from layer, head, row and column alone: no chunking changes them."""
-    rows, n_keys = _grid(q, place, block_size)
-    first = place.start // block_size
+    rows, n_keys = _grid(q, place, config.block_size)
+    first = place.start // config.block_size
     head = torch.arange(q.shape[1], device=q.device)[:, None, None]
     row = torch.arange(first, first + rows, device=q.device)[:, None]
     column = torch.arange(n_keys, device=q.device)
@@ -56,12 +58,13 @@ def random_scores(q: Tensor, k: Tensor, place: Place, block_size: int) -> Tensor
     return (mixed & 0xFFFFFF).float().div(1 << 24).expand(*q.shape[:2], rows, n_keys)
 
 
-def attention_mass(q: Tensor, k: Tensor, place: Place, block_size: int) -> Tensor:
+def attention_mass(q: Tensor, k: Tensor, v: Tensor, place: Place, config: StemConfig) -> Tensor:
     """The oracle: mean share of attention that each key block gets from the rows of each query block, exactly.
 
     float32 [N, H, rows, n_keys]. As dear as dense attention itself; a few rows at a time, never N x N.
     """
     N, H, Lq, D = q.shape
+    block_size = config.block_size
     rows, n_keys = _grid(q, place, block_size)
     width = n_keys * block_size
     out = torch.zeros(N, H, rows, n_keys, device=q.device)
@@ -93,6 +96,47 @@ def block_shares(q: Tensor, k: Tensor, positions: Tensor, block_size: int, scale
     return torch.nn.functional.pad(share, (0, -known % block_size)).unflatten(-1, (-1, block_size)).sum(-1)
 
 
+def product_mass(q: Tensor, k: Tensor, place: Place, config: StemConfig) -> Tensor:
+    """The product's mass scores, float32 [N, H, rows, n_keys]."""
+    return mass_scores(
+        q,
+        k,
+        query_start=place.start,
+        block_size=config.block_size,
+        group=config.mass_group,
+        rows=config.mass_rows,
+        scale=place.scale,
+    )
+
+
+def coarse_mass(q: Tensor, k: Tensor, v: Tensor, place: Place, config: StemConfig) -> Tensor:
+    """Mass scores of the half of the causal blocks that OAM scores highest; the others come after all of them.
+
+    What a first stage that halves the estimator's cost would choose, but for the softmax's total, which is exact here.
+    """
+    scores = product_mass(q, k, place, config)
+    coarse = oam_scores(
+        q,
+        k,
+        v,
+        query_start=place.start,
+        block_size=config.block_size,
+        stride=config.stride,
+        value_weight=0.0,
+        scale=place.scale,
+    )
+    first = place.start // config.block_size
+    causal = torch.arange(first + 1, first + 1 + scores.shape[2], device=q.device)
+    rank = coarse.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return torch.where(rank < -(-causal[:, None] // 2), scores, scores - 2.0)
+
+
+def shared_mass(q: Tensor, k: Tensor, v: Tensor, place: Place, config: StemConfig) -> Tensor:
+    """Mass scores, the largest of the heads of a KV head for all of them: one selection serves the group's keys."""
+    scores = product_mass(q, k, place, config).unflatten(1, (k.shape[1], -1))
+    return scores.amax(2, keepdim=True).expand_as(scores).flatten(1, 2)
+
+
 def _grid(q: Tensor, place: Place, block_size: int) -> tuple[int, int]:
     return -(-q.shape[2] // block_size), -(-(place.start + q.shape[2]) // block_size)
 
@@ -120,7 +164,7 @@ class Arm:
             return None
         if self.score is None:
             return stem_selection(q, k, v, self.config, budget, start=place.start, scale=place.scale)
-        scores = self.score(q, k, place, self.config.block_size).contiguous()
+        scores = self.score(q, k, v, place, self.config).contiguous()
         first, rows = place.start // self.config.block_size, scores.shape[2]
         return select_blocks(
             scores,
@@ -147,9 +191,13 @@ EQUAL_DENSITY: dict[str, tuple[dict[str, Any], Score | None]] = {
     "window": ({"decay": 1.0}, window_scores),
     "random": ({"decay": 1.0}, random_scores),
     "oracle": ({"decay": 1.0}, attention_mass),
+    # Not in --arms all: ways to make the estimator or the attention cheaper.
+    "coarse_mass": ({"decay": 1.0, "estimator": "mass"}, coarse_mass),
+    "shared_mass": ({"decay": 1.0, "estimator": "mass"}, shared_mass),
 }
 PRESETS = ("paper", "release", "robust")
 ARMS = ("dense", *PRESETS, *EQUAL_DENSITY)
+USUAL_ARMS = tuple(name for name in ARMS if name not in ("coarse_mass", "shared_mass"))
 # At least so many blocks a prompt: with fewer, sink and window alone are much of it, and the published schedules dense.
 FEWEST_BLOCKS = 256
 

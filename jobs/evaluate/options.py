@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 
 from jobs.cli import Parser
-from jobs.evaluate.arms import ARMS, block_size_for
+from jobs.evaluate.arms import ARMS, USUAL_ARMS, block_size_for
 from jobs.evaluate.haystacks import KINDS, TASKS
 from pipeline.errors import JobError, nearest
 from stem_core.config import BLOCK_SIZES
 
 CPU_ARMS = ("dense", "stem", "robust", "window")
-GPU_ARMS = ARMS
+GPU_ARMS = USUAL_ARMS
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def options_of(flags: argparse.Namespace, device: torch.device) -> Options:
         precision=flags.precision,
         lengths=tuple(flags.lengths),
         tasks=tuple(tasks),
-        arms=ARMS if arms == ["all"] else tuple(arms),
+        arms=USUAL_ARMS if arms == ["all"] else tuple(arms),
         densities=tuple(flags.densities),
         dense_tails=tuple(flags.dense_tail),
         dense_layers=flags.dense_layers,

@@ -15,6 +15,7 @@ import torch
 from jobs.evaluate import plots
 from jobs.evaluate.__main__ import main
 from jobs.evaluate.arms import (
+    EQUAL_DENSITY,
     Arm,
     Place,
     attention_mass,
@@ -34,6 +35,7 @@ from kernels.block_selection import BlockSelection
 from pipeline.engine import Engine, EngineConfig, Request
 from pipeline.engine.loading import load_model, stop_token_ids
 from pipeline.errors import JobError
+from stem_core.config import StemConfig
 
 MODEL = str(Path(__file__).parents[2] / "models/tiny-reader")
 
@@ -111,7 +113,7 @@ def kept(selection: BlockSelection | None, blocks: int) -> torch.Tensor:
     return selection.to_mask(blocks)
 
 
-@pytest.mark.parametrize("spec", ["uniform", "tpd", "oam", "stem", "mass", "window", "random", "oracle"])
+@pytest.mark.parametrize("spec", [*EQUAL_DENSITY])
 def test_arms_of_one_density_keep_as_much(spec: str) -> None:
     q, k, v = qkv(1000)
     chosen = arm(spec, density=0.4, tail=2)
@@ -128,7 +130,7 @@ def test_arms_of_one_density_keep_as_much(spec: str) -> None:
     assert not mask.triu(1).any()
 
 
-@pytest.mark.parametrize("spec", ["uniform", "stem", "mass", "window", "random", "oracle"])
+@pytest.mark.parametrize("spec", [*EQUAL_DENSITY])
 def test_selection_does_not_depend_on_chunks(spec: str) -> None:
     q, k, v = qkv(500)
     chosen = arm(spec, density=0.5)
@@ -141,6 +143,7 @@ def test_selection_does_not_depend_on_chunks(spec: str) -> None:
 
 def test_scores_of_arms_that_are_no_product() -> None:
     q, k, _ = qkv(40)
+    place, config = Place(0, 0, 40, None), StemConfig(block_size=16)
     weights = (
         (q @ k.repeat_interleave(2, 1).mT / 4).masked_fill(~torch.ones(40, 40).tril().bool(), -torch.inf).softmax(-1)
     )
@@ -149,13 +152,13 @@ def test_scores_of_arms_that_are_no_product() -> None:
         for column in range(3):
             part = weights[..., 16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
             expected[..., row, column] = part.sum((-1, -2))
-    torch.testing.assert_close(attention_mass(q, k, Place(0, 0, 40, None), 16), expected)
-    window = window_scores(q, k, Place(0, 0, 40, None), 16)
+    torch.testing.assert_close(attention_mass(q, k, k, place, config), expected)
+    window = window_scores(q, k, k, place, config)
     assert (window.diff(dim=-1) > 0).all()
-    drawn = random_scores(q.expand(1, 4, 40, 16), k, Place(0, 0, 40, None), 16)
+    drawn = random_scores(q, k, k, place, config)
     assert len(drawn.unique()) == drawn.numel()
     assert 0 <= drawn.min() < drawn.max() < 1
-    assert not torch.equal(drawn, random_scores(q, k, Place(1, 0, 40, None), 16))
+    assert not torch.equal(drawn, random_scores(q, k, k, Place(1, 0, 40, None), config))
 
 
 def test_arm_specs() -> None:
