@@ -222,7 +222,9 @@ def make_arms(
     """
     arms = [Arm("dense", None)] if any(spec == "dense" for spec in specs) else []
     for block_size in block_sizes:
-        common = {"block_size": block_size, "dense_layers": dense_layers, "stride": min(16, block_size // 4)}
+        # Sparse at any length: where dense attention is faster is no question of what is found.
+        common = {"block_size": block_size, "dense_layers": dense_layers, "dense_below": 0}
+        common["stride"] = min(16, block_size // 4)
         for spec in specs:
             name, _, text = spec.partition(":")
             changes = common | _changes(spec, text)
@@ -257,6 +259,8 @@ def _changes(spec: str, text: str) -> dict[str, Any]:
 
 
 def _config(spec: str, preset: str, changes: dict[str, Any], tail: int | None, density: float | None) -> StemConfig:
+    # Selections are compared also where dense attention would be faster.
+    changes = {"dense_below": 0} | changes
     if tail is not None:
         changes = changes | {"dense_tail": tail}
     if density is not None:
