@@ -134,7 +134,7 @@ class JobConfig:
         group="engine",
         changes_output=True,
     )
-    chunk_tokens: int = option(8192, "int", "prompt tokens in one prefill step", low=16, group="engine")
+    chunk_tokens: int = option(16896, "int", "prompt tokens in one prefill step", low=16, group="engine")
     max_live: int = option(8, "int", "documents that a worker decodes together", low=1, high=1024, group="engine")
     max_context: int | None = option(
         None,

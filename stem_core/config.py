@@ -129,10 +129,16 @@ def _nearest(name: str, known: Any) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+# Below this length dense attention is faster than selection and sparse attention together, measured on an H100 with
+# blocks of 128 (`python -m jobs.benchmark attention --crossover`). The release schedule drops nothing there anyway.
+DENSE_BELOW = 6144
+
 # "robust" spends faithful Stem's time at 25% density differently: half of it on an estimator that sees single tokens,
 # and it lets the prompt's end, where the question stands, see everything.
 PRESETS: dict[str, StemConfig] = {
-    "paper": StemConfig(schedule="paper"),
-    "release": StemConfig(schedule="release"),
-    "robust": StemConfig(schedule="density", density=0.125, decay=1.0, estimator="mass", dense_tail=4),
+    "paper": StemConfig(schedule="paper", dense_below=DENSE_BELOW),
+    "release": StemConfig(schedule="release", dense_below=DENSE_BELOW),
+    "robust": StemConfig(
+        schedule="density", density=0.125, decay=1.0, estimator="mass", dense_tail=4, dense_below=DENSE_BELOW
+    ),
 }

@@ -32,7 +32,9 @@ class EngineConfig:
         on a CPU in fp32; "auto": bf16 on a GPU, fp32 on a CPU, fp8 for a checkpoint that is stored in fp8.
     fp8_fast_accumulation: let fp8 linears sum in the tensor cores' reduced precision (Hopper): faster, less exact.
     attention: sparse prefill; None is dense attention through the same kernels.
-    chunk_tokens: prompt tokens per prefill step; rounded up to whole blocks of the attention.
+    chunk_tokens: prompt tokens per prefill step; rounded up to whole blocks of the attention. The default is 132 blocks
+        of 128: an H100 has 132 multiprocessors, so that tiles fill whole rounds of them (measured, Llama-3.1-8B in fp8,
+        128K tokens: 3% sooner than steps of 8192).
     max_live: documents that hold KV at the same time, i.e. the largest decode batch.
     arena_tokens: tokens of KV in all; None takes what the free memory holds.
     max_context: most tokens of one document, prompt and output; None asks the model's config.
@@ -49,7 +51,7 @@ class EngineConfig:
     device: str = "auto"
     precision: str = "auto"
     attention: StemConfig | None = None
-    chunk_tokens: int = 8192
+    chunk_tokens: int = 16896
     max_live: int = 8
     arena_tokens: int | None = None
     max_context: int | None = None

@@ -17,9 +17,9 @@ DEVICE, DTYPE = (torch.device("cuda"), torch.bfloat16) if ON_GPU else (torch.dev
 HEADS, KV_HEADS, DIM = 4, 2, 64 if ON_GPU else 16
 CLOSE = {"atol": 2e-2, "rtol": 2e-2} if ON_GPU else {"atol": 1e-5, "rtol": 1.3e-6}
 # Few always-kept blocks, so that scores decide most places of a short prompt.
-FEW = {"sink_blocks": 1, "local_blocks": 2, "dense_tail": 2}
+FEW = {"sink_blocks": 1, "local_blocks": 2, "dense_tail": 2, "dense_below": 0}
 CONFIGS = {
-    "release": StemConfig.preset("release", block_size=16),
+    "release": StemConfig.preset("release", block_size=16, dense_below=0),
     "density": StemConfig(schedule="density", density=0.3, block_size=32, stride=8, sink_blocks=1, local_blocks=2),
     # The block size of Stem's releases, which the Hopper kernel takes.
     "wide": StemConfig(schedule="density", density=0.6, sink_blocks=1, local_blocks=1),
@@ -157,7 +157,7 @@ def test_a_loud_value_block_wins_with_the_value_term():
 
 
 def test_mass_finds_a_needle_that_means_average_away():
-    config = StemConfig.preset("robust", block_size=64, density=0.25, mass_group=1, dense_tail=0)
+    config = StemConfig.preset("robust", block_size=64, density=0.25, mass_group=1, dense_tail=0, dense_below=0)
     q, k, v = tensors(6400)
     needle, row = 1000, 5000
     q[:, :, row] = k[:, :, needle].repeat_interleave(2, 1) * 8  # one query of one block looks for one key

@@ -191,7 +191,7 @@ class Arena:
 @pytest.mark.parametrize("preset", ["release", "robust", None])
 @torch.no_grad()
 def test_chunks_with_a_context_equal_the_whole_prompt(family, preset):
-    small = {"block_size": 16, "sink_blocks": 1, "local_blocks": 2}
+    small = {"block_size": 16, "sink_blocks": 1, "local_blocks": 2, "dense_below": 0}
     if preset == "robust":
         small |= {"density": 0.3, "dense_tail": 2}
     config = preset and StemConfig.preset(preset, **small)

@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", "--density", type=float, default=0.25, help="Stem's share of blocks (0.25)")
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--dense-layers", type=int, default=2, help="Stem's leading dense layers (default: 2)")
-    parser.add_argument("--chunk-tokens", type=int, default=8192)
+    parser.add_argument("--chunk-tokens", type=int, default=EngineConfig.chunk_tokens)
     parser.add_argument("--max-live", type=int, default=16)
     parser.add_argument("--agreement-tokens", type=int, nargs="+", default=[1200, 2500, 5000, 8000], metavar="N")
     parser.add_argument("--error-tokens", type=int, default=16384, help="prompt of the phase error, random weights")
