@@ -327,7 +327,8 @@ def test_job_in_fp8(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "a.txt").write_text(tokenizer.decode(tokenizer.encode(text)[:900]))
     settings: dict[str, Any] = {"device": "cpu", "workers": 1, "max_new_tokens": 24, "arena_tokens": 4096}
-    settings |= {"preset": "robust", "budget": 0.5, "block_size": 32, "dense_layers": 0, "precision": "fp8"}
+    settings |= {"preset": "robust", "budget": 0.5, "block_size": 32, "dense_layers": 0}
+    settings |= {"dense_below": 0, "precision": "fp8"}
     settings |= {"input": str(tmp_path / "docs"), "output": str(tmp_path / "out"), "model": str(TINY_READER)}
     report = summarize(**settings)
     assert report.exit_code == 0
