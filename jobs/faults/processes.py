@@ -78,11 +78,12 @@ def kill(pid: int, number: int = signal.SIGKILL) -> bool:
     return False
 
 
-def left_over(pids: list[int], seconds: float) -> list[int]:
-    """Which of `pids` are still running after at most `seconds`."""
+def left_over(pids: list[int], seconds: float, ending: tuple[str, ...] = ()) -> list[str]:
+    """Names of those of `pids` that are still running after at most `seconds`; not of those named as in `ending`."""
     until = time.monotonic() + seconds
     while True:
-        alive = [pid for pid in pids if _running(pid)]
+        alive = [name(pid) for pid in pids if _running(pid)]
+        alive = [text for text in alive if not any(word in text for word in ending)]
         if not alive or time.monotonic() > until:
             return alive
         time.sleep(0.2)

@@ -111,12 +111,12 @@ def kills(
                 outcome.worker_kills += processes.kill(chance.choice(running))
                 next_worker = now + worker_every
             if may_kill and now >= end:
-                # Ray's own two agents end by themselves after a minute; all else goes with the driver.
-                below = [pid for pid in processes.descendants(driver.pid) if "Agent" not in processes.name(pid)]
+                below = processes.descendants(driver.pid)
                 if processes.kill(driver.pid):
                     outcome.driver_kills += 1
                     driver.wait()
-                    outcome.left_over += map(processes.name, processes.left_over(below, 15.0))
+                    # Ray's own two agents end by themselves after a minute; all else goes with the driver.
+                    outcome.left_over += processes.left_over(below, 15.0, ending=("DashboardAgent", "RuntimeEnvAgent"))
                 break
         outcome.driver_memory.append((early, late))
         code = driver.wait()
