@@ -316,7 +316,9 @@ def check_decode(case: Decode, impl: str, device: str) -> None:
         exact = _attend(q[s], keys, values, torch.float64)
         eager = float((_attend(q[s], keys, values, case.dtype) - exact).abs().max())
         error = float((got[s].double() - exact).abs().max())
-        assert error <= (8 if case.dtype == FP32 else 1.5) * eager + 2e-7, (s, error, eager)
+        # Of one key, eager attention is exact: shares that are weighed and divided again may be off by a rounding.
+        rounding = 2 * torch.finfo(FP32).eps * float(exact.abs().max())
+        assert error <= (8 if case.dtype == FP32 else 1.5) * eager + rounding, (s, error, eager)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
