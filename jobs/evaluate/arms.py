@@ -143,11 +143,15 @@ def _grid(q: Tensor, place: Place, block_size: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to choose blocks. config None: dense. score None: the product's own estimator."""
+    """One way to choose blocks. config None: dense. score None: the product's own estimator.
+
+    precision: of the engine that reads, also the end of the name; None: the evaluation's own reader.
+    """
 
     name: str
     config: StemConfig | None
     score: Score | None = None
+    precision: str | None = None
 
     @property
     def block_size(self) -> int:
@@ -198,6 +202,8 @@ EQUAL_DENSITY: dict[str, tuple[dict[str, Any], Score | None]] = {
 PRESETS = ("paper", "release", "robust")
 ARMS = ("dense", *PRESETS, *EQUAL_DENSITY)
 USUAL_ARMS = tuple(name for name in ARMS if name not in ("coarse_mass", "shared_mass"))
+# What a StemConfig says in full, so that the engine runs it.
+ENGINE_ARMS = ("dense", *PRESETS, *(name for name, (_, score) in EQUAL_DENSITY.items() if score is None))
 # At least so many blocks a prompt: with fewer, sink and window alone are much of it, and the published schedules dense.
 FEWEST_BLOCKS = 256
 

@@ -9,13 +9,20 @@ from pathlib import Path
 import torch
 
 from jobs.cli import Parser
-from jobs.evaluate.arms import ARMS, USUAL_ARMS, block_size_for
+from jobs.evaluate.arms import ARMS, ENGINE_ARMS, USUAL_ARMS, block_size_for
 from jobs.evaluate.haystacks import KINDS, TASKS
+from jobs.evaluate.results import BY_EXACTNESS
+from kernels.block_sparse_attention_fp8 import BLOCK_SIZES as FP8_BLOCK_SIZES
 from pipeline.errors import JobError, nearest
 from stem_core.config import BLOCK_SIZES
 
 CPU_ARMS = ("dense", "stem", "robust", "window")
+ENGINE_DEFAULT_ARMS = ("dense", "stem", "robust")
 GPU_ARMS = USUAL_ARMS
+ENGINE_HELP = (
+    f"answer with the product's engine, in each of {', '.join(BY_EXACTNESS)} that is named, and compare them; without "
+    "KL, mass and needle blocks"
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,7 @@ class Options:
     load_format: str
     device: torch.device
     precision: str
+    engine: tuple[str, ...]
     lengths: tuple[int, ...]
     tasks: tuple[str, ...]
     arms: tuple[str, ...]
@@ -49,7 +57,8 @@ class Options:
 
     def block_sizes_for(self, length: int) -> tuple[int, ...]:
         """--block-sizes, or the one that cuts `length` into enough blocks."""
-        return self.block_sizes or (block_size_for(length),)
+        smallest = min(FP8_BLOCK_SIZES) if "fp8" in self.engine else 0
+        return self.block_sizes or (max(smallest, block_size_for(length)),)
 
     @property
     def kinds(self) -> list[str]:
@@ -67,6 +76,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--load-format", choices=("auto", "dummy"), default="auto", help="dummy: random weights from config.json alone")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="of weights and attention")
+    add("--engine", nargs="+", choices=BY_EXACTNESS, default=[], metavar="PRECISION", help=ENGINE_HELP)
     add("--lengths", type=int, nargs="+", default=[4096, 16384], metavar="TOKENS", help="most tokens of a prompt")
     add("--tasks", nargs="+", default=["all"], metavar="TASK", help=f"all, or of {', '.join(TASKS)}")
     add("--arms", nargs="+", metavar="ARM", help=f"all, or of {', '.join(ARMS)}, also as name:field=value,...")
@@ -97,7 +107,9 @@ def options_of(flags: argparse.Namespace, device: torch.device) -> Options:
             hint = nearest(task, TASKS) or f"; there are {', '.join(TASKS)}"
             raise JobError(f"--tasks: {task!r} is not a task{hint}")
     on_gpu = device.type == "cuda"
-    arms = flags.arms or list(GPU_ARMS if on_gpu else CPU_ARMS)
+    arms = flags.arms or list(ENGINE_DEFAULT_ARMS if flags.engine else GPU_ARMS if on_gpu else CPU_ARMS)
+    if flags.engine and flags.precision != "auto":
+        raise JobError(f"--precision {flags.precision} does not go with --engine, which names its own precisions")
     for size in flags.block_sizes or ():
         if size not in BLOCK_SIZES:
             raise JobError(f"--block-sizes: {size} is not one of {', '.join(map(str, BLOCK_SIZES))}")
@@ -114,9 +126,10 @@ def options_of(flags: argparse.Namespace, device: torch.device) -> Options:
         load_format=flags.load_format,
         device=device,
         precision=flags.precision,
+        engine=tuple(dict.fromkeys(flags.engine)),
         lengths=tuple(flags.lengths),
         tasks=tuple(tasks),
-        arms=USUAL_ARMS if arms == ["all"] else tuple(arms),
+        arms=tuple(arms) if arms != ["all"] else ENGINE_ARMS if flags.engine else USUAL_ARMS,
         densities=tuple(flags.densities),
         dense_tails=tuple(flags.dense_tail),
         dense_layers=flags.dense_layers,

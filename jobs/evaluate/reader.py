@@ -20,6 +20,7 @@ from jobs.evaluate.arms import Arm
 from jobs.evaluate.attention import Answers, Chunk, DocumentKeys, TailKeys
 from jobs.evaluate.probe import Probe
 from jobs.evaluate.prompts import Prompt, Reading, TokenLookup
+from pipeline.engine.loading import context_limit
 
 # Tokens of the dense answer along which an arm's predictions are compared with the dense ones, at most.
 COMPARED_TOKENS = 16
@@ -99,6 +100,7 @@ class Reader:
         self.model = model
         self.cached_tokens = cached_tokens
         self.device = next(model.parameters()).device
+        self.limit = context_limit(model.config)
         self.layers = int(model.config.get_text_config().num_hidden_layers)  # type: ignore[union-attr, operator, arg-type]
         self._stop_ids = frozenset(stop_ids)
         self._chunk = chunk_tokens

@@ -26,6 +26,7 @@ SCHEMA = pa.schema(
         ("prompt_tokens", pa.int32()),
         ("depth", pa.float32()),  # of the needle, or mean of several; null where the whole document is the needle
         ("arm", pa.string()),
+        ("precision", pa.string()),  # of the engine; null where the evaluation's own reader answered
         ("block_size", pa.int32()),  # 0 for dense
         ("blocks", pa.int32()),
         ("dense_tail", pa.int32()),
@@ -48,6 +49,8 @@ SCHEMA = pa.schema(
     ]
 )
 RESAMPLES = 2000
+# The engine's precisions. What the first of them that ran found is what the others are compared with.
+BY_EXACTNESS = ("fp32", "fp16", "bf16", "fp8")
 
 
 def recall_of(answer: str, references: Sequence[str]) -> float:
@@ -67,6 +70,7 @@ def row_of(answer: Answer, layers: int, decode: Callable[[Sequence[int]], str]) 
         "length": document.length,
         "prompt_tokens": len(prompt.ids),
         "arm": arm.name,
+        "precision": arm.precision,
         "block_size": config.block_size if config else 0,
         "blocks": -(-len(prompt.ids) // config.block_size) if config else 0,
         "dense_tail": config.dense_tail if config else 0,
@@ -125,7 +129,7 @@ def read_rows(folders: Sequence[Path]) -> list[Row]:
         if not parts:
             raise JobError(f"{folder} holds no rows of an evaluation (rows/part-*.parquet)")
         for part in parts:
-            for row in pq.read_table(part).to_pylist():
+            for row in pq.read_table(part, schema=SCHEMA).to_pylist():
                 rows[setting_key(row), question_key(row)] = row
     return list(rows.values())
 

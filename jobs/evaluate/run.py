@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from jobs.benchmark._shapes import shape_folder
 from jobs.evaluate.arms import FEWEST_BLOCKS, Arm, make_arms
 from jobs.evaluate.attention import prepare_model
+from jobs.evaluate.engine_reader import EngineReader, engine_arms, engine_config
 from jobs.evaluate.options import Options
 from jobs.evaluate.prompts import Tokenizer, make_document, read_prompts
 from jobs.evaluate.reader import Answer, Reader
 from jobs.evaluate.results import Row, row_of, write_rows
 from jobs.evaluate.wording import Style, pick_style
-from pipeline.engine import EngineConfig
-from pipeline.engine.loading import context_limit, load_model, stop_token_ids
+from pipeline.engine.loading import load_model, stop_token_ids
 from pipeline.errors import JobError
 from stem_core.patch import UnsupportedModelError
 
@@ -44,23 +43,18 @@ def cached_tokens(model: nn.Module, device: torch.device, gib: float | None) -> 
 
 def load(options: Options) -> nn.Module:
     """The model with the evaluation's attention. Raises JobError."""
-    device, folder = str(options.device), options.model
-    if options.load_format == "dummy":  # a shape of jobs.benchmark by name, or any config.json
-        folder = str(shape_folder(options.model, options.output / "shape"))
-    model = load_model(
-        EngineConfig(
-            folder,
-            device=device,
-            precision=options.precision,
-            load_format=options.load_format,
-            revision=options.revision,
-            seed=options.seed,
-        )
-    )
+    model = load_model(engine_config(options, options.precision))
     try:
         return prepare_model(model)
     except UnsupportedModelError as error:
         raise JobError(f"--model {options.model}: {error}") from None
+
+
+def own_reader(options: Options) -> Reader:
+    """The reader that looks inside. Raises JobError."""
+    model = load(options)
+    cached = cached_tokens(model, options.device, options.cache_gib)
+    return Reader(model, stop_token_ids(model), options.chunk_tokens, cached)
 
 
 def describe(options: Options, style: Style, arms: dict[int, list[Arm]]) -> list[str]:
@@ -69,6 +63,11 @@ def describe(options: Options, style: Style, arms: dict[int, list[Arm]]) -> list
         f"{options.model} on {options.device}, questions worded as in {style.name}; kinds of documents: "
         f"{', '.join(options.kinds)}; {options.documents} of each a length, {options.questions} questions of a kind"
     ]
+    if options.engine:
+        lines.append(
+            f"read by the product's engine in {', '.join(options.engine)}: every question is a prompt of its own, a "
+            "lookup one that ends before the value's second mention"
+        )
     for length in options.lengths:
         sizes = options.block_sizes_for(length)
         blocks = ", ".join(f"B = {size} ({-(-length // size)} blocks)" for size in sizes)
@@ -103,14 +102,12 @@ def run(options: Options) -> dict[str, Any]:
         )
         for length in options.lengths
     }
+    if options.engine:
+        arms = {length: engine_arms(each, options.engine) for length, each in arms.items()}
     print("\n".join(describe(options, style, arms)), flush=True)
-    model = load(options)
-    limit = context_limit(model.config)
-    if max(options.lengths) > limit:
-        raise JobError(f"--lengths {max(options.lengths)}: {options.model} takes up to {limit} tokens")
-    reader = Reader(
-        model, stop_token_ids(model), options.chunk_tokens, cached_tokens(model, options.device, options.cache_gib)
-    )
+    reader = EngineReader(options) if options.engine else own_reader(options)
+    if max(options.lengths) > reader.limit:
+        raise JobError(f"--lengths {max(options.lengths)}: {options.model} takes up to {reader.limit} tokens")
     folder = options.output / "rows"
     if folder.exists():
         shutil.rmtree(folder)  # an evaluation is one run; several are put together by --report
@@ -137,13 +134,23 @@ def run(options: Options) -> dict[str, Any]:
 
 
 def _run_cell(
-    options: Options, style: Style, tokenizer: Tokenizer, reader: Reader, arms: list[Arm], kind: str, length: int
+    options: Options,
+    style: Style,
+    tokenizer: Tokenizer,
+    reader: Reader | EngineReader,
+    arms: list[Arm],
+    kind: str,
+    length: int,
 ) -> Iterator[list[Row]]:
     """All documents of one kind and length: the rows of dense, then of the other arms, a few at a time."""
     readings = []
     for index in range(options.documents):
         made = make_document(kind, length, index, style, tokenizer, options.questions, options.seed, options.essay)
         readings.append(read_prompts(made.only(options.tasks), style, tokenizer))
+    if isinstance(reader, EngineReader):
+        for arm in arms:
+            yield [row_of(answer, reader.layers, tokenizer.decode) for answer in reader.read(readings, arm)]
+        return
     probed = frozenset(reading.document.name for reading in readings[: options.probed])
     dense: dict[tuple[str, str], Answer] | None = None
     others = [arm for arm in arms if arm.config is not None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jobs.evaluate.results import Row, estimate, question_key, setting_key
+from jobs.evaluate.results import BY_EXACTNESS, Row, estimate, question_key, setting_key
 
 # Pooled as "retrieval"; lookups and summaries are told apart, since they ask for more than the end of the prompt.
 APART = ("lookup", "summary", "common_words", "frequent_words")
@@ -24,12 +24,22 @@ def unlearned_tasks(rows: Sequence[Row]) -> set[tuple[int, str]]:
     return {key for key, found in dense_recall(rows).items() if found < LEARNED}
 
 
-def dense_recall(rows: Iterable[Row]) -> dict[tuple[int, str], float]:
-    """Mean recall of the dense arm by (length, task)."""
+def baseline(rows: Sequence[Row]) -> list[Row]:
+    """The rows of dense that all others are compared with: the evaluation's own, or the engine's most exact."""
+    dense = [row for row in rows if not row["block_size"]]
+    best = min((_inexactness(row["precision"]) for row in dense), default=0)
+    return [row for row in dense if _inexactness(row["precision"]) == best]
+
+
+def _inexactness(precision: str | None) -> int:
+    return -1 if precision is None else BY_EXACTNESS.index(precision)
+
+
+def dense_recall(rows: Sequence[Row]) -> dict[tuple[int, str], float]:
+    """Mean recall of the dense arm by (length, task); of the most exact precision, if the engine ran in several."""
     found: dict[tuple[int, str], list[float]] = {}
-    for row in rows:
-        if row["arm"] == "dense":
-            found.setdefault((row["length"], row["task"]), []).append(row["recall"])
+    for row in baseline(rows):
+        found.setdefault((row["length"], row["task"]), []).append(row["recall"])
     return {key: float(np.mean(values)) for key, values in found.items()}
 
 
@@ -41,7 +51,7 @@ def group(row: Row) -> str:
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     """Plain values for a JSON file: the dense recall of each task, and one record for each setting."""
     unlearned = unlearned_tasks(rows)
-    dense = {question_key(row): row for row in rows if row["arm"] == "dense"}
+    dense = {question_key(row): row for row in baseline(rows)}
     settings: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         settings.setdefault(setting_key(row), []).append(row)
@@ -52,7 +62,48 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         ],
         "left_out": sorted([list(key) for key in unlearned]),
         "settings": [_setting(settings[key], dense, unlearned) for key in sorted(settings, key=str)],
+        "precisions": _precisions([row for row in rows if (row["length"], row["task"]) not in unlearned]),
     }
+
+
+def _precisions(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """How recall in each setting of the engine differs from its most exact precision, question by question.
+
+    All lengths together: documents of any length tell of the precision alike.
+    """
+    by_setting: dict[tuple[Any, ...], dict[str, dict[tuple[Any, ...], Row]]] = {}
+    for row in rows:
+        if row["precision"] is not None:
+            arm = row["arm"].removesuffix(f" {row['precision']}")
+            setting = (*setting_key(row | {"arm": arm})[1:], arm)
+            by_setting.setdefault(setting, {}).setdefault(row["precision"], {})[question_key(row)] = row
+    records = []
+    for setting in sorted(by_setting, key=str):
+        base, *others = sorted(by_setting[setting], key=BY_EXACTNESS.index)
+        exact = by_setting[setting][base]
+        for precision in others:
+            pairs = [(row, exact[key]) for key, row in by_setting[setting][precision].items() if key in exact]
+            if pairs:
+                records.append({"arm": setting[-1], "precision": precision, "base": base, **_difference(pairs)})
+    return records
+
+
+def _difference(pairs: Sequence[tuple[Row, Row]]) -> dict[str, Any]:
+    """Rows of one setting and the base precision's rows on the same questions."""
+    record: dict[str, Any] = {name: pairs[0][0][name] for name in ("block_size", "dense_tail")}
+    record["lengths"] = sorted({row["length"] for row, _ in pairs})
+    record["density"] = _mean([row for row, _ in pairs], "density")
+    record["changed"] = sum(row["recall"] != other["recall"] for row, other in pairs)
+    groups = {"all": pairs} | {
+        name: [pair for pair in pairs if group(pair[0]) == name] for name in {group(row) for row, _ in pairs}
+    }
+    record["recall"] = {
+        name: asdict(
+            estimate([row["recall"] - other["recall"] for row, other in found], [row["document"] for row, _ in found])
+        )
+        for name, found in sorted(groups.items())
+    }
+    return record
 
 
 def _setting(rows: Sequence[Row], dense: dict[tuple[Any, ...], Row], unlearned: set[tuple[int, str]]) -> dict[str, Any]:
@@ -84,7 +135,7 @@ def _paired(rows: Sequence[Row], dense: dict[tuple[Any, ...], Row]) -> dict[str,
     found = estimate([row["recall"] for row in rows], [row["document"] for row in rows])
     pairs = [(row, dense[question_key(row)]) for row in rows if question_key(row) in dense]
     record: dict[str, Any] = asdict(found)
-    if pairs and rows[0]["arm"] != "dense":
+    if pairs and any(row is not other for row, other in pairs):
         gaps = [row["recall"] - other["recall"] for row, other in pairs]
         record["to_dense"] = asdict(estimate(gaps, [row["document"] for row, _ in pairs]))
     return record
@@ -137,6 +188,8 @@ def print_summary(summary: dict[str, Any], file: Any = None) -> None:
             f"{record['prefill_seconds']:.2f}",
         )
     console.print(table)
+    for record in summary["precisions"]:
+        console.print(_precision_line(record))
     left_out: dict[int, list[str]] = {}
     for length, task in summary["left_out"]:
         left_out.setdefault(length, []).append(task)
@@ -163,3 +216,15 @@ def _recall(found: dict[str, Any] | None) -> str:
     if gap is None:
         return f"{found['mean']:.3f} ({found['low']:.2f}..{found['high']:.2f})"
     return f"{found['mean']:.3f} {100 * gap['mean']:+.1f} ({100 * gap['low']:+.0f}..{100 * gap['high']:+.0f})"
+
+
+def _precision_line(record: dict[str, Any]) -> str:
+    gap, shortest, longest = record["recall"]["all"], record["lengths"][0], record["lengths"][-1]
+    setting = f"{record['arm']} B={record['block_size']} tail={record['dense_tail']}"
+    lengths = f"{shortest:,}" if shortest == longest else f"{shortest:,} to {longest:,}"
+    return (
+        f"{record['precision']} - {record['base']}: {setting if record['block_size'] else record['arm']}, "
+        f"density {record['density']:.3f}, {lengths} tokens: {100 * gap['mean']:+.1f} points of recall "
+        f"({100 * gap['low']:+.1f}..{100 * gap['high']:+.1f}); "
+        f"{record['changed']} of {gap['n']} questions in {gap['documents']} documents differ"
+    )

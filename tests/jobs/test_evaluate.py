@@ -26,10 +26,12 @@ from jobs.evaluate.arms import (
 )
 from jobs.evaluate.attention import prepare_model
 from jobs.evaluate.documents import Fact, weave
+from jobs.evaluate.engine_reader import engine_arms
 from jobs.evaluate.haystacks import KINDS, TASKS
 from jobs.evaluate.prompts import Reading, Tokenizer, make_document, read_prompts
 from jobs.evaluate.reader import Answer, Reader, entries_of
-from jobs.evaluate.results import estimate, read_rows, recall_of
+from jobs.evaluate.results import SCHEMA, Row, estimate, question_key, read_rows, recall_of
+from jobs.evaluate.summary import summarise
 from jobs.evaluate.wording import REPORT, RULER, pick_style
 from kernels.block_selection import BlockSelection
 from pipeline.engine import Engine, EngineConfig, Request
@@ -284,6 +286,74 @@ def test_job_writes_rows_and_report(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert again["settings"] == summary["settings"]  # rows that come twice count once
 
 
+def test_engine_precisions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The engine answers as the reader in fp32, beside it in fp8; a lookup is what the reader expects inside."""
+    common = ["--model", MODEL, "--device", "cpu", "--lengths", "500", "--questions", "1", "--no-plots"]
+    common += ["--tasks", "lookup", "report_facts", "--block-sizes", "32", "--dense-layers", "0"]
+    own, engine = tmp_path / "own", tmp_path / "engine"
+    assert main([*common, "--arms", "dense", "--output", str(own)]) == 0
+    assert main([*common, "--arms", "dense", "--engine", "fp8", "fp32", "--output", str(engine)]) == 0
+    assert "fp8 - fp32: dense, density 1.000, 500 tokens: " in " ".join(capsys.readouterr().out.split())
+    rows = read_rows([engine])
+    assert {row["arm"] for row in rows} == {"dense fp32", "dense fp8"}
+    assert all(row["retained_mass"] is row["needle_kept"] is row["first_token_kl"] is None for row in rows)
+    dense = {question_key(row): row for row in rows if row["arm"] == "dense fp32"}
+    expected = {question_key(row): row for row in read_rows([own])}
+    assert len(dense) == len(rows) / 2 == 5
+    assert all(row["precision"] is None for row in expected.values())
+    assert len(expected) > 2  # the reader looks up nothing behind the last whole block
+    for key, row in expected.items():
+        assert (dense[key]["answer"], dense[key]["recall"]) == (row["answer"], row["recall"])
+    assert any(row["recall"] for row in dense.values())
+    summary = json.loads((engine / "summary.json").read_text())
+    assert {"to_dense" in part for setting in summary["settings"] for part in setting["recall"].values()} == {
+        True,
+        False,
+    }
+    (record,) = summary["precisions"]
+    assert (record["arm"], record["precision"], record["base"]) == ("dense", "fp8", "fp32")
+    gaps = [row["recall"] - dense[question_key(row)]["recall"] for row in rows if row["precision"] == "fp8"]
+    assert record["recall"]["all"]["mean"] == pytest.approx(np.mean(gaps))
+
+
+def test_precisions_are_compared_with_the_most_exact_of_the_same_setting() -> None:
+    def row(arm: str, precision: str, question: str, recall: float) -> Row:
+        known = dict.fromkeys(SCHEMA.names) | {"length": 900, "document": question[0], "task": "niah_noise"}
+        known |= {"arm": f"{arm} {precision}", "precision": precision, "question": question, "recall": recall}
+        return (
+            known
+            | {"block_size": 0 if arm == "dense" else 32, "dense_tail": 0, "density": 0.5, "blocks": 9}
+            | {
+                "prefill_seconds": 1.0,
+                "config": arm,
+            }
+        )
+
+    rows = [row("dense", precision, name, 1.0) for name in ("a1", "a2", "b1") for precision in ("fp8", "bf16")]
+    rows += [row("stem", "bf16", name, recall) for name, recall in (("a1", 1.0), ("a2", 0.0), ("b1", 1.0))]
+    rows += [row("stem", "fp8", name, recall) for name, recall in (("a1", 0.0), ("a2", 0.0), ("b1", 0.5))]
+    summary = summarise(rows)
+    dense, stem = summary["precisions"]
+    assert (dense["arm"], dense["changed"], dense["recall"]["all"]["low"]) == ("dense", 0, 0.0)
+    assert (stem["arm"], stem["base"], stem["changed"]) == ("stem", "bf16", 2)
+    assert stem["recall"]["all"]["mean"] == pytest.approx(-0.5)
+    settings = {setting["arm"]: setting["recall"]["retrieval"] for setting in summary["settings"]}
+    assert "to_dense" not in settings["dense bf16"]
+    assert settings["dense fp8"]["to_dense"]["mean"] == 0.0
+    assert settings["stem fp8"]["to_dense"]["mean"] == pytest.approx(0.5 / 3 - 1.0)
+
+
+def test_engine_refuses_arms_that_it_cannot_run() -> None:
+    arms = make_arms(["dense", "stem", "paper"], [32], [0.5], [0], 0)
+    assert [arm.name for arm in engine_arms(arms, ["fp8"])] == ["dense fp8", "stem fp8", "paper fp8"]
+    with pytest.raises(JobError, match=r"^--engine: it cannot run arm 'oracle'; it runs dense, paper, .*mass$"):
+        engine_arms(make_arms(["oracle"], [32], [0.5], [0], 0), ["fp32"])
+    small = make_arms(["stem"], [16], [0.5], [0], 0)
+    assert len(engine_arms(small, ["fp32"])) == 1
+    with pytest.raises(JobError, match=r"kernels take blocks of 32, .* got block_size=16; choose with --block-sizes"):
+        engine_arms(small, ["fp8"])
+
+
 def test_user_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*flags: str) -> str:
         with pytest.raises(JobError) as error:
@@ -294,6 +364,9 @@ def test_user_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "takes up to 40960 tokens" in refused("--lengths", "50000")
     assert "is not one of 16, 32" in refused("--block-sizes", "48")
     assert "(0, 1]" in refused("--densities", "25")
+    assert "cannot run arm 'window'" in refused("--engine", "fp8", "--arms", "dense", "window")
+    assert "does not go with --engine" in refused("--engine", "fp8", "--precision", "fp32")
+    assert "invalid choice: 'fp9'" in refused("--engine", "fp9")
     assert "holds no rows" in refused("--report", str(tmp_path))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(JobError, match=r"pip install 'stemline\[bench\]', or give --no-plots"):
