@@ -18,7 +18,7 @@ from pipeline import manifest
 from pipeline.config import JobConfig, from_mapping
 from pipeline.errors import JobError, one_line
 from pipeline.imports import check_kernels
-from pipeline.plan import Plan, make_plan, make_worker_config, survey_input
+from pipeline.plan import Plan, Survey, make_plan, make_worker_config, survey_input
 from pipeline.progress import Progress
 from pipeline.records import Row, new_row, result_schema, utc_now
 from pipeline.sink import COMPACT_ABOVE, Sink, compact, drop_rows, part_names, recover
@@ -56,7 +56,7 @@ def run(
             ids = pa.array(plan.outdated, pa.string())
             drop_rows(store, lambda table: pc.invert(pc.is_in(table["document_id"], value_set=ids)))
         if config.retry_failed and plan.already:
-            dropped = drop_rows(store, lambda table: pc.equal(table["status"], "ok"))
+            dropped = drop_rows(store, lambda table: pc.or_(pc.equal(table["status"], "ok"), _gone(table, survey)))
             messages.append(f"--retry-failed: {dropped:,} documents are done again")
             plan = replace(make_plan(survey, store), messages=plan.messages)
         messages += plan.messages
@@ -68,6 +68,11 @@ def run(
         return _execute(plan, store, messages, engine_factory, progress, grace)
 
 
+def _gone(table: pa.Table, survey: Survey) -> pa.ChunkedArray:
+    """Rows of documents that the input no longer holds: nobody could do them again."""
+    return pc.invert(pc.is_in(table["document_id"].cast(pa.large_string()), value_set=survey.catalogue.ids))
+
+
 def _execute(
     plan: Plan, store: Store, messages: list[str], engine_factory: str, progress: Progress | None, grace: float | None
 ) -> JobReport:
@@ -76,10 +81,8 @@ def _execute(
 
     from pipeline.ray_pool import RayPool, connected, divide
     from pipeline.scheduler import Limits, Scheduler, StopRequestedError
-    from pipeline.worker import GRACE_SECONDS
 
     survey, config, begun = plan.survey, plan.survey.config, time.monotonic()
-    grace = GRACE_SECONDS if grace is None else grace
     manifest.save(store, config, survey.prints, state="running", documents=len(survey.catalogue))
     schema = result_schema(survey.catalogue.kept)
     sink = Sink(store, schema, flush_documents=config.flush_documents, flush_seconds=config.flush_seconds)
@@ -109,7 +112,7 @@ def _execute(
                 limits = Limits(
                     workers=share.workers,
                     max_attempts=config.max_attempts,
-                    hang_after=config.deadline + 3 * grace if config.deadline else 0.0,
+                    hang_after=config.deadline + 3 * worker_config.grace if config.deadline else 0.0,
                 )
                 progress.message(f"starting {share.workers} workers on {share.device} for {len(left):,} documents")
                 scheduler = Scheduler(

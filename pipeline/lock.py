@@ -97,7 +97,8 @@ class ClaimLock:
         self._files = files
         self._name = f"{CLAIM}{secrets.token_hex(8)}"
         self._stop = threading.Event()
-        self._renewed = 0.0
+        self._thread: threading.Thread | None = None
+        self._renewed = 0.0  # when the last renewal was begun: nobody saw it earlier
         self._beats = 0
         self._lost = ""
 
@@ -106,23 +107,27 @@ class ClaimLock:
         for name in self._watch(self._claims()):
             self._files.delete(name)
         self._renew()
-        others = {name: text for name, text in self._claims().items() if name != self._name}
-        if others:
-            self._files.delete(self._name)
-            raise refused(self._files.name, _holder(next(iter(others.values()))))
-        threading.Thread(target=self._beat, name="lock", daemon=True).start()
+        try:
+            others = {name: text for name, text in self._claims().items() if name != self._name}
+            if others:
+                raise refused(self._files.name, _holder(next(iter(others.values()))))
+        except JobError:
+            self.release()
+            raise
+        self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
+        self._thread.start()
 
     def release(self) -> None:
         """Let other jobs in."""
         self._stop.set()
+        if self._thread is not None:  # a renewal under way would put the claim back
+            self._thread.join(LEASE_SECONDS)
         with contextlib.suppress(JobError):
             self._files.delete(self._name)
 
     def check(self) -> None:
         """Raise JobError if the output may be another job's by now."""
-        late = time.monotonic() - self._renewed
-        if late > LEASE_SECONDS - BEAT_SECONDS:
-            self._lost = self._lost or f"its claim could not be renewed for {late:.0f} s"
+        self._note_late()
         if self._lost:
             raise JobError(f"--output {self._files.name}: this job gave way: {self._lost}; the same command goes on")
 
@@ -142,13 +147,22 @@ class ClaimLock:
             claims = now
         return claims
 
+    def _note_late(self) -> None:
+        late = time.monotonic() - self._renewed
+        if late > LEASE_SECONDS - BEAT_SECONDS:
+            self._lost = self._lost or f"its claim could not be renewed for {late:.0f} s"
+
     def _renew(self) -> None:
         self._beats += 1
+        begun = time.monotonic()
         self._files.put(self._name, json.dumps({"holder": this_process(), "beat": self._beats}).encode())
-        self._renewed = time.monotonic()
+        self._renewed = begun
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):
+            self._note_late()
+            if self._lost:  # it may be another job's by now: to renew it would bring it back
+                return
             try:
                 if self._files.read(self._name) is None:
                     if not self._stop.is_set():

@@ -15,8 +15,10 @@ from pipeline.engine.config import Completion, Request
 class EngineLike(Protocol):
     """What a worker needs of an engine (pipeline.engine.Engine; tests bring their own)."""
 
-    max_context: int
-    has_work: bool
+    @property
+    def max_context(self) -> int: ...
+    @property
+    def has_work(self) -> bool: ...
 
     def add(self, request: Request) -> None: ...
     def step(self) -> list[Completion]: ...
@@ -56,12 +58,12 @@ class EngineLoop:
         def add(engine: EngineLike) -> None:
             if not future.set_running_or_notify_cancel():  # given up before the engine saw it
                 return
-            self._waiting[request.request_id] = future
             try:
                 engine.add(request)
-            except Exception as error:
-                del self._waiting[request.request_id]
+            except Exception as error:  # an id that is in the engine already, say; its own future must not suffer
                 future.set_exception(error)
+            else:
+                self._waiting[request.request_id] = future
 
         if self._failure:
             future.set_exception(self._failure)
@@ -72,6 +74,7 @@ class EngineLoop:
     def abort(self, request_ids: list[str]) -> Future[None]:
         """Drop requests; done when the engine has let go of them, which a hung engine never does."""
         future: Future[None] = Future()
+        request_ids = list(request_ids)
 
         def drop(engine: EngineLike) -> None:
             for request_id in request_ids:

@@ -142,10 +142,12 @@ def _compare_with_earlier(config: JobConfig, store: Store, prints: dict[str, str
     return manifest.check(old, prints, config, store)
 
 
-def make_worker_config(survey: Survey, device: str, threads: int, engine_factory: str = "", grace: float = 10.0) -> Any:
+def make_worker_config(
+    survey: Survey, device: str, threads: int, engine_factory: str = "", grace: float | None = None
+) -> Any:
     """The job's settings in the form a worker takes them (pipeline.worker.WorkerConfig)."""
     from pipeline.engine.config import Sampling
-    from pipeline.worker import WorkerConfig
+    from pipeline.worker import GRACE_SECONDS, WorkerConfig
 
     config = survey.config
     return WorkerConfig(
@@ -160,7 +162,7 @@ def make_worker_config(survey: Survey, device: str, threads: int, engine_factory
         template_args=config.chat_template_args,
         kept=tuple(pa.field(field.name, field.type) for field in survey.catalogue.kept),
         deadline=config.deadline,
-        grace=grace,
+        grace=GRACE_SECONDS if grace is None else grace,
         threads=threads,
         engine_factory=engine_factory or "pipeline.engine:Engine",
     )

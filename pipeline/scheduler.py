@@ -59,9 +59,9 @@ class Limits:
     """Bounds of a run. Times in seconds.
 
     max_attempts: times a document may end its worker before it is given up, counting the first, shared one.
-    start_tries: failed starts in a row after which the job ends if no worker runs, and else pauses start_pause before
-    each further try. hang_after: a document is out so long with no sign of
-    life, then its worker is killed; 0 never. ahead: documents that a worker holds beyond those it decodes.
+    start_tries: failed starts in a row after which the job ends if no worker runs or still starts, and else pauses
+    start_pause before each further try. hang_after: a document is out so long with no sign of life, then its worker is
+    killed; 0 never. ahead: documents that a worker holds beyond those it decodes.
     """
 
     workers: int
@@ -157,8 +157,10 @@ class Scheduler:
     def _staff(self) -> None:
         """Start workers up to the number wanted, never more than documents are left."""
         wanted = min(self._limits.workers, self._left)
-        if self._failed_starts >= self._limits.start_tries and self._workers and self._clock() < self._next_start:
-            return  # go on with those that run, and see later if there is room again
+        if self._failed_starts >= self._limits.start_tries and self._workers:
+            running = any(state.capacity for state in self._workers.values())
+            if not running or self._clock() < self._next_start:
+                return  # go on with those that run or still start, and see later if there is room again
         while len(self._workers) < wanted:
             self._workers[self._pool.start()] = WorkerState()
 
@@ -237,7 +239,7 @@ class Scheduler:
         self._failed_starts += 1
         self._next_start = self._clock() + self._limits.start_pause
         self._log(f"a worker could not start ({self._failed_starts}): {event.reason}")
-        if self._failed_starts >= self._limits.start_tries and not any(s.capacity for s in self._workers.values()):
+        if self._failed_starts >= self._limits.start_tries and not self._workers:
             raise JobError(f"no worker could start in {self._failed_starts} tries; the last reason: {event.reason}")
 
     def _end_hangs(self) -> None:

@@ -9,23 +9,25 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import pyarrow as pa
 
-from pipeline.engine.config import Completion, EngineConfig, Request, Sampling
+from pipeline.engine.config import EngineConfig, Request, Sampling
 from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.imports import check_kernels
 from pipeline.loop import EngineBrokenError, EngineLike, EngineLoop
+from pipeline.meter import Meter
 from pipeline.prompts import Prompt, PromptBuilder, Task
 from pipeline.records import Row, new_row, utc_now
 from pipeline.source import Document, DocumentReader, input_hash
 from pipeline.tokens import load_tokens
 
 T = TypeVar("T")
-# How long after its deadline a document may still hold the reader or the engine before the worker counts as hung.
-GRACE_SECONDS = 10.0
+# How long after its deadline a document may still hold the reader or the engine before the worker counts as hung. The
+# end of a neighbour's prefill is one step of the engine, tens of seconds for a long prompt in a large model.
+GRACE_SECONDS = 60.0
 # A document that ran out of memory is tried once more, alone and in prefill chunks smaller by this factor.
 CAREFUL = 4
 
@@ -51,53 +53,6 @@ class WorkerConfig:
     grace: float = GRACE_SECONDS
     threads: int = 0
     engine_factory: str = "pipeline.engine:Engine"
-
-
-@dataclass
-class Meter:
-    """What a document has cost so far, all its parts together. Seconds and tokens."""
-
-    load: float = 0.0
-    tokenize: float = 0.0
-    queue: float = 0.0
-    truncated: int = 0
-    parts: int = 1
-    input_hash: str | None = None
-    chunk_tokens: int | None = None
-    completions: list[Completion] = field(default_factory=list)
-    requests: list[str] = field(default_factory=list)
-
-    def columns(self) -> dict[str, Any]:
-        """The row columns that follow from it."""
-        values: dict[str, Any] = {
-            "queue_seconds": self.queue + sum(c.queue_seconds for c in self.completions),
-            "load_seconds": self.load,
-            "tokenize_seconds": self.tokenize,
-            "truncated_tokens": self.truncated,
-            "parts": self.parts,
-            "input_hash": self.input_hash,
-        }
-        if not self.completions:
-            return values
-        done, first = self.completions, self.completions[0]
-        sparse = [c for c in done if c.attention == "stem"]
-        told = sparse[0] if sparse else first
-        ran = [c for c in done if c.attention]  # the others were refused, or ended before their turn
-        read = sum(c.prompt_tokens for c in ran)
-        return values | {
-            "prompt_tokens": sum(c.prompt_tokens for c in done),
-            "output_tokens": sum(c.output_tokens for c in done),
-            "attention": told.attention or None,
-            "attention_reason": told.attention_reason if ran else None,
-            "density": sum(c.density * c.prompt_tokens for c in ran) / read if read else None,
-            "kernel": told.kernel or None,
-            "prefill_seconds": sum(c.prefill_seconds for c in done),
-            "decode_seconds": sum(c.decode_seconds for c in done),
-            "time_to_first_token": max(0.0, first.time_to_first_token - first.queue_seconds)
-            if first.output_tokens
-            else None,
-            "peak_gpu_bytes": max(c.peak_bytes for c in done),
-        }
 
 
 class Worker:
@@ -176,8 +131,10 @@ class Worker:
                 values = {"status": "timeout", "error": f"not done after {self._config.deadline:g} s in the worker"}
             else:
                 values = {"status": "error", "error": one_line(f"{type(error).__name__}: {error}")}
-        if values["status"] != "ok":
+        if limit.expired():
             await self._let_go(meter.requests)
+        elif meter.requests:  # other parts of a document of which one failed
+            self._loop.abort(meter.requests)
         self._last = time.perf_counter()
         row = new_row(document.document_id, document.source, **values) | meter.columns() | kept
         return row | {
@@ -289,7 +246,7 @@ class Worker:
 
     async def _let_go(self, requests: list[str]) -> None:
         """Take a document's requests out of the engine. Raises EngineBrokenError if reader or engine do not answer."""
-        waits = [asyncio.wrap_future(self._loop.abort(list(requests)))]
+        waits = [asyncio.wrap_future(self._loop.abort(requests))]
         waits.append(asyncio.get_running_loop().run_in_executor(self._reader, lambda: None))
         _, pending = await asyncio.wait(waits, timeout=self._config.grace)
         if pending:

@@ -207,6 +207,42 @@ def test_a_claim_that_cannot_be_renewed_is_given_up(monkeypatch: pytest.MonkeyPa
         store.write("part-000000-x.parquet", b"late")
 
 
+def test_a_renewal_under_way_does_not_outlive_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
+    store = Store("mock:///locks/slow")
+    store.create()
+    store.lock()
+    real, begun = store.put, threading.Event()
+
+    def slow(name: str, data: bytes) -> None:
+        begun.set()
+        threading.Event().wait(0.3)
+        real(name, data)
+
+    monkeypatch.setattr(store, "put", slow)
+    assert begun.wait(10)
+    store.unlock()
+    threading.Event().wait(0.5)
+    assert store.list(lock.CLAIM) == []
+
+
+@pytest.mark.usefixtures("fast_claims")
+def test_a_job_that_was_frozen_for_a_lease_does_not_take_its_claim_back() -> None:
+    store = Store("mock:///locks/frozen")
+    store.create()
+    store.lock()
+    claim = store._lock
+    assert isinstance(claim, lock.ClaimLock)
+    claim._renewed -= 5
+    assert claim._thread is not None
+    claim._thread.join(10)
+    before = claim._renewed
+    with pytest.raises(JobError, match="this job gave way: its claim could not be renewed"):
+        store.write("part-000000-x.parquet", b"late")
+    assert claim._renewed == before
+    store.unlock()
+
+
 def test_doubled_rows_are_found_before_anything_is_done(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     sink = sink_of(store)

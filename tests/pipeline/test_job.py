@@ -138,6 +138,14 @@ def test_failed_documents_are_retried_on_request(tmp_path: Path, out: Path, mode
     assert len(rows(out)) == 3
 
 
+def test_a_failed_row_whose_document_is_gone_is_kept_with_force(tmp_path: Path, out: Path, model: Path) -> None:
+    docs = write(tmp_path / "docs", {"a": "text", "b": "ALWAYSOOM", "c": "ALWAYSOOM"})
+    assert job(docs, out, model).counts == {"ok": 1, "oom": 2}
+    write(docs, {"a": "text", "b": "FIXED"})
+    assert job(docs, out, model, retry_failed=True, force=True).done_now == 1
+    assert {name: row["status"] for name, row in rows(out).items()} == {"a": "ok", "b": "ok", "c": "oom"}
+
+
 def test_a_document_that_kills_its_worker_is_found(tmp_path: Path, out: Path, model: Path) -> None:
     docs = write(tmp_path / "docs", TEXTS | {"killer": "please CRASH now " * 8})
     report = job(docs, out, model, workers=2)
@@ -168,6 +176,13 @@ def test_a_slow_document_times_out_without_harm_to_its_worker(tmp_path: Path, ou
     assert report.counts == {"ok": 1, "timeout": 3}
     assert "not done after 0.25 s" in found["slow0"]["error"]
     assert len({row["worker"] for row in found.values()}) == 1
+
+
+def test_a_bad_document_does_not_wait_for_an_engine_that_is_busy(tmp_path: Path, out: Path, model: Path) -> None:
+    docs = write(tmp_path / "docs", {f"slow{i:02}": "SLOW " * (20 - i) for i in range(14)} | {"e0": "", "e1": ""})
+    report = job(docs, out, model, grace=0.05)
+    assert report.counts == {"ok": 14, "error": 2}
+    assert {row["attempts"] for row in rows(out).values()} == {1}
 
 
 def test_out_of_memory_is_tried_again_alone(tmp_path: Path, out: Path, model: Path) -> None:

@@ -55,12 +55,15 @@ class Workers:
 
     def wait(self, timeout: float) -> list[Event]:
         self.time += timeout
-        events = []
+        events, later = [], []
         for worker in self.fresh:
             problem = next(self.starts, "")
             info = {"max_live": self.max_live}
-            events.append(Event("start_failed" if problem else "started", worker, reason=problem, info=info))
-        self.fresh = []
+            if problem == "later":
+                later.append(worker)
+            else:
+                events.append(Event("start_failed" if problem else "started", worker, reason=problem, info=info))
+        self.fresh = later
         for worker, items in list(self.held.items()):
             event = self.behave(self, worker, items[0]) if items else None
             if event:
@@ -198,6 +201,13 @@ def test_silence_ends_a_worker() -> None:
 def test_workers_that_never_start_end_the_job_with_the_reason() -> None:
     with pytest.raises(JobError, match="no worker could start in 3 tries; the last reason: third"):
         run(NAMES, ok, workers=1, starts=["first", "second", "third", "fourth"])
+
+
+def test_workers_that_still_start_are_waited_for() -> None:
+    rows, pool, _ = run(NAMES, ok, workers=4, starts=[*["no room"] * 3, "later", *["later"] * 9, ""])
+    assert len(by_id(rows)) == len(NAMES)
+    with pytest.raises(JobError, match="no worker could start in 4 tries; the last reason: too slow"):
+        run(NAMES, ok, workers=4, starts=[*["no room"] * 3, *["later"] * 9, "too slow"], start_pause=0.1)
 
 
 def test_some_failed_starts_are_survived() -> None:
