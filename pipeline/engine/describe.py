@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import metadata
+from typing import Any
 
 import torch
 
@@ -12,9 +13,11 @@ from kernels.block_sparse_attention import choose_block_sparse_attention
 from kernels.block_sparse_attention_fp8 import choose_block_sparse_attention_fp8
 from kernels.decode_attention import choose_decode_attention
 from kernels.decode_attention_fp8 import choose_decode_attention_fp8
+from pipeline.engine.config import EngineConfig
 from pipeline.engine.runner import ModelRunner
 from stem_core.config import StemConfig
 from stem_core.fp8 import describe_fp8
+from stem_core.fuse import describe_fusion
 from stem_core.policy import DENSE_BLOCK_SIZE
 
 PACKAGES = ("torch", "transformers", "triton")
@@ -29,6 +32,23 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def describe_engine(runner: ModelRunner, config: EngineConfig) -> dict[str, Any]:
+    """A loaded model and how it runs, as plain values."""
+    attention = config.attention
+    return {
+        "model": config.model,
+        "device": str(runner.device),
+        "gpu": torch.cuda.get_device_name(runner.device) if runner.device.type == "cuda" else "",
+        "precision": runner.precision.name,
+        "dtype": str(runner.dtype).removeprefix("torch."),
+        "fp8": describe_fp8(runner.model) if runner.precision.fp8 else None,
+        "attention": "dense" if attention is None else "stem",
+        "attention_config": None if attention is None else attention.to_dict(),
+        "fusion": describe_fusion(runner.model),
+        "versions": versions(),
+    }
 
 
 def describe_kernels(runner: ModelRunner, attention: StemConfig | None) -> dict[str, str]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from pipeline.engine.batch import IDLE, NOT_FINITE, DecodeBatch
 from pipeline.engine.config import Completion, EngineConfig, EngineError, Request, Status
 from pipeline.engine.decode import DecodeRunner, Readback, StepKey, batch_bucket
-from pipeline.engine.describe import describe_kernels, versions
+from pipeline.engine.describe import describe_engine, describe_kernels
 from pipeline.engine.document import Document, WaitingLine, accept
 from pipeline.engine.loading import load_model, load_precision, stop_token_ids
 from pipeline.engine.memory import allocate_arena, plan_memory, release_memory
@@ -28,8 +28,6 @@ from pipeline.engine.meter import Meter, check_device, is_out_of_memory
 from pipeline.engine.plan import MemoryPlan
 from pipeline.engine.prefill import AttentionPlan, Prefill, attention_plan, chunk_size
 from pipeline.engine.runner import ModelRunner
-from stem_core.fp8 import describe_fp8
-from stem_core.fuse import describe_fusion
 
 
 class Engine:
@@ -95,21 +93,10 @@ class Engine:
 
     def describe(self) -> dict[str, Any]:
         """What runs here: device, precision, attention, kernels, decode mode, versions. dtype: of activations."""
-        attention = self.config.attention
-        return {
-            "model": self.config.model,
-            "device": str(self._device),
-            "gpu": torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "",
-            "precision": self._runner.precision.name,
-            "dtype": str(self._runner.dtype).removeprefix("torch."),
-            "fp8": describe_fp8(self._runner.model) if self._runner.precision.fp8 else None,
-            "attention": "dense" if attention is None else "stem",
-            "attention_config": None if attention is None else attention.to_dict(),
+        return describe_engine(self._runner, self.config) | {
             "chunk_tokens": self._chunk,
             "kernels": self._kernels,
-            "fusion": describe_fusion(self._runner.model),
             "decode": self._decode.mode,
-            "versions": versions(),
         }
 
     def add(self, request: Request) -> None:
