@@ -91,7 +91,7 @@ def _soak(options: argparse.Namespace, folder: Path) -> int:
     print("minutes  driver MiB  workers MiB  documents")
     for sample in samples:
         workers = " ".join(f"{value:.0f}" for value in sample.workers)
-        print(f"{sample.seconds / 60:7.1f}  {sample.driver:10.0f}  {workers:11}  {sample.rows:9,}")
+        print(f"{sample.seconds / 60:7.1f}  {sample.driver:10.0f}  {workers:11}  {sample.taken:9,}")
     print(f"rows {sum(count.statuses.values()):,}, doubled {count.doubled}, statuses {count.statuses}")
     return 2 if count.doubled else 0
 

@@ -56,7 +56,10 @@ def credentials() -> Iterator[None]:
         yield
     finally:
         for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def upload(folder: Path, endpoint: str, bucket: str = "demo") -> tuple[str, str]:
@@ -79,17 +82,17 @@ def bucket(folder: Path) -> int:
         log, engine_log = folder / "driver.log", folder / "engine.log"
         arguments = ["--config", str(ROOT / "examples" / "demo.yaml"), f"--input={source}", f"--output={output}"]
         arguments += ["--flush-documents", "2", "--device", "cpu", "--workers", "1"]
-        first = processes.start_driver(arguments, log, engine_log)
         store = Store(output)
-        while first.poll() is None and not part_names(store):
-            time.sleep(0.1)
-        below = processes.descendants(first.pid)
-        processes.kill(first.pid, signal.SIGKILL)
-        first.wait()
+        with processes.driver(arguments, log, engine_log) as first:
+            while first.poll() is None and not part_names(store):
+                time.sleep(0.1)
+            below = processes.descendants(first.pid)
+            processes.kill(first.pid, signal.SIGKILL)
+            first.wait()
         processes.left_over(below, 15.0)
         before = {row["document_id"]: row for row in read_results(output).to_pylist()}
-        second = processes.start_driver(arguments, log, engine_log)
-        code = second.wait()
+        with processes.driver(arguments, log, engine_log) as second:
+            code = second.wait()
         rows = read_results(output).to_pylist()
     after = {row["document_id"]: row for row in rows}
     documents = len(list(DOCUMENTS.iterdir()))

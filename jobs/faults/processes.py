@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.imports import ROOT
@@ -15,15 +16,22 @@ from pipeline.imports import ROOT
 WORKER = b"ray::Worker"
 
 
-def start_driver(arguments: list[str], log: Path, engine_log: Path) -> subprocess.Popen[bytes]:
-    """jobs.faults.driver with its own process group; its output is appended to `log`."""
+@contextlib.contextmanager
+def driver(arguments: list[str], log: Path, engine_log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """jobs.faults.driver in a session of its own; its output is appended to `log`. Stopped at the end of the block."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment |= {"STEMLINE_FAULTS_LOG": str(engine_log), "OMP_NUM_THREADS": "1"}
     with log.open("ab") as file:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "jobs.faults.driver", *arguments],
             cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
         )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.poll() is None:  # a Ctrl-C does not reach it
+            process.terminate()
+            process.wait()
 
 
 def descendants(pid: int) -> list[int]:
@@ -42,9 +50,9 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def workers(driver: int) -> list[int]:
-    """The driver's worker processes (it started the cluster, so they are below it)."""
-    return [pid for pid in descendants(driver) if _command(pid).startswith(WORKER)]
+def workers(pid: int) -> list[int]:
+    """A driver's worker processes (it started the cluster, so they are below it)."""
+    return [pid for pid in descendants(pid) if _command(pid).startswith(WORKER)]
 
 
 def name(pid: int) -> str:

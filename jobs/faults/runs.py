@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,8 @@ from jobs.faults import processes
 from jobs.faults.corpus import Count, count_rows, write_documents, write_model
 from pipeline.errors import JobError
 
+# Ray's own two agents end by themselves a minute after a driver; all else goes with it.
+AGENTS = ("DashboardAgent", "RuntimeEnvAgent")
 # In-flight documents of a worker (decoded together, and ahead of that), and rows that wait to be written.
 LIVE, AHEAD, FLUSH = 8, 2, 64
 
@@ -94,30 +95,29 @@ def kills(
         life = chance.uniform(*first_kill) if first_kill else driver_every
         may_kill = outcome.driver_kills < max_driver_kills
         outcome.runs += 1
-        driver = processes.start_driver(place.arguments, place.log, place.engine_log)
-        end = time.monotonic() + life if first_kill else float("inf")
-        early = late = 0.0
-        taken = taken_at_kill = place.taken
-        while driver.poll() is None:
-            time.sleep(0.1)
-            now = time.monotonic()
-            late = processes.memory_mib(driver.pid) or late
-            running = processes.workers(driver.pid) if now >= next_worker or not early else []
-            early = early or (late if running else 0.0)
-            if place.taken > taken and end == float("inf"):
-                end = now + life
-            if now >= next_worker and running and place.taken > taken_at_kill:
-                taken_at_kill = place.taken
-                outcome.worker_kills += processes.kill(chance.choice(running))
-                next_worker = now + worker_every
-            if may_kill and now >= end:
-                below = processes.descendants(driver.pid)
-                if processes.kill(driver.pid):
-                    outcome.driver_kills += 1
-                    driver.wait()
-                    # Ray's own two agents end by themselves after a minute; all else goes with the driver.
-                    outcome.left_over += processes.left_over(below, 15.0, ending=("DashboardAgent", "RuntimeEnvAgent"))
-                break
+        with processes.driver(place.arguments, place.log, place.engine_log) as driver:
+            end = time.monotonic() + life if first_kill else float("inf")
+            early = late = 0.0
+            taken = taken_at_kill = place.taken
+            while driver.poll() is None:
+                time.sleep(0.1)
+                now = time.monotonic()
+                late = processes.memory_mib(driver.pid) or late
+                running = processes.workers(driver.pid) if now >= next_worker or not early else []
+                early = early or (late if running else 0.0)
+                if place.taken > taken and end == float("inf"):
+                    end = now + life
+                if now >= next_worker and running and place.taken > taken_at_kill:
+                    taken_at_kill = place.taken
+                    outcome.worker_kills += processes.kill(chance.choice(running))
+                    next_worker = now + worker_every
+                if may_kill and now >= end:
+                    below = processes.descendants(driver.pid)
+                    if processes.kill(driver.pid):
+                        outcome.driver_kills += 1
+                        driver.wait()
+                        outcome.left_over += processes.left_over(below, 15.0, ending=AGENTS)
+                    break
         outcome.driver_memory.append((early, late))
         code = driver.wait()
         if code in (0, 2):
@@ -133,29 +133,27 @@ def kills(
 
 @dataclass(frozen=True)
 class Sample:
-    """Memory in MiB at a moment of a soak. rows: written by then."""
+    """Memory in MiB at a moment of a soak. taken: documents that engines were given by then."""
 
     seconds: float
     driver: float
     workers: tuple[float, ...]
-    rows: int
+    taken: int
 
 
 def soak(folder: Path, *, minutes: float, workers: int = 2, documents: int = 400_000) -> tuple[list[Sample], Count]:
     """Work for `minutes` without a pause, then stop with SIGTERM; memory every half minute, and the rows."""
     place = prepare(folder, documents, workers)
-    driver = processes.start_driver(place.arguments, place.log, place.engine_log)
     samples: list[Sample] = []
     begun = 0.0
-    while driver.poll() is None and (not begun or time.monotonic() - begun < 60 * minutes):
-        running = processes.workers(driver.pid)
-        rows = place.engine_log.read_bytes().count(b"\n") if place.engine_log.exists() else 0
-        if rows and not begun:
-            begun = time.monotonic()
-        if begun:
-            memory = tuple(processes.memory_mib(pid) for pid in sorted(running))
-            samples.append(Sample(time.monotonic() - begun, processes.memory_mib(driver.pid), memory, rows))
-        time.sleep(30.0 if begun else 1.0)
-    processes.kill(driver.pid, signal.SIGTERM)
-    driver.wait()
+    with processes.driver(place.arguments, place.log, place.engine_log) as driver:
+        while driver.poll() is None and (not begun or time.monotonic() - begun < 60 * minutes):
+            running = processes.workers(driver.pid)
+            taken = place.engine_log.read_bytes().count(b"\n") if place.engine_log.exists() else 0
+            if taken and not begun:
+                begun = time.monotonic()
+            if begun:
+                memory = tuple(processes.memory_mib(pid) for pid in sorted(running))
+                samples.append(Sample(time.monotonic() - begun, processes.memory_mib(driver.pid), memory, taken))
+            time.sleep(30.0 if begun else 1.0)
     return samples, place.count()

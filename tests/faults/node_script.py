@@ -31,22 +31,22 @@ def main(folder: Path) -> None:
     )
     nodes = [cluster.add_node(num_cpus=1, **store) for _ in range(2)]
     place = prepare(folder, 1500, 2, ray_address=cluster.address, max_new_tokens=16)
-    driver = processes.start_driver(place.arguments, place.log, place.engine_log)
-    until = time.monotonic() + 240
+    with processes.driver(place.arguments, place.log, place.engine_log) as driver:
+        until = time.monotonic() + 240
 
-    def wait_for(documents: int) -> int:
-        while driver.poll() is None and time.monotonic() < until:
-            seen = place.engine_log.read_bytes().count(b"\n") if place.engine_log.exists() else 0
-            if seen >= documents:
-                return seen
-            time.sleep(0.1)
-        raise SystemExit(f"the job did not get to {documents} documents: {place.log.read_text()}")
+        def wait_for(documents: int) -> int:
+            while driver.poll() is None and time.monotonic() < until:
+                seen = place.engine_log.read_bytes().count(b"\n") if place.engine_log.exists() else 0
+                if seen >= documents:
+                    return seen
+                time.sleep(0.1)
+            raise SystemExit(f"the job did not get to {documents} documents: {place.log.read_text()}")
 
-    at_loss = wait_for(100)
-    cluster.remove_node(nodes[0], allow_graceful=False)
-    wait_for(at_loss + 100)
-    cluster.add_node(num_cpus=1, **store)
-    code = driver.wait(timeout=max(1.0, until - time.monotonic()))
+        at_loss = wait_for(100)
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        wait_for(at_loss + 100)
+        cluster.add_node(num_cpus=1, **store)
+        code = driver.wait(timeout=max(1.0, until - time.monotonic()))
     count = place.count()
     cluster.shutdown()
     print(json.dumps({"code": code, "statuses": count.statuses, "lost": count.lost, "doubled": count.doubled,

@@ -38,20 +38,30 @@ def test_a_driver_killed_at_random_moments_loses_and_doubles_nothing(tmp_path: P
 def test_sigterm_writes_what_is_finished_within_three_seconds(tmp_path: Path) -> None:
     # Nothing would be written by number or by time, so what is there was written because of the signal.
     place = prepare(tmp_path / "run", 3000, 1, flush_documents=100_000, flush_seconds=100_000, max_new_tokens=32)
-    driver = processes.start_driver(place.arguments, place.log, place.engine_log)
-    until = time.monotonic() + 120
-    while not place.engine_log.exists() or place.engine_log.read_bytes().count(b"\n") < 60:
-        assert driver.poll() is None, place.log.read_text()
-        assert time.monotonic() < until, place.log.read_text()
-        time.sleep(0.05)
-    assert not list(place.output.glob("part-*.parquet"))
-    begun = place.engine_log.read_bytes().count(b"\n")
-    processes.kill(driver.pid, signal.SIGTERM)
-    time.sleep(3.0)  # what `ray job stop` gives
-    below = processes.descendants(driver.pid)
-    processes.kill(driver.pid)
-    driver.wait()
+    with processes.driver(place.arguments, place.log, place.engine_log) as driver:
+        until = time.monotonic() + 120
+        while not place.engine_log.exists() or place.engine_log.read_bytes().count(b"\n") < 60:
+            assert driver.poll() is None, place.log.read_text()
+            assert time.monotonic() < until, place.log.read_text()
+            time.sleep(0.05)
+        assert not list(place.output.glob("part-*.parquet"))
+        begun = place.engine_log.read_bytes().count(b"\n")
+        processes.kill(driver.pid, signal.SIGTERM)
+        time.sleep(3.0)  # what `ray job stop` gives
+        below = processes.descendants(driver.pid)
+        processes.kill(driver.pid)
+        driver.wait()
     processes.left_over(below, 15.0)
     count = place.count()
     assert count.doubled == 0
     assert sum(count.statuses.values()) >= begun - LIVE - AHEAD, "all but what was still in the engine"
+
+
+def test_a_driver_does_not_outlive_the_tool_that_started_it(tmp_path: Path) -> None:
+    place = prepare(tmp_path / "run", 20, 1)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        processes.driver(place.arguments, place.log, place.engine_log) as driver,
+    ):
+        raise KeyboardInterrupt
+    assert driver.poll() is not None
