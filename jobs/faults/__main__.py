@@ -88,7 +88,7 @@ def _show(outcome: runs.Outcome) -> int:
 
 def _soak(options: argparse.Namespace, folder: Path) -> int:
     samples, count = runs.soak(folder, minutes=options.minutes, workers=options.workers, documents=options.documents)
-    print("minutes  driver MiB  workers MiB  documents")
+    print("minutes  driver MiB  workers MiB      taken")
     for sample in samples:
         workers = " ".join(f"{value:.0f}" for value in sample.workers)
         print(f"{sample.seconds / 60:7.1f}  {sample.driver:10.0f}  {workers:11}  {sample.taken:9,}")
