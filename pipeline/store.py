@@ -4,10 +4,11 @@ Commit protocol with rename (a local or mounted file system): temporary name, fs
 of the folder. What a crash leaves is a temporary file, which the next run removes.
 
 Commit protocol without rename (s3://, gs://): a part is one object, put under its final name, which carries a random
-suffix and is never used twice. A put, or the completion of a multipart upload, is atomic: before it there is no object,
-after it a whole one. A crash leaves at most an upload that was never completed, which nobody can see (let a lifecycle
-rule of the bucket remove such). What replaces several objects (a merge of parts) is announced in a journal object
-first, which readers honour and the next run finishes or undoes. One job at a time: pipeline.lock.
+suffix; it is put again only to take outdated rows out of the part. A put, or the completion of a multipart upload, is
+atomic: before it there is no object, after it a whole one. A crash leaves at most an upload that was never completed,
+which nobody can see (let a lifecycle rule of the bucket remove such). What replaces several objects (a merge of parts)
+is announced in a journal object first, which readers honour and the next run finishes or undoes. One job at a time:
+pipeline.lock.
 """
 
 from __future__ import annotations

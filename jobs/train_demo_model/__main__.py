@@ -31,6 +31,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--new-tokenizer", action="store_true", help="train one, into --output, instead")
     parser.add_argument("--workers", type=int, default=max(1, min(14, (os.cpu_count() or 2) - 2)))
     options = parser.parse_args(arguments)
+    if options.workers < 1:
+        raise JobError(f"--workers must be at least 1, got {options.workers}")
     tokenizer = options.tokenizer
     if options.new_tokenizer:
         tokenizer = options.output

@@ -18,6 +18,8 @@ from torch import Tensor
 from jobs.train_demo_model.documents import OTHER, TARGET, Document, DocumentMaker, Span
 
 AHEAD = 32
+# After so long without a batch it is asked whether the processes that make them are alive.
+PATIENCE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class BatchSource:
     """
 
     def __init__(self, maker: DocumentMaker, lengths: Sequence[int], plan: BatchPlan, workers: int, seed: int) -> None:
+        if workers < 1:
+            raise ValueError(f"workers must be at least 1, got {workers}")
         context = multiprocessing.get_context("fork")
         self._stage: Synchronized[int] = context.Value("i", 0)
         self._made: Any = context.Queue(AHEAD)
@@ -113,8 +117,17 @@ class BatchSource:
         self._stage.value = stage
 
     def next(self) -> Batch:
-        """The next batch, on the device."""
-        return self._moved.get()
+        """The next batch, on the device. Raises RuntimeError if a worker has died: its share would be missing."""
+        while True:
+            try:
+                return self._moved.get(timeout=PATIENCE_SECONDS)
+            except queue.Empty:
+                dead = [process for process in self._processes if not process.is_alive()]
+                if dead:
+                    raise RuntimeError(
+                        f"{len(dead)} of {len(self._processes)} processes that make documents have died (exit code "
+                        f"{dead[0].exitcode}): see what they printed, or use fewer --workers if memory ran out"
+                    ) from None
 
     def close(self) -> None:
         for process in self._processes:

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from jobs.train_demo_model import batches
 from jobs.train_demo_model.__main__ import main
-from jobs.train_demo_model.batches import BatchPlan, make_batch
+from jobs.train_demo_model.batches import BatchPlan, BatchSource, make_batch
 from jobs.train_demo_model.documents import ASSISTANT, END, TARGET, DocumentMaker
 from jobs.train_demo_model.facts import Counts, ask_magic, make_facts
 from jobs.train_demo_model.model import Reader, Shape
@@ -111,6 +112,20 @@ def test_batch_scores_targets_first() -> None:
     assert 0 < weight[batch.targets :].sum() <= 0.1
 
 
+class BrokenMaker:
+    def batch(self, *_: object) -> None:
+        raise MemoryError("no room for a document")
+
+
+def test_workers_that_die_end_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "PATIENCE_SECONDS", 0.1)
+    source = BatchSource(BrokenMaker(), [256], BatchPlan(), 2, 0)  # type: ignore[arg-type]
+    source.start(torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="processes that make documents have died"):
+        source.next()
+    source.close()
+
+
 def test_exported_model_is_transformers_model(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -197,6 +212,8 @@ def test_user_errors(tmp_path: Path) -> None:
     assert parse_stages("512:0.5,2048:1") == ((512, 0.5), (2048, 1.0))
     with pytest.raises(JobError, match=r"no tokenizer\.json"):
         main(["--output", str(tmp_path), "--tokenizer", str(tmp_path)])
+    with pytest.raises(JobError, match="--workers must be at least 1"):
+        main(["--output", str(tmp_path), "--workers", "0"])
     with pytest.raises(ValueError, match="at least 256 tokens, got 128"):
         maker().document(128, seed=0)
     with pytest.raises(JobError, match="must rise to 1"):
