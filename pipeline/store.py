@@ -60,8 +60,13 @@ class Store:
     def unlock(self) -> None:
         """Let other jobs in."""
         if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+            lock, self._lock = self._lock, None
+            lock.release()
+
+    def check_lock(self) -> None:
+        """Raise JobError if this job held the lock and may have lost it."""
+        if self._lock is not None:
+            self._lock.check()
 
     def list(self, prefix: str = "", suffix: str = "") -> list[str]:
         """Names of files in the folder, sorted; none if there is no folder."""
@@ -85,8 +90,7 @@ class Store:
 
     def write(self, name: str, data: bytes | pa.Buffer) -> None:
         """Write a file; whoever looks sees all of it or nothing."""
-        if self._lock is not None:
-            self._lock.check()
+        self.check_lock()
         self.put(name, data)
 
     def put(self, name: str, data: bytes | pa.Buffer) -> None:
@@ -120,11 +124,13 @@ class Store:
 
     def rename(self, name: str, new_name: str) -> None:
         """Give a file another name; in an object store a copy, then a removal."""
+        self.check_lock()
         with self._told(f"{name} cannot be renamed"):
             self._filesystem.move(self.path(name), self.path(new_name))
 
     def delete(self, name: str) -> None:
         """Remove a file if it is there."""
+        self.check_lock()
         with self._told(f"{name} cannot be removed"), contextlib.suppress(FileNotFoundError):
             self._filesystem.delete_file(self.path(name))
 

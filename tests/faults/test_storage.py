@@ -203,8 +203,14 @@ def test_a_claim_that_cannot_be_renewed_is_given_up(monkeypatch: pytest.MonkeyPa
     store.lock()
     store.delete(store.list(lock.CLAIM)[0])  # another job took it for a crashed one's
     threading.Event().wait(0.3)
-    with pytest.raises(JobError, match="another job took its claim"):
-        store.write("part-000000-x.parquet", b"late")
+    for change in (
+        lambda: store.write("part-000000-x.parquet", b"late"),
+        lambda: store.delete("compaction.json"),
+        lambda: store.rename("a.parquet", "b.parquet"),
+    ):
+        with pytest.raises(JobError, match="another job took its claim"):
+            change()
+    store.unlock()
 
 
 def test_a_renewal_under_way_does_not_outlive_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
