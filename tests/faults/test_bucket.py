@@ -38,8 +38,8 @@ class KilledError(BaseException):
 def test_a_job_from_and_to_a_bucket_is_killed_and_resumed(
     tmp_path: Path, endpoint: str, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.3)
-    monkeypatch.setattr(lock, "LEASE_SECONDS", 2.0)
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.5)
+    monkeypatch.setattr(lock, "LEASE_SECONDS", 8.0)
     (tmp_path / "docs").mkdir()
     rows = [{"id": f"d{i:02}", "text": f"text {i} " * 9} for i in range(12)]
     (tmp_path / "docs" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -69,8 +69,8 @@ def test_a_job_from_and_to_a_bucket_is_killed_and_resumed(
     with pytest.raises(KilledError):
         job()
     monkeypatch.undo()
-    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.3)
-    monkeypatch.setattr(lock, "LEASE_SECONDS", 2.0)
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.5)
+    monkeypatch.setattr(lock, "LEASE_SECONDS", 8.0)
     before = {row["document_id"]: row for row in read_results(place).to_pylist()}
     assert len(before) == 8
     report = job()
