@@ -22,7 +22,7 @@ from pipeline.engine.config import Completion, EngineConfig, EngineError, Reques
 from pipeline.engine.decode import DecodeRunner, Readback, StepKey, batch_bucket
 from pipeline.engine.describe import describe_engine, describe_kernels
 from pipeline.engine.document import Document, WaitingLine, accept
-from pipeline.engine.loading import load_model, load_precision, stop_token_ids
+from pipeline.engine.loading import load_model, stop_token_ids
 from pipeline.engine.memory import allocate_arena, plan_memory, release_memory
 from pipeline.engine.meter import Meter, check_device, is_out_of_memory
 from pipeline.engine.plan import MemoryPlan
@@ -43,11 +43,10 @@ class Engine:
         on_gpu = device.type == "cuda"
         if on_gpu:
             torch.cuda.set_device(device)
-        precision = load_precision(config)
         model = load_model(config)
         self._eos = stop_token_ids(model)
         try:
-            self._runner = ModelRunner(model, config.attention, config.fuse, precision)
+            self._runner = ModelRunner(model, config.attention, config.fuse)
             plan = plan_memory(self._runner, config, self._chunk)
         except torch.OutOfMemoryError as error:
             raise EngineError(

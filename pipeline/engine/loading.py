@@ -82,10 +82,11 @@ def _from_files(config: EngineConfig, hf_config: Any, precision: Precision, stor
     )
     if to_quantize:
         quantize_linears(model, fast_accumulation=config.fp8_fast_accumulation, device=device)
-    for module in model.modules():
+        return model.to(device)
+    for module in model.modules():  # those of a checkpoint that is stored in fp8
         if isinstance(module, Fp8Linear):
             module.fast_accumulation = config.fp8_fast_accumulation
-    return model.to(device) if to_quantize else model
+    return model
 
 
 def stop_token_ids(model: nn.Module) -> tuple[int, ...]:

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from kernels.block_sparse_attention_fp8 import BLOCK_SIZES
 from kernels.fp8_heads import FP8, fp8_obstacle
 from pipeline.engine.arena import LayerShape
 from pipeline.engine.config import EngineError
 from stem_core.config import StemConfig
+from stem_core.fp8 import Fp8Linear
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What attention mass by fp8 keys needs: tensor cores sum 32 products of fp8 at a time.
@@ -34,6 +36,14 @@ class Precision:
     def kv_dtype(self) -> torch.dtype:
         """The type of keys and values in the arena."""
         return FP8 if self.fp8 else self.dtype
+
+
+def model_precision(model: nn.Module) -> Precision:
+    """What a model was loaded in: fp8 if any of its linears is, else its embedding's dtype."""
+    dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
+    if any(isinstance(module, Fp8Linear) for module in model.modules()):
+        return Precision("fp8", dtype)
+    return Precision(next((name for name, known in DTYPES.items() if known == dtype), str(dtype)), dtype)
 
 
 def resolve_precision(asked: str, device: torch.device, hf_config: Any) -> Precision:

@@ -40,13 +40,12 @@ def attention_plan(runner: ModelRunner, prompt_tokens: int) -> AttentionPlan:
         return AttentionPlan("dense", "", density)
     # Leading layers are dense because that was asked for.
     others = [(policy, window) for policy, window in runner.layers if not policy.leading]
-    cut = [cutting_window(prompt_tokens, window) is not None for _, window in others]
-    dense = [policy.budget(prompt_tokens, None).reason for policy, _ in others]
-    if not any(not window and not reason for window, reason in zip(cut, dense, strict=True)):
-        of_prompt = [reason for window, reason in zip(cut, dense, strict=True) if reason and not window]
-        reason = of_prompt[0] if of_prompt else "every layer is dense or has a sliding window"
+    uncut = [policy for policy, window in others if cutting_window(prompt_tokens, window) is None]
+    why_dense = [policy.budget(prompt_tokens, None).reason for policy in uncut]
+    if "" not in why_dense:
+        reason = why_dense[0] if why_dense else "every layer is dense or has a sliding window"
         return AttentionPlan("dense", reason, density)
-    windows = sum(cut)
+    windows = len(others) - len(uncut)
     reason = f"{windows} of {len(runner.layers)} layers keep to their sliding window" if windows else ""
     return AttentionPlan("stem", reason, density)
 
@@ -96,7 +95,8 @@ class Prefill:
     def step(self) -> Tensor | None:
         """Run the next chunk. Returns logits [1, V] of its last token, which is the prompt's last one when done.
 
-        None for an earlier chunk, unless every_row."""
+        None for an earlier chunk, unless every_row.
+        """
         begin = self._context.start
         end = min(begin + self._chunk, self._context.prompt_length)
         positions = torch.arange(begin, end, device=self._ids.device)[None]

@@ -9,7 +9,7 @@ from kernels.fp8_heads import HeadScales
 from pipeline.engine.arena import Arena, Fp8KVArena, KVArena, LayerShape
 from pipeline.engine.cache import EngineCache, ProbeCache
 from pipeline.engine.calibration import calibration_prompts
-from pipeline.engine.precision import Precision, check_fp8_attention
+from pipeline.engine.precision import check_fp8_attention, model_precision
 from pipeline.engine.rope import prepare_rope
 from stem_core.config import StemConfig
 from stem_core.context import PrefillContext, StemContext
@@ -25,22 +25,16 @@ class ModelRunner:
     Raises stem_core's UnsupportedModelError or EngineError for a model whose attention or rotary embedding cannot run
     here, UnsupportedCacheError for one that caches more than keys and values.
 
-    precision: as the model was loaded; None: its dtype throughout. In fp8 attention and KV are in fp8 too.
+    precision: as the model was loaded. In fp8 attention and KV are in fp8 too.
     shapes: what each layer caches. layers: policy and sliding window of each attention layer, in the model's order.
     scales: of keys, values and queries in fp8, by layer; empty in other precisions.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        attention: StemConfig | None,
-        fuse: bool | None = None,
-        precision: Precision | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, attention: StemConfig | None, fuse: bool | None = None) -> None:
         embedding = model.get_input_embeddings()  # type: ignore[operator]
         self.device, self.dtype = embedding.weight.device, embedding.weight.dtype
         self.vocabulary: int = embedding.num_embeddings
-        self.precision = precision or Precision(str(self.dtype).removeprefix("torch."), self.dtype)
+        self.precision = model_precision(model)
         if self.device.type == "cuda" or self.precision.fp8 if fuse is None else fuse:
             fuse_model(model)
         self.model = patch_model(model, attention)
@@ -71,12 +65,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def logits(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        cache: EngineCache,
-        context: StemContext,
-        bounds: Tensor,
+        self, input_ids: Tensor, position_ids: Tensor, cache: EngineCache, context: StemContext, bounds: Tensor
     ) -> Tensor:
         """One forward pass. input_ids, position_ids int64 [N, L] -> logits [N, V] of each row's last token.
 

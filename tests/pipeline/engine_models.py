@@ -99,3 +99,17 @@ def run(engine: Engine, requests: list[Request], max_steps: int = 10_000) -> dic
             assert completion.request_id not in done
             done[completion.request_id] = completion
     raise AssertionError(f"the engine still has work after {max_steps} steps")
+
+
+def last_logits(engine: Engine, prompt: np.ndarray) -> torch.Tensor:
+    """Logits after the whole prompt, float64 on the host."""
+    seen: list[torch.Tensor] = []
+    logits = engine._runner.logits
+
+    def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(logits(*args, **kwargs))
+        return seen[-1]
+
+    engine._runner.logits = spy  # type: ignore[method-assign]
+    assert run(engine, [Request("a", prompt, 1)])["a"].status == "ok"
+    return seen[-1].double().cpu()

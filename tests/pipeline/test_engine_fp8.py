@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_models import COMMON, TINY_READER, prompts, run, save_model
+from engine_models import COMMON, TINY_READER, last_logits, prompts, run, save_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -54,20 +54,6 @@ def report(tokens: int) -> np.ndarray:
     text = tokenizer.decode(tokenizer.encode(text)[:tokens])
     message = [{"role": "user", "content": f"{text}\n\nList the key findings in order."}]
     return np.asarray(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False))
-
-
-def last_logits(engine: Engine, prompt: np.ndarray) -> torch.Tensor:
-    """Logits after the whole prompt."""
-    seen: list[torch.Tensor] = []
-    logits = engine._runner.logits
-
-    def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
-        seen.append(logits(*args, **kwargs))
-        return seen[-1]
-
-    engine._runner.logits = spy  # type: ignore[method-assign]
-    run(engine, [Request("a", prompt, 1)])
-    return seen[-1].double()
 
 
 @pytest.mark.parametrize("attention", [None, STEM], ids=["dense", "stem"])

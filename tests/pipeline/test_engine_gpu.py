@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_models import generate, prompts, run, save_model
+from engine_models import generate, last_logits, prompts, run, save_model
 
 from jobs.benchmark.engine.agreement import check_agreement
 from pipeline.engine import Engine, EngineConfig, Request, Sampling
@@ -171,18 +171,10 @@ def test_trained_model_agrees_in_bfloat16() -> None:
 
 
 def prefill_logits(engine: Engine, prompt: Any) -> torch.Tensor:
-    """Logits after the whole prompt, on the host."""
-    seen: list[torch.Tensor] = []
-    logits = engine._runner.logits
-
-    def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
-        seen.append(logits(*args, **kwargs))
-        return seen[-1]
-
-    engine._runner.logits = spy  # type: ignore[method-assign]
-    assert run(engine, [Request("a", prompt, 1)])["a"].status == "ok"
+    """Logits after the whole prompt; the engine's memory is given back."""
+    logits = last_logits(engine, prompt)
     engine.close()
-    return seen[-1].double().cpu()
+    return logits
 
 
 @needs_fp8

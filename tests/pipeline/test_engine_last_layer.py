@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.engine import EngineConfig
 from pipeline.engine.arena import Arena, Extent
-from pipeline.engine.loading import load_model, load_precision
+from pipeline.engine.loading import load_model
 from pipeline.engine.prefill import Prefill
 from pipeline.engine.runner import ModelRunner
 from stem_core import StemConfig
@@ -34,7 +34,7 @@ def test_same_logits_and_cache_without_rows_that_nobody_reads(tmp_path: Path, es
         schedule="density", density=0.5, block_size=32, estimator=estimator, mass_group=2, dense_layers=1, dense_below=0
     )
     config = EngineConfig(str(save_model(tmp_path, "qwen3", head_dim=32)), device="cpu", precision=precision)
-    runner = ModelRunner(load_model(config), attention, precision=load_precision(config))
+    runner = ModelRunner(load_model(config), attention)
     assert [policy.budget(TOKENS, None).budgets is None for policy, _ in runner.layers] == [True, False, False]
     ids = np.random.default_rng(0).integers(0, runner.vocabulary, size=TOKENS)
     computed: list[int] = []

@@ -15,7 +15,7 @@ from torch import Tensor
 from jobs.benchmark.engine.agreement import MODEL
 from pipeline.engine import EngineConfig
 from pipeline.engine.arena import Extent
-from pipeline.engine.loading import load_model, load_precision
+from pipeline.engine.loading import load_model
 from pipeline.engine.memory import release_memory
 from pipeline.engine.prefill import Prefill, attention_plan
 from pipeline.engine.runner import ModelRunner
@@ -83,8 +83,7 @@ def measure_errors(
 
 
 def _build(config: EngineConfig) -> ModelRunner:
-    precision = load_precision(config)
-    return ModelRunner(load_model(config), None, config.fuse, precision)
+    return ModelRunner(load_model(config), None, config.fuse)
 
 
 @torch.inference_mode()
