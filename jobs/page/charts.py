@@ -1,0 +1,80 @@
+"""How charts look, and how a plotly figure becomes data of a page."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import JobError
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+# Names of style.css, so that a chart follows light and dark. Neighbours differ for colour-blind readers too.
+SERIES = tuple(f"var(--series-{number})" for number in range(1, 9))
+MUTED, GRID, TEXT, BAD = "var(--muted)", "var(--line)", "var(--text)", "var(--bad)"
+HEAT = ((0.0, "var(--heat-0)"), (0.5, "var(--heat-1)"), (1.0, "var(--heat-2)"))  # colorscale of a heat map
+
+# Plotly reads markup in every text; these alone may hold some.
+_MARKUP = ("hovertemplate", "texttemplate")
+
+
+def graph_objects() -> Any:
+    """plotly.graph_objects. Raises JobError where plotly is not installed."""
+    try:
+        import plotly.graph_objects as go
+    except ImportError:
+        raise JobError("charts need plotly, which is not installed: pip install plotly") from None
+    return go
+
+
+def layout_template() -> go.layout.Template:
+    """The look of all charts: no frame, faint lines, the legend above."""
+    axis: dict[str, Any] = {
+        "gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID, "tickcolor": GRID, "zeroline": False,
+        "automargin": True, "title": {"standoff": 8},
+    }  # fmt: skip
+    legend = {"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom", "title_text": ""}
+    label = {"bgcolor": "var(--surface)", "bordercolor": GRID, "font": {"color": TEXT}, "align": "left"}
+    go = graph_objects()
+    template = go.layout.Template(
+        layout={
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "colorway": list(SERIES),
+            "font": {"family": "system-ui, sans-serif", "size": 13, "color": MUTED},
+            "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
+            "hovermode": "closest",
+            "hoverlabel": label | {"namelength": -1},
+            "legend": legend,
+            "xaxis": axis,
+            "yaxis": axis,
+            "bargap": 0.35,
+            "separators": ".,",
+            "annotationdefaults": {"arrowcolor": MUTED},
+        }
+    )
+    colorbar = {"outlinewidth": 0, "thickness": 12, "tickcolor": GRID}
+    template.data.heatmap = [go.Heatmap(colorscale=HEAT, colorbar=colorbar)]
+    return template
+
+
+def chart_data(figure: go.Figure, height: int) -> str:
+    """A figure as JSON that may stand inside a <script> element, its texts free of markup."""
+    copy = graph_objects().Figure(figure)
+    copy.update_layout(template=layout_template(), height=height, title=None)
+    data = json.dumps(_plain(json.loads(copy.to_json())), separators=(",", ":"))
+    for character in "<>&":
+        data = data.replace(character, f"\\u{ord(character):04x}")
+    return data
+
+
+def _plain(value: Any, key: str = "") -> Any:
+    """`value` with its texts as plotly must be given them to show them as they are."""
+    if isinstance(value, dict):
+        return {name: _plain(item, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item, key) for item in value]
+    if isinstance(value, str) and key not in _MARKUP:
+        return value.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return value
