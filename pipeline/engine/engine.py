@@ -22,32 +22,36 @@ from pipeline.engine.config import Completion, EngineConfig, EngineError, Reques
 from pipeline.engine.decode import DecodeRunner, Readback, StepKey, batch_bucket
 from pipeline.engine.describe import describe_engine, describe_kernels
 from pipeline.engine.document import Document, WaitingLine, accept
-from pipeline.engine.loading import load_model, stop_token_ids
+from pipeline.engine.loading import stop_token_ids
 from pipeline.engine.memory import allocate_arena, plan_memory, release_memory
 from pipeline.engine.meter import Meter, check_device, is_out_of_memory
 from pipeline.engine.plan import MemoryPlan
 from pipeline.engine.prefill import AttentionPlan, Prefill, attention_plan, chunk_size
-from pipeline.engine.runner import ModelRunner
+from pipeline.engine.runner import ModelRunner, load_runner
 
 
 class Engine:
     """One model on one device. Not thread-safe: add(), step() and abort() belong to one thread.
 
+    runner: a model that is loaded already, in `config`'s precision, which this engine switches to `config`'s attention;
+    None loads it. Engines may share a runner one after the other.
     Raises EngineError (ModelLoadError for the model's files) if the model cannot be loaded or run here.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, runner: ModelRunner | None = None) -> None:
         self.config = config
         self._chunk = chunk_size(config.chunk_tokens, config.attention)
         device = self._device = config.torch_device()
         on_gpu = device.type == "cuda"
         if on_gpu:
             torch.cuda.set_device(device)
-        model = load_model(config)
-        self._eos = stop_token_ids(model)
         try:
-            self._runner = ModelRunner(model, config.attention, config.fuse)
-            plan = plan_memory(self._runner, config, self._chunk)
+            if runner is None:
+                runner = load_runner(config)
+            else:
+                runner.attend(config.attention)
+            self._runner = runner
+            plan = plan_memory(runner, config, self._chunk)
         except torch.OutOfMemoryError as error:
             raise EngineError(
                 f"model {config.model!r} leaves no room on {device} for a prefill chunk of {self._chunk:,} tokens: "
@@ -55,6 +59,7 @@ class Engine:
             ) from error
         except (ValueError, AttributeError) as error:
             raise EngineError(f"model {config.model!r} cannot run here: {error}") from error
+        self._eos = stop_token_ids(runner.model)
         self._arena, self._plan = allocate_arena(self._runner, config, plan, self._chunk)
         self._batch = DecodeBatch(config.max_live, device)
         self._lag = config.decode_lag if config.decode_lag is not None else 2 * on_gpu

@@ -9,6 +9,8 @@ from kernels.fp8_heads import HeadScales
 from pipeline.engine.arena import Arena, Fp8KVArena, KVArena, LayerShape
 from pipeline.engine.cache import EngineCache, ProbeCache
 from pipeline.engine.calibration import calibration_prompts
+from pipeline.engine.config import EngineConfig
+from pipeline.engine.loading import load_model
 from pipeline.engine.precision import check_fp8_attention, model_precision
 from pipeline.engine.rope import prepare_rope
 from stem_core.config import StemConfig
@@ -102,3 +104,8 @@ class ModelRunner:
         self.logits(ids, positions, cache, context, torch.full_like(ids[:, 0], 2))
         policies = {policy.layer: policy for policy in layer_policies(self.model)}
         return cache.shapes, [(policies[layer], window) for layer, window in context.windows.items()]
+
+
+def load_runner(config: EngineConfig) -> ModelRunner:
+    """The model of `config` on its device. Raises ModelLoadError, or what ModelRunner raises."""
+    return ModelRunner(load_model(config), config.attention, config.fuse)

@@ -1,0 +1,84 @@
+"""How likely an engine finds a given output: read token by token, as if the engine itself had written it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.engine.arena import Extent
+from pipeline.engine.cache import DecodeCache
+from pipeline.engine.config import EngineConfig
+from pipeline.engine.document import Document
+from pipeline.engine.engine import Engine
+from pipeline.engine.runner import ModelRunner
+from stem_core.context import DecodeContext
+
+# Tokens of an output in one pass; bounds the logits that are held, [ROWS, V] in float32.
+ROWS = 16
+
+# Gets log-probabilities float32 [tokens, V], on the engine's device; row i stands before token i of the output.
+Note = Callable[[Tensor], None]
+
+
+class ForcingEngine(Engine):
+    """An engine that also reads given outputs of its documents (teacher forcing), on the documents' own prefill.
+
+    Nothing else changes: prompts are prefilled and outputs written as by Engine. What is read lies where the document's
+    own output will be written over it. The first row is the prefill's; the others go through the decode path, all in
+    one batch of a few rows that share the document's extent and differ in how much of it they see.
+
+    forcing_seconds: wall time spent so, which is in no completion's prefill_seconds or decode_seconds.
+    """
+
+    def __init__(self, config: EngineConfig, runner: ModelRunner | None = None) -> None:
+        super().__init__(config, runner)
+        self.forcing_seconds = 0.0
+        self._expected: dict[str, tuple[list[int], Note]] = {}
+
+    def expect(self, request_id: str, token_ids: Sequence[int], note: Note) -> None:
+        """Read `token_ids` behind the prompt of a request that is added later, and hand over what is found.
+
+        At most as many tokens as the request may write: a longer output ends the request with status "error".
+        `note` is called inside step(), right after the prefill; what it raises ends the request likewise.
+        """
+        self._expected[request_id] = [int(token) for token in token_ids], note
+
+    def _start_decoding(self, document: Document, logits: Tensor) -> None:
+        extent = document.extent
+        assert extent is not None
+        super()._start_decoding(document, logits)
+        token_ids, note = self._expected.pop(document.request.request_id, ([], None))
+        if note is None:
+            return
+        begin = time.perf_counter()
+        room = document.request.max_new_tokens
+        if len(token_ids) > room:
+            raise ValueError(f"an output of {len(token_ids)} tokens is to be read, the request has room for {room}")
+        # A document that ended with its first token has given its extent back, but nothing has been written there yet.
+        note(self._read_along(document, extent, logits, token_ids))
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.forcing_seconds += time.perf_counter() - begin
+
+    def _read_along(self, document: Document, extent: Extent, logits: Tensor, token_ids: list[int]) -> Tensor:
+        """float32 [tokens, V]."""
+        log_probs = [logits.float().log_softmax(-1)]
+        device = logits.device
+        inputs = torch.tensor(token_ids[:-1], device=device)
+        positions = torch.arange(document.prompt_tokens, document.prompt_tokens + len(inputs), device=device)
+        for begin in range(0, len(inputs), ROWS):
+            token, position = inputs[begin : begin + ROWS, None], positions[begin : begin + ROWS]
+            context = DecodeContext(
+                starts=torch.full_like(position, extent.start),
+                lengths=(position + 1).to(torch.int32),
+                max_length=self._plan.max_context,
+                quantized=self._arena.quantized(),
+            )
+            cache = DecodeCache(self._arena, extent.start + position)
+            bounds = torch.full_like(position, document.need)
+            rows = self._runner.logits(token, position[:, None], cache, context, bounds)
+            log_probs.append(rows.float().log_softmax(-1))
+        return torch.cat(log_probs)[: len(token_ids)]

@@ -1,0 +1,120 @@
+"""Given outputs, read by the engine behind its own prefill, against transformers' own forward pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from engine_models import last_logits, prompts, run, save_model
+from torch import Tensor
+
+from pipeline.engine import Engine, EngineConfig, Request
+from pipeline.engine.forcing import ROWS, ForcingEngine
+from pipeline.engine.runner import load_runner
+from stem_core import StemConfig
+
+STEM = StemConfig(
+    schedule="density", density=0.4, block_size=16, stride=4, sink_blocks=1, local_blocks=1, dense_layers=0
+)
+
+
+def config_for(folder: Path, **options: Any) -> EngineConfig:
+    defaults = {"device": "cpu", "chunk_tokens": 64, "arena_tokens": 2048}
+    return EngineConfig(str(folder), **(defaults | options))
+
+
+def read(engine: ForcingEngine, prompt: np.ndarray, token_ids: list[int], max_new_tokens: int) -> tuple[Tensor, Any]:
+    found: list[Tensor] = []
+    engine.expect("a", token_ids, lambda rows: found.append(rows.clone()))
+    done = run(engine, [Request("a", prompt, max_new_tokens)])["a"]
+    assert len(found) <= 1
+    return found[0] if found else torch.empty(0), done
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "phi3_longrope"])
+def test_what_is_read_has_the_probabilities_that_transformers_gives_it(architecture: str, tmp_path: Path) -> None:
+    folder = save_model(tmp_path, architecture)
+    # Odd lengths on both sides of a block and a batch of rows; the output is not what the model would write.
+    prompt, token_ids = prompts([147, 2 * ROWS + 3], seed=3)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
+    with torch.inference_mode():
+        whole = torch.as_tensor(np.concatenate([prompt, token_ids]))[None]
+        expected = model(whole).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+    rows, done = read(ForcingEngine(config_for(folder)), prompt, token_ids.tolist(), 40)
+    assert done.status == "ok"
+    assert rows.shape == expected.shape
+    torch.testing.assert_close(rows, expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attention", [None, STEM], ids=["dense", "stem"])
+@pytest.mark.parametrize("precision", ["fp32", "fp8"])
+def test_reading_changes_no_output_and_agrees_with_it(
+    attention: StemConfig | None, precision: str, tmp_path: Path
+) -> None:
+    folder = save_model(tmp_path, "llama", head_dim=32)
+    if precision == "fp8" and attention is not None:
+        attention = attention.replace(block_size=32)
+    config = config_for(folder, attention=attention, precision=precision)
+    requests = [Request(str(i), prompt, 24) for i, prompt in enumerate(prompts([150, 97, 201]))]
+    alone = {i: done.token_ids for i, done in run(Engine(config), requests).items()}
+
+    engine = ForcingEngine(config)
+    read_along: dict[str, Tensor] = {}
+    for i, token_ids in alone.items():
+        engine.expect(i, token_ids, lambda rows, i=i: read_along.update({i: rows}))  # type: ignore[misc]
+    # An output that is not its own comes between: it must leave nothing behind.
+    engine.expect("other", alone["0"][::-1], lambda rows: None)
+    beside = run(engine, [Request("other", requests[0].prompt_ids, 24), *requests])
+    assert {i: beside[i].token_ids for i in alone} == alone
+    assert beside["other"].token_ids == alone["0"]
+    assert {i: rows.argmax(-1).tolist() for i, rows in read_along.items()} == alone
+    assert engine.forcing_seconds > 0
+
+
+def test_the_first_row_is_of_the_sparse_prefill(tmp_path: Path) -> None:
+    folder = save_model(tmp_path, "llama")
+    (prompt,) = prompts([300])
+    expected = last_logits(Engine(config_for(folder, attention=STEM)), prompt).log_softmax(-1)
+    rows, _ = read(ForcingEngine(config_for(folder, attention=STEM)), prompt, [5, 6], 2)
+    dense, _ = read(ForcingEngine(config_for(folder)), prompt, [5, 6], 2)
+    torch.testing.assert_close(rows[:1].double(), expected, atol=1e-5, rtol=1e-5)
+    assert (rows[0] - dense[0]).abs().max() > 0.1
+    assert (rows[1] - dense[1]).abs().max() > 0.1
+
+
+def test_an_output_longer_than_the_request_ends_it(tmp_path: Path) -> None:
+    rows, done = read(ForcingEngine(config_for(save_model(tmp_path, "llama"))), prompts([30])[0], [5] * 9, 8)
+    assert done.status == "error"
+    assert "has room for 8" in done.error
+    assert not len(rows)
+
+
+def test_a_document_that_ends_with_its_first_token_is_read_too(tmp_path: Path) -> None:
+    folder = save_model(tmp_path, "llama")
+    (prompt,) = prompts([90])
+    wanted, done = read(ForcingEngine(config_for(folder)), prompt, [5, 6, 7], 8)
+    engine = ForcingEngine(config_for(folder))
+    found: list[Tensor] = []
+    engine.expect("a", [5, 6, 7], found.append)
+    ended = run(engine, [Request("a", prompt, 8, stop_ids=(done.token_ids[0],))])["a"]
+    assert ended.finish_reason == "stop"
+    assert ended.output_tokens == 1
+    torch.testing.assert_close(found[0], wanted)
+
+
+def test_engines_share_a_loaded_model_and_switch_its_attention(tmp_path: Path) -> None:
+    folder = save_model(tmp_path, "llama")
+    request = Request("a", prompts([300])[0], 12)
+    dense, stem = config_for(folder), config_for(folder, attention=STEM)
+    expected = [run(Engine(config), [request])["a"] for config in (dense, stem)]
+    runner = load_runner(dense)
+    for config, want in [*zip((dense, stem), expected, strict=True), (dense, expected[0])]:
+        engine = Engine(config, runner)
+        done = run(engine, [request])["a"]
+        engine.close()
+        assert (done.token_ids, done.density, done.attention) == (want.token_ids, want.density, want.attention)
+    assert expected[0].density == 1.0 > expected[1].density
