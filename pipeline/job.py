@@ -7,21 +7,18 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline import manifest
 from pipeline.config import JobConfig, from_mapping
 from pipeline.errors import JobError, one_line
 from pipeline.imports import check_kernels
-from pipeline.plan import Plan, Survey, make_plan, make_worker_config, survey_input
+from pipeline.plan import Plan, make_plan, make_worker_config, survey_input
 from pipeline.progress import Progress
 from pipeline.records import Row, new_row, result_schema, utc_now
-from pipeline.sink import COMPACT_ABOVE, Sink, compact, drop_rows, part_names, recover
+from pipeline.sink import COMPACT_ABOVE, Sink, compact, part_names, recover
 from pipeline.source import Catalogue, Document
 from pipeline.store import Store
 from pipeline.summary import JobReport, summarize_results
@@ -52,13 +49,6 @@ def run(
     with store.locked():
         messages = [*survey.messages, *recover(store)]
         plan = make_plan(survey, store)
-        if plan.outdated:
-            ids = pa.array(plan.outdated, pa.string())
-            drop_rows(store, lambda table: pc.invert(pc.is_in(table["document_id"], value_set=ids)))
-        if config.retry_failed and plan.already:
-            dropped = drop_rows(store, lambda table: pc.or_(pc.equal(table["status"], "ok"), _gone(table, survey)))
-            messages.append(f"--retry-failed: {dropped:,} documents are done again")
-            plan = replace(make_plan(survey, store), messages=plan.messages)
         messages += plan.messages
         if not len(plan.pending):
             messages.append(f"nothing to do: all {len(survey.catalogue):,} documents have a row in {store.name}")
@@ -66,11 +56,6 @@ def run(
         if plan.already:
             messages.append(f"going on: {plan.already:,} rows are there, {len(plan.pending):,} documents are left")
         return _execute(plan, store, messages, engine_factory, progress, grace)
-
-
-def _gone(table: pa.Table, survey: Survey) -> pa.ChunkedArray:
-    """Rows of documents that the input no longer holds: nobody could do them again."""
-    return pc.invert(pc.is_in(table["document_id"].cast(pa.large_string()), value_set=survey.catalogue.ids))
 
 
 def _execute(
@@ -85,7 +70,10 @@ def _execute(
     survey, config, begun = plan.survey, plan.survey.config, time.monotonic()
     manifest.save(store, config, survey.prints, state="running", documents=len(survey.catalogue))
     schema = result_schema(survey.catalogue.kept)
-    sink = Sink(store, schema, flush_documents=config.flush_documents, flush_seconds=config.flush_seconds)
+    sink = Sink(
+        store, schema, flush_documents=config.flush_documents, flush_seconds=config.flush_seconds,
+        replaces=plan.replaced,
+    )  # fmt: skip
     progress = progress or Progress(len(plan.pending), plan.pending.total_bytes)
     for message in messages:
         progress.message(message)
@@ -144,6 +132,8 @@ def _execute(
     )
     if stopped:
         messages.append("stopped; what was finished is written, the same command goes on from there")
+        if sink.rows_to_replace:
+            messages.append(f"{sink.rows_to_replace:,} documents that were to be done again have their earlier rows")
     return summarize_results(
         store, len(survey.catalogue), done_now=sink.rows_written, seconds=clock.seconds, stopped=stopped,
         messages=tuple(messages), stats=stats,

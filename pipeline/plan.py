@@ -16,7 +16,7 @@ from pipeline.config import JobConfig
 from pipeline.errors import DocumentError, JobError
 from pipeline.prompts import Task, make_task
 from pipeline.records import result_schema
-from pipeline.sink import done_rows, part_names
+from pipeline.sink import check_columns, done_rows, part_names
 from pipeline.source import Catalogue, Document, DocumentReader, find_files, input_hash, list_documents
 from pipeline.source.files import safe_name
 from pipeline.store import Store
@@ -37,15 +37,15 @@ class Survey:
 class Plan:
     """What is left to do.
 
-    pending: documents without a row, or with a row of an earlier text. already: rows that an earlier run left and that
-    stay. outdated: ids whose documents have changed since; their rows must go before the documents are done again.
+    pending: documents without a row, or whose row is to be replaced. already: rows that an earlier run left and that
+    stay. replaced: ids whose rows give way to new ones, since the document has changed or its failure is tried again.
     """
 
     survey: Survey
     pending: Catalogue
     already: int
     messages: tuple[str, ...]
-    outdated: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
 
 
 def survey_input(config: JobConfig) -> Survey:
@@ -69,13 +69,14 @@ def make_plan(survey: Survey, store: Store) -> Plan:
     """Compare the input with what the output holds; changes nothing.
 
     Raises JobError if the output was made with something else, or holds rows of other documents, and --force is not
-    given.
+    given; or if its columns are of other types.
     """
     if not part_names(store):
         return Plan(survey, survey.catalogue, 0, ())
     messages = _compare_with_earlier(survey.config, store, survey.prints)
+    check_columns(store, result_schema(survey.catalogue.kept))
     rows = done_rows(store)
-    stay, outdated, gone = _sort_rows(survey, rows)
+    stay, outdated, failed, gone = _sort_rows(survey, rows)
     if gone:
         what = f"{len(gone):,} rows are of documents that the input does not hold, e.g. {gone[0]!r}"
         if not survey.config.force:
@@ -83,12 +84,14 @@ def make_plan(survey: Survey, store: Store) -> Plan:
         messages.append(f"{what}; kept with --force")
     if outdated:
         messages.append(f"{len(outdated):,} documents have changed since, e.g. {outdated[0]!r}; they are done again")
+    if survey.config.retry_failed:
+        messages.append(f"--retry-failed: {len(failed):,} documents are done again")
     ids = rows["document_id"].take(pa.array(stay, pa.int64()))
-    return Plan(survey, survey.catalogue.without(ids), len(ids), tuple(messages), tuple(outdated))
+    return Plan(survey, survey.catalogue.without(ids), len(ids), tuple(messages), (*outdated, *failed))
 
 
-def _sort_rows(survey: Survey, rows: pa.Table) -> tuple[list[int], list[str], list[str]]:
-    """The rows' numbers that stay, ids of documents that changed, ids of rows whose document is gone.
+def _sort_rows(survey: Survey, rows: pa.Table) -> tuple[list[int], list[str], list[str], list[str]]:
+    """The rows' numbers that stay; ids of documents that changed, that failed and are tried again, that are gone.
 
     The stamp decides where it is the same; where it is not, the document is read and its hash does.
     """
@@ -110,9 +113,14 @@ def _sort_rows(survey: Survey, rows: pa.Table) -> tuple[list[int], list[str], li
             stay.append(number)
         else:
             outdated.append(ids[number].as_py())
+    failed = []
+    if survey.config.retry_failed:
+        ok = pc.equal(rows["status"], "ok").to_pylist()
+        failed = [ids[number].as_py() for number in stay if not ok[number]]
+        stay = [number for number in stay if ok[number]]
     if gone and survey.config.force:
         stay += [number for number, position in enumerate(positions) if position is None]
-    return stay, outdated, gone
+    return stay, outdated, failed, gone
 
 
 def _hash_now(reader: DocumentReader, document: Document) -> str | None:

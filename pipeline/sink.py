@@ -1,7 +1,8 @@
 """Result rows to Parquet part files, and back: at no time two rows of a document, at the end of a job one.
 
-A row is done when its part file is there. Rows that must go (their document changed, or is to be tried again) are
-taken out of their parts before the document is done anew: nobody ever sees two, or one of an earlier text.
+A row is done when its part file is there. A row that is to be replaced (its document changed, or is tried again) stays
+until the new one takes its place: in the same part, by one write of that part. At any moment, and whatever is
+interrupted, such a document has its old row or its new one.
 """
 
 from __future__ import annotations
@@ -25,18 +26,23 @@ JOURNAL = "compaction.json"
 COMPACT_ROWS = 100_000
 COMPACT_BYTES = 256 << 20
 COMPACT_ABOVE = 100
+# Putting rows in the place of old ones writes whole parts again. After that the driver writes nothing for so many times
+# as long as it took, so that it has time for the workers.
+REST = 10
+# Parts of several runs may differ in their columns, or in the width of a number.
+PROMOTE = "permissive"
 
 
 class Sink:
     """The one writer of a job: collects rows and writes them as part files that appear whole.
 
     A row counts as done when its part file is there; there is no other record of it. Call `tick` often: it writes when
-    `flush_documents` rows wait or the oldest has waited `flush_seconds`.
+    `flush_documents` rows wait or the oldest has waited `flush_seconds`. replaces: ids whose rows give way to new ones.
     """
 
     def __init__(
         self, store: Store, schema: pa.Schema, *, flush_documents: int, flush_seconds: float,
-        clock: Callable[[], float] = time.monotonic,
+        replaces: Sequence[str] = (), clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self._store = store
         self._schema = schema
@@ -48,7 +54,14 @@ class Sink:
         heads = [name[len(PREFIX) :].split("-")[0] for name in part_names(store)]
         numbers = [int(head) for head in heads if head.isdecimal()]
         self._next = max(numbers, default=-1) + 1
+        self._places = _places(store, replaces)
+        self._rests_until = float("-inf")
         self.rows_written = 0
+
+    @property
+    def rows_to_replace(self) -> int:
+        """Old rows whose documents are not done again yet."""
+        return len(self._places)
 
     def add(self, row: Row) -> None:
         """Take a finished row."""
@@ -59,20 +72,61 @@ class Sink:
 
     def tick(self) -> None:
         """Write if it is time to."""
-        if self._rows and (
-            len(self._rows) >= self._flush_documents or self._clock() - self._oldest >= self._flush_seconds
-        ):
+        now = self._clock()
+        full = len(self._rows) >= self._flush_documents or now - self._oldest >= self._flush_seconds
+        if self._rows and full and now >= self._rests_until:
             self.flush()
 
     def flush(self) -> None:
-        """Write all rows that wait. Raises JobError if that fails; the rows are then not done."""
-        if not self._rows:
+        """Write all rows that wait. Raises JobError if that fails; what was not written by then is not done."""
+        by_place: dict[str, list[Row]] = {}
+        for row in self._rows:
+            by_place.setdefault(self._places.get(row["document_id"], ""), []).append(row)
+        for place, rows in by_place.items():
+            self._write(place, to_table(rows, self._schema))
+            self.rows_written += len(rows)
+            written = {row["document_id"] for row in rows}
+            self._rows = [row for row in self._rows if row["document_id"] not in written]
+            for name in written:
+                self._places.pop(name, None)
+
+    def _write(self, place: str, table: pa.Table) -> None:
+        """A new part, or the part `place` with these rows in the place of their documents' old ones."""
+        begun = self._clock()
+        data = self._store.read(place) if place else None
+        if data is None:
+            self._store.write(f"{PREFIX}{self._next:06d}-{secrets.token_hex(4)}{SUFFIX}", encode(table))
+            self._next += 1
             return
-        table = to_table(self._rows, self._schema)
-        self._store.write(f"{PREFIX}{self._next:06d}-{secrets.token_hex(4)}{SUFFIX}", encode(table))
-        self._next += 1
-        self.rows_written += len(self._rows)
-        self._rows = []
+        old = pq.read_table(pa.BufferReader(data))
+        gone = pc.is_in(old["document_id"], value_set=table["document_id"].combine_chunks())
+        new = pa.concat_tables([old.filter(pc.invert(gone)), table], promote_options=PROMOTE)
+        self._store.write(place, encode(new))
+        now = self._clock()
+        self._rests_until = max(self._rests_until, now) + REST * (now - begun)
+
+
+def _places(store: Store, ids: Sequence[str]) -> dict[str, str]:
+    """By document, the part that holds its row."""
+    places: dict[str, str] = {}
+    wanted = pa.array(ids, pa.string())
+    for name in part_names(store) if ids else ():
+        with store.opened(name) as file:
+            column = pq.ParquetFile(file).read(["document_id"])["document_id"]
+        places |= dict.fromkeys(column.filter(pc.is_in(column, value_set=wanted)).to_pylist(), name)
+    return places
+
+
+def check_columns(store: Store, schema: pa.Schema) -> None:
+    """Raise JobError if rows of `schema` and those that are there do not go into one table."""
+    for name in part_names(store):
+        with store.opened(name) as file:
+            found = pq.read_schema(file)
+        try:
+            pa.unify_schemas([found, schema], promote_options=PROMOTE)
+        except pa.ArrowException as error:
+            what = f"{name} has columns of other types than new rows would: {one_line(error)}"
+            raise JobError(f"--output {store.name}: {what}; choose another output") from None
 
 
 def encode(table: pa.Table) -> pa.Buffer:
@@ -152,7 +206,7 @@ def read_columns(store: Store, columns: Sequence[str]) -> pa.Table:
     tables = _tables(store, columns)
     if not tables:
         return pa.table({name: pa.array([], pa.string()) for name in columns})
-    table = pa.concat_tables(tables, promote_options="default")
+    table = pa.concat_tables(tables, promote_options=PROMOTE)
     for name in columns:
         if name not in table.column_names:
             table = table.append_column(name, pa.nulls(len(table), pa.string()))
@@ -160,7 +214,10 @@ def read_columns(store: Store, columns: Sequence[str]) -> pa.Table:
 
 
 def _tables(store: Store, columns: Sequence[str] | None) -> list[pa.Table]:
-    """All parts, or some columns of them. A job may merge parts meanwhile: then it is done anew. Raises JobError."""
+    """All parts, or some columns of them. A job may merge or replace parts meanwhile: then it is done anew.
+
+    Raises JobError.
+    """
     for last in (False, False, True):
         name = ""
         try:
@@ -172,17 +229,16 @@ def _tables(store: Store, columns: Sequence[str] | None) -> list[pa.Table]:
                     present = set(parquet.schema_arrow.names)
                     tables.append(parquet.read([c for c in columns if c in present] if columns else None))
             return tables
-        except FileNotFoundError as error:
-            if last:
-                raise JobError(f"{store.name}: {name} went away while it was read: {one_line(error)}") from None
         except (OSError, pa.ArrowException) as error:
-            raise JobError(f"{store.name}: {name} cannot be read: {one_line(error)}") from None
+            if last:
+                what = "went away while it was read" if isinstance(error, FileNotFoundError) else "cannot be read"
+                raise JobError(f"{store.name}: {name} {what}: {one_line(error)}") from None
     raise AssertionError
 
 
 def done_rows(store: Store) -> pa.Table:
-    """document_id, input_stamp and input_hash of every row. Raises JobError if an id has two (parts copied by hand)."""
-    rows = read_columns(store, ["document_id", "input_stamp", "input_hash"])
+    """document_id, status and input's stamp and hash of every row. Raises JobError if an id has two (parts copied)."""
+    rows = read_columns(store, ["document_id", "status", "input_stamp", "input_hash"])
     ids = rows["document_id"].combine_chunks()
     if len(ids) != len(pc.unique(ids)):
         counts = pc.value_counts(ids)
@@ -192,26 +248,6 @@ def done_rows(store: Store) -> pa.Table:
             "remove the doubled part files"
         )
     return rows
-
-
-def drop_rows(store: Store, keep: Callable[[pa.Table], pa.Array]) -> int:
-    """Rewrite the parts without the rows for which `keep` is false; how many those were.
-
-    Each part is replaced in one step, so that an interruption leaves every remaining document with its one row.
-    """
-    dropped = 0
-    for name in part_names(store):
-        data = store.read(name)
-        table = pq.read_table(pa.BufferReader(data))
-        left = table.filter(keep(table))
-        if left.num_rows == table.num_rows:
-            continue
-        dropped += table.num_rows - left.num_rows
-        if left.num_rows:
-            store.write(name, encode(left))
-        else:
-            store.delete(name)
-    return dropped
 
 
 def compact(store: Store) -> int:
@@ -224,7 +260,7 @@ def compact(store: Store) -> int:
     for name in [*part_names(store), ""]:
         info, bytes_ = None, 0
         if name:
-            with store.open(name) as file:
+            with store.opened(name) as file:
                 info, bytes_ = pq.read_metadata(file), file.size()
         if group and (info is None or rows + info.num_rows > COMPACT_ROWS or size + bytes_ > COMPACT_BYTES):
             _merge(store, group)
@@ -240,7 +276,7 @@ def _merge(store: Store, names: list[str]) -> None:
     tables = [pq.read_table(pa.BufferReader(store.read(name))) for name in names]
     merged = f"{names[0].removesuffix(SUFFIX).rpartition('-')[0]}-{secrets.token_hex(4)}{SUFFIX}"
     store.write(JOURNAL, json.dumps({"merged": merged, "replaced": names}).encode())
-    store.write(merged, encode(pa.concat_tables(tables)))
+    store.write(merged, encode(pa.concat_tables(tables, promote_options=PROMOTE)))
     for name in names:
         store.delete(name)
     store.delete(JOURNAL)
@@ -259,4 +295,4 @@ def read_results(output: str | Path | Iterable[str | Path], columns: Sequence[st
         if not found:
             raise JobError(f"{store.name} holds no results (no {PREFIX}*{SUFFIX} files)")
         tables += found
-    return pa.concat_tables(tables, promote_options="default")
+    return pa.concat_tables(tables, promote_options=PROMOTE)

@@ -4,11 +4,11 @@ Commit protocol with rename (a local or mounted file system): temporary name, fs
 of the folder. What a crash leaves is a temporary file, which the next run removes.
 
 Commit protocol without rename (s3://, gs://): a part is one object, put under its final name, which carries a random
-suffix; it is put again only to take outdated rows out of the part. A put, or the completion of a multipart upload, is
-atomic: before it there is no object, after it a whole one. A crash leaves at most an upload that was never completed,
-which nobody can see (let a lifecycle rule of the bucket remove such). What replaces several objects (a merge of parts)
-is announced in a journal object first, which readers honour and the next run finishes or undoes. One job at a time:
-pipeline.lock.
+suffix; it is put again only to replace outdated rows by new ones. A put, or the completion of a multipart upload, is
+atomic: before it there is no object or the earlier one, after it the new one. A crash leaves at most an upload that was
+never completed, which nobody can see (let a lifecycle rule of the bucket remove such). What replaces several objects (a
+merge of parts) is announced in a journal object first, which readers honour and the next run finishes or undoes. One
+job at a time: pipeline.lock.
 """
 
 from __future__ import annotations
@@ -78,6 +78,12 @@ class Store:
     def open(self, name: str) -> pa.NativeFile:
         """A file to read from. Raises OSError (FileNotFoundError if it is not there) or ArrowException."""
         return self._filesystem.open_input_file(self.path(name))
+
+    @contextlib.contextmanager
+    def opened(self, name: str) -> Iterator[pa.NativeFile]:
+        """`open` for the time of a with-block, whose OSErrors and ArrowExceptions become JobErrors."""
+        with self._told(f"{name} cannot be read"), self.open(name) as file:
+            yield file
 
     def read(self, name: str) -> bytes | None:
         """A file's bytes, or None if there is no such file."""

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from jobs.faults.corpus import count_rows
 from pipeline import manifest
 from pipeline.config import JobConfig
 from pipeline.errors import JobError
+from pipeline.job import run
 from pipeline.plan import Plan, make_plan, survey_input
 from pipeline.records import new_row, result_schema, utc_now
-from pipeline.sink import Sink, drop_rows, read_results
+from pipeline.sink import Sink, read_results, recover
 from pipeline.source import DocumentReader, input_hash
 from pipeline.store import Store
 
@@ -45,14 +47,14 @@ def config(tmp_path: Path, model: Path, **settings: Any) -> JobConfig:
 
 
 def finish(settings: JobConfig) -> Plan:
-    """What a job does, with the document's own text as its output: plan, drop what is outdated, do what is pending."""
+    """What a job does, with the document's own text as its output: plan, and do what is pending."""
     survey, store = survey_input(settings), Store(settings.output)
     store.create()
+    recover(store)
     plan = make_plan(survey, store)
-    ids = pa.array(plan.outdated, pa.string())
-    drop_rows(store, lambda table: pc.invert(pc.is_in(table["document_id"], value_set=ids)))
     manifest.save(store, settings, survey.prints)
-    sink = Sink(store, result_schema(survey.catalogue.kept), flush_documents=4, flush_seconds=9)
+    schema = result_schema(survey.catalogue.kept)
+    sink = Sink(store, schema, flush_documents=4, flush_seconds=9, replaces=plan.replaced)
     reader = DocumentReader("text", survey.catalogue.kept)
     for document in plan.pending.documents():
         text, kept = reader.read(document)
@@ -77,7 +79,7 @@ def test_a_changed_document_is_done_again_and_no_other(tmp_path: Path, model: Pa
     changed = TEXTS | {"d3": "quite another text"}
     write(tmp_path / "docs", kind, changed)
     plan = finish(settings)
-    assert [name.removesuffix(".txt") for name in plan.outdated] == ["d3"]
+    assert [name.removesuffix(".txt") for name in plan.replaced] == ["d3"]
     assert "1 documents have changed since" in plan.messages[0]
     assert plan.already == 5
     assert outputs(settings) == changed
@@ -95,7 +97,7 @@ def test_a_file_that_was_only_touched_or_copied_is_not(tmp_path: Path, model: Pa
     for path in (tmp_path / "docs").iterdir():
         os.utime(path, (1, 1))
     plan = finish(settings)
-    assert (len(plan.pending), plan.outdated) == (0, ())
+    assert (len(plan.pending), plan.replaced) == (0, ())
 
 
 def test_rows_that_moved_inside_a_file_are_known_by_their_text(tmp_path: Path, model: Path) -> None:
@@ -117,15 +119,85 @@ def test_a_changed_kept_column_counts_as_a_change(tmp_path: Path, model: Path) -
     assert read_results(settings.output)["year"].to_pylist() == [2000]
 
 
-def test_a_crash_between_dropping_and_doing_loses_nothing(tmp_path: Path, model: Path) -> None:
+class KilledError(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("survive", range(4))
+def test_whenever_it_is_killed_a_changed_document_has_its_old_row_or_its_new_one(
+    tmp_path: Path, model: Path, survive: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = config(tmp_path, model)
     write(tmp_path / "docs", "jsonl", TEXTS)
     finish(settings)
-    write(tmp_path / "docs", "jsonl", TEXTS | {"d1": "changed"})
-    drop_rows(Store(settings.output), lambda table: pc.not_equal(table["document_id"], "d1"))
-    assert "d1" not in outputs(settings), "rather no row than one of the earlier text"
+    changed = TEXTS | {"d1": "changed", "d4": "changed too", "d5": "and this", "new": "one more"}
+    write(tmp_path / "docs", "jsonl", changed)
+    put, left = Store.put, [survive]
+
+    def dies(store: Store, name: str, data: bytes) -> None:
+        if name.startswith("part-"):
+            if not left[0]:
+                raise KilledError
+            left[0] -= 1
+        put(store, name, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "put", dies)
+        with pytest.raises(KilledError) if survive < 3 else contextlib.nullcontext():
+            finish(settings)
+    assert count_rows(tmp_path / "out", list(TEXTS)).exact, "as any reader of the files sees it"
+    between = outputs(settings)
+    assert all(between[name] in (TEXTS[name], changed[name]) for name in TEXTS)
+    assert (between == TEXTS, between == changed) == (survive == 0, survive == 3)
     finish(settings)
-    assert outputs(settings) == TEXTS | {"d1": "changed"}
+    assert outputs(settings) == changed
+
+
+def test_failed_rows_stay_until_their_retry_is_done(tmp_path: Path, model: Path) -> None:
+    settings = config(tmp_path, model)
+    write(tmp_path / "docs", "jsonl", TEXTS)
+    finish(settings)
+    part = next((tmp_path / "out").glob("part-*.parquet"))
+    table = pq.read_table(part)
+    status = pa.array(["oom", *table["status"].to_pylist()[1:]])
+    pq.write_table(table.set_column(table.column_names.index("status"), table.field("status"), status), part)
+    retried = config(tmp_path, model, retry_failed=True)
+    plan = make_plan(survey_input(retried), Store(retried.output))
+    assert (len(plan.pending), plan.already, len(plan.replaced)) == (1, 5, 1)
+    assert plan.messages == ("--retry-failed: 1 documents are done again",)
+    assert make_plan(survey_input(settings), Store(settings.output)).replaced == ()
+    assert read_results(settings.output)["status"].to_pylist().count("oom") == 1
+    finish(retried)
+    assert set(read_results(settings.output)["status"].to_pylist()) == {"ok"}
+    assert outputs(settings) == TEXTS
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_job_whose_engine_does_not_start_costs_no_row(tmp_path: Path, model: Path) -> None:
+    settings = config(tmp_path, model, device="cpu", workers=1)
+    write(tmp_path / "docs", "jsonl", TEXTS)
+    run(settings, engine_factory="fake_engine:FakeEngine")
+    before = read_results(settings.output).to_pylist()
+    write(tmp_path / "docs", "jsonl", TEXTS | {"d3": "changed"})
+    with pytest.raises(JobError, match="no worker could start"):
+        run(settings, engine_factory="fake_engine:NoSuchEngine")
+    assert read_results(settings.output).to_pylist() == before
+    report = run(settings, engine_factory="fake_engine:FakeEngine")
+    assert (report.done_now, report.counts) == (1, {"ok": 6})
+    after = {row["document_id"]: row for row in read_results(settings.output).to_pylist()}
+    assert len(after) == 6
+    assert [row["document_id"] for row in before if row != after[row["document_id"]]] == ["d3"]
+
+
+def test_an_input_whose_column_changed_its_type_is_refused_at_once(tmp_path: Path, model: Path) -> None:
+    settings = config(tmp_path, model, keep_columns=["year"])
+    (tmp_path / "docs").mkdir()
+    for year, expected in ((1999, contextlib.nullcontext()), ("MM", pytest.raises(JobError, match="Field year"))):
+        (tmp_path / "docs" / "a.jsonl").write_text(json.dumps({"id": "a", "text": "same", "year": year}) + "\n")
+        with expected:
+            finish(settings)
+    assert read_results(settings.output)["year"].to_pylist() == [1999]
 
 
 def test_rows_of_documents_that_are_gone_need_force(tmp_path: Path, model: Path) -> None:

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline import sink as sinks
 from pipeline.errors import JobError
 from pipeline.records import COLUMNS, new_row, result_schema, utc_now
-from pipeline.sink import Sink, compact, done_rows, drop_rows, part_names, read_results, recover
+from pipeline.sink import Sink, check_columns, compact, done_rows, part_names, read_results, recover
 from pipeline.store import Store
 
 
@@ -119,14 +118,61 @@ def test_doubled_rows_are_refused(tmp_path: Path) -> None:
         done_rows(store)
 
 
-def test_dropping_failed_rows_keeps_the_others(tmp_path: Path) -> None:
+def test_new_rows_take_the_places_of_old_ones(tmp_path: Path) -> None:
     store, sink = make(tmp_path, 2)
     for name, status in [("a", "ok"), ("b", "error"), ("c", "error"), ("d", "timeout"), ("e", "ok")]:
         sink.add(row(name, status=status))
     sink.flush()
-    assert drop_rows(store, lambda table: pc.equal(table["status"], "ok")) == 3
-    assert ids(tmp_path) == ["a", "e"]
-    assert len(part_names(store)) == 2
+    before = part_names(store)
+    sink = make(tmp_path, 3, replaces=["b", "c", "d", "never written"])[1]
+    assert sink.rows_to_replace == 3
+    for name in "bxc":
+        sink.add(row(name, output="anew"))
+    assert sink.rows_to_replace == 1
+    found = {item["document_id"]: item for item in read_results(tmp_path).to_pylist()}
+    assert {name: found[name]["output"] for name in found} == {
+        "a": None, "b": "anew", "c": "anew", "d": None, "e": None, "x": "anew",
+    }  # fmt: skip
+    assert found["d"]["status"] == "timeout", "it stays until its document is done again"
+    assert part_names(store)[:3] == before
+    assert len(part_names(store)) == 4, "only the document that had no row is in a new part"
+
+
+def test_a_slow_replacement_is_followed_by_a_rest(tmp_path: Path) -> None:
+    clock = Clock()
+    store, sink = make(tmp_path, 1)
+    for name in "abc":
+        sink.add(row(name))
+
+    def slow(name: str, data: Any) -> None:
+        clock.now += 2.0
+        write(name, data)
+
+    write, store.write = store.write, slow  # type: ignore[method-assign]
+    sink = Sink(store, result_schema(), flush_documents=1, flush_seconds=1, replaces=["a", "b"], clock=clock)
+    sink.add(row("a", output="anew"))
+    assert sink.rows_written == 1
+    sink.add(row("b", output="anew"))
+    clock.now = 2.0 + sinks.REST * 2.0 - 0.1
+    sink.tick()
+    assert sink.rows_written == 1
+    clock.now += 0.1
+    sink.tick()
+    assert sink.rows_written == 2
+
+
+def test_rows_of_other_types_are_refused_and_of_other_widths_merged(tmp_path: Path) -> None:
+    store, _ = make(tmp_path)
+    kinds = (pa.int64(), pa.float64())
+    for number, kind in enumerate(kinds):
+        schema = result_schema([pa.field("year", kind)])
+        check_columns(store, schema)
+        Sink(store, schema, flush_documents=1, flush_seconds=1).add(row(str(number)) | {"year": number})
+    assert read_results(tmp_path)["year"].to_pylist() == [0.0, 1.0]
+    with pytest.raises(JobError, match="Field year has incompatible types: int64 vs string; choose another output"):
+        check_columns(store, result_schema([pa.field("year", pa.string())]))
+    compact(store)
+    assert read_results(tmp_path)["year"].to_pylist() == [0.0, 1.0]
 
 
 class PowerCutError(Exception):
