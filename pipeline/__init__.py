@@ -1,29 +1,38 @@
 """Documents in, Parquet out: sources, prompts, the engine, Ray workers, the scheduler, the sink.
 
-from pipeline import summarize, read_results
-report = summarize(input="docs/", output="out/", model="path/or/hub-id")
-table = read_results("out/")          # a pyarrow table, one row a document
+from pipeline import Summarizer, StemlineStage, read_results, run_job, summarize
+
+table = summarize(["a text", "another"], model="path/or/hub-id")           # here and now: a pyarrow table
+report = run_job(input="docs/", output="out/", model="path/or/hub-id")     # the job, on Ray
+table = read_results("out/")                                               # its rows: a table like the first
+dataset.map_batches(StemlineStage, fn_constructor_kwargs={"model": "path/or/hub-id"}, concurrency=1)  # Ray Data
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.job import summarize
+    from pipeline.api import Summarizer, summarize
+    from pipeline.job import summarize as run_job
+    from pipeline.ray_data import StemlineStage
     from pipeline.sink import read_results
 
-__all__ = ["read_results", "summarize"]
+__all__ = ["StemlineStage", "Summarizer", "read_results", "run_job", "summarize"]
+
+_PLACES = {
+    "StemlineStage": ("pipeline.ray_data", "StemlineStage"),
+    "Summarizer": ("pipeline.api", "Summarizer"),
+    "read_results": ("pipeline.sink", "read_results"),
+    "run_job": ("pipeline.job", "summarize"),
+    "summarize": ("pipeline.api", "summarize"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded on first use: a worker that imports pipeline.engine needs neither.
-    if name == "summarize":
-        from pipeline.job import summarize
-
-        return summarize
-    if name == "read_results":
-        from pipeline.sink import read_results
-
-        return read_results
-    raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
+    # Loaded on first use: a worker that imports pipeline.engine needs none of them.
+    if name not in _PLACES:
+        raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
+    module, attribute = _PLACES[name]
+    return getattr(importlib.import_module(module), attribute)

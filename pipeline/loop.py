@@ -85,9 +85,11 @@ class EngineLoop:
         self._calls.put(drop)
         return future
 
-    def close(self) -> None:
-        """Let the thread end after its current step."""
+    def close(self, wait: float = 0.0) -> None:
+        """Let the thread end after its current step; wait up to so many seconds until its memory is free."""
         self._calls.put(None)
+        if wait:
+            self._thread.join(wait)
 
     def _run(self) -> None:
         try:

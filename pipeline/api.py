@@ -1,0 +1,164 @@
+"""Documents in, a table out, in this process: for notebooks and scripts. The job on Ray is pipeline.run_job."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.config import JobConfig, from_mapping
+from pipeline.errors import JobError
+from pipeline.given import Given, TextReader, Texts, list_given
+from pipeline.imports import check_kernels
+from pipeline.inprocess import LocalPool
+from pipeline.plan import Survey, make_worker_config
+from pipeline.progress import Progress
+from pipeline.prompts import make_task
+from pipeline.records import Row, new_row, result_schema, to_table, utc_now
+from pipeline.scheduler import Limits, Scheduler
+from pipeline.source import Catalogue, Document
+
+# Settings of a run on Ray that mean something in one process too.
+RUN_SETTINGS = ("deadline", "max_attempts")
+
+
+def summarize(
+    documents: Texts | None = None,
+    *,
+    model: str | Path,
+    input: str | Path | Sequence[str | Path] = (),
+    progress: bool = False,
+    **settings: Any,
+) -> pa.Table:
+    """Summarise, or question, documents in this process; a table of one row a document, in the order given.
+
+    summarize(["a text", "another"], model="Qwen/Qwen3-8B", question="What went wrong?").to_pandas()
+
+    documents: texts, {id: text}, or pathlib.Paths of files and folders. A string is a text, never a path.
+    model: folder or hub id of a transformers model. input: files, folders, globs or URIs, as for the job.
+    progress: tell on standard error how far it is. settings: those of the job (pipeline.config.JobConfig).
+
+    The table is like that of read_results: the columns of pipeline.records, for to_pandas(), DuckDB, or
+    pyarrow.parquet.write_table. A document that fails does not raise, its row says why. Raises JobError for settings,
+    models and inputs that cannot be used. Loads the model each time; Summarizer keeps it.
+    """
+    with Summarizer(model=model, **settings) as summarizer:
+        return summarizer(documents, input=input, progress=progress)
+
+
+class Summarizer:
+    """A model that summarises documents in this process, loaded once for many calls.
+
+    with Summarizer(model="Qwen/Qwen3-8B") as summarizer:
+        table = summarizer(["a text", "another"])
+
+    It schedules as the job does: longest documents first, what breaks the engine alone in a new one, a row for each.
+    Only a document that ends the whole process (a fault in native code) takes the caller along; the job survives that.
+    settings: as for summarize(). engine_factory, grace: for tests. Raises JobError for settings that cannot be.
+    """
+
+    def __init__(
+        self, *, model: str | Path, engine_factory: str = "", grace: float | None = None, **settings: Any
+    ) -> None:
+        check_kernels()
+        self._config = _config(model, settings)
+        task = make_task(self._config.task, self._config.question, self._config.prompt_file)
+        nothing = Catalogue([], pa.array([], pa.large_string()), np.zeros((0, 5), np.int64), {}, [])
+        survey = Survey(self._config, task, nothing, {}, ())
+        # Every document can be in the engine at once, and Ray is not there to divide the cores.
+        self._worker_config = make_worker_config(survey, self._config.device, 0, engine_factory, grace)
+        self._lock = threading.Lock()
+        self._pool = LocalPool(self._worker_config)
+
+    def load(self) -> dict[str, Any]:
+        """Load the model now and not at the first call; what its engine says of itself. Raises JobError if it fails."""
+        return dict(self._pool.load()["engine"])
+
+    def __call__(
+        self,
+        documents: Texts | None = None,
+        *,
+        input: str | Path | Sequence[str | Path] = (),
+        progress: bool = False,
+    ) -> pa.Table:
+        """The documents' rows, as summarize() says."""
+        inputs = (input,) if isinstance(input, str | Path) else tuple(input)
+        return self.run(list_given(documents, tuple(map(str, inputs)), self._config), progress)
+
+    def run(self, given: Given, progress: bool = False) -> pa.Table:
+        """The rows of documents with different ids, in their order."""
+        schema = result_schema(given.kept)
+        rows: dict[str, Row] = {}
+        todo = []
+        for document in given.documents:
+            if document.error:
+                rows[document.document_id] = _row(document, document.error)
+            else:
+                todo.append(document)
+        told = Progress(len(todo), sum(document.size_bytes for document in todo)) if progress else None
+
+        def done(row: Row, document: Document) -> None:
+            rows[document.document_id] = row
+            if told:
+                told.add(row, document.size_bytes)
+
+        with self._lock:
+            if todo:
+                self._pool.load()
+                self._pool.read_with(TextReader(self._config.text_column, given.kept))
+                problem = self._schedule(todo, done, told)
+        for document in todo:
+            if document.document_id not in rows:
+                rows[document.document_id] = _row(document, problem)
+        if told:
+            told.finish()
+        return to_table([rows[document.document_id] for document in given.documents], schema)
+
+    def _schedule(self, todo: list[Document], done: Any, told: Progress | None) -> str:
+        """Run documents; why there are some without a row, if there are."""
+        todo = sorted(todo, key=lambda document: -document.size_bytes)
+        hang_after = self._config.deadline + 3 * self._worker_config.grace if self._config.deadline else 0.0
+        limits = Limits(1, max_attempts=self._config.max_attempts, start_tries=1, hang_after=hang_after)
+        tick, log = (told.tick, told.message) if told else (lambda: None, lambda message: None)
+        try:
+            Scheduler(self._pool, iter(todo), len(todo), limits, done, tick=tick, log=log).run()
+        except JobError as error:  # the engine broke, and could not be built again
+            return str(error)
+        except BaseException:  # an interrupted cell: nothing may go on behind it
+            self._pool.drop()
+            raise
+        return ""
+
+    def close(self) -> None:
+        """Give the model's memory back."""
+        self._pool.close()
+
+    def __enter__(self) -> Summarizer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _row(document: Document, error: str) -> Row:
+    """The row of a document that no worker has seen to its end."""
+    stamp = {"input_stamp": document.stamp, "finished_at": utc_now()}
+    return new_row(document.document_id, document.source, "error", error, **stamp)
+
+
+def _config(model: str | Path, settings: dict[str, Any]) -> JobConfig:
+    """The job's settings with those that have no meaning here refused."""
+    settings = from_mapping(settings, "summarize()")
+    for item in fields(JobConfig):
+        elsewhere = item.metadata["group"] == "run" and item.name not in RUN_SETTINGS
+        if item.name in settings and (elsewhere or item.name in ("output", "shard")):
+            raise JobError(
+                f"summarize(): {item.name} is a setting of the job; here rows are given back, nothing is written: "
+                "use pipeline.run_job(input=..., output=..., model=...) for a job with Parquet files"
+            )
+    return JobConfig(**settings, model=str(model), input=("memory",), output="memory")
