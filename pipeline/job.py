@@ -15,6 +15,7 @@ from pipeline import manifest
 from pipeline.config import JobConfig, from_mapping
 from pipeline.errors import JobError, one_line
 from pipeline.imports import check_kernels
+from pipeline.metrics import JobMetrics
 from pipeline.plan import Plan, make_plan, make_worker_config, survey_input
 from pipeline.progress import Progress
 from pipeline.records import Row, new_row, result_schema, utc_now
@@ -70,11 +71,12 @@ def _execute(
     survey, config, begun = plan.survey, plan.survey.config, time.monotonic()
     manifest.save(store, config, survey.prints, state="running", documents=len(survey.catalogue))
     schema = result_schema(survey.catalogue.kept)
+    progress = progress or Progress(len(plan.pending), plan.pending.total_bytes)
+    metrics = JobMetrics(progress.message)
     sink = Sink(
         store, schema, flush_documents=config.flush_documents, flush_seconds=config.flush_seconds,
-        replaces=plan.replaced,
+        replaces=plan.replaced, written=metrics.written,
     )  # fmt: skip
-    progress = progress or Progress(len(plan.pending), plan.pending.total_bytes)
     for message in messages:
         progress.message(message)
     left = _write_unreadable(plan.pending, sink, progress)
@@ -88,7 +90,9 @@ def _execute(
 
     def tick() -> None:
         sink.tick()
+        progress.workers(scheduler.live, scheduler.starting)
         progress.tick()
+        metrics.tick(scheduler.waiting, scheduler.in_flight, scheduler.live, scheduler.starting)
         clock.start_once(bool(scheduler.started))
 
     try:
@@ -112,8 +116,9 @@ def _execute(
                     tick=tick,
                     should_stop=flag.is_set,
                     log=progress.message,
+                    on_loss=metrics.worker_lost,
                 )
-                with contextlib.closing(pool), _flushed(sink):
+                with contextlib.closing(pool), metrics, _flushed(sink):
                     try:
                         scheduler.run()
                         sink.flush()
@@ -123,7 +128,8 @@ def _execute(
         sink.flush()
     except RayError as error:
         raise JobError(f"Ray failed: {one_line(error, 300)}; what was finished is written, run it again") from None
-    progress.finish()
+    finally:
+        progress.finish()
     if not stopped and config.compact and len(part_names(store)) > COMPACT_ABOVE:
         compact(store)
     state = "stopped" if stopped else "finished"

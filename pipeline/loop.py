@@ -19,6 +19,8 @@ class EngineLike(Protocol):
     def max_context(self) -> int: ...
     @property
     def has_work(self) -> bool: ...
+    @property
+    def arena_use(self) -> tuple[int, int]: ...
 
     def add(self, request: Request) -> None: ...
     def step(self) -> list[Completion]: ...
@@ -140,6 +142,7 @@ class _Broken:
 
     max_context = 0
     has_work = False
+    arena_use = (0, 0)
 
     def __init__(self, failure: EngineBrokenError) -> None:
         self._failure = failure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -30,10 +31,12 @@ class Progress:
         self._documents = documents
         self._bytes_left, self._bytes_worked = total_bytes, 0
         self._stream = stream or sys.stderr
-        self._terminal = self._stream.isatty()
+        self._terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self._clock = clock
         self._begun = self._told = clock()
         self._done = self._failed = self._tokens = 0
+        self._live = self._starting = 0
+        self._ready = self._shown = False
 
     def add(self, row: Row, size_bytes: int) -> None:
         """Count a finished document."""
@@ -43,9 +46,13 @@ class Progress:
         self._bytes_left -= size_bytes
         self._bytes_worked += size_bytes if row["prompt_tokens"] else 0
 
+    def workers(self, live: int, starting: int) -> None:
+        """How many workers take documents, and how many do not yet."""
+        self._live, self._starting = live, starting
+
     def start_clock(self) -> None:
         """Rates count from now on: workers are ready."""
-        self._begun = self._clock()
+        self._begun, self._ready = self._clock(), True
 
     def tick(self) -> None:
         """Tell, if it is time to."""
@@ -56,33 +63,60 @@ class Progress:
 
     def message(self, text: str) -> None:
         """A line of its own."""
-        self._stream.write(("\r\x1b[2K" if self._terminal else "") + text + "\n")
-        self._stream.flush()
+        self._write(("\r\x1b[2K" if self._terminal else "") + text + "\n")
+        self._shown = False
 
     def finish(self) -> None:
-        """The last word; the terminal's line ends."""
-        self._tell()
-        if self._terminal:
-            self._stream.write("\n")
-            self._stream.flush()
+        """The last word, where there is anything to say; the terminal's line ends."""
+        if self._done or self._shown:
+            self._tell()
+            if self._terminal:
+                self._write("\n")
 
-    def line(self) -> str:
-        """Documents, tokens, rate, time left, failures."""
+    def line(self, width: int | None = None) -> str:
+        """Documents, tokens, rate, failures, workers, time left; in at most `width` columns what matters most of it."""
         seconds = max(self._clock() - self._begun, 1e-9)
-        rate = self._tokens / seconds
-        parts = [f"{self._done:,}/{self._documents:,} documents", f"{self._tokens:,} tokens", f"{rate:,.0f} tokens/s"]
+        parts = [(0, f"{self._done:,}/{self._documents:,} documents")]  # the larger the number, the sooner left out
+        if self._ready or not self._starting:
+            parts += [(5, f"{self._tokens:,} tokens"), (4, f"{self._tokens / seconds:,.0f} tokens/s")]
         if self._failed:
-            parts.append(f"{self._failed:,} failed")
+            parts.append((1, f"{self._failed:,} failed"))
+        if self._starting and self._ready:
+            parts.append((3, f"{self._live} of {self._live + self._starting} workers ready"))
+        elif self._starting:
+            workers = "1 worker" if self._starting == 1 else f"{self._starting} workers"
+            parts.append((3, f"starting {workers} for {duration(seconds)}"))
+            parts.append((5, "a large model takes minutes"))
         if self._bytes_worked and self._done < self._documents:
-            parts.append(f"about {duration(seconds * self._bytes_left / self._bytes_worked)} left")
-        return " · ".join(parts)
+            parts.append((2, f"about {duration(seconds * self._bytes_left / self._bytes_worked)} left"))
+        while width and len(parts) > 1 and len(_joined(parts)) > width:
+            parts.remove(max(parts))
+        return _joined(parts)[:width]
 
     def _tell(self) -> None:
         if self._terminal:
-            self._stream.write("\r\x1b[2K" + self.line())
+            self._write("\r\x1b[2K" + self.line(self._columns() - 1))  # in the last column the cursor may wrap
         else:
-            self._stream.write(time.strftime("%H:%M:%S ") + self.line() + "\n")
-        self._stream.flush()
+            self._write(time.strftime("%H:%M:%S ") + self.line() + "\n")
+        self._shown = True
+
+    def _columns(self) -> int:
+        try:
+            return os.get_terminal_size(self._stream.fileno()).columns or 80
+        except OSError:
+            return 80
+
+    def _write(self, text: str) -> None:
+        """A terminal that was closed, or a pipe that nobody reads, must not cost the job."""
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except (OSError, ValueError):
+            return
+
+
+def _joined(parts: list[tuple[int, str]]) -> str:
+    return " · ".join(text for _, text in parts)
 
 
 def duration(seconds: float) -> str:

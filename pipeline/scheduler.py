@@ -116,6 +116,7 @@ class Scheduler:
         tick: Callable[[], None] = lambda: None,
         should_stop: Callable[[], bool] = lambda: False,
         log: Callable[[str], None] = lambda message: None,
+        on_loss: Callable[[EventKind], None] = lambda kind: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._pool = pool
@@ -126,6 +127,7 @@ class Scheduler:
         self._tick = tick
         self._should_stop = should_stop
         self._log = log
+        self._on_loss = on_loss
         self._clock = clock
         self._workers: dict[WorkerId, WorkerState] = {}
         self._suspects: deque[Job] = deque()
@@ -151,8 +153,23 @@ class Scheduler:
         return sum(len(state.jobs) for state in self._workers.values())
 
     @property
+    def waiting(self) -> int:
+        """Documents that no worker holds."""
+        return self._to_come + len(self._suspects)
+
+    @property
+    def live(self) -> int:
+        """Workers that take documents."""
+        return sum(state.capacity > 0 for state in self._workers.values())
+
+    @property
+    def starting(self) -> int:
+        """Workers that do not take documents yet."""
+        return len(self._workers) - self.live
+
+    @property
     def _left(self) -> int:
-        return self._to_come + len(self._suspects) + self.in_flight
+        return self.waiting + self.in_flight
 
     def _staff(self) -> None:
         """Start workers up to the number wanted, never more than documents are left."""
@@ -204,7 +221,7 @@ class Scheduler:
         elif event.kind == "result":
             self._result(state, event)
         else:
-            self._lost(event.worker, state, event.reason, BLAME[event.kind])
+            self._lost(event.worker, state, event.reason, event.kind)
 
     def _result(self, state: WorkerState, event: Event) -> None:
         job = state.jobs.pop(event.document_id)
@@ -217,11 +234,13 @@ class Scheduler:
         else:
             self._finish(event.row, job.document, job.attempts)
 
-    def _lost(self, worker: WorkerId, state: WorkerState, reason: str, status: str) -> None:
+    def _lost(self, worker: WorkerId, state: WorkerState, reason: str, kind: EventKind) -> None:
         """Give a worker up. What it held is tried again, each document alone, until one is lost alone too often."""
         self._pool.kill(worker)
         del self._workers[worker]
         jobs = list(state.jobs.values())
+        status = BLAME[kind]
+        self._on_loss(kind)
         self._log(f"worker {worker} lost with {len(jobs)} documents: {reason}")
         # A hang costs a whole deadline, so one alone is proof enough.
         if len(jobs) == 1 and (jobs[0].attempts >= self._limits.max_attempts or status == "timeout"):
@@ -237,6 +256,7 @@ class Scheduler:
         self._pool.kill(event.worker)
         del self._workers[event.worker]
         self._failed_starts += 1
+        self._on_loss(event.kind)
         self._next_start = self._clock() + self._limits.start_pause
         self._log(f"a worker could not start ({self._failed_starts}): {event.reason}")
         if self._failed_starts >= self._limits.start_tries and not self._workers:
@@ -250,7 +270,7 @@ class Scheduler:
             late = [job for job in state.jobs.values() if now - job.sent_at > self._limits.hang_after]
             if late:
                 reason = f"no answer {self._limits.hang_after:g} s after it got {late[0].document.document_id!r}"
-                self._lost(worker, state, reason, BLAME["hung"])
+                self._lost(worker, state, reason, "hung")
 
     def _finish(self, row: Row, document: Document, attempts: int) -> None:
         row["attempts"] = attempts

@@ -38,17 +38,20 @@ class Sink:
 
     A row counts as done when its part file is there; there is no other record of it. Call `tick` often: it writes when
     `flush_documents` rows wait or the oldest has waited `flush_seconds`. replaces: ids whose rows give way to new ones.
+    written: gets rows once they are in a part.
     """
 
     def __init__(
         self, store: Store, schema: pa.Schema, *, flush_documents: int, flush_seconds: float,
         replaces: Sequence[str] = (), clock: Callable[[], float] = time.monotonic,
+        written: Callable[[pa.Table], None] = lambda rows: None,
     ) -> None:  # fmt: skip
         self._store = store
         self._schema = schema
         self._flush_documents = flush_documents
         self._flush_seconds = flush_seconds
         self._clock = clock
+        self._written = written
         self._rows: list[Row] = []
         self._oldest = 0.0
         heads = [name[len(PREFIX) :].split("-")[0] for name in part_names(store)]
@@ -83,12 +86,14 @@ class Sink:
         for row in self._rows:
             by_place.setdefault(self._places.get(row["document_id"], ""), []).append(row)
         for place, rows in by_place.items():
-            self._write(place, to_table(rows, self._schema))
+            table = to_table(rows, self._schema)
+            self._write(place, table)
             self.rows_written += len(rows)
             written = {row["document_id"] for row in rows}
             self._rows = [row for row in self._rows if row["document_id"] not in written]
             for name in written:
                 self._places.pop(name, None)
+            self._written(table)
 
     def _write(self, place: str, table: pa.Table) -> None:
         """A new part, or the part `place` with these rows in the place of their documents' old ones."""

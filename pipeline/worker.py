@@ -19,6 +19,7 @@ from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.imports import check_kernels
 from pipeline.loop import EngineBrokenError, EngineLike, EngineLoop
 from pipeline.meter import Meter
+from pipeline.metrics import report_arena
 from pipeline.prompts import Prompt, PromptBuilder, Task
 from pipeline.records import Row, new_row, utc_now
 from pipeline.source import Document, DocumentReader, input_hash
@@ -90,6 +91,7 @@ class Worker:
                 f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt: "
                 f"the context is {engine.max_context} tokens"
             )
+        self._arena_report = asyncio.create_task(report_arena(engine, self._name))
         about = engine.describe()
         self._gpu = str(about.get("gpu") or about.get("device") or "cpu")
         self._precision = about.get("precision")

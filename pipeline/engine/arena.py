@@ -41,8 +41,8 @@ class ExtentAllocator:
 
     @property
     def free_tokens(self) -> int:
-        """Tokens in all free extents together."""
-        return sum(extent.tokens for extent in self._free)
+        """Tokens in all free extents together. Any thread may ask."""
+        return sum(extent.tokens for extent in tuple(self._free))
 
     @property
     def largest_free(self) -> int:

@@ -91,6 +91,12 @@ class Engine:
         """Most tokens of one document, prompt and output."""
         return self._plan.max_context
 
+    @property
+    def arena_use(self) -> tuple[int, int]:
+        """Tokens of the KV arena that documents hold, and all it has. Any thread may ask."""
+        extents = self._arena.extents
+        return extents.capacity - extents.free_tokens, extents.capacity
+
     def plan(self) -> MemoryPlan:
         """How the device's memory is divided."""
         return self._plan

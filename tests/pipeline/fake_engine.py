@@ -34,6 +34,10 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self._waiting)
 
+    @property
+    def arena_use(self) -> tuple[int, int]:
+        return sum(len(request.prompt_ids) for request in self._waiting), 4 * self.max_context
+
     def add(self, request: Request) -> None:
         self._waiting.append(request)
 
