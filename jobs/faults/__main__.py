@@ -6,30 +6,61 @@ import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jobs.faults
 from jobs.cli import Parser, run_main
-from jobs.faults import runs
+from jobs.faults import runs, table
+from jobs.faults.corpus import READER
 
+# Several engines may share a GPU; what a job needs for LIVE documents of the tables' lengths.
+ARENA_TOKENS = 16_384
 DOCUMENTS = {"kills": 10_000, "restarts": 12_000, "soak": 400_000}
+ABOUT = {
+    "table": "each fault once, on a small job of its own",
+    "kills": "workers and driver killed while many documents are done",
+    "restarts": "the driver killed at random moments of a small job",
+    "soak": "memory over a long time",
+    "bucket": "the demo in an object store, killed and resumed",
+    "determinism": "the share of outputs that stay the same in other company",
+}
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run what the command line asks for; 0 if every document has its one row, else 2."""
+    options = _parser().parse_args(arguments)
+    if options.what == "determinism":
+        from jobs.faults import determinism
+
+        return determinism.main(options)
+    with tempfile.TemporaryDirectory(prefix="stemline_faults_") as temporary:
+        return _run(options, options.folder or Path(temporary) / "run")
+
+
+def _parser() -> Parser:
     parser = Parser(prog="python -m jobs.faults", description=(jobs.faults.__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="what", required=True)
-    for name, about in {
-        "kills": "workers and driver killed while many documents are done",
-        "restarts": "the driver killed at random moments of a small job",
-        "soak": "memory over a long time",
-        "bucket": "the demo in an object store, killed and resumed",
-    }.items():
+    for name, about in ABOUT.items():
         command = commands.add_parser(name, help=about)
+        if name == "determinism":
+            from jobs.faults import determinism
+
+            determinism.add_arguments(command)
+            continue
         command.add_argument("--folder", type=Path, help="empty folder for documents and results (default: temporary)")
+        if name == "bucket":
+            continue
+        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+        command.add_argument(
+            "--model", type=Path, help="model folder (default: a small random one; on a GPU, the bundled one)"
+        )
+        if name == "table":
+            command.add_argument("--only", nargs="+", default=[], metavar="FAULT", help="these faults, not all")
+            command.add_argument("--at-once", type=int, default=1, help="faults that are tried at the same time")
+            continue
         command.add_argument("--seed", type=int, default=0)
-        if name != "bucket":
-            command.add_argument("--workers", type=int, default=2)
-            command.add_argument("--documents", type=int, default=DOCUMENTS[name])
+        command.add_argument("--workers", type=int, default=2)
+        command.add_argument("--documents", type=int, default=DOCUMENTS[name])
         if name == "kills":
             command.add_argument("--worker-every", type=float, default=20.0, help="seconds")
             command.add_argument("--driver-every", type=float, default=60.0, help="seconds")
@@ -37,9 +68,7 @@ def main(arguments: Sequence[str]) -> int:
             command.add_argument("--times", type=int, default=20)
         if name == "soak":
             command.add_argument("--minutes", type=float, default=60.0)
-    options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory(prefix="stemline_faults_") as temporary:
-        return _run(options, options.folder or Path(temporary) / "run")
+    return parser
 
 
 def _run(options: argparse.Namespace, folder: Path) -> int:
@@ -47,19 +76,33 @@ def _run(options: argparse.Namespace, folder: Path) -> int:
         from jobs.faults.bucket import bucket
 
         return bucket(folder)
+    job: dict[str, Any] = {"model": options.model, "device": options.device}
+    if options.device == "cuda":
+        # The small random model's heads are narrower than the GPU kernels take.
+        job |= {"model": options.model or READER, "arena_tokens": ARENA_TOKENS}
+    if options.what == "table":
+        return _table(options, folder, job)
     if options.what == "soak":
-        return _soak(options, folder)
+        return _soak(options, folder, job)
     if options.what == "kills":
         outcome = runs.kills(
             folder, documents=options.documents, workers=options.workers, seed=options.seed,
-            worker_every=options.worker_every, driver_every=options.driver_every,
+            worker_every=options.worker_every, driver_every=options.driver_every, **job,
         )  # fmt: skip
     else:
         outcome = runs.kills(
             folder, documents=options.documents, workers=options.workers, seed=options.seed,
-            worker_every=float("inf"), driver_every=0.0, first_kill=(1.0, 40.0), max_driver_kills=options.times,
+            worker_every=float("inf"), driver_every=0.0, first_kill=(1.0, 40.0), max_driver_kills=options.times, **job,
         )  # fmt: skip
     return _show(outcome)
+
+
+def _table(options: argparse.Namespace, folder: Path, job: dict[str, Any]) -> int:
+    faults = table.choose(options.only)
+    runs.refuse_used(folder)
+    tried = table.table(folder, faults, at_once=options.at_once, **job)
+    print(f"\n{table.markdown(tried)}")
+    return 2 if any(one.problem for one in tried) else 0
 
 
 def _show(outcome: runs.Outcome) -> int:
@@ -86,8 +129,10 @@ def _show(outcome: runs.Outcome) -> int:
     return 0 if count.exact else 2
 
 
-def _soak(options: argparse.Namespace, folder: Path) -> int:
-    samples, count = runs.soak(folder, minutes=options.minutes, workers=options.workers, documents=options.documents)
+def _soak(options: argparse.Namespace, folder: Path, job: dict[str, Any]) -> int:
+    samples, count = runs.soak(
+        folder, minutes=options.minutes, workers=options.workers, documents=options.documents, **job
+    )
     print("minutes  driver MiB  workers MiB      taken")
     for sample in samples:
         workers = " ".join(f"{value:.0f}" for value in sample.workers)

@@ -16,6 +16,7 @@ from pathlib import Path
 from pyarrow.fs import FileSystem
 
 from jobs.faults import processes
+from jobs.faults.runs import refuse_used
 from pipeline import read_results
 from pipeline.errors import JobError
 from pipeline.imports import ROOT
@@ -76,6 +77,7 @@ def upload(folder: Path, endpoint: str, bucket: str = "demo") -> tuple[str, str]
 
 def bucket(folder: Path) -> int:
     """Run the demo from and to the server, kill the driver when the first part is there, run it again; 0 if exact."""
+    refuse_used(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with credentials(), server() as endpoint:
         source, output = upload(DOCUMENTS, endpoint)

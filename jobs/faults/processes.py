@@ -14,13 +14,21 @@ from pathlib import Path
 from pipeline.imports import ROOT
 
 WORKER = b"ray::Worker"
+# Names the file in which engines note the documents that they take.
+LOG = "STEMLINE_FAULTS_LOG"
+# What a driver may be told of this machine; other settings of Ray here are not for it.
+RESOURCES = "RAY_OVERRIDE_RESOURCES"
+# Ray's own two agents end by themselves a minute after a driver; all else goes with it.
+AGENTS = ("DashboardAgent", "RuntimeEnvAgent")
+# How long a driver that is asked to stop may take.
+PATIENCE = 60.0
 
 
 @contextlib.contextmanager
 def driver(arguments: list[str], log: Path, engine_log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """jobs.faults.driver in a session of its own; its output is appended to `log`. Stopped at the end of the block."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    environment |= {"STEMLINE_FAULTS_LOG": str(engine_log), "OMP_NUM_THREADS": "1"}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_") or key == RESOURCES}
+    environment |= {LOG: str(engine_log), "OMP_NUM_THREADS": "1"}
     with log.open("ab") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "jobs.faults.driver", *arguments],
@@ -31,7 +39,10 @@ def driver(arguments: list[str], log: Path, engine_log: Path) -> Iterator[subpro
     finally:
         if process.poll() is None:  # a Ctrl-C does not reach it
             process.terminate()
-            process.wait()
+            try:
+                process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def descendants(pid: int) -> list[int]:

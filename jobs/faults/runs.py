@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import random
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from jobs.faults import processes
 from jobs.faults.corpus import Count, count_rows, write_documents, write_model
 from pipeline.errors import JobError
 
-# Ray's own two agents end by themselves a minute after a driver; all else goes with it.
-AGENTS = ("DashboardAgent", "RuntimeEnvAgent")
 # In-flight documents of a worker (decoded together, and ahead of that), and rows that wait to be written.
 LIVE, AHEAD, FLUSH = 8, 2, 64
 
@@ -58,6 +58,11 @@ class Place:
         return self.engine_log.stat().st_size if self.engine_log.exists() else 0
 
     @property
+    def documents_taken(self) -> int:
+        """How many times an engine took a document."""
+        return self.engine_log.read_bytes().count(b"\n") if self.engine_log.exists() else 0
+
+    @property
     def log(self) -> Path:
         return self.folder / "driver.log"
 
@@ -66,13 +71,23 @@ class Place:
         return count_rows(self.output, self.ids, self.engine_log)
 
 
-def prepare(folder: Path, documents: int, workers: int, **flags: object) -> Place:
-    """Documents, model and command line of a job in an empty folder."""
-    if folder.exists() and any(folder.iterdir()):
+def refuse_used(folder: Path) -> None:
+    """Raise JobError if a folder holds anything."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise JobError(f"--folder {folder}: it is not empty; give another")
-    ids = write_documents(folder / "docs", documents)
-    model = write_model(folder / "model")
-    values: dict[str, object] = {"input": folder / "docs", "output": folder / "out", "model": model}
+
+
+def prepare(
+    folder: Path, documents: int, workers: int, *, model: Path | None = None, words: int = 12, **flags: object
+) -> Place:
+    """Documents, model and command line of a job in an empty folder. model: copied; None is a small random one."""
+    refuse_used(folder)
+    ids = write_documents(folder / "docs", documents, words)
+    if model is None:
+        write_model(folder / "model")
+    else:
+        shutil.copytree(model, folder / "model")
+    values: dict[str, object] = {"input": folder / "docs", "output": folder / "out", "model": folder / "model"}
     values |= {"workers": workers, "device": "cpu", "max_new_tokens": 8, "max_context": 256, "max_live": LIVE}
     values |= {"flush_documents": FLUSH, "flush_seconds": 2} | flags
     return Place(folder, ids, [f"--{name.replace('_', '-')}={value}" for name, value in values.items()])
@@ -81,15 +96,16 @@ def prepare(folder: Path, documents: int, workers: int, **flags: object) -> Plac
 def kills(
     folder: Path, *, documents: int, workers: int = 2, worker_every: float, driver_every: float, seed: int = 0,
     first_kill: tuple[float, float] | None = None, max_driver_kills: int = 1 << 30, max_seconds: float = 7200.0,
+    **job: Any,
 ) -> Outcome:  # fmt: skip
     """Run a job to its end while workers and driver are killed with SIGKILL; each time the driver starts again.
 
     worker_every, driver_every: seconds between kills, as long as documents are being taken: on a busy machine a process
     may need longer to start than it is given to live, and nothing would ever get done. first_kill: draw the driver's
-    time from this range instead, counted from its start.
+    time from this range instead, counted from its start. job: model and flags, as for `prepare`.
     """
     chance, outcome, begun = random.Random(seed), Outcome(), time.monotonic()
-    place = prepare(folder, documents, workers)
+    place = prepare(folder, documents, workers, **job)
     next_worker = begun + worker_every
     while time.monotonic() - begun < max_seconds:
         life = chance.uniform(*first_kill) if first_kill else driver_every
@@ -116,7 +132,7 @@ def kills(
                     if processes.kill(driver.pid):
                         outcome.driver_kills += 1
                         driver.wait()
-                        outcome.left_over += processes.left_over(below, 15.0, ending=AGENTS)
+                        outcome.left_over += processes.left_over(below, 15.0, ending=processes.AGENTS)
                     break
         outcome.driver_memory.append((early, late))
         code = driver.wait()
@@ -141,15 +157,17 @@ class Sample:
     taken: int
 
 
-def soak(folder: Path, *, minutes: float, workers: int = 2, documents: int = 400_000) -> tuple[list[Sample], Count]:
+def soak(
+    folder: Path, *, minutes: float, workers: int = 2, documents: int = 400_000, **job: Any
+) -> tuple[list[Sample], Count]:
     """Work for `minutes` without a pause, then stop with SIGTERM; memory every half minute, and the rows."""
-    place = prepare(folder, documents, workers)
+    place = prepare(folder, documents, workers, **job)
     samples: list[Sample] = []
     begun = 0.0
     with processes.driver(place.arguments, place.log, place.engine_log) as driver:
         while driver.poll() is None and (not begun or time.monotonic() - begun < 60 * minutes):
             running = processes.workers(driver.pid)
-            taken = place.engine_log.read_bytes().count(b"\n") if place.engine_log.exists() else 0
+            taken = place.documents_taken
             if taken and not begun:
                 begun = time.monotonic()
             if begun:

@@ -16,7 +16,7 @@ os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP
 from ray.cluster_utils import Cluster
 
 from jobs.faults import processes
-from jobs.faults.driver import LOG
+from jobs.faults.processes import LOG
 from jobs.faults.runs import prepare
 
 

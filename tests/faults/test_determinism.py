@@ -92,5 +92,5 @@ def test_jobs_give_the_same_outputs_whatever_their_workers_and_deaths(
     (tiny / "prefill.once").unlink(missing_ok=True)
     first = job("one", rows, "pipeline.engine:Engine", workers=1, max_live=1)
     assert len(first) == 15
-    assert job("two", rows[::-1], "fault_engines:DiesInPrefill", workers=2, max_live=5) == first
+    assert job("two", rows[::-1], "jobs.faults.engines:DiesInPrefill", workers=2, max_live=5) == first
     assert (tiny / "prefill.once").exists(), "one of its workers was killed"
