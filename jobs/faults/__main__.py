@@ -57,6 +57,7 @@ def _parser() -> Parser:
         if name == "table":
             command.add_argument("--only", nargs="+", default=[], metavar="FAULT", help="these faults, not all")
             command.add_argument("--at-once", type=int, default=1, help="faults that are tried at the same time")
+            command.add_argument("--limit", type=float, default=600.0, help="seconds for each")
             continue
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--workers", type=int, default=2)
@@ -100,7 +101,7 @@ def _run(options: argparse.Namespace, folder: Path) -> int:
 def _table(options: argparse.Namespace, folder: Path, job: dict[str, Any]) -> int:
     faults = table.choose(options.only)
     runs.refuse_used(folder)
-    tried = table.table(folder, faults, at_once=options.at_once, **job)
+    tried = table.table(folder, faults, at_once=options.at_once, limit=options.limit, **job)
     print(f"\n{table.markdown(tried)}")
     return 2 if any(one.problem for one in tried) else 0
 

@@ -21,7 +21,7 @@ RESOURCES = "RAY_OVERRIDE_RESOURCES"
 # Ray's own two agents end by themselves a minute after a driver; all else goes with it.
 AGENTS = ("DashboardAgent", "RuntimeEnvAgent")
 # How long a driver that is asked to stop may take.
-PATIENCE = 60.0
+PATIENCE = 15.0
 
 
 @contextlib.contextmanager

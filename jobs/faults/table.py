@@ -28,7 +28,6 @@ VICTIM_WORDS = 600
 PART = 32
 # What `ray job stop` gives between SIGTERM and SIGKILL, in seconds.
 STOP_SECONDS = 3.0
-LIMIT_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -106,20 +105,26 @@ def choose(names: Sequence[str]) -> list[Fault]:
     return [FAULTS[name] for name in names or FAULTS]
 
 
-def table(folder: Path, faults: Sequence[Fault], *, at_once: int = 1, **job: Any) -> list[Tried]:
-    """Try faults, so many at a time, each in a folder of its own; a line is printed for each. job: as for `prepare`."""
+def table(folder: Path, faults: Sequence[Fault], *, at_once: int = 1, limit: float = 600.0, **job: Any) -> list[Tried]:
+    """Try faults, so many at a time, each in a folder of its own and for at most `limit` seconds.
+
+    A line is printed for each when it is done. job: as for `prepare`.
+    """
     tried = []
     with ThreadPoolExecutor(at_once) as pool:
-        for future in as_completed([pool.submit(try_fault, fault, folder / fault.name, **job) for fault in faults]):
+        for future in as_completed(
+            [pool.submit(try_fault, fault, folder / fault.name, limit, **job) for fault in faults]
+        ):
             tried.append(future.result())
             about = tried[-1]
             print(f"{about.fault.about}: {about.problem or 'as it should be'} ({about.seconds:.0f} s)", flush=True)
     return sorted(tried, key=lambda one: faults.index(one.fault))
 
 
-def try_fault(fault: Fault, folder: Path, **job: Any) -> Tried:
-    """Run a job with a fault to its end."""
+def try_fault(fault: Fault, folder: Path, limit: float, **job: Any) -> Tried:
+    """Run a job with a fault to its end, or until it has taken `limit` seconds."""
     begun = time.monotonic()
+    until = begun + limit
     documents, words = MANY if fault.to_driver else FEW
     flags: dict[str, Any] = {
         "max_context": 4096,
@@ -133,26 +138,24 @@ def try_fault(fault: Fault, folder: Path, **job: Any) -> Tried:
     (folder / "docs" / "victim.jsonl").write_text(json.dumps({"id": VICTIM, "text": text}) + "\n")
     place.ids.append(VICTIM)
     try:
-        problem = _strike(place, fault.to_driver) if fault.to_driver else ""
-        code = _run(place)
-        problem = problem or _problem(place, fault, code)
+        problem = _strike(place, fault.to_driver, until) if fault.to_driver else ""
+        problem = problem or _problem(place, fault, _run(place, until))
     except subprocess.TimeoutExpired:
-        problem = f"not done after {LIMIT_SECONDS:.0f} s: {_last_line(place)}"
+        problem = f"not done after {limit:.0f} s: {_last_line(place)}"
     return Tried(fault, place.count(), time.monotonic() - begun, problem)
 
 
-def _run(place: Place) -> int:
+def _run(place: Place, until: float) -> int:
     with processes.driver(place.arguments, place.log, place.engine_log) as driver:
-        return driver.wait(LIMIT_SECONDS)
+        return driver.wait(max(0.0, until - time.monotonic()))
 
 
-def _strike(place: Place, number: int) -> str:
+def _strike(place: Place, number: int, until: float) -> str:
     """Run the job until it is well under way, send the driver the signal, and end it. Returns what went wrong."""
-    until = time.monotonic() + LIMIT_SECONDS
     with processes.driver(place.arguments, place.log, place.engine_log) as driver:
         while place.documents_taken < 2 * PART or (number == signal.SIGKILL and not place.count().statuses):
             if driver.poll() is not None or time.monotonic() > until:
-                return f"it ended before it was struck: {_last_line(place)}"
+                return f"it ended, or its time was up, before it was struck: {_last_line(place)}"
             time.sleep(0.02)
         below = processes.descendants(driver.pid)
         taken = place.documents_taken
