@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -26,11 +26,13 @@ class Parser(argparse.ArgumentParser):
         raise JobError(message)
 
 
-def add_job_flags(parser: argparse.ArgumentParser) -> None:
-    """A flag for every setting of JobConfig, and --config for a YAML file of them."""
+def add_job_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
+    """A flag for every setting of JobConfig but those in `without`, and --config for a YAML file of them."""
     parser.add_argument("--config", metavar="JOB.yaml", help="settings from a YAML file, keys as the flags; flags win")
     groups: dict[str, Any] = {}
     for item in fields(JobConfig):
+        if item.name in without:
+            continue
         rules = item.metadata
         group = groups.setdefault(rules["group"], parser.add_argument_group(rules["group"]))
         group.add_argument(flag(item.name), dest=item.name, default=argparse.SUPPRESS, **_argument(rules, item.default))

@@ -1,0 +1,1 @@
+"""A picture of sparse prefill on one document: which key blocks each head's query blocks keep."""

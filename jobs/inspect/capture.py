@@ -1,0 +1,135 @@
+"""The selections that the engine's own prefill makes of a document, taken down as it makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+import stem_core.attention
+from jobs.inspect.cells import Grid, LayerCells
+from kernels.block_selection import BlockSelection
+from pipeline.config import JobConfig
+from pipeline.engine.arena import Extent
+from pipeline.engine.config import EngineConfig
+from pipeline.engine.describe import describe_kernels
+from pipeline.engine.loading import context_limit, load_model
+from pipeline.engine.prefill import Prefill, attention_plan, chunk_size
+from pipeline.engine.runner import ModelRunner
+from pipeline.errors import DocumentError, JobError
+from pipeline.plan import make_engine_config
+from pipeline.prompts import PromptBuilder, make_task
+from pipeline.tokens import Tokens, load_tokens
+from stem_core.config import StemConfig
+from stem_core.policy import LayerPolicy
+
+Note = Callable[[int, int, BlockSelection], None]
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What was seen. densities: of every layer, as the engine counts them. dense: layers that drop nothing, and why."""
+
+    stem: StemConfig
+    prompt: np.ndarray
+    tokens: Tokens
+    grid: Grid
+    layers: dict[int, LayerCells]
+    densities: list[float]
+    density: float
+    dense: dict[int, str] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def text(self, block: int) -> str:
+        """The tokens of a block, as text."""
+        size = self.grid.block_size
+        return self.tokens.decode(self.prompt[block * size : (block + 1) * size].tolist())
+
+
+def capture(job: JobConfig, text: str) -> Capture:
+    """Prefill the prompt that the job would make of `text`, with its attention, and note what every layer keeps.
+
+    Raises JobError if the model cannot run here, if the prompt does not fit its context, or runs dense.
+    """
+    stem = job.stem()
+    if stem is None:
+        raise JobError("--attention dense keeps every block; there is nothing to see")
+    config = make_engine_config(job, job.device)
+    runner = ModelRunner(load_model(config), stem, config.fuse)
+    tokens = load_tokens(config.model, config.revision, config.trust_remote_code)
+    prompt = _prompt(job, tokens, text, context_limit(runner.model.config))
+    plan = attention_plan(runner, len(prompt))
+    if plan.attention != "stem":
+        raise JobError(
+            f"this prompt of {len(prompt):,} tokens runs dense, nothing is left out: {plan.reason}; take a longer "
+            "document, or smaller blocks and a budget: --block-size 16 --budget 0.3 --dense-below 0"
+        )
+    kinds = {policy.layer: policy.budget(len(prompt), window) for policy, window in runner.layers}
+    sparse = sorted(layer for layer, budget in kinds.items() if budget.budgets is not None)
+    grid = Grid.of(stem, kinds[sparse[0]])
+    heads = runner.model.config.get_text_config().num_attention_heads  # type: ignore[union-attr, operator]
+    layers = {layer: LayerCells.of(grid, heads) for layer in sparse}
+    prefill(runner, config, prompt, lambda layer, row, selection: layers[layer].add(selection, row))
+    for layer, cells in layers.items():
+        assert cells.rows_seen == grid.blocks, f"layer {layer}: {cells.rows_seen} of {grid.blocks} query blocks seen"
+    return Capture(
+        stem, prompt, tokens, grid, layers,
+        [policy.density(len(prompt), window) for policy, window in runner.layers], plan.density,
+        {policy.layer: _why_dense(policy, window) for policy, window in runner.layers if policy.layer not in sparse},
+        {"kernels": describe_kernels(runner, stem), "precision": runner.precision.name, "device": str(runner.device)},
+    )  # fmt: skip
+
+
+def prefill(runner: ModelRunner, config: EngineConfig, prompt: np.ndarray, note: Note) -> None:
+    """The engine's prefill of a prompt; `note` gets layer, first query block and selection of each layer and chunk."""
+    chunk = chunk_size(config.chunk_tokens, config.attention)
+    arena = runner.new_arena(len(prompt) + chunk)
+    # The last layer, too, runs on every chunk: its earlier rows are of interest here, and of none to the engine.
+    steps = Prefill(runner, arena, Extent(0, len(prompt)), prompt, 1, chunk, every_row=True)
+    with _noting(runner, note), torch.inference_mode():
+        while not steps.done:
+            steps.step()
+
+
+@contextmanager
+def _noting(runner: ModelRunner, note: Note) -> Iterator[None]:
+    """Hand each selection of the product's attention to `note` on its way from selection to attention."""
+    select = stem_core.attention.stem_selection
+    current: list[int] = []
+
+    def noting(*args: Any, **kwargs: Any) -> BlockSelection:
+        selection = select(*args, **kwargs)
+        note(current[-1], kwargs["start"] // args[3].block_size, selection)
+        return selection
+
+    def entering(module: torch.nn.Module, *_: Any) -> None:
+        current[:] = [module.stem_policy.layer]  # type: ignore[union-attr, list-item]
+
+    modules = [module for module in runner.model.modules() if hasattr(module, "stem_policy")]
+    hooks = [module.register_forward_pre_hook(entering) for module in modules]
+    stem_core.attention.stem_selection = noting
+    try:
+        yield
+    finally:
+        stem_core.attention.stem_selection = select
+        for hook in hooks:
+            hook.remove()
+
+
+def _prompt(job: JobConfig, tokens: Tokens, text: str, context: int) -> np.ndarray:
+    builder = PromptBuilder(tokens, make_task(job.task, job.question, job.prompt_file), job.chat_template_args)
+    limit = min(context, job.max_context or context) - job.max_new_tokens
+    try:
+        return builder.build(text, limit, truncate=job.too_long == "truncate").ids.astype(np.int64)
+    except DocumentError as error:
+        raise JobError(f"{error}; --too-long truncate cuts its middle") from None
+
+
+def _why_dense(policy: LayerPolicy, window: int | None) -> str:
+    if policy.leading:
+        return "leading layer, dense by --dense-layers"
+    return f"sliding window of {window:,} tokens" if window else "dense"
