@@ -9,7 +9,7 @@ from kernels.fp8_heads import HeadScales
 from pipeline.engine.arena import Arena, Fp8KVArena, KVArena, LayerShape
 from pipeline.engine.cache import EngineCache, ProbeCache
 from pipeline.engine.calibration import calibration_prompts
-from pipeline.engine.config import EngineConfig
+from pipeline.engine.config import EngineConfig, EngineError
 from pipeline.engine.loading import load_model
 from pipeline.engine.precision import check_fp8_attention, model_precision
 from pipeline.engine.rope import prepare_rope
@@ -107,5 +107,9 @@ class ModelRunner:
 
 
 def load_runner(config: EngineConfig) -> ModelRunner:
-    """The model of `config` on its device. Raises ModelLoadError, or what ModelRunner raises."""
-    return ModelRunner(load_model(config), config.attention, config.fuse)
+    """The model of `config` on its device. Raises EngineError (ModelLoadError for the model's files)."""
+    model = load_model(config)
+    try:
+        return ModelRunner(model, config.attention, config.fuse)
+    except (ValueError, AttributeError) as error:
+        raise EngineError(f"model {config.model!r} cannot run here: {error}") from error

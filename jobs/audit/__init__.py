@@ -1,0 +1,1 @@
+"""Dense attention against Stem on a sample of the user's own documents: how much faster, and how much different."""

@@ -1,0 +1,152 @@
+"""From rows to figures: means with intervals over the documents, and the length from which Stem is not slower."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from jobs.audit.measure import ArmRun, Point
+from jobs.audit.results import Row
+from jobs.evaluate.results import estimate
+
+# Fewer documents than this have no interval of a mean: resampling them would show less spread than there is.
+FEWEST = 5
+# Two prefills that differ by less are equally fast.
+TIMING_NOISE = 0.02
+Z95 = 1.959964
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A mean over documents with its 95% interval; low and high are None where there are too few documents."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    documents: int
+
+
+def share(hits: Sequence[bool]) -> Figure:
+    """The share of documents for which something holds, with Wilson's interval."""
+    n, p = len(hits), sum(hits) / len(hits)
+    middle = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    half = Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
+    return Figure(p, max(0.0, middle - half), min(1.0, middle + half), n)
+
+
+def mean(values: Sequence[float]) -> Figure:
+    """The mean over documents, with a bootstrap interval where there are enough."""
+    if len(values) < FEWEST:
+        return Figure(sum(values) / len(values), None, None, len(values))
+    found = estimate(values, [str(i) for i in range(len(values))])
+    return Figure(found.mean, found.low, found.high, len(values))
+
+
+def unseen(documents: int) -> float:
+    """The largest share of documents that can be spoilt while `documents` drawn at random show none, at 95%."""
+    return 1 - 0.05 ** (1 / documents)
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """From how many tokens on a sparse arm is not slower than dense in the same precision.
+
+    tokens: the shortest measured prompt from which no longer one was slower; None if the longest was. slower: the
+    longest measured prompt that was slower; None if none was. shortest: the shortest one that ran sparse; None if none.
+    """
+
+    tokens: int | None
+    slower: int | None
+    shortest: int | None
+
+
+def crossover(sparse: Sequence[Point], dense: Sequence[Point]) -> Crossover:
+    """Over the prompts that both ran, sparse in one."""
+    by_length: dict[int, list[float]] = {}
+    reference = _fastest(dense)
+    for point in sparse:
+        if point.sparse and point.prompt_tokens in reference:
+            by_length.setdefault(point.prompt_tokens, []).append(point.seconds / reference[point.prompt_tokens])
+    lengths = sorted(by_length)
+    slower = [length for length in lengths if min(by_length[length]) > 1 + TIMING_NOISE]
+    after = [length for length in lengths if not slower or length > slower[-1]]
+    return Crossover(after[0] if after else None, slower[-1] if slower else None, lengths[0] if lengths else None)
+
+
+def _fastest(points: Sequence[Point]) -> dict[int, float]:
+    found: dict[int, float] = {}
+    for point in points:
+        found[point.prompt_tokens] = min(point.seconds, found.get(point.prompt_tokens, math.inf))
+    return found
+
+
+def curve(run: ArmRun) -> list[Point]:
+    """All prefills of an arm that were timed, the documents' among them, shortest first."""
+    documents = [
+        Point(done.prompt_tokens, done.prefill_seconds, done.density, done.attention == "stem")
+        for done in run.completions.values()
+        if done.status == "ok"
+    ]
+    return sorted([*run.curve, *documents], key=lambda point: point.prompt_tokens)
+
+
+def arm_figures(run: ArmRun, rows: Sequence[Row], dense: ArmRun | None, reference: ArmRun) -> dict[str, Any]:
+    """One record for the file of figures. rows: the arm's. dense: the dense arm in the same precision, if it could run.
+
+    Units and names are those of jobs.benchmark engine. first_token_vs_dense, first_token_vs_reference: how many times
+    faster the prompts of the documents that both finished were prefilled.
+    """
+    ok = [row for row in rows if row["status"] == "ok"]
+    points, steps = curve(run), [row["decode_step_ms"] for row in ok if row["decode_step_ms"] is not None]
+    found: dict[str, Any] = {
+        "arm": run.arm.name,
+        "preset": run.arm.preset,
+        "budget": run.arm.budget,
+        "precision": run.arm.precision,
+        "documents": len(rows),
+        "failed": len(rows) - len(ok),
+        "sparse_documents": sum(row["attention"] == "stem" for row in ok),
+        "first_token_seconds": _average([row["first_token_seconds"] for row in ok]),
+        "first_token_vs_dense": _times(dense, run),
+        "first_token_vs_reference": _times(reference, run),
+        "mean_decode_step_ms": _average(steps),
+        "decode_step_alone": None if run.step is None else {"prompt_tokens": run.step[0], "step_ms": run.step[1]},
+        "seconds": run.seconds,
+        "documents_per_hour": run.documents_per_hour,
+        "output_tokens_per_second": sum(row["output_tokens"] for row in ok) / run.seconds,
+        "prompt_tokens_per_second": sum(row["prompt_tokens"] for row in ok) / run.seconds,
+        "density": _average([row["density"] for row in ok]),
+        "peak_bytes": max((row["peak_gpu_bytes"] for row in ok), default=0),
+        "load_seconds": run.load_seconds,
+        "crossover": None if run.arm.dense or dense is None else asdict(crossover(points, curve(dense))),
+        "curve": [asdict(point) for point in points],
+        "engine": run.about,
+        "plan": run.plan,
+    }
+    return found | {name: None if value is None else asdict(value) for name, value in _likeness(ok).items()}
+
+
+def _likeness(rows: Sequence[Row]) -> dict[str, Figure | None]:
+    def over(name: str, how: Any) -> Figure | None:
+        values = [row[name] for row in rows if row[name] is not None]
+        return how(values) if values else None
+
+    shares, means = ("first_token_agrees", "exact_match"), ("first_token_kl", "answer_kl", "token_agreement", "rouge_l")
+    return {name: over(name, share) for name in shares} | {name: over(name, mean) for name in means}
+
+
+def _average(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _times(slow: ArmRun | None, fast: ArmRun) -> float | None:
+    if slow is None:
+        return None
+    both = [
+        (slow.completions[name].prefill_seconds, done.prefill_seconds)
+        for name, done in fast.completions.items()
+        if done.status == slow.completions[name].status == "ok"
+    ]
+    return sum(a for a, _ in both) / sum(b for _, b in both) if both else None

@@ -1,0 +1,267 @@
+"""The audit as a page: what to run first, then the figures, then the outputs themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jobs.audit.advice import describe
+from jobs.audit.charts import agreement_chart, first_token_chart, speedup_chart
+from jobs.audit.figures import FEWEST
+from jobs.audit.results import Row
+from jobs.page import Block, Details, KeyFigure, KeyFigures, Prose, Section, SideBySide, Table, render_page
+from jobs.page.numbers import NOTHING, binary_bytes, figure, seconds, share
+
+Figures = dict[str, Any]
+# More rows than this are folded.
+SHORT_TABLE = 12
+
+
+def page(audit: dict[str, Any], rows: Sequence[Row]) -> str:
+    """The whole page as HTML. audit: what audit.json holds."""
+    sections = [
+        *short_sections(audit),
+        Section("Time", _speed(audit)),
+        Section("Likeness to dense", _likeness(audit, rows)),
+        Section("Documents that differ most", _differing(audit, rows)),
+        Section("Every document", _documents(rows)),
+        Section("How it was measured", _method(audit)),
+    ]
+    return render_page("Audit: dense attention and Stem on your documents", subtitle(audit), sections, footer(audit))
+
+
+def subtitle(audit: dict[str, Any]) -> str:
+    """Model, device and documents in a line."""
+    stamp, sample = audit["stamp"], audit["sample"]
+    device = stamp.get("gpu", stamp["device"])
+    return (
+        f"{audit['model']} on {device}; {sample['documents']} of {sample['of']:,} documents, "
+        f"{min(sample['prompt_tokens']):,} to {max(sample['prompt_tokens']):,} prompt tokens"
+    )
+
+
+def footer(audit: dict[str, Any]) -> str:
+    """When, and by which command."""
+    return f"{audit['stamp']['measured_at']}, commit {audit['stamp']['commit']}: {audit['command']}"
+
+
+def short_sections(audit: dict[str, Any]) -> list[Section]:
+    """What a terminal shows too: the advice and one line for each arm."""
+    advice = audit["advice"]
+    blocks: list[Block] = [Prose(advice["headline"])]
+    if advice["flags"]:
+        blocks.append(Prose(f"In a job: python -m jobs.summarize ... {advice['flags']}"))
+    blocks += [_key_figures(audit), _overview(audit)]
+    refused = [f"{name} could not run: {why}" for name, why in audit["refused"]]
+    blocks.append(Prose("\n\n".join([*advice["reasons"], *refused, *advice["caveats"]])))
+    return [Section("In short", blocks)]
+
+
+def _key_figures(audit: dict[str, Any]) -> KeyFigures:
+    """Of the arm that is recommended, or else of the fastest one besides the reference."""
+    reference, others = audit["arms"][0], audit["arms"][1:]
+    chosen = [arm for arm in others if arm["arm"] == audit["advice"]["arm"]]
+    arm = chosen[0] if chosen else max(others, key=lambda a: a["documents_per_hour"], default=reference)
+    hours = arm["documents_per_hour"], reference["documents_per_hour"]
+    ratio = hours[0] / hours[1] if hours[1] else None
+    figures = [
+        KeyFigure("First token", times(arm["first_token_vs_reference"]), f"{arm['arm']} against {reference['arm']}"),
+        KeyFigure("Documents an hour", times(ratio), f"{figure(hours[0])}, dense {figure(hours[1])}", _tone(ratio)),
+        KeyFigure("Density", figure(arm["density"]), "share of the causal key blocks that is computed"),
+    ]
+    if arm["token_agreement"] is not None and not audit["random_weights"]:
+        figures += [
+            KeyFigure("Tokens that agree", share(arm["token_agreement"]["mean"]), interval(arm["token_agreement"])),
+            KeyFigure("ROUGE-L", figure(arm["rouge_l"]["mean"]), interval(arm["rouge_l"])),
+            KeyFigure("Same output", of_documents(arm["exact_match"]), interval(arm["exact_match"])),
+        ]
+    return KeyFigures(figures)
+
+
+def _tone(ratio: float | None) -> Any:
+    return "" if ratio is None or 0.97 < ratio < 1.03 else "good" if ratio > 1 else "bad"
+
+
+def times(ratio: float | None) -> str:
+    """A ratio of times."""
+    return NOTHING if ratio is None else f"{ratio:.2f}x"
+
+
+def interval(found: dict[str, Any] | None) -> str:
+    """The 95% interval of a figure and over how many documents."""
+    if found is None:
+        return NOTHING
+    if found["low"] is None:
+        return f"{found['documents']} documents, too few for an interval"
+    return f"{figure(found['low'])} to {figure(found['high'])} (95%, {found['documents']} documents)"
+
+
+def of_documents(found: dict[str, Any] | None) -> str:
+    """A share as k of n documents."""
+    return NOTHING if found is None else f"{round(found['mean'] * found['documents'])} of {found['documents']}"
+
+
+def _overview(audit: dict[str, Any]) -> Table:
+    rows = [
+        (
+            arm["arm"], figure(arm["density"]), seconds(arm["first_token_seconds"]),
+            figure(arm["first_token_vs_dense"]), figure(arm["mean_decode_step_ms"], "ms"),
+            figure(arm["documents_per_hour"]), _mean(arm["token_agreement"], share), _mean(arm["rouge_l"], figure),
+        )
+        for arm in audit["arms"]
+    ]  # fmt: skip
+    header = (
+        "arm", "density", "first token", "times dense", "decode step", "docs an hour", "tokens agree", "ROUGE-L",
+    )  # fmt: skip
+    reference = audit["arms"][0]["arm"]
+    note = (
+        "Means over the documents. Times dense: how many times as fast the first tokens came as under dense attention "
+        f"in the same precision. Tokens agree and ROUGE-L: against {reference}, whose own line compares two runs of it."
+    )
+    return Table(header, rows, "", note)
+
+
+def _mean(found: dict[str, Any] | None, how: Any) -> str:
+    return NOTHING if found is None else how(found["mean"])
+
+
+def _speed(audit: dict[str, Any]) -> list[Block]:
+    arms = audit["arms"]
+    rows = []
+    for arm in arms:
+        alone = arm["decode_step_alone"] or {"step_ms": None, "prompt_tokens": None}
+        rows.append(
+            (
+                arm["arm"], seconds(arm["seconds"]), figure(arm["documents_per_hour"]),
+                figure(arm["prompt_tokens_per_second"]), figure(arm["output_tokens_per_second"]),
+                figure(alone["step_ms"], "ms"), binary_bytes(arm["plan"]["weight_bytes"]),
+                binary_bytes(arm["peak_bytes"] or None), seconds(arm["load_seconds"]),
+            )
+        )  # fmt: skip
+    longest = max(audit["sample"]["prompt_tokens"])
+    header = (
+        "arm", "all documents", "documents an hour", "prompt tokens/s", "output tokens/s", "decode step alone",
+        "weights", "peak memory", "loading",
+    )  # fmt: skip
+    note = (
+        "All documents: prefill and decoding of the sample as one job of one engine. Decode step alone: one document "
+        f"of {longest:,} tokens. Peak memory: with the KV arena, which takes what is free. Loading: the first arm in a "
+        "precision loads the model, the others only plan their memory."
+    )
+    blocks: list[Block] = [Table(header, rows, "", note), *first_token_chart(arms), *speedup_chart(arms)]
+    crossings = [(arm["arm"], crossing(arm["crossover"])) for arm in arms if arm["crossover"] is not None]
+    if crossings:
+        blocks.append(
+            Table(("arm", "not slower than dense in the same precision"), crossings, "Crossover on this device")
+        )
+    return blocks
+
+
+def crossing(found: dict[str, Any]) -> str:
+    """The crossover in words."""
+    if found["shortest"] is None:
+        return "never tried: every prompt was short enough to be read densely"
+    if found["tokens"] is None:
+        return f"at no measured length: still slower at {found['slower']:,} tokens, the longest"
+    if found["slower"] is None:
+        return f"wherever it is sparse, measured from {found['tokens']:,} tokens on"
+    return f"from {found['tokens']:,} tokens on; at {found['slower']:,} it is slower"
+
+
+def _likeness(audit: dict[str, Any], rows: Sequence[Row]) -> list[Block]:
+    reference = audit["arms"][0]
+    if audit["random_weights"]:
+        told = "The weights are random: how outputs differ says nothing about a trained model."
+    else:
+        told = (
+            "First token, KL and agreement are measured on dense's own answer, read along token by token; ROUGE-L and "
+            "same output on what each arm writes by itself, greedily. Intervals are 95%, over documents."
+        )
+    names = (
+        ("first token agrees", "first_token_agrees"), ("KL of the first token", "first_token_kl"),
+        ("KL along the answer", "answer_kl"), ("tokens that agree", "token_agreement"), ("ROUGE-L", "rouge_l"),
+        ("same output", "exact_match"),
+    )  # fmt: skip
+    table = [(what, *(_value(arm[name], name) for arm in audit["arms"])) for what, name in names]
+    header = ("", *(arm["arm"] for arm in audit["arms"]))
+    note = (
+        f"Mean (95% interval) over the documents, against {reference['arm']}; KL in nats. Fewer than {FEWEST} "
+        "documents have no interval of a mean."
+    )
+    return [Prose(told), Table(header, table, "", note), *agreement_chart(rows, audit["arms"])]
+
+
+def _value(found: dict[str, Any] | None, name: str) -> str:
+    if found is None:
+        return NOTHING
+    told = of_documents(found) if name in ("first_token_agrees", "exact_match") else figure(found["mean"])
+    return told if found["low"] is None else f"{told} ({figure(found['low'])} to {figure(found['high'])})"
+
+
+def _differing(audit: dict[str, Any], rows: Sequence[Row]) -> list[Block]:
+    """By arm, the documents with the least ROUGE-L, the first of them open."""
+    reference = audit["arms"][0]["arm"]
+    dense = {row["document_id"]: row for row in rows if row["arm"] == reference}
+    blocks: list[Block] = []
+    for arm in audit["arms"][1:]:
+        found = [row for row in rows if row["arm"] == arm["arm"] and row["exact_match"] is False]
+        found.sort(key=lambda row: (row["rouge_l"], -(row["answer_kl"] or 0.0), row["document_id"]))
+        for place, row in enumerate(found[: audit["show"]]):
+            told = (
+                f"{row['arm']}: {row['document_id']}, {row['prompt_tokens']:,} tokens, ROUGE-L {row['rouge_l']:.3f}, "
+                f"parts after {row['same_tokens']:,} tokens"
+            )
+            other = dense[row["document_id"]]
+            texts = [(f"{reference}, {other['output_tokens']} tokens", other["output"])]
+            texts.append((f"{row['arm']}, {row['output_tokens']} tokens", row["output"]))
+            blocks.append(SideBySide(texts, told) if not place else Details(told, [SideBySide(texts)]))
+        if not found:
+            blocks.append(Prose(f"{describe(arm)}: all outputs that were compared are the same as dense's."))
+    return blocks or [Prose("Nothing was compared.")]
+
+
+def _documents(rows: Sequence[Row]) -> list[Block]:
+    header = (
+        "document", "arm", "prompt tokens", "density", "first token", "decode step", "output tokens", "KL, first token",
+        "KL, answer", "tokens that agree", "ROUGE-L", "same output",
+    )  # fmt: skip
+    table = Table(
+        header,
+        [
+            (
+                row["document_id"], row["arm"], row["prompt_tokens"], figure(row["density"]),
+                seconds(row["first_token_seconds"]), figure(row["decode_step_ms"], "ms"), row["output_tokens"],
+                row["first_token_kl"], row["answer_kl"], share(row["token_agreement"]), figure(row["rouge_l"]),
+                row["exact_match"] if row["status"] == "ok" else f"{row['status']}: {row['error']}",
+            )
+            for row in rows
+        ],
+    )  # fmt: skip
+    return [table] if len(rows) <= SHORT_TABLE else [Details(f"{len(rows)} rows", [table])]
+
+
+def _method(audit: dict[str, Any]) -> list[Block]:
+    sample, stamp = audit["sample"], audit["stamp"]
+    told = (
+        f"{sample['documents']} documents, drawn with seed {sample['seed']}, one from each of as many shares of all "
+        f"{sample['of']:,} ordered by size. Every arm got the same prompts, at most {audit['max_new_tokens']} new "
+        "tokens each, greedily, in one engine, all at once; one arm's memory is given back before the next begins. "
+        f"{audit['arms'][0]['arm']} ran twice: its first run gives the outputs that all are compared with, the second "
+        "is timed, and both had to write the same tokens, ties of rounding apart. Reading dense's answer along is not "
+        "in any time."
+    )
+    blocks: list[Block] = [Prose(told)]
+    if audit["refused"]:
+        blocks.append(Table(("arm", "why it could not run"), audit["refused"], "Asked for, but not measured"))
+    if sample["left_out"]:
+        blocks.append(Table(("document", "why it was left out"), sample["left_out"], "Drawn, but not compared"))
+    engines = [
+        (arm["arm"], ", ".join(f"{name}: {kernel}" for name, kernel in arm["engine"]["kernels"].items()))
+        for arm in audit["arms"]
+    ]
+    blocks.append(Table(("arm", "kernels"), engines))
+    blocks.append(Table(("what", "as it was"), [(name, str(value)) for name, value in stamp.items()]))
+    presets = [
+        (arm["arm"], str(arm["engine"]["attention_config"])) for arm in audit["arms"] if arm["preset"] != "dense"
+    ]
+    return [*blocks, Details("Settings of the sparse arms", [Table(("arm", "attention"), presets)])]
