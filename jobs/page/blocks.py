@@ -12,8 +12,11 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 Cell = str | int | float | bool | None
-# A number, maybe with a sign, a unit of up to three words, or a range of two.
-_FIGURE = re.compile(r"[-+]?[\d.,]+(?:e[-+]?\d+)?%?(?:\s?[-\u2013/\xb1]\s?[\d.,]+)?(?:\s[\w/%]{1,10}){0,3}")
+# A number, maybe signed; a second one (a range, plus or minus); a unit of up to three words; a share in brackets.
+_NUMBER = r"[\d.,]+(?:e[-+]?\d+)?%?"
+_FIGURE = re.compile(
+    rf"[-+]?{_NUMBER}(?:\s?[-\u2013/\xb1]\s?{_NUMBER})?(?:\s[\w/%]{{1,10}}){{0,3}}(?:\s\({_NUMBER}\))?"
+)
 _LONG = 32
 
 

@@ -29,12 +29,11 @@ def graph_objects() -> Any:
 
 
 def layout_template() -> go.layout.Template:
-    """The look of all charts: no frame, faint lines, the legend above."""
+    """The look of all charts: no frame, faint lines, and no legend, which the page sets above the chart."""
     axis: dict[str, Any] = {
-        "gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID, "tickcolor": GRID, "zeroline": False,
-        "automargin": True, "title": {"standoff": 8},
+        "gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID, "tickcolor": "rgba(0,0,0,0)", "zeroline": False,
+        "automargin": True, "title": {"standoff": 8}, "ticks": "outside", "ticklen": 5,
     }  # fmt: skip
-    legend = {"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom", "title_text": ""}
     label = {"bgcolor": "var(--surface)", "bordercolor": GRID, "font": {"color": TEXT}, "align": "left"}
     go = graph_objects()
     template = go.layout.Template(
@@ -46,7 +45,6 @@ def layout_template() -> go.layout.Template:
             "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
             "hovermode": "closest",
             "hoverlabel": label | {"namelength": -1},
-            "legend": legend,
             "xaxis": axis,
             "yaxis": axis,
             "bargap": 0.35,

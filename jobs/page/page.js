@@ -5,6 +5,7 @@
   const charts = Array.from(document.querySelectorAll(".chart"), (box) => ({
     box,
     figure: JSON.parse(box.nextElementSibling.textContent),
+    legend: box.previousElementSibling,
   }));
 
   const coloured = (value, style, isColour) => {
@@ -27,21 +28,45 @@
     return { ...layout, dragmode: false };
   };
 
-  const draw = async () => {
+  const draw = async ({ box, figure }) => {
     const style = getComputedStyle(root);
+    const layout = { ...coloured(figure.layout, style, false), showlegend: false };
     const touch = matchMedia("(pointer: coarse)").matches;
-    for (const { box, figure } of charts) {
-      try {
-        const layout = coloured(figure.layout, style, false);
-        const config = { displayModeBar: false, responsive: true };
-        await Plotly.react(box, coloured(figure.data, style, false), touch ? still(layout) : layout, config);
-      } catch (error) {
-        box.textContent = "This chart could not be drawn: " + error.message;
-        console.error(error);
-      }
+    const config = { displayModeBar: false, responsive: true };
+    try {
+      await Plotly.react(box, coloured(figure.data, style, false), touch ? still(layout) : layout, config);
+    } catch (error) {
+      box.textContent = "This chart could not be drawn: " + error.message;
+      console.error(error);
     }
-    root.dataset.charts = "drawn";
   };
+
+  // Plotly's own legend takes half of a chart on a phone. A click on a name hides its trace, or shows it again.
+  const addLegend = (chart) => {
+    const { figure, legend } = chart;
+    const named = figure.data.filter((trace) => trace.name && trace.showlegend !== false);
+    if (figure.layout.showlegend === false || (named.length < 2 && !figure.layout.showlegend)) return;
+    for (const trace of named) {
+      const { colorway } = figure.layout.template.layout;
+      const colour = trace.marker?.color ?? trace.line?.color ?? colorway[figure.data.indexOf(trace) % colorway.length];
+      const button = document.createElement("button");
+      const mark = document.createElement("span");
+      mark.className = /lines/.test(trace.mode) ? "line " + (trace.line?.dash ?? "") : trace.type === "scatter" ? "point" : "";
+      mark.style.color = colour;
+      button.append(mark, plain(trace.name));
+      button.type = "button";
+      button.setAttribute("aria-pressed", "true");
+      button.addEventListener("click", () => {
+        trace.visible = trace.visible === "legendonly" ? true : "legendonly";
+        button.setAttribute("aria-pressed", String(trace.visible === true));
+        draw(chart);
+      });
+      legend.append(button);
+    }
+  };
+  const plain = (text) => text.replaceAll("&lt;", "<").replaceAll("&gt;", ">").replaceAll("&amp;", "&");
+
+  const drawAll = () => Promise.all(charts.map(draw)).then(() => (root.dataset.charts = "drawn"));
 
   // What is inside closed details has no width yet.
   for (const details of document.querySelectorAll("details")) {
@@ -49,12 +74,13 @@
       if (details.open) for (const box of details.querySelectorAll(".chart")) Plotly.Plots.resize(box);
     });
   }
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
   for (const [event, printing] of [["beforeprint", true], ["afterprint", false]]) {
     addEventListener(event, () => {
       root.classList.toggle("printing", printing);
-      draw();
+      drawAll();
     });
   }
-  draw();
+  charts.forEach(addLegend);
+  drawAll();
 })();
