@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from kernels.fp8_heads import KEY_GROUP
 from pipeline.engine.arena import Extent
 from pipeline.engine.cache import DecodeCache
 from pipeline.engine.config import EngineConfig
@@ -15,9 +16,6 @@ from pipeline.engine.document import Document
 from pipeline.engine.engine import Engine
 from pipeline.engine.runner import ModelRunner
 from stem_core.context import DecodeContext
-
-# Tokens of an output in one pass; bounds the logits that are held, [ROWS, V] in float32.
-ROWS = 16
 
 # Gets log-probabilities float32 [tokens, V], on the engine's device; row i stands before token i of the output.
 Note = Callable[[Tensor], None]
@@ -27,8 +25,8 @@ class ForcingEngine(Engine):
     """An engine that also reads given outputs of its documents (teacher forcing), on the documents' own prefill.
 
     Nothing else changes: prompts are prefilled and outputs written as by Engine. What is read lies where the document's
-    own output will be written over it. The first row is the prefill's; the others go through the decode path, all in
-    one batch of a few rows that share the document's extent and differ in how much of it they see.
+    own output will be written over it. The first row is the prefill's; the others go through the decode path, a few in
+    one batch of rows that share the document's extent and differ in how much of it they see.
 
     forcing_seconds: wall time spent so, which is in no completion's prefill_seconds or decode_seconds.
     """
@@ -69,8 +67,9 @@ class ForcingEngine(Engine):
         device = logits.device
         inputs = torch.tensor(token_ids[:-1], device=device)
         positions = torch.arange(document.prompt_tokens, document.prompt_tokens + len(inputs), device=device)
-        for begin in range(0, len(inputs), ROWS):
-            token, position = inputs[begin : begin + ROWS, None], positions[begin : begin + ROWS]
+        for first, last in spans(document.prompt_tokens, document.prompt_tokens + len(inputs)):
+            part = slice(first - document.prompt_tokens, last - document.prompt_tokens)
+            token, position = inputs[part, None], positions[part]
             context = DecodeContext(
                 starts=torch.full_like(position, extent.start),
                 lengths=(position + 1).to(torch.int32),
@@ -82,3 +81,15 @@ class ForcingEngine(Engine):
             rows = self._runner.logits(token, position[:, None], cache, context, bounds)
             log_probs.append(rows.float().log_softmax(-1))
         return torch.cat(log_probs)[: len(token_ids)]
+
+
+def spans(first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Positions [first, last) in portions that can be appended to an arena at once, in whatever order.
+
+    In an fp8 arena the token that opens a group clears the places of the others: it goes alone, before them. Extents
+    begin with a group.
+    """
+    while first < last:
+        end = first + 1 if first % KEY_GROUP == 0 else min(last, (first // KEY_GROUP + 1) * KEY_GROUP)
+        yield first, end
+        first = end

@@ -12,8 +12,9 @@ import transformers
 from engine_models import last_logits, prompts, run, save_model
 from torch import Tensor
 
+from kernels.fp8_heads import KEY_GROUP, reference
 from pipeline.engine import Engine, EngineConfig, Request
-from pipeline.engine.forcing import ROWS, ForcingEngine
+from pipeline.engine.forcing import ForcingEngine, spans
 from pipeline.engine.runner import load_runner
 from stem_core import StemConfig
 
@@ -39,7 +40,7 @@ def read(engine: ForcingEngine, prompt: np.ndarray, token_ids: list[int], max_ne
 def test_what_is_read_has_the_probabilities_that_transformers_gives_it(architecture: str, tmp_path: Path) -> None:
     folder = save_model(tmp_path, architecture)
     # Odd lengths on both sides of a block and a batch of rows; the output is not what the model would write.
-    prompt, token_ids = prompts([147, 2 * ROWS + 3], seed=3)
+    prompt, token_ids = prompts([147, 2 * KEY_GROUP + 3], seed=3)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
     with torch.inference_mode():
         whole = torch.as_tensor(np.concatenate([prompt, token_ids]))[None]
@@ -73,6 +74,29 @@ def test_reading_changes_no_output_and_agrees_with_it(
     assert beside["other"].token_ids == alone["0"]
     assert {i: rows.argmax(-1).tolist() for i, rows in read_along.items()} == alone
     assert engine.forcing_seconds > 0
+
+
+def test_no_order_among_the_rows_of_a_batch_is_relied_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU they are written at once, and the token that opens a group of 16 clears the others' values."""
+    config = config_for(save_model(tmp_path, "llama", head_dim=32), precision="fp8")
+    prompt, token_ids = prompts([150, 40], seed=3)
+    wanted, _ = read(ForcingEngine(config), prompt, token_ids.tolist(), 40)
+    append = reference.append_kv
+
+    def backwards(k: Tensor, v: Tensor, scales: Any, k_arena: Tensor, vt_arena: Tensor, slots: Tensor) -> None:
+        append(k.flip(0), v.flip(0), scales, k_arena, vt_arena, slots.flip(0))
+
+    monkeypatch.setattr(reference, "append_kv", backwards)
+    rows, _ = read(ForcingEngine(config), prompt, token_ids.tolist(), 40)
+    torch.testing.assert_close(rows, wanted, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 1), (16, 48), (5, 70), (31, 32), (7, 7)])
+def test_spans(first: int, last: int) -> None:
+    found = list(spans(first, last))
+    assert [i for span in found for i in range(*span)] == list(range(first, last))
+    assert all(end - begin == 1 for begin, end in found if any(i % KEY_GROUP == 0 for i in range(begin, end)))
+    assert len(found) <= 2 * ((last - first) // KEY_GROUP + 2)
 
 
 def test_the_first_row_is_of_the_sparse_prefill(tmp_path: Path) -> None:
