@@ -5,7 +5,7 @@ from pipeline import Summarizer, StemlineStage, read_results, run_job, summarize
 table = summarize(["a text", "another"], model="path/or/hub-id")           # here and now: a pyarrow table
 report = run_job(input="docs/", output="out/", model="path/or/hub-id")     # the job, on Ray
 table = read_results("out/")                                               # its rows: a table like the first
-dataset.map_batches(StemlineStage, fn_constructor_kwargs={"model": "path/or/hub-id"}, concurrency=1)  # Ray Data
+dataset.map_batches(StemlineStage, fn_constructor_kwargs={"model": "path/or/hub-id"}, ...)  # Ray Data
 """
 
 from __future__ import annotations

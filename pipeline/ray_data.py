@@ -30,7 +30,7 @@ class StemlineStage:
         fn_constructor_kwargs={"model": "Qwen/Qwen3-8B", "question": "What went wrong?"},
         batch_size=32,   # all of a batch is in the engine together: some times max_live
         num_gpus=1,      # for each actor
-        concurrency=4,   # actors, a model in each
+        compute=ray.data.ActorPoolStrategy(size=4),  # actors, a model in each
     )
 
     text_column: holds the documents. id_column: their ids; unset: `id` or `document_id` if there is one, else a hash of

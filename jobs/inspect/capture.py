@@ -14,7 +14,7 @@ import stem_core.attention
 from jobs.inspect.cells import Grid, LayerCells
 from kernels.block_selection import BlockSelection
 from pipeline.config import JobConfig
-from pipeline.engine.arena import Extent
+from pipeline.engine.arena import ALIGNMENT, Extent
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.describe import describe_kernels
 from pipeline.engine.loading import context_limit, load_model
@@ -87,7 +87,7 @@ def capture(job: JobConfig, text: str) -> Capture:
 def prefill(runner: ModelRunner, config: EngineConfig, prompt: np.ndarray, note: Note) -> None:
     """The engine's prefill of a prompt; `note` gets layer, first query block and selection of each layer and chunk."""
     chunk = chunk_size(config.chunk_tokens, config.attention)
-    arena = runner.new_arena(len(prompt) + chunk)
+    arena = runner.new_arena(len(prompt) + ALIGNMENT)
     # The last layer, too, runs on every chunk: its earlier rows are of interest here, and of none to the engine.
     steps = Prefill(runner, arena, Extent(0, len(prompt)), prompt, 1, chunk, every_row=True)
     with _noting(runner, note), torch.inference_mode():
