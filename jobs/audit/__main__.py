@@ -88,7 +88,7 @@ def summary(options: Options, sample: Sample, found: Measured, rows: Sequence[Ro
         },
         "arms": arms,
         "refused": found.refused,
-        "advice": asdict(recommend(arms, options.limits, random_weights=options.random_weights)),
+        "advice": asdict(recommend(arms, options.limits, sample.total, random_weights=options.random_weights)),
     }
 
 

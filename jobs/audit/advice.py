@@ -30,8 +30,8 @@ class Advice:
     caveats: tuple[str, ...]
 
 
-def recommend(arms: Sequence[Figures], limits: Limits, *, random_weights: bool = False) -> Advice:
-    """arms: records of figures.arm_figures(), the reference first."""
+def recommend(arms: Sequence[Figures], limits: Limits, total: int, *, random_weights: bool = False) -> Advice:
+    """arms: records of figures.arm_figures(), the reference first. total: documents that the sample was drawn from."""
     reference, others = arms[0], arms[1:]
     reasons = [_reason(arm, reference, limits) for arm in others]
     if random_weights:
@@ -45,7 +45,7 @@ def recommend(arms: Sequence[Figures], limits: Limits, *, random_weights: bool =
     if best is None:
         return Advice(
             "stay", reference["arm"], _stay(reference, others, like), _flags(reference), tuple(reasons),
-            tuple(_caveats(arms, reference, limits)),
+            tuple(_caveats(arms, reference, limits, total)),
         )  # fmt: skip
     # Of arms that are equally fast, the one whose outputs are closest to dense's.
     best = max(
@@ -57,7 +57,9 @@ def recommend(arms: Sequence[Figures], limits: Limits, *, random_weights: bool =
         f"Use {describe(best)}: {_ratio(best, reference):.2f} times as many documents an hour as {reference['arm']}, "
         f"and, on these {rouge['documents']} documents, outputs like its own (ROUGE-L {rouge['mean']:.3f})."
     )
-    return Advice("use", best["arm"], headline, _flags(best), tuple(reasons), tuple(_caveats(arms, best, limits)))
+    return Advice(
+        "use", best["arm"], headline, _flags(best), tuple(reasons), tuple(_caveats(arms, best, limits, total))
+    )
 
 
 def describe(arm: Figures) -> str:
@@ -123,13 +125,15 @@ def _stay(reference: Figures, others: Sequence[Figures], like: Sequence[Figures]
     return f"{stay}: nothing that was measured is faster on this device with documents of these lengths."
 
 
-def _caveats(arms: Sequence[Figures], chosen: Figures, limits: Limits) -> list[str]:
+def _caveats(arms: Sequence[Figures], chosen: Figures, limits: Limits, total: int) -> list[str]:
     compared = max((arm["rouge_l"]["documents"] for arm in arms if arm["rouge_l"] is not None), default=0)
     found = []
-    if compared:
+    if compared >= total:
+        found.append(f"All {total:,} documents of the input were compared; others may differ more.")
+    elif compared:
         found.append(
-            f"{compared} documents were compared. Had none of them differed, up to {unseen(compared):.0%} of all your "
-            f"documents could still do so (95%); --sample {max(60, 4 * compared)} would tell more."
+            f"{compared} of {total:,} documents were compared. Had none of them differed, up to {unseen(compared):.0%} "
+            f"of all could still do so (95%); --sample {min(total, max(60, 4 * compared))} would tell more."
         )
     found += [text for text in (_open_interval(chosen, limits), _partly_dense(chosen)) if text]
     found.append(

@@ -430,27 +430,28 @@ DENSE = figures("dense-bf16", 100, 1.0, 1.0)
     ],
 )
 def test_recommendation(others: list[dict[str, Any]], verdict: str, arm: str) -> None:
-    found = recommend([DENSE, *others], Limits())
+    found = recommend([DENSE, *others], Limits(), 500)
     assert (found.verdict, found.arm) == (verdict, arm)
     assert arm.partition("-")[0] in found.headline
     assert f"--precision {arm.partition('-')[2]}" in found.flags
     assert len(found.reasons) == len(others)
     # It says how few documents there were, and what they cannot show.
-    assert any("8 documents were compared" in text and "31%" in text for text in found.caveats)
+    assert any("8 of 500 documents were compared" in text and "31%" in text for text in found.caveats)
 
 
 def test_what_a_recommendation_says_of_its_doubts() -> None:
     limits = Limits(agreement=0.95, rouge=0.9)
-    sure = recommend([DENSE, figures("robust-bf16", 150, 1.0, 1.0)], limits)
+    sure = recommend([DENSE, figures("robust-bf16", 150, 1.0, 1.0)], limits, 8)
     assert not any("interval" in text for text in sure.caveats)
-    open_one = recommend([DENSE, figures("robust-bf16", 150, 0.96, 1.0, sparse_documents=5)], limits)
+    assert sure.caveats[0].startswith("All 8 documents")
+    open_one = recommend([DENSE, figures("robust-bf16", 150, 0.96, 1.0, sparse_documents=5)], limits, 500)
     assert any("0.920 to 1.000" in text and "reaches below 0.95" in text for text in open_one.caveats)
     assert any("read 3 of 8 documents densely" in text for text in open_one.caveats)
-    strict = recommend([DENSE, figures("robust-bf16", 150, 0.96, 1.0)], Limits(agreement=0.99))
+    strict = recommend([DENSE, figures("robust-bf16", 150, 0.96, 1.0)], Limits(agreement=0.99), 500)
     assert strict.verdict == "stay"
     assert "96.0%" in strict.reasons[0]
-    budget = recommend([DENSE, figures("robust-bf16", 150, 1.0, 1.0, budget=0.25)], limits)
+    budget = recommend([DENSE, figures("robust-bf16", 150, 1.0, 1.0, budget=0.25)], limits, 500)
     assert budget.flags == "--preset robust --budget 0.25 --precision bf16"
-    dummy = recommend([DENSE, figures("robust-bf16", 150, 0.0, 0.0)], limits, random_weights=True)
+    dummy = recommend([DENSE, figures("robust-bf16", 150, 0.0, 0.0)], limits, 500, random_weights=True)
     assert (dummy.verdict, dummy.arm, dummy.flags) == ("none", "", "")
     assert "1.50 times" in dummy.reasons[0]
