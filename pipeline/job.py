@@ -90,7 +90,7 @@ def _execute(
 
     def tick() -> None:
         sink.tick()
-        progress.workers(scheduler.live, scheduler.starting)
+        progress.workers(scheduler.live, scheduler.starting, scheduler.in_flight)
         progress.tick()
         metrics.tick(scheduler.waiting, scheduler.in_flight, scheduler.live, scheduler.starting)
         clock.start_once(bool(scheduler.started))

@@ -35,7 +35,7 @@ class Progress:
         self._clock = clock
         self._begun = self._told = clock()
         self._done = self._failed = self._tokens = 0
-        self._live = self._starting = 0
+        self._live = self._starting = self._held = 0
         self._ready = self._shown = False
 
     def add(self, row: Row, size_bytes: int) -> None:
@@ -46,9 +46,9 @@ class Progress:
         self._bytes_left -= size_bytes
         self._bytes_worked += size_bytes if row["prompt_tokens"] else 0
 
-    def workers(self, live: int, starting: int) -> None:
-        """How many workers take documents, and how many do not yet."""
-        self._live, self._starting = live, starting
+    def workers(self, live: int, starting: int, held: int) -> None:
+        """How many workers take documents, how many do not yet, and how many documents they hold."""
+        self._live, self._starting, self._held = live, starting, held
 
     def start_clock(self) -> None:
         """Rates count from now on: workers are ready."""
@@ -77,7 +77,9 @@ class Progress:
         """Documents, tokens, rate, failures, workers, time left; in at most `width` columns what matters most of it."""
         seconds = max(self._clock() - self._begun, 1e-9)
         parts = [(0, f"{self._done:,}/{self._documents:,} documents")]  # the larger the number, the sooner left out
-        if self._ready or not self._starting:
+        if not self._tokens and self._held:
+            parts.append((3, f"{self._held:,} in work for {duration(seconds)}"))
+        elif self._ready or not self._starting:
             parts += [(5, f"{self._tokens:,} tokens"), (4, f"{self._tokens / seconds:,.0f} tokens/s")]
         if self._failed:
             parts.append((1, f"{self._failed:,} failed"))

@@ -69,7 +69,7 @@ def row(status: str = "ok") -> Row:
 
 def running(stream: TextIO, clock: Clock) -> Progress:
     progress = Progress(200, 200_000, stream=stream, clock=clock)
-    progress.workers(2, 0)
+    progress.workers(2, 0, 8)
     progress.start_clock()
     clock.now += 60.0
     for _ in range(49):
@@ -130,16 +130,18 @@ def test_the_width_is_that_of_the_moment_and_a_terminal_without_one_has_80_colum
 
 def test_while_workers_start_that_is_what_it_says(clock: Clock) -> None:
     progress = Progress(12, 1000, stream=io.StringIO(), clock=clock)
-    progress.workers(0, 2)
+    progress.workers(0, 2, 0)
     clock.now = 95.0
     assert progress.line() == "0/12 documents · starting 2 workers for 1:35 · a large model takes minutes"
     assert progress.line(50) == "0/12 documents · starting 2 workers for 1:35"
-    progress.workers(1, 1)
+    progress.workers(1, 1, 4)
     progress.start_clock()
-    assert progress.line() == "0/12 documents · 0 tokens · 0 tokens/s · 1 of 2 workers ready"
-    progress.workers(2, 0)
-    assert progress.line() == "0/12 documents · 0 tokens · 0 tokens/s"
-    progress.workers(0, 1)
+    clock.now += 10.0
+    assert progress.line() == "0/12 documents · 4 in work for 0:10 · 1 of 2 workers ready"
+    progress.workers(2, 0, 8)
+    progress.add(row("error"), 10)
+    assert progress.line() == "1/12 documents · 8 in work for 0:10 · 1 failed"
+    progress.workers(0, 1, 0)
     assert progress.line().endswith("0 of 1 workers ready"), "all were lost"
 
 
