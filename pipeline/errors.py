@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import os
-import re
 from collections.abc import Iterable
+
+from pipeline.redact import without_secrets
 
 
 class JobError(Exception):
@@ -37,23 +37,3 @@ def one_line(error: BaseException | str, limit: int = 500) -> str:
     text = str(error) or type(error).__name__
     text = without_secrets(" ".join(text.split()))
     return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-_USER_INFO = re.compile(r"(?<=://)(?:[^/@\s'\"]+|[^/@\s'\":]+:[^@\s'\"]+)(?=@)")
-_KEY_VALUE = re.compile(
-    r"(?i)\b([\w-]*(?:secret|token|password|passwd|access_key|api_?key|signature)(?:_id|_key)?(?:=|%3D))[^&\s'\"]+"
-)
-_TOKENS = re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16})\b")
-_SECRET_NAMES = re.compile(r"(?i)secret|token|password|passwd|credential|api_?key|access_key")
-
-
-def without_secrets(text: str) -> str:
-    """`text` with what can be a secret as ***: user names and passwords in URIs, keys and tokens in their queries, hub
-    tokens, AWS key ids, and the values of this process's environment variables that are named as secrets are.
-    """
-    for name, value in os.environ.items():
-        if len(value) >= 8 and _SECRET_NAMES.search(name) and value in text:
-            text = text.replace(value, "***")
-    text = _USER_INFO.sub("***", text)
-    text = _KEY_VALUE.sub(r"\1***", text)
-    return _TOKENS.sub("***", text)
