@@ -142,3 +142,33 @@ def test_engines_share_a_loaded_model_and_switch_its_attention(tmp_path: Path) -
         engine.close()
         assert (done.token_ids, done.density, done.attention) == (want.token_ids, want.density, want.attention)
     assert expected[0].density == 1.0 > expected[1].density
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("attention", [None, STEM.replace(block_size=32)], ids=["dense", "stem"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_on_a_gpu_an_output_of_its_own_is_what_it_puts_first(
+    precision: str, attention: StemConfig | None, tmp_path: Path
+) -> None:
+    if precision == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no fp8")
+    # Weights of usual width: wide ones amplify every rounding.
+    folder = save_model(tmp_path, "llama", head_dim=64, hidden_size=256, initializer_range=0.05, eos_token_id=None)
+    config = config_for(folder, device="cuda", precision=precision, attention=attention, chunk_tokens=512)
+    requests = [Request(str(i), prompt, 40) for i, prompt in enumerate(prompts([1000, 97, 333]))]
+    engine = Engine(config)
+    alone = {i: done.token_ids for i, done in run(engine, requests).items()}
+    engine.close()
+    engine = ForcingEngine(config)
+    found: dict[str, Tensor] = {}
+    for i, token_ids in alone.items():
+        engine.expect(i, token_ids, lambda rows, i=i: found.update({i: rows}))  # type: ignore[misc]
+    beside = run(engine, requests)
+    engine.close()
+    for i, token_ids in alone.items():
+        assert beside[i].token_ids == token_ids
+        chosen = found[i].gather(1, torch.tensor(token_ids, device="cuda")[:, None])[:, 0]
+        # Batches of other sizes round otherwise; what differs by more than rounding is wrong.
+        assert float((found[i].amax(-1) - chosen).max()) < 0.1
+        assert torch.isfinite(found[i]).all()
