@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,36 +20,69 @@ from stem_core.fp8 import quantize_linears
 
 
 def dummy_model(config: EngineConfig, hf_config: Any, precision: Precision) -> nn.Module:
-    """The architecture with its own random initialisation, buffers (rotary frequencies) included."""
-    from transformers import AutoModelForCausalLM
+    """The architecture with its own random initialisation, buffers (rotary frequencies) included.
 
-    device = config.torch_device()
-    torch.manual_seed(config.seed)
-    with torch.device(device), linears_on_meta():
-        model: Any = AutoModelForCausalLM.from_config(
-            hf_config, dtype=precision.dtype, trust_remote_code=config.trust_remote_code
-        )
+    Raises ValueError for a model that builds parts of itself on the device "meta".
+    """
+    model = _build(config, hf_config, precision, lean=True)
+    if _without_values(model, apart_from=nn.Linear):
+        # Something was made from a linear's weight, which had no values: now they are there from the beginning.
+        model = _build(config, hf_config, precision, lean=False)
 
     def fill(name: str, linear: nn.Linear) -> None:
-        linear.to_empty(device=device)
-        torch.manual_seed(config.seed + zlib.crc32(name.encode()))
-        model._init_weights(linear)
+        if linear.weight.is_meta:
+            linear.to_empty(device=config.torch_device())
+            torch.manual_seed(config.seed + zlib.crc32(name.encode()))
+            model._init_weights(linear)
 
     if precision.fp8:
         quantize_linears(model, fast_accumulation=config.fp8_fast_accumulation, fill=fill)
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and module.weight.is_meta:
+        if type(module) is nn.Linear:
             fill(name, module)
+    missing = _without_values(model)
+    if missing:
+        raise ValueError(f"{', '.join(missing[:3])} are built without values (on the device meta)")
     return model
+
+
+def _build(config: EngineConfig, hf_config: Any, precision: Precision, lean: bool) -> Any:
+    """The model as its class makes it; lean: its linears without memory."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(config.seed)
+    with torch.device(config.torch_device()), linears_on_meta() if lean else nullcontext():
+        return AutoModelForCausalLM.from_config(
+            hf_config, dtype=precision.dtype, trust_remote_code=config.trust_remote_code
+        )
+
+
+def _without_values(model: nn.Module, apart_from: type | None = None) -> list[str]:
+    """Names of parameters and buffers on the device "meta", those of modules of exactly the type `apart_from` left out.
+
+    Tied ones count wherever they are.
+    """
+    return [
+        f"{place}.{name}"
+        for place, module in model.named_modules()
+        if type(module) is not apart_from
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None and tensor.is_meta
+    ]
 
 
 @contextmanager
 def linears_on_meta() -> Iterator[None]:
-    """Inside, linears are built without memory, whatever the default device."""
+    """Inside, linears are built without memory, whatever the default device; those of subclasses are built as ever.
+
+    A subclass may have more to it than a weight and a bias, and nobody but its constructor knows the values of that.
+    """
     init = nn.Linear.__init__
 
-    def on_meta(self: nn.Linear, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **(kwargs | {"device": "meta"}))
+    def on_meta(
+        self: nn.Linear, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None
+    ) -> None:
+        init(self, in_features, out_features, bias, "meta" if type(self) is nn.Linear else device, dtype)
 
     nn.Linear.__init__ = on_meta  # type: ignore[method-assign]
     try:

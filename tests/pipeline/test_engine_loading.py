@@ -6,11 +6,15 @@ import json
 import shutil
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from engine_models import COMMON, prompts, run, save_model
+from torch import nn
+from transformers.models.qwen3 import modeling_qwen3
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from pipeline.engine import (
     Engine,
@@ -116,6 +120,71 @@ def test_dummy_model_has_valid_buffers(tmp_path: Path, architecture: str) -> Non
     assert not any(p.isnan().any() or p.is_meta for p in dummy.parameters())
     weight = dict(dummy.named_parameters())["model.layers.0.mlp.down_proj.weight"]
     assert 0.2 < weight.float().std() < 0.4, "the config's initializer_range is 0.3"
+
+
+class ScaledLinear(nn.Linear):
+    """A linear with a parameter and a buffer of its own; device and dtype by position."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, False, None, None)
+        self.scale = nn.Parameter(torch.full((outputs,), 2.0))
+        self.register_buffer("offset", torch.full((outputs,), 0.5))
+
+
+class WithSubclass(Qwen3MLP):
+    """An MLP with such a linear."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.down_proj = ScaledLinear(self.intermediate_size, self.hidden_size)
+
+
+class WithDerived(WithSubclass):
+    """One that makes a parameter and a buffer out of a linear's weight."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.shadow = nn.Parameter(torch.ones_like(self.up_proj.weight))
+        self.register_buffer("mask", torch.ones_like(self.up_proj.weight, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("mlp", [WithSubclass, WithDerived])
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_dummy_models_have_all_their_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, mlp: type
+) -> None:
+    monkeypatch.setattr(modeling_qwen3, "Qwen3MLP", mlp)
+    folder = save_model(tmp_path / "model", "qwen3")
+    (folder / "model.safetensors").unlink()
+    config = EngineConfig(str(folder), device="cpu", load_format="dummy", precision=precision, seed=4)
+    model, again = load_model(config), load_model(config)
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    assert not [name for name, tensor in tensors.items() if tensor.is_meta]
+    assert len(tensors) == len(dict([*again.named_parameters(), *again.named_buffers()]))
+    for name, tensor in (*again.named_parameters(), *again.named_buffers()):
+        assert torch.equal(tensor, tensors[name]), name
+    custom = model.get_submodule("model.layers.1.mlp.down_proj")
+    assert isinstance(custom, ScaledLinear)
+    assert custom.scale.eq(2.0).all()
+    assert custom.offset.eq(0.5).all()
+    assert 0.2 < custom.weight.float().std() < 0.4, "the config's initializer_range is 0.3"
+    if mlp is WithDerived:
+        assert tensors["model.layers.1.mlp.shadow"].eq(1.0).all()
+        assert tensors["model.layers.1.mlp.mask"].all()
+
+
+def test_a_dummy_model_that_asks_for_meta_itself_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OnMeta(Qwen3MLP):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.extra = nn.Parameter(torch.empty(3, device="meta"))
+
+    folder = save_model(tmp_path / "model", "qwen3")
+    monkeypatch.setattr(modeling_qwen3, "Qwen3MLP", OnMeta)
+    with pytest.raises(ModelLoadError, match=r"model\.layers\.0\.mlp\.extra, .* built without values"):
+        load_model(EngineConfig(str(folder), device="cpu", load_format="dummy"))
 
 
 def test_dummy_engine_needs_the_config_alone(tmp_path: Path) -> None:
