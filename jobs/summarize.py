@@ -6,6 +6,7 @@ Exit codes: 0 all documents ok, 2 some failed (their rows say why), 1 the job co
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -69,6 +70,8 @@ def show(report: JobReport) -> None:
     for document_id, status, error in report.first_errors:
         console.print(f"{status}: {document_id}: {error}", markup=False, highlight=False)
     if report.counts:
+        look = f"look at it: python -m jobs.report {shlex.quote(report.output)}"
+        console.print(look, markup=False, highlight=False, soft_wrap=True)
         columns = "['document_id', 'status', 'output']"
         code = f"from pipeline import read_results; print(read_results({report.output!r}, {columns}).to_pandas())"
         line = f'python -c "{code}"'

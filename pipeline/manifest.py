@@ -16,6 +16,7 @@ from pipeline.prompts import Task
 from pipeline.records import utc_now
 from pipeline.source.files import SourceFile, content_stamp, open_filesystem, safe_name
 from pipeline.store import Store
+from pipeline.versions import job_versions
 
 NAME = "manifest.json"
 FORMAT = 2
@@ -170,6 +171,7 @@ def save(store: Store, config: JobConfig, prints: dict[str, str], **more: Any) -
         "written_at": utc_now().isoformat(),
         "fingerprints": prints,
         "config": config_values(config),
+        "versions": job_versions(),
         **more,
     }
     store.write(NAME, json.dumps(manifest, indent=2, default=str).encode())

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pipeline.engine.describe import versions
+from pipeline.versions import versions
 
 
 def stamp(device: torch.device, commit: str = "") -> dict[str, Any]:

@@ -32,7 +32,7 @@ def layout_template() -> go.layout.Template:
     """The look of all charts: no frame, faint lines, and no legend, which the page sets above the chart."""
     axis: dict[str, Any] = {
         "gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID, "tickcolor": "rgba(0,0,0,0)", "zeroline": False,
-        "automargin": True, "title": {"standoff": 8}, "ticks": "outside", "ticklen": 5,
+        "automargin": True, "title": {"standoff": 8, "font": {"size": 13}}, "ticks": "outside", "ticklen": 5,
     }  # fmt: skip
     label = {"bgcolor": "var(--surface)", "bordercolor": GRID, "font": {"color": TEXT}, "align": "left"}
     go = graph_objects()

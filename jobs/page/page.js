@@ -30,10 +30,10 @@
 
   const draw = async ({ box, figure }) => {
     const style = getComputedStyle(root);
-    const layout = { ...coloured(figure.layout, style, false), showlegend: false };
     const touch = matchMedia("(pointer: coarse)").matches;
     const config = { displayModeBar: false, responsive: true };
     try {
+      const layout = { ...coloured(figure.layout, style, false), showlegend: false };
       await Plotly.react(box, coloured(figure.data, style, false), touch ? still(layout) : layout, config);
     } catch (error) {
       box.textContent = "This chart could not be drawn: " + error.message;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -15,23 +14,11 @@ from kernels.decode_attention import choose_decode_attention
 from kernels.decode_attention_fp8 import choose_decode_attention_fp8
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.runner import ModelRunner
+from pipeline.versions import versions
 from stem_core.config import StemConfig
 from stem_core.fp8 import describe_fp8
 from stem_core.fuse import describe_fusion
 from stem_core.policy import DENSE_BLOCK_SIZE
-
-PACKAGES = ("torch", "transformers", "triton")
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of what decides speed and results."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def describe_engine(runner: ModelRunner, config: EngineConfig) -> dict[str, Any]:

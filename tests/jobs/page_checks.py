@@ -42,6 +42,8 @@ def check_page(browser: Any, file: Path, *, width: int, dark: bool, screenshot: 
         color_scheme="dark" if dark else "light",
         has_touch=width < 600,
     )
+    from playwright.sync_api import TimeoutError
+
     try:
         page = context.new_page()
         told: list[str] = []
@@ -53,7 +55,10 @@ def check_page(browser: Any, file: Path, *, width: int, dark: bool, screenshot: 
         page.goto(file.resolve().as_uri(), wait_until="load")
         count = page.locator(".chart").count()
         if count:
-            page.wait_for_function("document.documentElement.dataset.charts === 'drawn'", timeout=20_000)
+            try:
+                page.wait_for_selector("html[data-charts=drawn]", state="attached", timeout=30_000)
+            except TimeoutError:
+                told.append("the charts were not drawn in 30 s")
         if screenshot:
             page.screenshot(path=str(screenshot), full_page=True)
         seen = CheckedPage(

@@ -1,0 +1,117 @@
+"""What a report begins with: the state of each run and its key figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from jobs.page import Block, KeyFigure, KeyFigures, Prose, Table
+from jobs.page.numbers import binary_bytes, count, figure, seconds
+from jobs.report.measures import Measures
+from pipeline.records import utc_now
+
+STATES = {
+    "finished": "finished",
+    "stopped": "stopped before its end; the same command goes on from there",
+    "running": "running, or ended without a word; if it does not run, the same command goes on from there",
+    "unknown": "in a state that is not known",
+    "empty": "no job has written anything yet",
+}
+
+
+def subtitle(measures: Sequence[Measures]) -> str:
+    """What the report is about, in a line."""
+    if len(measures) > 1:
+        return f"{len(measures)} runs side by side"
+    run = measures[0]
+    times = _times(run)
+    model = (run["config"] or {}).get("model")
+    return " · ".join(
+        part for part in (run["output"], f"model {model}" if model else "", f"{times} UTC" if times else "") if part
+    )
+
+
+def _times(run: Measures) -> str:
+    """From when to when its rows are, the day once if it is the same."""
+    begin, end = ((run[name] or "").removesuffix("+00:00").split("T") for name in ("started_at", "finished_at"))
+    if len(begin) < 2:
+        return ""
+    return f"{' '.join(begin)} to {' '.join(end) if begin[0] != end[0] else end[1]}"
+
+
+def key_figures(run: Measures) -> list[KeyFigure]:
+    """The figures of a run that its report begins with."""
+    of = "" if run["documents"] is None else f"of {run['documents']:,} documents"
+    first, kept = run["time_to_first_token"] or {}, run["density"]
+    failed = ", ".join(f"{number:,} {status}" for status, number in run["counts"].items() if status != "ok")
+    figures = [
+        KeyFigure("ok", count(run["ok"]), of, "good" if run["ok"] else ""),
+        KeyFigure("failed", count(run["failed"]), failed, "bad" if run["failed"] else ""),
+        KeyFigure("without a row yet", count(run["without_row"])) if run["without_row"] else None,
+        KeyFigure("time worked", seconds(run["worked_seconds"]), _worked_note(run)),
+        KeyFigure("documents an hour", figure(run["documents_per_hour"])),
+        KeyFigure("throughput", figure(run["tokens_per_second"], "tokens/s"), "prompts and outputs, all workers"),
+        KeyFigure("time to first token, p50", seconds(first.get("p50"))),
+        KeyFigure("time to first token, p95", seconds(first.get("p95"))),
+        KeyFigure("prompt tokens", count(run["prompt_tokens"]), _rate(run["prefill_tokens_per_second"], "prefill")),
+        KeyFigure("generated tokens", count(run["output_tokens"]), _rate(run["decode_tokens_per_second"], "decode")),
+        KeyFigure("density", figure(kept["mean"]) if kept["sparse_documents"] else "1 (dense)", _density_note(run)),
+        KeyFigure("GPU memory, peak", binary_bytes(run["peak_gpu_bytes"])) if run["peak_gpu_bytes"] else None,
+        KeyFigure("tried more than once", count(run["tried_again"], "documents")) if run["tried_again"] else None,
+        KeyFigure("cut in the middle", count(run["truncated"], "documents")) if run["truncated"] else None,
+        KeyFigure("done in parts", count(run["in_parts"], "documents")) if run["in_parts"] else None,
+    ]  # fmt: skip
+    return [item for item in figures if item is not None]
+
+
+def _worked_note(run: Measures) -> str:
+    workers = f"{run['workers']} worker{'s' * (run['workers'] != 1)}" if run["workers"] else ""
+    stretches = f"in {run['runs']} stretches" if run["runs"] > 1 else ""
+    return ", ".join(part for part in (stretches, workers) if part)
+
+
+def _rate(rate: float | None, phase: str) -> str:
+    return f"{phase} {figure(rate, 'tokens/s')} in a document" if rate else ""
+
+
+def _density_note(run: Measures) -> str:
+    kept = run["density"]
+    if not kept["sparse_documents"]:
+        return ""
+    return f"mean of {kept['sparse_documents']:,} with Stem" + (
+        f"; {kept['dense_documents']:,} ran dense" if kept["dense_documents"] else ""
+    )
+
+
+def overview(measures: Sequence[Measures]) -> list[Block]:
+    blocks: list[Block] = [Prose(_state(run, len(measures) > 1)) for run in measures]
+    if len(measures) == 1:
+        return [*blocks, KeyFigures(key_figures(measures[0]))] if measures[0]["rows"] else blocks
+    figures = [{item.label: item for item in key_figures(run)} for run in measures]
+    labels = list(dict.fromkeys(label for run in figures for label in run))
+    rows = [[label, *(_with_note(run.get(label)) for run in figures)] for label in labels]
+    return [*blocks, Table(("", *(run["name"] for run in measures)), rows)]
+
+
+def _with_note(item: KeyFigure | None) -> str:
+    if item is None:
+        return "-"
+    return f"{item.value} ({item.note})" if item.note and item.label in ("failed", "density") else item.value
+
+
+def _state(run: Measures, several: bool) -> str:
+    words = [f"{run['name']}: " if several else "", f"The job is {STATES.get(run['state'], run['state'])}."]
+    if run["state"] == "empty":
+        words[1] = "No job has written here yet."
+    elif run["problem"]:
+        words[1] = f"The job's {run['problem']}: settings, versions and the number of documents are not known."
+    elif run["state"] == "unknown":
+        words[1] = "There is no manifest.json: settings, versions and the number of documents are not known."
+    if run["state"] == "finished" and run["without_row"]:
+        words.append(f" {run['without_row']:,} documents have no row all the same: parts are missing; run it again.")
+    if run["state"] == "running" and run["finished_at"]:
+        age = (utc_now() - datetime.fromisoformat(run["finished_at"])).total_seconds()
+        words.append(f" Its last row is {seconds(max(age, 0))} old.")
+    if run["state"] != "empty" and not run["rows"]:
+        words.append(" No document has a row yet.")
+    return "".join(words)
