@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.api import Summarizer, summarize
-    from pipeline.job import summarize as run_job
+    from pipeline.job import run_job
     from pipeline.ray_data import StemlineStage
     from pipeline.sink import read_results
 
@@ -25,7 +25,7 @@ _PLACES = {
     "StemlineStage": ("pipeline.ray_data", "StemlineStage"),
     "Summarizer": ("pipeline.api", "Summarizer"),
     "read_results": ("pipeline.sink", "read_results"),
-    "run_job": ("pipeline.job", "summarize"),
+    "run_job": ("pipeline.job", "run_job"),
     "summarize": ("pipeline.api", "summarize"),
 }
 

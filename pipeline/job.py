@@ -25,18 +25,18 @@ from pipeline.store import Store
 from pipeline.summary import JobReport, summarize_results
 
 
-def summarize(config: JobConfig | None = None, **settings: Any) -> JobReport:
-    """Run a job and report on it: summarize(input="docs/", output="out/", model="path", ...).
+def run_job(config: JobConfig | None = None, **settings: Any) -> JobReport:
+    """Run a job and report on it: run_job(input="docs/", output="out/", model="path", ...).
 
     settings: the fields of JobConfig. Raises JobError if the job cannot run; documents that fail do not raise, they
     have rows (report.counts, read_results).
     """
     check_kernels()
     if config is None:
-        settings = from_mapping(settings, "summarize()")
+        settings = from_mapping(settings, "run_job()")
         config = JobConfig(**settings)
     elif settings:
-        raise JobError("summarize() takes a JobConfig or settings, not both")
+        raise JobError("run_job() takes a JobConfig or settings, not both")
     return run(config)
 
 

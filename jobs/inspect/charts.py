@@ -43,9 +43,14 @@ def map_chart(layer: int, cells: LayerCells, tokens: int) -> Chart:
             ),
         ]
     )  # fmt: skip
-    same = {"showgrid": False, "tickformat": "~s", "constrain": "domain"}
-    figure.update_xaxes(title="key token", range=[0, tokens], constraintoward="left", **same)
-    figure.update_yaxes(title="query token", range=[tokens, 0], scaleanchor="x", constraintoward="top", **same)
+    figure.update_layout(margin={"l": 56, "r": 16, "t": 8, "b": 44})
+    same = {"showgrid": False, "tickformat": "~s", "constrain": "domain", "automargin": False}
+    figure.update_xaxes(range=[0, tokens], constraintoward="left", **same)
+    figure.update_yaxes(range=[tokens, 0], scaleanchor="x", constraintoward="top", **same)
+    # plotly 7.1 sets the titles of axes that are bound to each other on top of their labels, at some lengths.
+    title = {"xref": "x domain", "yref": "y domain", "showarrow": False}
+    figure.add_annotation(text="key token", x=0.5, y=0, yanchor="top", yshift=-22, **title)
+    figure.add_annotation(text="query token", x=0, y=0.5, xanchor="right", xshift=-36, textangle=-90, **title)
     covered = int((grid.budgets > np.arange(grid.blocks)).argmin()) * grid.block_size  # tokens of the first rows
     if covered > tokens / 20:
         _label(figure, covered * 0.6, covered * 0.6, 30, -4, "budget covers everything")

@@ -23,7 +23,7 @@ from pipeline.engine.dummy import dummy_model
 from pipeline.engine.loading import load_config, load_model
 from pipeline.engine.precision import Precision, resolve_precision
 from pipeline.errors import JobError
-from pipeline.job import summarize
+from pipeline.job import run_job
 from stem_core import StemConfig
 from stem_core.fp8 import Fp8Linear
 from stem_core.kv_scales import HeadScales, recording
@@ -316,7 +316,7 @@ def test_job_in_fp8(tmp_path: Path) -> None:
     settings |= {"preset": "robust", "budget": 0.5, "block_size": 32, "dense_layers": 0}
     settings |= {"dense_below": 0, "precision": "fp8"}
     settings |= {"input": str(tmp_path / "docs"), "output": str(tmp_path / "out"), "model": str(TINY_READER)}
-    report = summarize(**settings)
+    report = run_job(**settings)
     assert report.exit_code == 0
     (row,) = read_results(tmp_path / "out").to_pylist()
     assert (row["status"], row["precision"], row["attention"], row["attention_reason"]) == ("ok", "fp8", "stem", "")
@@ -324,7 +324,7 @@ def test_job_in_fp8(tmp_path: Path) -> None:
     assert 0.5 <= row["density"] < 0.7, "forced blocks weigh more in a short document"
     assert "prefill: fp8" in row["kernel"]
     with pytest.raises(JobError, match="--force"):
-        summarize(**(settings | {"precision": "fp32"}))
+        run_job(**(settings | {"precision": "fp32"}))
 
 
 def test_dummy_weights_are_the_same_in_every_precision(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from pipeline import read_results
 from pipeline.config import JobConfig
 from pipeline.errors import JobError
-from pipeline.job import run, summarize
+from pipeline.job import run, run_job
 from pipeline.records import NAMES
 from pipeline.summary import JobReport
 
@@ -249,10 +249,8 @@ def test_ten_megabytes_of_text_and_a_parquet_input(tmp_path: Path, out: Path, mo
 
 def test_the_python_interface_takes_settings_and_refuses_unknown_ones(tmp_path: Path, out: Path, model: Path) -> None:
     with pytest.raises(JobError, match="'max_tokens' is not a setting; did you mean 'max_new_tokens'"):
-        summarize(input=tmp_path, output=out, model=model, max_tokens=3)
+        run_job(input=tmp_path, output=out, model=model, max_tokens=3)
     docs = write(tmp_path / "docs", {"a": "text"})
     job(docs, out, model)
-    report = summarize(
-        input=docs, output=out, model=model, workers=1, max_new_tokens=8, device="cpu", flush_documents=3
-    )
+    report = run_job(input=docs, output=out, model=model, workers=1, max_new_tokens=8, device="cpu", flush_documents=3)
     assert report.documents == report.ok == 1
