@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from jobs.benchmark._shapes import shape_folder
+from jobs.evaluate.answers import Answer
 from jobs.evaluate.arms import ENGINE_ARMS, Arm
 from jobs.evaluate.options import Options
 from jobs.evaluate.prompts import Prompt, Reading
-from jobs.evaluate.reader import Answer
 from pipeline.engine import Completion, Engine, EngineConfig, Request
 from pipeline.engine.loading import context_limit, load_config, load_precision
 from pipeline.engine.precision import fp8_block_obstacle

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import count, cycle
+from itertools import count
 from random import Random
 
 from jobs.demo.grammar import (
@@ -25,13 +25,13 @@ from jobs.demo.grammar import (
     sentence,
 )
 from jobs.evaluate.documents import Fact, Filler, Lookup, Question, depths
+from jobs.evaluate.fillers import essay_filler, noise_filler, record_filler, word_list
 from jobs.evaluate.wording import Style
 
-NOISE = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
 DISTRACTORS = 4
 MULTI_QUERY_KEYS = 4
 REPEATED = ("As noted above, the {}", "To repeat, the {}", "It was said earlier that the {}")
-COMMON_WORDS, COMMON_TIMES, UNCOMMON_TIMES = 10, 30, 3
+COMMON_WORDS = 10
 CODED_WORDS, ZETA = 500, 2.0
 LOTS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 
@@ -50,36 +50,6 @@ class Plan:
         """Add a fact; returns its index."""
         self.facts.append(Fact(text, depth, mark))
         return len(self.facts) - 1
-
-
-def essay_filler(rng: Random, essay: str = "") -> Filler:
-    """Sentences in paragraphs: of the synthetic grammar, or of a text from a random place on, again and again."""
-    if essay:
-        pieces = [part for part in essay.replace("\n\n", "\n").splitlines(keepends=True) if part.strip()]
-        words = [" " + said for line in pieces for said in _sentences(line)]
-        yield from cycle(words[(start := rng.randrange(len(words))) :] + words[:start])
-    for _ in count():
-        yield ("\n\n" if rng.random() < 0.12 else " ") + sentence(rng)
-
-
-def _sentences(line: str) -> list[str]:
-    parts = line.strip().split(". ")
-    return [part + "." for part in parts[:-1]] + parts[-1:]
-
-
-def noise_filler() -> Filler:
-    return (" " + said for said in cycle(NOISE))
-
-
-def record_filler(rng: Random, used: set[tuple[str, str, str]]) -> Filler:
-    """Key-value records, "The Calder bridge repair budget was 12,410 dollars."; `used` tells their keys."""
-    while True:
-        measure = Measure(rng.choice(NAMES), rng.choice(PLACES), rng.choice(list(UNIT_OF_MEASURE)))
-        key = (measure.name, measure.place, measure.quantity)
-        if key not in used or len(used) > 50_000:
-            used.add(key)
-            unit = UNIT_OF_MEASURE[measure.quantity]
-            yield f" The {measure.name} {measure.place} {measure.quantity} was {number(rng)} {unit}."
 
 
 class Keys:
@@ -253,27 +223,10 @@ def words(rng: Random, style: Style, questions: int, essay: str) -> Plan:
     known = sorted({*NOUNS, *ADJECTIVES, *VERBS, *PLACES})
     common = rng.sample(known, COMMON_WORDS)
     rare = sorted(set(known) - set(common))
-    plan = Plan(_word_list(rng, common, rare))
+    plan = Plan(word_list(rng, common, rare))
     question = Question("common_words", style.ask_common, tuple(common), (), style.prefix("ask_common"))
     plan.asks.append((question, []))
     return plan
-
-
-def _word_list(rng: Random, common: list[str], rare: list[str]) -> Filler:
-    """A numbered list. Rare words come in portions, so that the list may end anywhere with common ones ahead."""
-    place = count(1)
-    made: set[str] = set(common) | set(rare)
-    portion = [*common * COMMON_TIMES, *rng.sample(rare, 100) * UNCOMMON_TIMES]
-    while True:
-        rng.shuffle(portion)
-        yield from (f" {next(place)}. {word}" for word in portion)
-        fresh: list[str] = []
-        while len(fresh) < 100:
-            word = "".join(rng.choice("bcdfghklmnprstvz") + rng.choice("aeiou") for _ in range(3))
-            if word not in made:
-                made.add(word)
-                fresh.append(word)
-        portion = fresh * UNCOMMON_TIMES
 
 
 def coded(rng: Random, style: Style, questions: int, essay: str) -> Plan:

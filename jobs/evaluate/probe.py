@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,12 +21,13 @@ SAMPLED_ROWS = 32
 class Probe:
     """Looks at one chunk in every layer.
 
-    needles: token ranges whose blocks ought to be kept, with the query position that needs them.
+    needles: token ranges whose blocks ought to be kept, with the query position that needs them. rows: of the chunk.
     mass: by layer, retained share of the attention of the sampled rows, mean over rows and heads.
     kept: by layer, for each needle, the share of heads that keep its blocks.
     """
 
     needles: Sequence[tuple[Span, int]] = ()
+    rows: int = 1
     mass: dict[int, float] = field(default_factory=dict)
     kept: dict[int, list[float]] = field(default_factory=dict)
 
@@ -48,3 +50,13 @@ class Probe:
             blocks = mask[0, :, row, first // block_size : (last - 1) // block_size + 1]
             found.append(float(blocks.all(-1).float().mean()))
         self.kept[place.layer] = found
+
+
+def merge_probes(probes: Sequence[Probe], layers: int) -> Probe:
+    """The chunks of a document as one probe. A chunk's mean mass counts by its rows: the last one may be short."""
+    rows = [probe.rows for probe in probes]
+    merged = Probe([needle for probe in probes for needle in probe.needles], rows=sum(rows))
+    for layer in range(layers):
+        merged.mass[layer] = float(np.average([probe.mass.get(layer, 1.0) for probe in probes], weights=rows))
+        merged.kept[layer] = [kept for probe in probes for kept in probe.kept.get(layer, [1.0] * len(probe.needles))]
+    return merged

@@ -1,92 +1,24 @@
-"""Runs documents through a model under an arm: prefill once, answer all questions, keep what the comparison needs.
-
-A prompt's selection depends on its own tokens and on how many blocks it has, not on what follows a row. So questions of
-one document whose prompts have the same number of blocks share the prefill of the tokens that they share, up to a
-block's border: exactly what chunked prefill does, and as exact.
-"""
+"""Runs documents through a model under an arm: prefill once, answer all questions, keep what the comparison needs."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jobs.evaluate.answers import Answer, Entry, entries_of
 from jobs.evaluate.arms import Arm
 from jobs.evaluate.attention import Answers, Chunk, DocumentKeys, TailKeys
-from jobs.evaluate.probe import Probe
-from jobs.evaluate.prompts import Prompt, Reading, TokenLookup
+from jobs.evaluate.probe import Probe, merge_probes
+from jobs.evaluate.prompts import Prompt, Reading
 from pipeline.engine.loading import context_limit
 
 # Tokens of the dense answer along which an arm's predictions are compared with the dense ones, at most.
 COMPARED_TOKENS = 16
-
-
-@dataclass
-class Answer:
-    """What came of one prompt or lookup.
-
-    token_ids: the greedy answer; empty for a lookup. correct: of a lookup. log_probs: float32 [steps, V] on the host,
-    of the first answer tokens, kept of the dense arm only. first_kl, answer_kl: KL(dense || arm) in nats at the first
-    token and mean over the first tokens of the dense answer; None without a dense run.
-    mass, needles: means over sampled rows and over needles, by layer; None where nothing was probed.
-    prefill_seconds: of the document under this arm, shared by all its questions.
-    """
-
-    arm: Arm
-    reading: Reading
-    prompt: Prompt
-    lookup: TokenLookup | None = None
-    token_ids: list[int] = field(default_factory=list)
-    correct: bool = False
-    log_probs: Tensor | None = None
-    first_kl: float | None = None
-    answer_kl: float | None = None
-    mass: list[float] | None = None
-    document_mass: list[float] | None = None
-    needles: list[float] | None = None
-    prefill_seconds: float = 0.0
-    answer_seconds: float = 0.0
-
-    @property
-    def key(self) -> tuple[str, str]:
-        """The same for the same question under every arm."""
-        what = self.prompt.question.text if self.lookup is None else f"lookup {self.lookup.second[0]}"
-        return self.reading.document.name, what
-
-
-@dataclass
-class Entry:
-    """Questions of one document that share a prefill under one arm."""
-
-    arm: Arm
-    reading: Reading
-    prompts: list[Prompt]
-    shared: int
-    lookups: tuple[TokenLookup, ...]
-
-    @property
-    def length(self) -> int:
-        """The longest prompt of the entry, in tokens."""
-        return max(len(prompt.ids) for prompt in self.prompts)
-
-
-def entries_of(readings: Sequence[Reading], arm: Arm) -> list[Entry]:
-    """The prefills that an arm needs: one for each document and number of blocks; dense needs one a document."""
-    entries = []
-    for reading in readings:
-        by_blocks: dict[int, list[Prompt]] = {}
-        for prompt in reading.prompts:
-            blocks = -(-len(prompt.ids) // arm.block_size) if arm.config is not None else 0
-            by_blocks.setdefault(blocks, []).append(prompt)
-        shared = reading.shared // arm.block_size * arm.block_size
-        for index, prompts in enumerate(by_blocks.values()):
-            entries.append(Entry(arm, reading, prompts, shared, () if index else reading.lookups))
-    return entries
 
 
 class Reader:
@@ -194,7 +126,7 @@ class Reader:
             rows = sorted(place for place in expected if start <= place < end)
             here = None
             if probe is not None:
-                here = Probe([needle for needle in probe.needles if start <= needle[1] < end])
+                here = Probe([needle for needle in probe.needles if start <= needle[1] < end], rows=end - start)
                 pieces.append(here)
             logits = self._forward(
                 prompt.ids[start:end], documents, start, Chunk(arm, len(prompt.ids), start, here), rows or [end - 1]
@@ -202,7 +134,7 @@ class Reader:
             best = logits.argmax(-1).tolist()
             right |= {place: guess == expected[place] for place, guess in zip(rows, best, strict=True)} if rows else {}
         seconds = self._seconds_since(begun)
-        merged = _merge(pieces, self.layers) if probe is not None else None
+        merged = merge_probes(pieces, self.layers) if probe is not None else None
         for lookup in inside:
             answer = Answer(arm, entry.reading, prompt, lookup, prefill_seconds=seconds)
             answer.correct = all(right[place - 1] for place in range(*lookup.second))
@@ -302,12 +234,3 @@ class Reader:
         for row, answer in answers.items():
             if keep and answer.token_ids:
                 answer.log_probs = torch.stack([step[row] for step in kept[: len(answer.token_ids)]])
-
-
-def _merge(probes: Sequence[Probe], layers: int) -> Probe:
-    """The chunks of a document as one probe."""
-    merged = Probe([needle for probe in probes for needle in probe.needles])
-    for layer in range(layers):
-        merged.mass[layer] = float(np.mean([probe.mass.get(layer, 1.0) for probe in probes]))
-        merged.kept[layer] = [kept for probe in probes for kept in probe.kept.get(layer, [1.0] * len(probe.needles))]
-    return merged

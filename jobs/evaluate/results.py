@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jobs.evaluate.answers import Answer
 from jobs.evaluate.documents import Span
-from jobs.evaluate.reader import Answer
 from pipeline.errors import JobError
 
 Row = dict[str, Any]

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from jobs.evaluate.answers import Answer
 from jobs.evaluate.arms import FEWEST_BLOCKS, Arm, make_arms
 from jobs.evaluate.attention import prepare_model
 from jobs.evaluate.engine_reader import EngineReader, engine_arms, engine_config
 from jobs.evaluate.options import Options
 from jobs.evaluate.prompts import Tokenizer, make_document, read_prompts
-from jobs.evaluate.reader import Answer, Reader
+from jobs.evaluate.reader import Reader
 from jobs.evaluate.results import Row, row_of, write_rows
 from jobs.evaluate.wording import Style, pick_style
 from pipeline.engine.loading import load_model, stop_token_ids

@@ -14,6 +14,7 @@ import torch
 
 from jobs.evaluate import plots
 from jobs.evaluate.__main__ import main
+from jobs.evaluate.answers import Answer, entries_of
 from jobs.evaluate.arms import (
     EQUAL_DENSITY,
     Arm,
@@ -28,8 +29,9 @@ from jobs.evaluate.attention import prepare_model
 from jobs.evaluate.documents import Fact, weave
 from jobs.evaluate.engine_reader import engine_arms
 from jobs.evaluate.haystacks import KINDS, TASKS
+from jobs.evaluate.probe import Probe, merge_probes
 from jobs.evaluate.prompts import Reading, Tokenizer, make_document, read_prompts
-from jobs.evaluate.reader import Answer, Reader, entries_of
+from jobs.evaluate.reader import Reader
 from jobs.evaluate.results import SCHEMA, Row, estimate, question_key, read_rows, recall_of
 from jobs.evaluate.summary import summarise
 from jobs.evaluate.wording import REPORT, RULER, pick_style
@@ -234,6 +236,20 @@ def test_dense_and_full_selection_agree() -> None:
     cut = reader().read([reading()], [arm("window", density=0.4)], known, name)
     assert max(answer.answer_kl or 0.0 for answer in cut) > 0.1
     assert min(min(answer.mass or [1.0]) for answer in cut) < 0.9
+
+
+def test_the_mass_of_a_document_is_a_mean_over_its_rows() -> None:
+    needle = ((0, 4), 10)
+    chunks = [
+        Probe([needle], rows=300, mass={0: 0.9, 1: 1.0}, kept={0: [0.5], 1: [1.0]}),
+        Probe([], rows=100, mass={0: 0.5, 1: 0.2}, kept={0: [], 1: []}),
+        Probe([needle, needle], rows=100, mass={0: 0.4}, kept={0: [0.25, 0.75]}),  # layer 1 has a sliding window
+    ]
+    whole = merge_probes(chunks, layers=2)
+    assert whole.rows == 500
+    assert whole.mass == {0: pytest.approx(0.72), 1: pytest.approx(0.84)}
+    assert whole.kept == {0: [0.5, 0.25, 0.75], 1: [1.0, 1.0, 1.0]}
+    assert len(whole.needles) == 3
 
 
 def test_entries_share_a_prefill_by_blocks_only() -> None:
