@@ -12,8 +12,6 @@ from typing import Any
 from pipeline.errors import JobError, one_line
 from pipeline.given import TextReader
 from pipeline.loop import EngineBrokenError
-from pipeline.meter import Meter
-from pipeline.prompts import Prompt
 from pipeline.scheduler import Event, WorkerId
 from pipeline.source import Document, DocumentReader
 from pipeline.worker import Worker, WorkerConfig
@@ -38,13 +36,6 @@ class LocalWorker(Worker):
         self._reader.shutdown(wait=False, cancel_futures=True)
         if hasattr(self, "_loop"):
             self._loop.close(wait)
-
-    async def _run(self, request_id: str, prompt: Prompt, meter: Meter) -> dict[str, Any]:
-        try:
-            return await super()._run(request_id, prompt, meter)
-        except asyncio.CancelledError:
-            self._loop.abort([request_id])
-            raise
 
 
 class LocalPool:
