@@ -23,7 +23,7 @@ lint: $(READY)
 # Known vulnerabilities of the pinned versions; needs a network that reaches PyPI's advisories.
 audit: $(READY)
 	$(VENV)/bin/python -m pip install --quiet pip-audit
-	$(VENV)/bin/pip-audit -r constraints.txt --no-deps --disable-pip
+	$(VENV)/bin/pip-audit --strict -r constraints.txt --no-deps --disable-pip
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
