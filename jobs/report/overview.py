@@ -55,7 +55,7 @@ def key_figures(run: Measures) -> list[KeyFigure]:
         KeyFigure("time to first token, p95", seconds(first.get("p95"))),
         KeyFigure("prompt tokens", count(run["prompt_tokens"]), _rate(run["prefill_tokens_per_second"], "prefill")),
         KeyFigure("generated tokens", count(run["output_tokens"]), _rate(run["decode_tokens_per_second"], "decode")),
-        KeyFigure("density", figure(kept["mean"]) if kept["sparse_documents"] else "1 (dense)", _density_note(run)),
+        KeyFigure("density", figure(kept["mean"] or (1.0 if run["ok"] else None)), _density_note(run)),
         KeyFigure("GPU memory, peak", binary_bytes(run["peak_gpu_bytes"])) if run["peak_gpu_bytes"] else None,
         KeyFigure("tried more than once", count(run["tried_again"], "documents")) if run["tried_again"] else None,
         KeyFigure("cut in the middle", count(run["truncated"], "documents")) if run["truncated"] else None,
@@ -77,26 +77,36 @@ def _rate(rate: float | None, phase: str) -> str:
 def _density_note(run: Measures) -> str:
     kept = run["density"]
     if not kept["sparse_documents"]:
-        return ""
+        return "all ran dense" if run["ok"] else ""
     return f"mean of {kept['sparse_documents']:,} with Stem" + (
         f"; {kept['dense_documents']:,} ran dense" if kept["dense_documents"] else ""
     )
 
 
 def overview(measures: Sequence[Measures]) -> list[Block]:
+    """The state of each run, then its key figures; of several runs in columns."""
     blocks: list[Block] = [Prose(_state(run, len(measures) > 1)) for run in measures]
     if len(measures) == 1:
         return [*blocks, KeyFigures(key_figures(measures[0]))] if measures[0]["rows"] else blocks
-    figures = [{item.label: item for item in key_figures(run)} for run in measures]
-    labels = list(dict.fromkeys(label for run in figures for label in run))
-    rows = [[label, *(_with_note(run.get(label)) for run in figures)] for label in labels]
+    columns = [_in_column(run) for run in measures]
+    found = list(dict.fromkeys(label for column in columns for label in column))
+    labels = sorted(found, key=lambda label: found.index(label.partition(":")[0]))  # statuses that one run lacks
+    rows = [[label, *(column.get(label, "-") for column in columns)] for label in labels]
     return [*blocks, Table(("", *(run["name"] for run in measures)), rows)]
 
 
-def _with_note(item: KeyFigure | None) -> str:
-    if item is None:
-        return "-"
-    return f"{item.value} ({item.note})" if item.note and item.label in ("failed", "density") else item.value
+def _in_column(run: Measures) -> dict[str, str]:
+    """The key figures by their labels; what else a run's page has as a note is a figure of its own."""
+    more = {
+        "failed": {f"failed: {status}": count(number) for status, number in run["counts"].items() if status != "ok"},
+        "prompt tokens": {"prefill, tokens/s in a document": count(run["prefill_tokens_per_second"])},
+        "generated tokens": {"decode, tokens/s in a document": figure(run["decode_tokens_per_second"])},
+        "density": {"documents with Stem": count(run["density"]["sparse_documents"])},
+    }
+    column: dict[str, str] = {}
+    for item in key_figures(run):
+        column |= {item.label: item.value, **more.get(item.label, {})}
+    return column
 
 
 def _state(run: Measures, several: bool) -> str:

@@ -53,9 +53,9 @@ def _failures(measures: Sequence[Measures]) -> list[Block]:
         {
             "document": lambda item: item["document_id"],
             "status": lambda item: item["status"],
+            "error": lambda item: item["error"],
             "attempts": lambda item: item["attempts"],
             "prompt tokens": lambda item: item["prompt_tokens"],
-            "error": lambda item: item["error"],
             "source": lambda item: item["source"],
         },
         title="Failed documents",
@@ -85,7 +85,7 @@ def _latency(runs: Sequence[Run], measures: Sequence[Measures], with_charts: boo
         "density": lambda item: figure(item["density"]["mean"] or (1.0 if item["documents"] else None)),
     }
     table = _table(
-        measures, "by_length", columns, keep=lambda item: item["documents"] > 0,
+        measures, "by_length", columns, side_by_side=True,
         note="Documents that are ok. The time in the worker begins when it takes the document and holds all waiting "
         "there. Density is the mean of those that ran sparse. K is 1,024 tokens.",
     )  # fmt: skip
@@ -151,16 +151,19 @@ def _slowest(measures: Sequence[Measures]) -> Table:
 
 def _table(
     measures: Sequence[Measures], key: str, columns: dict[str, Callable[[Measures], Cell]], *,
-    keep: Callable[[Measures], bool] = lambda item: True, title: str = "", note: str = "",
+    side_by_side: bool = False, title: str = "", note: str = "",
 ) -> Table:  # fmt: skip
     """A row for each of the items under `key`, with the run's name in front if there are several runs.
 
-    A column in which no row has anything is left out.
+    side_by_side: the first items of all runs, then the second ones, and so on. A column in which no row has anything is
+    left out, and a row of a range of lengths without documents.
     """
-    rows: list[list[Cell]] = [
-        [run["name"], *(value(item) for value in columns.values())]
-        for run in measures for item in run[key] if keep(item)
-    ]  # fmt: skip
+    items = [
+        (at, run["name"], item) for run in measures for at, item in enumerate(run[key]) if item.get("documents") != 0
+    ]
+    if side_by_side:
+        items.sort(key=lambda item: item[0])
+    rows: list[list[Cell]] = [[name, *(value(item) for value in columns.values())] for _, name, item in items]
     header = ["run", *columns]
     used = [
         at for at in range(len(header))
@@ -185,12 +188,12 @@ def _configuration(measures: Sequence[Measures]) -> list[Block]:
         rows = [[name, *(_plain(config.get(name)) for config in configs)] for name in settings]
         blocks.append(Table(("setting", *names), [row for row in rows if row[0] in chosen], title))
         blocks.append(Details("All settings", [Table(("setting", *names), rows)]))
-    for title, key in (("Versions", "versions"), ("Fingerprints", "fingerprints")):
+    for title, key, head in (("Versions", "versions", "package"), ("Fingerprints", "fingerprints", "of")):
         found = [run[key] or {} for run in measures]
         labels = list(dict.fromkeys(name for about in found for name in about))
         if labels:
             rows = [[name, *(_plain(about.get(name)) for about in found)] for name in labels]
-            blocks.append(Table((key.removesuffix("s"), *names), rows, title))
+            blocks.append(Table((head, *names), rows, title))
     return blocks
 
 
