@@ -19,25 +19,26 @@ Figures = dict[str, Any]
 class Advice:
     """verdict: "use" an arm other than the reference, "stay" with the reference, or "none" (random weights).
 
-    flags: what to give jobs.summarize. reasons: the figures behind it, arm by arm; caveats: what it does not show.
+    flags: what to give jobs.summarize. reasons: (arm, the figures for and against it); caveats: what all this does not
+    show.
     """
 
     verdict: str
     arm: str
     headline: str
     flags: str
-    reasons: tuple[str, ...]
+    reasons: tuple[tuple[str, str], ...]
     caveats: tuple[str, ...]
 
 
 def recommend(arms: Sequence[Figures], limits: Limits, total: int, *, random_weights: bool = False) -> Advice:
     """arms: records of figures.arm_figures(), the reference first. total: documents that the sample was drawn from."""
     reference, others = arms[0], arms[1:]
-    reasons = [_reason(arm, reference, limits) for arm in others]
+    reasons = [(arm["arm"], _reason(arm, reference, limits)) for arm in others]
     if random_weights:
         return Advice(
             "none", "", "Random weights: the speeds are real, the outputs mean nothing, so nothing is recommended.", "",
-            tuple(_speed(arm, reference) for arm in others), (),
+            tuple((arm["arm"], _speed(arm, reference)) for arm in others), (),
         )  # fmt: skip
     like = [arm for arm in others if not _obstacle(arm, limits)]
     faster = [arm for arm in like if _ratio(arm, reference) >= FASTER]
@@ -101,7 +102,7 @@ def _obstacle(arm: Figures, limits: Limits) -> str:
 def _speed(arm: Figures, reference: Figures) -> str:
     first = arm["first_token_vs_reference"]
     told = "" if first is None else f", first token {first:.2f} times as fast"
-    return f"{arm['arm']}: {_ratio(arm, reference):.2f} times the documents an hour{told}"
+    return f"{_ratio(arm, reference):.2f} times the documents an hour{told}"
 
 
 def _reason(arm: Figures, reference: Figures, limits: Limits) -> str:
@@ -131,9 +132,10 @@ def _caveats(arms: Sequence[Figures], chosen: Figures, limits: Limits, total: in
     if compared >= total:
         found.append(f"All {total:,} documents of the input were compared; others may differ more.")
     elif compared:
+        more = min(total, max(60, 4 * compared))
         found.append(
-            f"{compared} of {total:,} documents were compared. Had none of them differed, up to {unseen(compared):.0%} "
-            f"of all could still do so (95%); --sample {min(total, max(60, 4 * compared))} would tell more."
+            f"{compared} of {total:,} documents were compared. Had none of them differed, up to "
+            f"{unseen(compared, total):.0%} of all could still do so (95%); --sample {more} would tell more."
         )
     found += [text for text in (_open_interval(chosen, limits), _partly_dense(chosen)) if text]
     found.append(

@@ -33,7 +33,7 @@ def share(hits: Sequence[bool]) -> Figure:
     n, p = len(hits), sum(hits) / len(hits)
     middle = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
-    return Figure(p, max(0.0, middle - half), min(1.0, middle + half), n)
+    return Figure(p, middle - half if p > 0 else 0.0, middle + half if p < 1 else 1.0, n)
 
 
 def mean(values: Sequence[float]) -> Figure:
@@ -44,9 +44,9 @@ def mean(values: Sequence[float]) -> Figure:
     return Figure(found.mean, found.low, found.high, len(values))
 
 
-def unseen(documents: int) -> float:
-    """The largest share of documents that can be spoilt while `documents` drawn at random show none, at 95%."""
-    return 1 - 0.05 ** (1 / documents)
+def unseen(documents: int, total: int) -> float:
+    """The largest share of `total` that can be spoilt while `documents` of them, drawn at random, show none (95%)."""
+    return min(1 - 0.05 ** (1 / documents), 1 - documents / total)
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,11 @@ def short_sections(audit: dict[str, Any]) -> list[Section]:
     if advice["flags"]:
         blocks.append(Prose(f"In a job: python -m jobs.summarize ... {advice['flags']}"))
     blocks += [_key_figures(audit), _overview(audit)]
-    refused = [f"{name} could not run: {why}" for name, why in audit["refused"]]
-    blocks.append(Prose("\n\n".join([*advice["reasons"], *refused, *advice["caveats"]])))
+    refused = [(name, f"could not run: {why}") for name, why in audit["refused"]]
+    reasons = [*advice["reasons"], *refused]
+    if reasons:
+        blocks.append(Table(("arm", f"against {audit['arms'][0]['arm']}"), reasons))
+    blocks.append(Prose("\n\n".join(advice["caveats"])))
     return [Section("In short", blocks)]
 
 
@@ -65,9 +68,12 @@ def _key_figures(audit: dict[str, Any]) -> KeyFigures:
     hours = arm["documents_per_hour"], reference["documents_per_hour"]
     ratio = hours[0] / hours[1] if hours[1] else None
     figures = [
-        KeyFigure("First token", times(arm["first_token_vs_reference"]), f"{arm['arm']} against {reference['arm']}"),
+        KeyFigure(
+            "First token",
+            times(arm["first_token_vs_reference"]),
+            f"{arm['arm']}, density {figure(arm['density'])}, against {reference['arm']}",
+        ),
         KeyFigure("Documents an hour", times(ratio), f"{figure(hours[0])}, dense {figure(hours[1])}", _tone(ratio)),
-        KeyFigure("Density", figure(arm["density"]), "share of the causal key blocks that is computed"),
     ]
     if arm["token_agreement"] is not None and not audit["random_weights"]:
         figures += [
@@ -115,8 +121,9 @@ def _overview(audit: dict[str, Any]) -> Table:
     )  # fmt: skip
     reference = audit["arms"][0]["arm"]
     note = (
-        "Means over the documents. Times dense: how many times as fast the first tokens came as under dense attention "
-        f"in the same precision. Tokens agree and ROUGE-L: against {reference}, whose own line compares two runs of it."
+        "Means over the documents. Density: share of the causal key blocks that prefill computed. Times dense: how "
+        "many times as fast the first tokens came as under dense attention in the same precision. Tokens agree and ROUGE-L: "
+        f"against {reference}, whose own line compares two runs of it."
     )
     return Table(header, rows, "", note)
 
@@ -132,16 +139,16 @@ def _speed(audit: dict[str, Any]) -> list[Block]:
         alone = arm["decode_step_alone"] or {"step_ms": None, "prompt_tokens": None}
         rows.append(
             (
-                arm["arm"], seconds(arm["seconds"]), figure(arm["documents_per_hour"]),
-                figure(arm["prompt_tokens_per_second"]), figure(arm["output_tokens_per_second"]),
+                arm["arm"], seconds(arm["seconds"]), figure(arm["prompt_tokens_per_second"]),
+                figure(arm["output_tokens_per_second"]),
                 figure(alone["step_ms"], "ms"), binary_bytes(arm["plan"]["weight_bytes"]),
                 binary_bytes(arm["peak_bytes"] or None), seconds(arm["load_seconds"]),
             )
         )  # fmt: skip
     longest = max(audit["sample"]["prompt_tokens"])
     header = (
-        "arm", "all documents", "documents an hour", "prompt tokens/s", "output tokens/s", "decode step alone",
-        "weights", "peak memory", "loading",
+        "arm", "all documents", "prompt tokens/s", "output tokens/s", "decode step alone", "weights", "peak memory",
+        "loading",
     )  # fmt: skip
     note = (
         "All documents: prefill and decoding of the sample as one job of one engine. Decode step alone: one document "

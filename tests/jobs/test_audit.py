@@ -122,7 +122,7 @@ def test_an_arm_that_drops_nothing_is_dense(documents: Path, model: Path, tmp_pa
         assert (row["rouge_l"], row["exact_match"], row["first_token_agrees"]) == (1.0, True, True)
         assert "budget covers all" in row["attention_reason"]
     assert found["advice"]["verdict"] == "stay"
-    assert "not tried at all" in found["advice"]["reasons"][0]
+    assert "not tried at all" in found["advice"]["reasons"][0][1]
 
 
 def test_a_selection_that_is_bad_on_purpose_agrees_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,8 +328,10 @@ def test_intervals() -> None:
     assert wide.low is not None
     assert wide.high is not None
     assert 0.5 < wide.low < wide.mean < wide.high < 1.0
-    assert unseen(8) == pytest.approx(0.3123, abs=1e-4)
-    assert unseen(60) == pytest.approx(0.0487, abs=1e-4)
+    assert (share([False] * 5).low, share([False] * 5).high) == (0.0, pytest.approx(0.4345, abs=1e-4))
+    assert unseen(8, 10**6) == pytest.approx(0.3123, abs=1e-4)
+    assert unseen(60, 10**6) == pytest.approx(0.0487, abs=1e-4)
+    assert unseen(5, 6) == pytest.approx(1 / 6)
 
 
 def points(seconds: dict[int, float], sparse: bool = True) -> list[Point]:
@@ -449,9 +451,10 @@ def test_what_a_recommendation_says_of_its_doubts() -> None:
     assert any("read 3 of 8 documents densely" in text for text in open_one.caveats)
     strict = recommend([DENSE, figures("robust-bf16", 150, 0.96, 1.0)], Limits(agreement=0.99), 500)
     assert strict.verdict == "stay"
-    assert "96.0%" in strict.reasons[0]
+    assert "96.0%" in strict.reasons[0][1]
     budget = recommend([DENSE, figures("robust-bf16", 150, 1.0, 1.0, budget=0.25)], limits, 500)
     assert budget.flags == "--preset robust --budget 0.25 --precision bf16"
     dummy = recommend([DENSE, figures("robust-bf16", 150, 0.0, 0.0)], limits, 500, random_weights=True)
     assert (dummy.verdict, dummy.arm, dummy.flags) == ("none", "", "")
-    assert "1.50 times" in dummy.reasons[0]
+    assert dummy.reasons[0][0] == "robust-bf16"
+    assert "1.50 times" in dummy.reasons[0][1]
