@@ -121,8 +121,8 @@ def _overview(audit: dict[str, Any]) -> Table:
     )  # fmt: skip
     reference = audit["arms"][0]["arm"]
     note = (
-        "Means over the documents. Density: share of the causal key blocks that prefill computed. Times dense: how "
-        "many times as fast the first tokens came as under dense attention in the same precision. Tokens agree and ROUGE-L: "
+        "Means over documents. Density: share of the causal key blocks that prefill computed. Times dense: how many "
+        "times as fast first tokens came as under dense attention in the same precision. Tokens agree and ROUGE-L: "
         f"against {reference}, whose own line compares two runs of it."
     )
     return Table(header, rows, "", note)
