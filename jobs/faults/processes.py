@@ -18,8 +18,9 @@ WORKER = b"ray::Worker"
 LOG = "STEMLINE_FAULTS_LOG"
 # What a driver may be told of this machine; other settings of Ray here are not for it.
 RESOURCES = "RAY_OVERRIDE_RESOURCES"
-# Ray's own two agents end by themselves a minute after a driver; all else goes with it.
-AGENTS = ("DashboardAgent", "RuntimeEnvAgent")
+# Ray's own two agents end by themselves a minute after a driver; all else goes with it. They take the first two names
+# when they are up.
+AGENTS = ("DashboardAgent", "RuntimeEnvAgent", "dashboard/agent.py", "runtime_env/agent/main.py")
 # How long a driver that is asked to stop may take.
 PATIENCE = 15.0
 
@@ -68,7 +69,7 @@ def workers(pid: int) -> list[int]:
 
 def name(pid: int) -> str:
     """What a process calls itself."""
-    return _command(pid).replace(b"\0", b" ").decode(errors="replace")[:60]
+    return _command(pid).replace(b"\0", b" ").decode(errors="replace")[:200]
 
 
 def _command(pid: int) -> bytes:

@@ -15,6 +15,8 @@ from pipeline.errors import JobError
 
 # In-flight documents of a worker (decoded together, and ahead of that), and rows that wait to be written.
 LIVE, AHEAD, FLUSH = 8, 2, 64
+# Ray's processes end with their driver; one that was only starting tries for a minute to reach the others.
+ENDING_SECONDS = 90.0
 
 
 @dataclass
@@ -132,7 +134,7 @@ def kills(
                     if processes.kill(driver.pid):
                         outcome.driver_kills += 1
                         driver.wait()
-                        outcome.left_over += processes.left_over(below, 15.0, ending=processes.AGENTS)
+                        outcome.left_over += processes.left_over(below, ENDING_SECONDS, ending=processes.AGENTS)
                     break
         outcome.driver_memory.append((early, late))
         code = driver.wait()
