@@ -96,6 +96,8 @@ class Share:
 
 def main(options: argparse.Namespace) -> int:
     """Run all variations and print the shares; 0."""
+    from pipeline.engine.runner import load_runner
+
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         dummy = options.shape is not None or options.load_format == "dummy"
@@ -115,10 +117,10 @@ def main(options: argparse.Namespace) -> int:
             f"tokens, {options.new_tokens} new tokens at most, {options.shape or model} on {options.device}",
             flush=True,
         )
-        shares = []
+        runner, shares = load_runner(config), []
         for name in options.attention:
             attending = replace(config, attention=ATTENTIONS[name])
-            for share in compare(attending, prompts, options.new_tokens, until=begun + options.seconds):
+            for share in compare(attending, prompts, options.new_tokens, begun + options.seconds, runner):
                 shares.append(replace(share, attention=name))
                 print(line(shares[-1]), flush=True)
     print(f"\n{markdown(shares)}\n\n{time.monotonic() - begun:.0f} s")
@@ -153,8 +155,13 @@ def text_prompt(model: str, index: int, tokens: int) -> np.ndarray:
     return np.asarray(builder.build(text, tokens, truncate=True).ids)
 
 
-def compare(config: EngineConfig, prompts: dict[str, np.ndarray], new_tokens: int, until: float) -> Iterator[Share]:
-    """The shares of all variations against ALONE, in as few engines as they need, until `until` (time.monotonic)."""
+def compare(
+    config: EngineConfig, prompts: dict[str, np.ndarray], new_tokens: int, until: float, runner: Any = None
+) -> Iterator[Share]:
+    """The shares of all variations against ALONE, in as few engines as they need, until `until` (time.monotonic).
+
+    runner: as for Engine.
+    """
     from pipeline.engine import Engine
 
     requests = make_requests(prompts, new_tokens)
@@ -167,7 +174,7 @@ def compare(config: EngineConfig, prompts: dict[str, np.ndarray], new_tokens: in
             if time.monotonic() > until:
                 print(f"out of time: {variation.name}", flush=True)
                 continue
-            engine = engine or Engine(replace(config, max_live=max_live))
+            engine = engine or Engine(replace(config, max_live=max_live), runner)
             begun = time.monotonic()
             outputs = generate(engine, requests, variation)
             seconds = time.monotonic() - begun
