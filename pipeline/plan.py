@@ -10,13 +10,14 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pipeline import manifest
 from pipeline.config import JobConfig
-from pipeline.errors import DocumentError, JobError
+from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.prompts import Task, make_task
 from pipeline.records import result_schema
-from pipeline.sink import check_columns, done_rows, part_names
+from pipeline.sink import PROMOTE, done_rows, part_names
 from pipeline.source import Catalogue, Document, DocumentReader, find_files, input_hash, list_documents
 from pipeline.source.files import safe_name
 from pipeline.store import Store
@@ -88,6 +89,18 @@ def make_plan(survey: Survey, store: Store) -> Plan:
         messages.append(f"--retry-failed: {len(failed):,} documents are done again")
     ids = rows["document_id"].take(pa.array(stay, pa.int64()))
     return Plan(survey, survey.catalogue.without(ids), len(ids), tuple(messages), (*outdated, *failed))
+
+
+def check_columns(store: Store, schema: pa.Schema) -> None:
+    """Raise JobError if rows of `schema` and those that are there do not go into one table."""
+    for name in part_names(store):
+        with store.opened(name) as file:
+            found = pq.read_schema(file)
+        try:
+            pa.unify_schemas([found, schema], promote_options=PROMOTE)
+        except pa.ArrowException as error:
+            what = f"{name} has columns of other types than new rows would: {one_line(error)}"
+            raise JobError(f"--output {store.name}: {what}; choose another output") from None
 
 
 def _sort_rows(survey: Survey, rows: pa.Table) -> tuple[list[int], list[str], list[str], list[str]]:

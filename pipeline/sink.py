@@ -122,18 +122,6 @@ def _places(store: Store, ids: Sequence[str]) -> dict[str, str]:
     return places
 
 
-def check_columns(store: Store, schema: pa.Schema) -> None:
-    """Raise JobError if rows of `schema` and those that are there do not go into one table."""
-    for name in part_names(store):
-        with store.opened(name) as file:
-            found = pq.read_schema(file)
-        try:
-            pa.unify_schemas([found, schema], promote_options=PROMOTE)
-        except pa.ArrowException as error:
-            what = f"{name} has columns of other types than new rows would: {one_line(error)}"
-            raise JobError(f"--output {store.name}: {what}; choose another output") from None
-
-
 def encode(table: pa.Table) -> pa.Buffer:
     """A table as the bytes of a Parquet file."""
     stream = pa.BufferOutputStream()

@@ -15,8 +15,9 @@ import pytest
 
 from pipeline import sink as sinks
 from pipeline.errors import JobError
+from pipeline.plan import check_columns
 from pipeline.records import COLUMNS, new_row, result_schema, utc_now
-from pipeline.sink import Sink, check_columns, compact, done_rows, part_names, read_results, recover
+from pipeline.sink import Sink, compact, done_rows, part_names, read_results, recover
 from pipeline.store import Store
 
 
