@@ -22,10 +22,10 @@ def select_blocks(
     hidden = ~causal | (scores.isnan() & ~forced & ~everything)
     keep = keep.minimum((~hidden).sum(-1))
 
-    ranked = scores.masked_fill(hidden, -torch.inf).masked_fill(forced, torch.inf)
-    # Hidden columns must lose against a causal block that scores -inf, hence the second key.
-    order = torch.argsort(ranked, dim=-1, descending=True, stable=True)
-    order = order.gather(-1, torch.argsort(hidden.gather(-1, order).int(), dim=-1, stable=True))
+    # Forced blocks come before free ones that score inf, hidden ones after those that score -inf: a second key.
+    order = torch.argsort(scores.masked_fill(hidden, -torch.inf), dim=-1, descending=True, stable=True)
+    last = torch.where(hidden, 2, torch.where(forced, 0, 1)).expand_as(order)
+    order = order.gather(-1, torch.argsort(last.gather(-1, order), dim=-1, stable=True))
     width = min(max_blocks, n_keys)
     slots = torch.arange(width, device=scores.device)
     kept = torch.where(slots < keep[..., None], order[..., :width], n_keys).sort(dim=-1).values

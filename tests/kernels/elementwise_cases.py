@@ -8,6 +8,7 @@ from torch import Tensor
 from kernels.quantize import quantize_rows
 from kernels.rms_norm import rms_norm, rms_norm_fp8
 from kernels.rope import apply_rope
+from kernels.rows import QuantizedRows
 from kernels.silu_mul import silu_mul, silu_mul_fp8
 
 EPS = 1e-6
@@ -72,8 +73,22 @@ def check_quantised(values: Tensor, scales: Tensor, x: Tensor) -> None:
     assert (error <= x.double().abs() * FP8_STEP * 1.001 + scales.double() * 2.0**-10 * 1.001).all()
 
 
+def check_equal(fused: QuantizedRows, apart: QuantizedRows, exact: bool) -> None:
+    """The same bits; or the same numbers within a rounding of the scale, which may move a value by an fp8 step."""
+    if exact:
+        assert torch.equal(fused.values.view(torch.uint8), apart.values.view(torch.uint8))
+        assert torch.equal(fused.scales, apart.scales)
+        return
+    torch.testing.assert_close(fused.scales, apart.scales, rtol=4 * torch.finfo(torch.float32).eps, atol=0)
+    same = fused.values.view(torch.uint8) == apart.values.view(torch.uint8)
+    assert same.float().mean() > 0.999
+
+
 def check_fp8(dtype: torch.dtype, impl: str, device: str) -> None:
-    """The fused producers equal quantisation of what the plain operation gives, bit for bit."""
+    """The fused producers equal quantisation of what the plain operation gives, bit for bit in 16-bit types.
+
+    In float32 on a GPU the two kernels may add up a row in another order, and nothing rounds the difference away.
+    """
     for x in norm_inputs(dtype, device).values():
         weight = random(x.shape[-1], dtype=dtype, device=device, seed=1)
         for offset, early in ((0.0, True), (1.0, False)):
@@ -82,15 +97,13 @@ def check_fp8(dtype: torch.dtype, impl: str, device: str) -> None:
             fused = rms_norm_fp8(x, weight, EPS, **options)
             check_quantised(fused.values, fused.scales, plain)
             apart = quantize_rows(plain, impl=impl)
-            assert torch.equal(fused.values.view(torch.uint8), apart.values.view(torch.uint8))
-            assert torch.equal(fused.scales, apart.scales)
+            check_equal(fused, apart, exact=dtype != torch.float32 or device == "cpu")
             assert fused.dtype == dtype
     for gate, up in gate_inputs(dtype, device):
         for activation in ("silu", "gelu_tanh"):
             fused = silu_mul_fp8(gate, up, activation=activation, impl=impl)
             apart = quantize_rows(silu_mul(gate, up, activation=activation, impl=impl), impl=impl)
-            assert torch.equal(fused.values.view(torch.uint8), apart.values.view(torch.uint8))
-            assert torch.equal(fused.scales, apart.scales)
+            check_equal(fused, apart, exact=dtype != torch.float32 or device == "cpu")
     check_quantised(*_pair(quantize_rows(random(5, 70, dtype=dtype, device=device)[:, 3:50], impl=impl)),
                     random(5, 70, dtype=dtype, device=device)[:, 3:50])  # fmt: skip
 

@@ -222,6 +222,7 @@ def _kinds() -> dict[str, Callable[[Tensor], Tensor]]:
         "hidden": lambda x: torch.where(x < 0.3, -torch.inf, x),
         "zeros": lambda x: torch.where(x > 0, 0.0, -0.0),
         "wide": lambda x: torch.exp(20 * x),
+        "infinite": lambda x: torch.where(x > 1, torch.inf, x),
     }
 
 
@@ -316,8 +317,9 @@ def check_decode(case: Decode, impl: str, device: str) -> None:
         exact = _attend(q[s], keys, values, torch.float64)
         eager = float((_attend(q[s], keys, values, case.dtype) - exact).abs().max())
         error = float((got[s].double() - exact).abs().max())
-        # Of one key, eager attention is exact: shares that are weighed and divided again may be off by a rounding.
-        rounding = 2 * torch.finfo(FP32).eps * float(exact.abs().max())
+        # Of one key, eager attention is exact: shares that are weighed and divided again may be off by a rounding. In
+        # float32 the rounding is that of products in three terms of TF32.
+        rounding = (2.0**-19 if case.dtype == FP32 else 2.0**-22) * float(exact.abs().max())
         assert error <= (8 if case.dtype == FP32 else 1.5) * eager + rounding, (s, error, eager)
 
 
