@@ -6,18 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.audit.figures import unseen
+from jobs.audit.figures import unseen, unsteadiness
 from jobs.audit.options import Limits
 
-# An arm that makes so many more documents an hour is faster; less is the noise of one run.
+# An arm that makes so many more documents an hour is faster, if the same work did not take longer by more than that.
 FASTER = 1.03
+# Where the same work takes so many times as long at another time, no time means anything.
+UNSTEADY = 1.25
 
 Figures = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Advice:
-    """verdict: "use" an arm other than the reference, "stay" with the reference, or "none" (random weights).
+    """verdict: "use" an arm other than the reference, "stay" with the reference, or "none": not to be told from this.
 
     flags: what to give jobs.summarize. reasons: (arm, the figures for and against it); caveats: what all this does not
     show.
@@ -34,33 +36,40 @@ class Advice:
 def recommend(arms: Sequence[Figures], limits: Limits, total: int, *, random_weights: bool = False) -> Advice:
     """arms: records of figures.arm_figures(), the reference first. total: documents that the sample was drawn from."""
     reference, others = arms[0], arms[1:]
-    reasons = [(arm["arm"], _reason(arm, reference, limits)) for arm in others]
+    spread = unsteadiness(arms)
+    enough = max(FASTER, spread)
+    steady = f"The same work took up to {spread:.2f} times as long at another time: smaller differences mean nothing."
     if random_weights:
-        return Advice(
-            "none", "", "Random weights: the speeds are real, the outputs mean nothing, so nothing is recommended.", "",
-            tuple((arm["arm"], _speed(arm, reference)) for arm in others), (),
-        )  # fmt: skip
+        headline = "Random weights: the speeds are real, the outputs mean nothing, so nothing is recommended."
+        reasons = tuple((arm["arm"], _speed(arm, reference)) for arm in others)
+        return Advice("none", "", headline, "", reasons, (steady,))
+    reasons = tuple((arm["arm"], _reason(arm, reference, limits, enough)) for arm in others)
     like = [arm for arm in others if not _obstacle(arm, limits)]
-    faster = [arm for arm in like if _ratio(arm, reference) >= FASTER]
+    faster = [arm for arm in like if _ratio(arm, reference) >= enough]
     best = max(faster, key=lambda arm: arm["documents_per_hour"], default=None)
+    if best is not None:
+        # Of arms that are equally fast, the one whose outputs are closest to dense's.
+        best = max(
+            (arm for arm in faster if arm["documents_per_hour"] * enough >= best["documents_per_hour"]),
+            key=lambda arm: (arm["rouge_l"]["mean"], arm["token_agreement"]["mean"], arm["documents_per_hour"]),
+        )
+    caveats = (steady, *_caveats(arms, best or reference, limits, total))
+    if spread > UNSTEADY:
+        headline = (
+            f"The times are not steady (the same work took {spread:.2f} times as long at another time), so nothing "
+            "is recommended: run again while nothing else uses this device."
+        )
+        return Advice("none", "", headline, "", reasons, caveats[1:])
     if best is None:
         return Advice(
-            "stay", reference["arm"], _stay(reference, others, like), _flags(reference), tuple(reasons),
-            tuple(_caveats(arms, reference, limits, total)),
-        )  # fmt: skip
-    # Of arms that are equally fast, the one whose outputs are closest to dense's.
-    best = max(
-        (arm for arm in faster if arm["documents_per_hour"] * FASTER >= best["documents_per_hour"]),
-        key=lambda arm: (arm["rouge_l"]["mean"], arm["token_agreement"]["mean"], arm["documents_per_hour"]),
-    )
+            "stay", reference["arm"], _stay(reference, others, like, enough), _flags(reference), reasons, caveats
+        )
     rouge = best["rouge_l"]
     headline = (
         f"Use {describe(best)}: {_ratio(best, reference):.2f} times as many documents an hour as {reference['arm']}, "
         f"and, on these {rouge['documents']} documents, outputs like its own (ROUGE-L {rouge['mean']:.3f})."
     )
-    return Advice(
-        "use", best["arm"], headline, _flags(best), tuple(reasons), tuple(_caveats(arms, best, limits, total))
-    )
+    return Advice("use", best["arm"], headline, _flags(best), reasons, caveats)
 
 
 def describe(arm: Figures) -> str:
@@ -105,20 +114,20 @@ def _speed(arm: Figures, reference: Figures) -> str:
     return f"{_ratio(arm, reference):.2f} times the documents an hour{told}"
 
 
-def _reason(arm: Figures, reference: Figures, limits: Limits) -> str:
+def _reason(arm: Figures, reference: Figures, limits: Limits, enough: float) -> str:
     speed, obstacle = _speed(arm, reference), _obstacle(arm, limits)
     if obstacle:
         return f"{speed}; not recommended: {obstacle}."
     alike = f"agrees with {arm['token_agreement']['mean']:.1%} of dense's tokens, ROUGE-L {arm['rouge_l']['mean']:.3f}"
-    slow = "" if _ratio(arm, reference) >= FASTER else "; not recommended: it is not faster"
+    slow = "" if _ratio(arm, reference) >= enough else "; not recommended: it is not faster"
     return f"{speed}; {alike}{slow}."
 
 
-def _stay(reference: Figures, others: Sequence[Figures], like: Sequence[Figures]) -> str:
+def _stay(reference: Figures, others: Sequence[Figures], like: Sequence[Figures], enough: float) -> str:
     stay = f"Stay with {describe(reference)}"
     if not others:
         return f"{stay}: nothing else was measured."
-    fast = [arm for arm in others if _ratio(arm, reference) >= FASTER]
+    fast = [arm for arm in others if _ratio(arm, reference) >= enough]
     if fast and like:
         return f"{stay}: what is faster here writes other outputs or failed, and what writes the same is not faster."
     if fast:

@@ -10,8 +10,9 @@ from jobs.page import Block, Chart
 from jobs.page.charts import MUTED, SERIES, graph_objects
 
 HOVER = "%{fullData.name}: %{x:,} tokens, %{y:.3g}<extra></extra>"
-# Neighbouring ticks of the axis of prompt lengths are at least this factor apart.
+# Neighbouring ticks of the axis of prompt lengths are at least this factor apart, where lengths differ by more.
 TICK_FACTOR = 1.3
+FEW_TICKS = 4
 
 
 def first_token_chart(arms: Sequence[dict[str, Any]]) -> list[Block]:
@@ -82,8 +83,10 @@ def _line(chart: Any, name: str, colour: str, points: Sequence[tuple[int, float]
 def _tokens(chart: Any, unit: str) -> None:
     """A logarithmic axis of prompt lengths, with ticks at lengths that were measured."""
     ticks: list[int] = []
-    for length in sorted({length for trace in chart.data for length in trace.x}, reverse=True):
-        if not ticks or ticks[-1] >= TICK_FACTOR * length:
+    lengths = sorted({length for trace in chart.data for length in trace.x}, reverse=True)
+    factor = min(TICK_FACTOR, (lengths[0] / lengths[-1]) ** (1 / FEW_TICKS))
+    for length in lengths:
+        if not ticks or ticks[-1] >= factor * length:
             ticks.append(length)
     chart.update_xaxes(type="log", title="prompt tokens", tickvals=ticks, ticktext=[f"{tick:,}" for tick in ticks])
     chart.update_yaxes(title=unit)

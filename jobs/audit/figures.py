@@ -120,12 +120,19 @@ def arm_figures(run: ArmRun, rows: Sequence[Row], dense: ArmRun | None, referenc
         "density": _average([row["density"] for row in ok]),
         "peak_bytes": max((row["peak_gpu_bytes"] for row in ok), default=0),
         "load_seconds": run.load_seconds,
+        "repeat_seconds": run.repeated,
         "crossover": None if run.arm.dense or dense is None else asdict(crossover(points, curve(dense))),
         "curve": [asdict(point) for point in points],
         "engine": run.about,
         "plan": run.plan,
     }
     return found | {name: None if value is None else asdict(value) for name, value in _likeness(ok).items()}
+
+
+def unsteadiness(arms: Sequence[dict[str, Any]]) -> float:
+    """The largest ratio between two times of the same work, over arm_figures() of all arms; 1 if they are equal."""
+    pairs = [arm["repeat_seconds"] for arm in arms if arm["repeat_seconds"]]
+    return max((max(pair) / min(pair) for pair in pairs), default=1.0)
 
 
 def _likeness(rows: Sequence[Row]) -> dict[str, Figure | None]:

@@ -57,6 +57,8 @@ class Point:
 class ArmRun:
     """What became of an arm. seconds: of all documents together, from the first add() to the last completion.
 
+    repeated: seconds of the same work at two times (the reference: all of it; others: the prefill of the shortest
+    document); their ratio says how steady the device's times are.
     step: (tokens, milliseconds) of a decode step of one document alone, as long as the longest. curve: timed prompts.
     """
 
@@ -67,6 +69,7 @@ class ArmRun:
     completions: dict[str, Completion]
     seconds: float
     likeness: dict[str, Likeness] = field(default_factory=dict)
+    repeated: tuple[float, float] | None = None
     step: tuple[int, float] | None = None
     curve: list[Point] = field(default_factory=list)
 
@@ -78,9 +81,13 @@ class ArmRun:
 
 @dataclass
 class Reference:
-    """What the others are compared with: dense outputs, and log-probabilities along them, float32 [tokens, V]."""
+    """What the others are compared with: dense outputs, and log-probabilities along them, float32 [tokens, V].
+
+    seconds: of the run that wrote the outputs, which is not the one that is reported.
+    """
 
     outputs: dict[str, list[int]]
+    seconds: float = 0.0
     log_probs: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -135,6 +142,8 @@ def measure(options: Options, documents: Sequence[Sampled], clock: Clock) -> Mea
         try:
             if reference is None:
                 clock.say(f"{arm.name}: {len(documents)} documents, for the outputs that all others are compared with")
+                if arm.config.torch_device().type == "cuda":
+                    _warm_up(engine, options, documents[-1])
                 reference = _first_outputs(engine, options, documents)
             run = _measure_arm(engine, arm, options, documents, reference, load_seconds, clock)
         finally:
@@ -146,12 +155,12 @@ def measure(options: Options, documents: Sequence[Sampled], clock: Clock) -> Mea
 
 
 def _first_outputs(engine: Engine, options: Options, documents: Sequence[Sampled]) -> Reference:
-    _, done = run_documents(engine, requests_of(documents, options))
-    outputs = {name: completion.token_ids for name, completion in done.items() if completion.status == "ok"}
-    if not outputs:
+    seconds, done = run_documents(engine, requests_of(documents, options))
+    ok = {name: completion for name, completion in done.items() if completion.status == "ok"}
+    if not ok:
         first = next(iter(done.values()))
         raise JobError(f"dense attention finished none of the documents; {first.request_id}: {first.error}")
-    return Reference(outputs)
+    return Reference({name: completion.token_ids for name, completion in ok.items()}, seconds)
 
 
 def _measure_arm(
@@ -171,7 +180,7 @@ def _measure_arm(
 
         return keep
 
-    warm = None if is_reference else _warm_up(engine, options, documents[-1])
+    warm = _warm_up(engine, options, documents[-1]) if not is_reference else None
     for name, token_ids in reference.outputs.items():
         engine.expect(name, token_ids[: options.kl_tokens], note(name))
     seconds, done = run_documents(engine, requests_of(documents, options))
@@ -179,8 +188,12 @@ def _measure_arm(
     run.likeness = likeness
     if is_reference:
         check_reference(reference, done, arm.precision)
+        run.repeated = reference.seconds, run.seconds
     elif warm is not None:
-        _check_warm(warm, done[documents[-1].document_id], arm)
+        again = done[documents[-1].document_id]
+        _check_warm(warm, again, arm)
+        if warm.status == again.status == "ok":
+            run.repeated = warm.prefill_seconds, again.prefill_seconds
     longest = len(documents[0].prompt)
     step = decode_step_ms(engine, [longest])
     run.step = None if step is None else (longest, step)
@@ -252,8 +265,10 @@ def same_tokens(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _warm_up(engine: Engine, options: Options, document: Sampled) -> Completion:
+    """The document's prefill and first token; on a GPU the second time, when nothing is compiled any more."""
     (request,) = requests_of([document], options)
-    _, done = run_documents(engine, [replace(request, max_new_tokens=1)])
+    for _ in range(2 if engine.config.torch_device().type == "cuda" else 1):
+        _, done = run_documents(engine, [replace(request, max_new_tokens=1)])
     return done[document.document_id]
 
 

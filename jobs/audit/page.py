@@ -73,7 +73,9 @@ def _key_figures(audit: dict[str, Any]) -> KeyFigures:
             times(arm["first_token_vs_reference"]),
             f"{arm['arm']}, density {figure(arm['density'])}, against {reference['arm']}",
         ),
-        KeyFigure("Documents an hour", times(ratio), f"{figure(hours[0])}, dense {figure(hours[1])}", _tone(ratio)),
+        KeyFigure(
+            "Documents an hour", times(ratio), f"{figure(hours[0])}, dense {figure(hours[1])}", _tone(ratio, audit)
+        ),
     ]
     if arm["token_agreement"] is not None and not audit["random_weights"]:
         figures += [
@@ -84,8 +86,10 @@ def _key_figures(audit: dict[str, Any]) -> KeyFigures:
     return KeyFigures(figures)
 
 
-def _tone(ratio: float | None) -> Any:
-    return "" if ratio is None or 0.97 < ratio < 1.03 else "good" if ratio > 1 else "bad"
+def _tone(ratio: float | None, audit: dict[str, Any]) -> Any:
+    if ratio is None or audit["advice"]["verdict"] == "none" or 0.97 < ratio < 1.03:
+        return ""
+    return "good" if ratio > 1 else "bad"
 
 
 def times(ratio: float | None) -> str:
@@ -134,27 +138,24 @@ def _mean(found: dict[str, Any] | None, how: Any) -> str:
 
 def _speed(audit: dict[str, Any]) -> list[Block]:
     arms = audit["arms"]
-    rows = []
+    on_gpu = any(arm["peak_bytes"] for arm in arms)
+    rows: list[list[str]] = []
     for arm in arms:
-        alone = arm["decode_step_alone"] or {"step_ms": None, "prompt_tokens": None}
-        rows.append(
-            (
-                arm["arm"], seconds(arm["seconds"]), figure(arm["prompt_tokens_per_second"]),
-                figure(arm["output_tokens_per_second"]),
-                figure(alone["step_ms"], "ms"), binary_bytes(arm["plan"]["weight_bytes"]),
-                binary_bytes(arm["peak_bytes"] or None), seconds(arm["load_seconds"]),
-            )
-        )  # fmt: skip
-    longest = max(audit["sample"]["prompt_tokens"])
-    header = (
-        "arm", "all documents", "prompt tokens/s", "output tokens/s", "decode step alone", "weights", "peak memory",
-        "loading",
-    )  # fmt: skip
+        alone = arm["decode_step_alone"]
+        row = [arm["arm"], seconds(arm["seconds"]), figure(arm["prompt_tokens_per_second"])]
+        row += [figure(arm["output_tokens_per_second"]), figure(alone["step_ms"] if alone else None, "ms")]
+        row += [binary_bytes(arm["plan"]["weight_bytes"]), *([binary_bytes(arm["peak_bytes"])] if on_gpu else [])]
+        rows.append([*row, seconds(arm["load_seconds"]), figure(_repeat(arm))])
+    header = ["arm", "all documents", "prompt tokens/s", "output tokens/s", "decode step alone", "weights"]
+    header += [*(["peak memory"] if on_gpu else []), "loading", "unsteadiness"]
     note = (
         "All documents: prefill and decoding of the sample as one job of one engine. Decode step alone: one document "
-        f"of {longest:,} tokens. Peak memory: with the KV arena, which takes what is free. Loading: the first arm in a "
-        "precision loads the model, the others only plan their memory."
+        f"of {max(audit['sample']['prompt_tokens']):,} tokens. Loading: the first arm in a precision loads the model, "
+        "the others only plan their memory. Unsteadiness: ratio of two times of the same work; of the first "
+        "arm of all documents, of the others of the shortest one's prefill."
     )
+    if on_gpu:
+        note += " Peak memory: with the KV arena, which takes what is free."
     blocks: list[Block] = [Table(header, rows, "", note), *first_token_chart(arms), *speedup_chart(arms)]
     crossings = [(arm["arm"], crossing(arm["crossover"])) for arm in arms if arm["crossover"] is not None]
     if crossings:
@@ -162,6 +163,11 @@ def _speed(audit: dict[str, Any]) -> list[Block]:
             Table(("arm", "not slower than dense in the same precision"), crossings, "Crossover on this device")
         )
     return blocks
+
+
+def _repeat(arm: Figures) -> float | None:
+    pair = arm["repeat_seconds"]
+    return max(pair) / min(pair) if pair else None
 
 
 def crossing(found: dict[str, Any]) -> str:

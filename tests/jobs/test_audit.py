@@ -366,7 +366,7 @@ def test_dense_that_contradicts_itself_is_refused() -> None:
     log_probs = torch.full((4, 9), -9.0)
     for row, token in enumerate([5, 6, 7, 8]):
         log_probs[row, token] = -0.1
-    reference = Reference({"a": [5, 6, 7, 8]}, {"a": log_probs})
+    reference = Reference({"a": [5, 6, 7, 8]}, log_probs={"a": log_probs})
     check_reference(reference, {"a": completion([5, 6, 7, 8])}, "fp32")
     with pytest.raises(JobError, match="twice"):
         check_reference(reference, {"a": completion([5, 6, 1, 8])}, "bf16")
@@ -401,6 +401,7 @@ def figures(name: str, hours: float, agreement: float, rouge: float, **changes: 
         "density": 1.0 if preset == "dense" else 0.3,
         "documents_per_hour": hours,
         "first_token_vs_reference": hours / 100,
+        "repeat_seconds": (1.0, 1.01),
         "token_agreement": over(agreement),
         "rouge_l": over(rouge),
     } | changes
@@ -426,6 +427,9 @@ DENSE = figures("dense-bf16", 100, 1.0, 1.0)
         ([figures("release-bf16", 102, 1.0, 1.0)], "stay", "dense-bf16"),
         # What failed or was never sparse is not recommended, however fast.
         ([figures("release-bf16", 180, 1.0, 1.0, failed=1)], "stay", "dense-bf16"),
+        # The same work took 1.2 times as long before: 1.15 times is not faster, 1.3 times is.
+        ([figures("release-bf16", 115, 1.0, 1.0, repeat_seconds=(1.2, 1.0))], "stay", "dense-bf16"),
+        ([figures("release-bf16", 130, 1.0, 1.0, repeat_seconds=(1.2, 1.0))], "use", "release-bf16"),
         ([figures("release-bf16", 180, 1.0, 1.0, sparse_documents=0)], "stay", "dense-bf16"),
         ([figures("release-bf16", 180, 1.0, 1.0, token_agreement=None, rouge_l=None)], "stay", "dense-bf16"),
         ([], "stay", "dense-bf16"),
@@ -445,7 +449,11 @@ def test_what_a_recommendation_says_of_its_doubts() -> None:
     limits = Limits(agreement=0.95, rouge=0.9)
     sure = recommend([DENSE, figures("robust-bf16", 150, 1.0, 1.0)], limits, 8)
     assert not any("interval" in text for text in sure.caveats)
-    assert sure.caveats[0].startswith("All 8 documents")
+    assert sure.caveats[1].startswith("All 8 documents")
+    assert "up to 1.01 times as long" in sure.caveats[0]
+    busy = recommend([DENSE, figures("robust-bf16", 300, 1.0, 1.0, repeat_seconds=(2.0, 5.0))], limits, 8)
+    assert (busy.verdict, busy.flags) == ("none", "")
+    assert "2.50 times" in busy.headline
     open_one = recommend([DENSE, figures("robust-bf16", 150, 0.96, 1.0, sparse_documents=5)], limits, 500)
     assert any("0.920 to 1.000" in text and "reaches below 0.95" in text for text in open_one.caveats)
     assert any("read 3 of 8 documents densely" in text for text in open_one.caveats)
