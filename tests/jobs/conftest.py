@@ -16,7 +16,8 @@ FLAGS = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="session")
+# Not for the session: while playwright runs, its event loop keeps asyncio.run out of this process's other tests.
+@pytest.fixture(scope="module")
 def open_page() -> Iterator[Callable[..., CheckedPage]]:
     """open_page(file, width=390, dark=False, screenshot=None) -> CheckedPage: a page in headless Chromium.
 
