@@ -1,0 +1,1 @@
+"""The pages in docs/, written from the code that they describe."""
