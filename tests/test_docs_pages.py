@@ -21,6 +21,7 @@ from pipeline.config import JobConfig
 from pipeline.engine import plan
 from pipeline.engine.config import EngineConfig, EngineError
 from pipeline.engine.precision import Precision
+from pipeline.records import STATUSES
 from stem_core.config import StemConfig
 
 ROOT = Path(__file__).parents[1]
@@ -74,8 +75,14 @@ def test_there_are_messages() -> None:
 
 @pytest.mark.parametrize("fragment", FRAGMENTS)
 def test_a_quoted_message_is_in_the_code(fragment: str) -> None:
-    whole = " " not in fragment  # a status: the string itself, not a piece of another one
-    assert any(fragment == string if whole else fragment in string for string in strings())
+    if " " in fragment:
+        assert any(fragment in string for string in strings())
+    else:
+        assert fragment in STATUSES
+
+
+def test_every_status_is_explained() -> None:
+    assert set(STATUSES) - {"ok", "error"} <= set(FRAGMENTS)
 
 
 def test_messages_that_are_quoted_in_the_text_are_in_the_code() -> None:
