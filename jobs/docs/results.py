@@ -131,7 +131,7 @@ _READING = """
 ```python
 from pipeline import read_results
 
-rows = read_results("results")                                            # a pyarrow table; also s3://, gs://
+rows = read_results("results")  # a pyarrow table; also s3://, gs://
 rows = read_results(["shard-0", "shard-1"], ["document_id", "status", "output"])  # several folders, some columns
 frame = rows.to_pandas()
 ```

@@ -69,7 +69,7 @@ class MemoryPlan:
             f"  weights  {self.weight_bytes / GIB:.2f} GiB",
             f"  reserve  {self.reserve_bytes / GIB:.2f} GiB for activations and decoding",
             f"  KV       {kv}",
-            f"  {context}; at once: {self.documents(33_024)} of 32K, {self.documents(131_328)} of 128K",
+            f"  {context}; at once: {self.documents(32_768)} of 32K, {self.documents(131_072)} of 128K",
         ]
 
 
