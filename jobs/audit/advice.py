@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.audit.figures import unseen, unsteadiness
+from jobs.audit.figures import UNSTEADY, unseen, unsteadiness
 from jobs.audit.options import Limits
 
 # An arm that makes so many more documents an hour is faster, if the same work did not take longer by more than that.
 FASTER = 1.03
-# Where the same work takes so many times as long at another time, no time means anything.
-UNSTEADY = 1.25
 
 Figures = dict[str, Any]
 

@@ -15,6 +15,8 @@ from jobs.evaluate.results import estimate
 FEWEST = 5
 # Two prefills that differ by less are equally fast.
 TIMING_NOISE = 0.02
+# Where the same work takes so many times as long at another time, no time means anything.
+UNSTEADY = 1.25
 Z95 = 1.959964
 
 

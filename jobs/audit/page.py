@@ -7,7 +7,7 @@ from typing import Any
 
 from jobs.audit.advice import describe
 from jobs.audit.charts import agreement_chart, first_token_chart, speedup_chart
-from jobs.audit.figures import FEWEST
+from jobs.audit.figures import FEWEST, UNSTEADY, unsteadiness
 from jobs.audit.results import Row
 from jobs.page import Block, Details, KeyFigure, KeyFigures, Prose, Section, SideBySide, Table, render_page
 from jobs.page.numbers import NOTHING, binary_bytes, figure, seconds, share
@@ -158,7 +158,9 @@ def _speed(audit: dict[str, Any]) -> list[Block]:
         note += " Peak memory: with the KV arena, which takes what is free."
     blocks: list[Block] = [Table(header, rows, "", note), *first_token_chart(arms), *speedup_chart(arms)]
     crossings = [(arm["arm"], crossing(arm["crossover"])) for arm in arms if arm["crossover"] is not None]
-    if crossings:
+    if crossings and unsteadiness(arms) > UNSTEADY:
+        blocks.append(Prose("From which length Stem is not slower cannot be told: the times are not steady."))
+    elif crossings:
         blocks.append(
             Table(("arm", "not slower than dense in the same precision"), crossings, "Crossover on this device")
         )

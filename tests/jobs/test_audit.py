@@ -108,7 +108,16 @@ def test_rows_figures_and_page_of_an_audit(
     out = capsys.readouterr().out
     for name in ("dense-fp32", "release@0.3-fp32", "robust@0.3-fp32", found["advice"]["headline"][:30]):
         assert name in out
-    page = (tmp_path / "audit.html").read_text(encoding="utf-8")
+    figures_file = tmp_path / "audit.json"
+    for pair, steady in (([1.0, 9.0], False), ([1.0, 1.0], True)):
+        found["arms"][0]["repeat_seconds"] = pair
+        for arm in found["arms"][1:]:
+            arm["repeat_seconds"] = [1.0, 1.0]
+        figures_file.write_text(json.dumps(found), encoding="utf-8")
+        assert main(["--report", str(tmp_path)]) == 0
+        page = (tmp_path / "audit.html").read_text(encoding="utf-8")
+        assert ("Crossover on this device" in page) == steady
+        assert ("cannot be told" in page) == (not steady)
     (tmp_path / "audit.html").unlink()
     assert main(["--report", str(tmp_path)]) == 0
     assert (tmp_path / "audit.html").read_text(encoding="utf-8") == page
