@@ -174,10 +174,9 @@ class Scheduler:
     def _staff(self) -> None:
         """Start workers up to the number wanted, never more than documents are left."""
         wanted = min(self._limits.workers, self._left)
-        if self._failed_starts >= self._limits.start_tries and self._workers:
-            running = any(state.capacity for state in self._workers.values())
-            if not running or self._clock() < self._next_start:
-                return  # go on with those that run or still start, and see later if there is room again
+        failing = self._failed_starts >= self._limits.start_tries
+        if failing and self._workers and (not self.live or self._clock() < self._next_start):
+            return  # go on with those that run or still start, and see later if there is room again
         while len(self._workers) < wanted:
             self._workers[self._pool.start()] = WorkerState()
 
