@@ -4,16 +4,34 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from page_checks import CheckedPage, check_page
 
+from jobs.cli import run_main
+
 FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 )  # fmt: skip
+
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run_command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """run_command(main, *arguments): runs a command in this process: (exit code, standard output, standard error)."""
+
+    def call(main: Callable[[Sequence[str]], int], *arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            run_main(main, [str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return call
 
 
 # Not for the session: while playwright runs, its event loop keeps asyncio.run out of this process's other tests.

@@ -7,6 +7,7 @@ import re
 import struct
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import pytest
 import torch
 
 import stem_core.attention
-from jobs.cli import run_main
 from jobs.inspect.__main__ import PAGE, chosen_layers, main
 from jobs.inspect.canvas import WHITE, Canvas, lettering
 from jobs.inspect.capture import Capture, capture
@@ -194,14 +194,8 @@ def test_a_canvas_is_a_png_with_lettering() -> None:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            run_main(main, [str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return call
+def run(run_command: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str, str]]:
+    return partial(run_command, main)
 
 
 def test_the_page_in_a_browser(tmp_path: Path, model: Path, text: str, run: Any, open_page: Any) -> None:

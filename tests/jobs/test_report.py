@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ import pyarrow.parquet as pq
 import pytest
 from page_checks import DESKTOP, PHONE, CheckedPage
 
-from jobs.cli import run_main
 from jobs.report import clock
 from jobs.report.__main__ import main
 from jobs.report.measures import length_edges
@@ -37,16 +37,10 @@ Report = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def report(capsys: pytest.CaptureFixture[str]) -> Report:
+def report(run_command: Callable[..., tuple[int, str, str]]) -> Report:
     """Runs the command in this process: (exit code, standard output, standard error)."""
 
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            run_main(main, [str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return call
+    return partial(run_command, main)
 
 
 def times(at: float, seconds: float) -> Row:

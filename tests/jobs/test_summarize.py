@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import submit
-from jobs.cli import run_main
 from jobs.summarize import main
 from pipeline import read_results
 from pipeline.config import JobConfig, meaning
@@ -30,16 +30,10 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
+def run(run_command: Callable[..., tuple[int, str, str]]) -> Run:
     """Runs the command in this process: (exit code, standard output, standard error)."""
 
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            run_main(main, [str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return call
+    return partial(run_command, main)
 
 
 @pytest.fixture
