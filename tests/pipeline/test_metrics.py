@@ -100,7 +100,7 @@ def write(folder: Path, texts: dict[str, str]) -> Path:
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_every_row_counts_once_after_a_stop_retries_and_the_loss_of_workers(
-    recorded: Recorded, tmp_path: Path, model: Path
+    recorded: Recorded, tmp_path: Path, model: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     texts = {f"slow{i}": "SLOW " * (20 - i) for i in range(8)} | {"oom": "OOM", "bad": "ALWAYSOOM", "empty": ""}
     docs, out = write(tmp_path / "docs", texts | {"killer": "CRASH"}), tmp_path / "out"
@@ -125,7 +125,9 @@ def test_every_row_counts_once_after_a_stop_retries_and_the_loss_of_workers(
     queued = sum(row["queue_seconds"] or 0 for row in rows)
     assert recorded.counts["stemline_phase_seconds", ("queue",)] == pytest.approx(queued)
     assert len(recorded.observed["stemline_prefill_seconds"]) == 9
-    assert recorded.counts["stemline_workers_lost", ("died",)] == 2, "once with neighbours, once alone"
+    told = capfd.readouterr().err.count(" lost with ")
+    assert recorded.counts["stemline_workers_lost", ("died",)] == told
+    assert told in (1, 2), "once with neighbours, if it had any, and once alone"
     assert set(recorded.gauges["stemline_workers", ("live",)]) == {0, 1}
     assert max(recorded.gauges["stemline_pending_documents", ("in_flight",)]) > 1
 
