@@ -45,6 +45,7 @@ class Meter:
             "attention": told.attention or None,
             "attention_reason": told.attention_reason if ran else None,
             "density": sum(c.density * c.prompt_tokens for c in ran) / read if read else None,
+            "density_by_layer": _density_by_layer(ran) if sparse else None,
             "kernel": told.kernel or None,
             "prefill_seconds": sum(c.prefill_seconds for c in done),
             "decode_seconds": sum(c.decode_seconds for c in done),
@@ -53,3 +54,10 @@ class Meter:
             else None,
             "peak_gpu_bytes": max(c.peak_bytes for c in done),
         }
+
+
+def _density_by_layer(ran: list[Completion]) -> list[float]:
+    """Mean of each layer over a document's parts, weighted with their prompt tokens as `density` is."""
+    read = sum(c.prompt_tokens for c in ran)
+    layers = zip(*([density * c.prompt_tokens for density in c.density_by_layer] for c in ran), strict=True)
+    return [sum(layer) / read for layer in layers]

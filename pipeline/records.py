@@ -58,6 +58,11 @@ COLUMNS: tuple[Column, ...] = (
         _REAL,
         "share of causal key blocks that prefill computed, over layers and heads, sliding windows included; 1 is all",
     ),
+    Column(
+        "density_by_layer",
+        pa.list_(pa.float32()),
+        "density of each layer, the model's first layer first; 1 in the leading layers that are dense",
+    ),
     Column("kernel", _TEXT, "implementation that ran"),
     Column("queue_seconds", _REAL, "waiting in the worker for the tokeniser and the engine"),
     Column("load_seconds", _REAL, "reading the document from its source"),

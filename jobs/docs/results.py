@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pyarrow as pa
+
 from jobs.docs.markdown import table
 from pipeline import lock, manifest, sink, store
 from pipeline.config import JobConfig
@@ -19,10 +21,14 @@ NULL_WHEN: dict[str, tuple[str, ...]] = {
         "prompt_tokens", "output_tokens", "prefill_seconds", "decode_seconds", "peak_gpu_bytes",
     ),
     "the engine did not start on the prompt": ("attention", "attention_reason", "density", "kernel"),
+    "`attention` is not stem": ("density_by_layer",),
     "no token was generated": ("time_to_first_token",),
     "only in a row that did not fit the columns": ("input_stamp", "finished_at"),
 }  # fmt: skip
-TYPES = {"string": "text", "double": "float64", "timestamp[us, tz=UTC]": "timestamp (µs, UTC)"}
+TYPES = {
+    "string": "text", "double": "float64", "timestamp[us, tz=UTC]": "timestamp (µs, UTC)",
+    str(pa.list_(pa.float32())): "list of float32",
+}  # fmt: skip
 UNITS = {"_seconds": "seconds", "_tokens": "tokens", "_bytes": "bytes", "time_to_first_token": "seconds"}
 
 
@@ -96,9 +102,9 @@ input already found the document unreadable, or the row stands for a document th
 time; then it did not start on the prompt either, and generated no token. A row that does not fit the columns,
 because a kept value is of another type, is replaced by an `error` row in which all that may be null is.
 
-Where a document was processed in parts, seconds and tokens are sums over its parts, `density` is their mean by prompt
-tokens, `peak_gpu_bytes` their largest, and `time_to_first_token` that of the first part that came back. Documents
-share the engine, so the seconds of several do not add up to the time of the run.
+Where a document was processed in parts, seconds and tokens are sums over its parts, `density` and `density_by_layer`
+are means by prompt tokens, `peak_gpu_bytes` their largest, and `time_to_first_token` that of the first part that came
+back. Documents share the engine, so the seconds of several do not add up to the time of the run.
 """
 _FILES = f"""
 A part file is there whole or not at all. Rows are written when {JobConfig.flush_documents} of them wait or the oldest

@@ -142,7 +142,8 @@ class Completion:
     attention: "stem" or "dense" as it ran for this document, empty for one that never started. attention_reason: why
     it is not the one asked for, empty if it is.
     density: computed share of the causal block pairs over all layers and heads; 1.0 is dense. A layer with a sliding
-    window that cuts the prompt counts with what the window meets.
+    window that cuts the prompt counts with what the window meets. density_by_layer: of each layer, in the model's
+    order; empty for a document that never started.
     queue_seconds: from add() to the first prefill step. prefill_seconds, decode_seconds: wall time of the engine's
     prefill steps of this document and of the decode steps that it took part in; the time in which it waits for other
     documents' prefill is in neither. time_to_first_token: from add().
@@ -159,6 +160,7 @@ class Completion:
     attention: str = ""
     attention_reason: str = ""
     density: float = 1.0
+    density_by_layer: tuple[float, ...] = ()
     kernel: str = ""
     queue_seconds: float = 0.0
     prefill_seconds: float = 0.0

@@ -80,6 +80,7 @@ class Document:
             attention=attention.attention,
             attention_reason=attention.reason,
             density=attention.density,
+            density_by_layer=attention.density_by_layer,
             kernel=kernel,
             queue_seconds=started - self.added,
             prefill_seconds=(first or now) - started,

@@ -25,29 +25,33 @@ def chunk_size(chunk_tokens: int, attention: StemConfig | None) -> int:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """How a prompt of one length attends, before it runs: budgets depend on nothing else."""
+    """How a prompt of one length attends, before it runs: budgets depend on nothing else.
+
+    density_by_layer: of each layer of the model, in its order; `density` is their mean.
+    """
 
     attention: str
     reason: str
     density: float
+    density_by_layer: tuple[float, ...] = ()
 
 
 def attention_plan(runner: ModelRunner, prompt_tokens: int) -> AttentionPlan:
     """Stem or dense, why it is not what was asked for, and the density over all layers."""
-    densities = [policy.density(prompt_tokens, window) for policy, window in runner.layers]
+    densities = tuple(policy.density(prompt_tokens, window) for policy, window in runner.layers)
     density = sum(densities) / len(densities)
     if all(policy.config is None for policy, _ in runner.layers):
-        return AttentionPlan("dense", "", density)
+        return AttentionPlan("dense", "", density, densities)
     # Leading layers are dense because that was asked for.
     others = [(policy, window) for policy, window in runner.layers if not policy.leading]
     uncut = [policy for policy, window in others if cutting_window(prompt_tokens, window) is None]
     why_dense = [policy.budget(prompt_tokens, None).reason for policy in uncut]
     if "" not in why_dense:
         reason = why_dense[0] if why_dense else "every layer is dense or has a sliding window"
-        return AttentionPlan("dense", reason, density)
+        return AttentionPlan("dense", reason, density, densities)
     windows = len(others) - len(uncut)
     reason = f"{windows} of {len(runner.layers)} layers keep to their sliding window" if windows else ""
-    return AttentionPlan("stem", reason, density)
+    return AttentionPlan("stem", reason, density, densities)
 
 
 class Prefill:

@@ -124,6 +124,18 @@ def test_columns_are_null_when_the_page_says_so(completion: Completion | None, a
     }
 
 
+def test_the_density_of_layers_is_the_mean_over_parts_by_tokens_and_null_without_stem() -> None:
+    sparse = Completion(
+        "a", "ok", prompt_tokens=300, attention="stem", density=0.65, density_by_layer=(1.0, 0.3), kernel="k"
+    )
+    dense = Completion("b", "ok", prompt_tokens=100, attention="dense", density_by_layer=(1.0, 1.0), kernel="k")
+    refused = Completion("c", "too_long", prompt_tokens=500)
+    columns = Meter(completions=[sparse, dense, refused]).columns()
+    assert columns["density_by_layer"] == pytest.approx([1.0, (0.3 * 300 + 100) / 400])
+    assert columns["density"] == pytest.approx(sum(columns["density_by_layer"]) / 2)
+    assert Meter(completions=[dense]).columns()["density_by_layer"] is None
+
+
 def test_the_manifest_has_the_keys_of_the_page(tmp_path: Path) -> None:
     config = JobConfig(input=("a",), output=str(tmp_path), model="m")
     manifest.save(Store(str(tmp_path)), config, {"config": ""}, state="finished", documents=1, seconds=1.0)

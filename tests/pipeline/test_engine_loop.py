@@ -325,6 +325,7 @@ def test_rows_say_where_a_sliding_window_keeps_stem_out(tmp_path: Path, architec
     share = blocks.sum().item() / (19 * 20 / 2)
     kept = [share if budget is None else budget.sum() / (19 * 20 / 2) for budget in budgets]
     assert done["cut"].density == pytest.approx(sum(kept) / 3)
+    assert done["cut"].density_by_layer == pytest.approx(kept)
 
 
 def test_times_add_up(folder: Path) -> None:
