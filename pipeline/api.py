@@ -24,7 +24,7 @@ from pipeline.scheduler import Limits, Scheduler
 from pipeline.source import Catalogue, Document
 
 # Settings of a run on Ray that mean something in one process too.
-RUN_SETTINGS = ("deadline", "max_attempts")
+RUN_SETTINGS = ("deadline", "max_attempts", "gpus_per_worker")
 
 
 def summarize(

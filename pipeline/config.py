@@ -161,9 +161,12 @@ class JobConfig:
     workers: int | str = option(
         "auto",
         "auto_int",
-        "engines to run; auto: one for each GPU; without any, one for each core up to 4",
+        "engines to run; auto: all that the GPUs hold; without GPUs, one for each core up to 4",
         low=1,
         group="run",
+    )
+    gpus_per_worker: int = option(
+        1, "int", "GPUs of one node that a worker's model is spread over, by layers", low=1, high=64, group="run"
     )
     deadline: float = option(3600.0, "float", "seconds for one document in a worker; 0: none", low=0, group="run")
     max_attempts: int = option(
@@ -201,6 +204,9 @@ class JobConfig:
         given = [name for name in STEM_OVERRIDES if getattr(self, name) is not None]
         if self.attention == "dense" and given:
             raise JobError(f"{flag(given[0])} has no meaning with --attention dense; leave one of them out")
+        if self.device == "cpu" and self.gpus_per_worker > 1:
+            asked = f"{flag('gpus_per_worker')} {self.gpus_per_worker}"
+            raise JobError(f"{asked} has no meaning with --device cpu; leave one of them out")
         self._check_precision(self.stem())
 
     def _check_precision(self, stem: StemConfig | None) -> None:
@@ -245,20 +251,9 @@ class JobConfig:
         return hashlib.sha256(json.dumps(self.output_settings(), sort_keys=True).encode()).hexdigest()[:12]
 
 
-STEM_OVERRIDES = (
-    "budget",
-    "block_size",
-    "stride",
-    "estimator",
-    "decay",
-    "mass_group",
-    "mass_rows",
-    "sink_blocks",
-    "local_blocks",
-    "value_weight",
-    "dense_layers",
-    "dense_below",
-    "dense_tail",
+# Those that are unset by default.
+STEM_OVERRIDES = tuple(
+    item.name for item in fields(JobConfig) if item.metadata["group"] == "attention" and item.default is None
 )
 
 

@@ -98,7 +98,7 @@ def _execute(
     try:
         if len(left):
             with connected(config.ray_address) as cluster, _StopFlag() as flag:
-                share = divide(cluster, config.device, config.workers, len(left))
+                share = divide(cluster, config.device, config.workers, len(left), config.gpus_per_worker)
                 worker_config = make_worker_config(survey, share.device, share.threads, engine_factory, grace)
                 pool = RayPool(worker_config, share, local=cluster.local)
                 limits = Limits(

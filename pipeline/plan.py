@@ -197,6 +197,7 @@ def make_engine_config(config: JobConfig, device: str) -> Any:
     return EngineConfig(
         model=str(folder.absolute()) if folder.is_dir() else config.model,
         device=device,
+        gpus=config.gpus_per_worker,
         precision=config.precision,
         attention=config.stem(),
         chunk_tokens=config.chunk_tokens,

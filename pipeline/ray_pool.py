@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import queue
 import re
 import secrets
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from pipeline.errors import JobError, one_line, without_secrets
 from pipeline.imports import ROOT
@@ -23,20 +25,23 @@ from pipeline.source import Document
 from pipeline.worker import Worker, WorkerConfig
 
 START_TIMEOUT = 900.0
-# A result is small; one that does not come in this time is lost with the node that holds it.
-FETCH_TIMEOUT = 60.0
 # Every worker holds the whole model; beyond so many on CPUs a person should say that there is memory for them.
 AUTO_CPU_WORKERS = 4
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What Ray offers. local: started by this process and for it alone."""
+    """What Ray offers. local: started by this process and for it alone. node_gpus: GPUs of each node."""
 
     cpus: float
     gpus: float
     local: bool
     nodes: int
+    node_gpus: tuple[float, ...] = ()
+
+    def workers(self, gpus: int) -> int:
+        """How many workers of `gpus` GPUs each the nodes can hold; a worker's GPUs are all on one node."""
+        return sum(int(there // gpus) for there in self.node_gpus)
 
 
 @contextlib.contextmanager
@@ -90,7 +95,9 @@ def _local_environment() -> Iterator[None]:
 
 def _describe(local: bool) -> Cluster:
     resources = ray.cluster_resources()
-    return Cluster(resources.get("CPU", 0.0), resources.get("GPU", 0.0), local, len(ray.nodes()))
+    nodes = ray.nodes()
+    gpus = tuple(node["Resources"].get("GPU", 0.0) for node in nodes if node["Alive"])
+    return Cluster(resources.get("CPU", 0.0), resources.get("GPU", 0.0), local, len(nodes), gpus)
 
 
 @dataclass(frozen=True)
@@ -104,19 +111,12 @@ class Share:
     threads: int
 
 
-def divide(cluster: Cluster, device: str, workers: int | str, documents: int) -> Share:
+def divide(cluster: Cluster, device: str, workers: int | str, documents: int, gpus_per_worker: int = 1) -> Share:
     """How many workers, on what. Raises JobError if the cluster cannot hold them."""
     if device == "auto":
-        device = "cuda" if cluster.gpus >= 1 else "cpu"
+        device = "cuda" if cluster.gpus >= 1 or gpus_per_worker > 1 else "cpu"
     if device == "cuda":
-        if cluster.gpus < 1:
-            raise JobError(
-                "--device cuda: Ray sees no GPU here; use --device cpu, or a cluster with GPUs through --ray-address"
-            )
-        count = int(cluster.gpus) if workers == "auto" else int(workers)
-        if count > cluster.gpus:
-            raise JobError(f"--workers {count}: the cluster has {cluster.gpus:g} GPUs, a worker takes one")
-        return Share("cuda", min(count, documents), 1.0, 1.0, 0)
+        return _divide_gpus(cluster, workers, documents, gpus_per_worker)
     cores = max(1, int(cluster.cpus))
     count = min(cores, AUTO_CPU_WORKERS, documents) if workers == "auto" else min(int(workers), documents)
     if count > 64 * cores:
@@ -127,8 +127,28 @@ def divide(cluster: Cluster, device: str, workers: int | str, documents: int) ->
     return Share("cpu", count, min(1.0, cores / count), 0.0, min(threads, int(bound)) if bound.isdecimal() else threads)
 
 
+def _divide_gpus(cluster: Cluster, workers: int | str, documents: int, each: int) -> Share:
+    if cluster.gpus < 1:
+        asked = "--device cuda" if each == 1 else f"--gpus-per-worker {each}"
+        raise JobError(f"{asked}: Ray sees no GPU here; use --device cpu, or a cluster with GPUs through --ray-address")
+    room = cluster.workers(each)
+    if not room:
+        most = max(cluster.node_gpus, default=0.0)
+        raise JobError(
+            f"--gpus-per-worker {each}: a worker's GPUs are all on one node, and no node here has more than {most:g}"
+        )
+    count = room if workers == "auto" else int(workers)
+    if count > room:
+        takes = "one" if each == 1 else f"{each} of one node"
+        raise JobError(f"--workers {count}: the cluster has {cluster.gpus:g} GPUs, a worker takes {takes}: {room} fit")
+    return Share("cuda", min(count, documents), 1.0, float(each), 0)
+
+
 class RayPool:
-    """pipeline.scheduler.Pool over Ray actors that are never restarted and whose calls are never retried by Ray."""
+    """pipeline.scheduler.Pool over Ray actors that are never restarted and whose calls are never retried by Ray.
+
+    Every call tells of its own end, so that waiting costs the same with ten calls out as with ten thousand.
+    """
 
     def __init__(
         self, config: WorkerConfig, share: Share, *, local: bool, start_timeout: float = START_TIMEOUT
@@ -144,8 +164,9 @@ class RayPool:
         self._config = ray.put(config)
         self._start_timeout = start_timeout
         self._workers: dict[WorkerId, Any] = {}
-        self._refs: dict[Any, tuple[WorkerId, str]] = {}  # of calls that are out: worker, document ("" for its start)
-        self._starting: dict[WorkerId, float] = {}
+        # Calls that ended: worker, document ("" for its start), and what came of it. Ray's thread puts, ours takes.
+        self._ended: queue.SimpleQueue[tuple[WorkerId, str, Future[Any]]] = queue.SimpleQueue()
+        self._starting: dict[WorkerId, float] = {}  # in the order of their starts
         self._count = 0
 
     def start(self) -> WorkerId:
@@ -154,46 +175,45 @@ class RayPool:
         actor = self._actor.remote(self._config)
         self._workers[worker] = actor
         load: Any = actor.load
-        self._refs[load.remote()] = (worker, "")
+        self._watch(load.remote(), worker, "")
         self._starting[worker] = time.monotonic()
         return worker
 
     def submit(self, worker: WorkerId, document: Document, careful: bool) -> None:
         """Give a document to a worker."""
-        self._refs[self._workers[worker].process.remote(document, careful)] = (worker, document.document_id)
+        self._watch(self._workers[worker].process.remote(document, careful), worker, document.document_id)
 
     def wait(self, timeout: float) -> list[Event]:
         """Events since the last call; waits up to `timeout` seconds for the first."""
-        if not self._refs:
-            time.sleep(timeout)
-            return []
-        refs = list(self._refs)
-        if ray.wait(refs, num_returns=1, timeout=timeout, fetch_local=False)[0]:
-            ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
-        else:
-            ready = []
-        events = [self._event(ref, *self._refs.pop(ref)) for ref in ready]
+        events = []
+        try:
+            events.append(self._event(*self._ended.get(timeout=timeout)))
+            while True:
+                events.append(self._event(*self._ended.get_nowait()))
+        except queue.Empty:
+            pass
         # A dead worker fails all its calls: one event is enough. What it had finished before still counts.
-        results = [event for event in events if event.kind in ("result", "started")]
-        losses = {event.worker: event for event in reversed(events) if event.kind not in ("result", "started")}
+        alive = [event for event in events if event.worker in self._workers]
+        results = [event for event in alive if event.kind in ("result", "started")]
+        losses = {event.worker: event for event in reversed(alive) if event.kind not in ("result", "started")}
         return results + list(losses.values()) + self._late_starts()
 
     def kill(self, worker: WorkerId) -> None:
         """End a worker and forget its calls."""
         self._starting.pop(worker, None)
-        self._refs = {ref: call for ref, call in self._refs.items() if call[0] != worker}
         actor = self._workers.pop(worker, None)
         if actor is not None:
             with contextlib.suppress(RayError):
                 ray.kill(actor, no_restart=True)
 
     def stats(self, timeout: float = 5.0) -> list[dict[str, float]]:
-        """What the living workers report about themselves."""
+        """What the living workers report about themselves within `timeout` seconds."""
+        asked = [actor.stats.remote() for worker, actor in self._workers.items() if worker not in self._starting]
         found = []
-        for worker, actor in self._workers.items():
-            if worker not in self._starting:
-                with contextlib.suppress(RayError, GetTimeoutError):
-                    found.append(ray.get(actor.stats.remote(), timeout=timeout))
+        if asked:
+            for answer in ray.wait(asked, num_returns=len(asked), timeout=timeout)[0]:
+                with contextlib.suppress(RayError):
+                    found.append(ray.get(answer))
         return found
 
     def close(self) -> None:
@@ -201,10 +221,14 @@ class RayPool:
         for worker in list(self._workers):
             self.kill(worker)
 
-    def _event(self, ref: Any, worker: WorkerId, document_id: str) -> Event:
+    def _watch(self, call: Any, worker: WorkerId, document_id: str) -> None:
+        ended = self._ended  # not self: a call that never ends must not keep the pool
+        call.future().add_done_callback(lambda future: ended.put((worker, document_id, future)))
+
+    def _event(self, worker: WorkerId, document_id: str, ended: Future[Any]) -> Event:
         starting = worker in self._starting
         try:
-            value = ray.get(ref, timeout=FETCH_TIMEOUT)
+            value = ended.result()
         except RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
             if starting:
@@ -224,7 +248,11 @@ class RayPool:
         return Event("started", worker, info=value)
 
     def _late_starts(self) -> list[Event]:
-        late = [w for w, begun in self._starting.items() if time.monotonic() - begun > self._start_timeout]
+        now, late = time.monotonic(), []
+        for worker, begun in self._starting.items():
+            if now - begun <= self._start_timeout:
+                break
+            late.append(worker)
         reason = (
             f"it was not ready after {self._start_timeout:g} s; either the cluster has no room for it "
             f"(free: {one_line(str(ray.available_resources()), 200)}) or its model loads too slowly"

@@ -28,6 +28,7 @@ class EngineConfig:
 
     model: path of a model folder, or a hub id.
     device: "auto" (the first GPU, else the CPU) or a torch device name.
+    gpus: how many GPUs, `device` and those that follow it, hold the model: its layers are spread over them in order.
     precision: "bf16", "fp16" or "fp32" of everything; "fp8": linears, attention and KV in fp8 (e4m3), the rest in bf16,
         on a CPU in fp32; "auto": bf16 on a GPU, fp32 on a CPU, fp8 for a checkpoint that is stored in fp8.
     fp8_fast_accumulation: let fp8 linears sum in the tensor cores' reduced precision (Hopper): faster, less exact.
@@ -49,6 +50,7 @@ class EngineConfig:
 
     model: str
     device: str = "auto"
+    gpus: int = 1
     precision: str = "auto"
     attention: StemConfig | None = None
     chunk_tokens: int = 16896
@@ -69,7 +71,7 @@ class EngineConfig:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.load_format not in LOAD_FORMATS:
             raise ValueError(f"load_format must be one of {LOAD_FORMATS}, got {self.load_format!r}")
-        for name in ("chunk_tokens", "max_live"):
+        for name in ("gpus", "chunk_tokens", "max_live"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("arena_tokens", "max_context"):
@@ -98,6 +100,20 @@ class EngineConfig:
                 f"device={self.device!r} asked for, but torch sees {torch.cuda.device_count()} CUDA devices"
             )
         return torch.device("cuda", device.index or 0)
+
+    def torch_devices(self) -> tuple[torch.device, ...]:
+        """The devices that the layers are spread over, in order. Raises EngineError as torch_device() does, and where
+        there are not enough GPUs.
+        """
+        first = self.torch_device()
+        if self.gpus == 1:
+            return (first,)
+        if first.type != "cuda":
+            raise EngineError(f"a model is spread over GPUs only, but gpus={self.gpus} was asked for on {first}")
+        there = torch.cuda.device_count() - first.index
+        if there < self.gpus:
+            raise EngineError(f"gpus={self.gpus} asked for, but torch sees {there} CUDA devices from {first} on")
+        return tuple(torch.device("cuda", first.index + i) for i in range(self.gpus))
 
 
 @dataclass(frozen=True)

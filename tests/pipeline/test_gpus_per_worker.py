@@ -1,0 +1,77 @@
+"""The setting --gpus-per-worker, from the flag to what Ray and the engine are asked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipeline.config import STEM_OVERRIDES, JobConfig
+from pipeline.engine import EngineConfig, EngineError
+from pipeline.errors import JobError
+from pipeline.plan import make_engine_config
+from pipeline.ray_pool import Cluster, Share, divide
+
+TWO_NODES = Cluster(cpus=64, gpus=11, local=False, nodes=3, node_gpus=(8.0, 3.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("workers", "each", "expected"),
+    [("auto", 1, 11), ("auto", 2, 5), ("auto", 3, 3), ("auto", 4, 2), ("auto", 8, 1), (2, 3, 2), (1, 8, 1)],
+)
+def test_workers_take_whole_gpus_of_one_node(workers: int | str, each: int, expected: int) -> None:
+    assert divide(TWO_NODES, "auto", workers, 100, each) == Share("cuda", expected, 1.0, float(each), 0)
+
+
+def test_no_more_workers_than_documents() -> None:
+    assert divide(TWO_NODES, "cuda", "auto", 2, 2).workers == 2
+
+
+@pytest.mark.parametrize(
+    ("cluster", "workers", "each", "message"),
+    [
+        (TWO_NODES, "auto", 9, "--gpus-per-worker 9: .* no node here has more than 8$"),
+        (TWO_NODES, 4, 3, "--workers 4: the cluster has 11 GPUs, a worker takes 3 of one node: 3 fit"),
+        (TWO_NODES, 12, 1, "--workers 12: the cluster has 11 GPUs, a worker takes one: 11 fit"),
+        (Cluster(4, 0, True, 1, (0.0,)), "auto", 2, "--gpus-per-worker 2: Ray sees no GPU here"),
+        (Cluster(4, 0, True, 1, (0.0,)), "auto", 1, "--device cuda: Ray sees no GPU here"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(cluster: Cluster, workers: int | str, each: int, message: str) -> None:
+    with pytest.raises(JobError, match=message) as raised:
+        divide(cluster, "auto" if each > 1 else "cuda", workers, 100, each)
+    assert "\n" not in str(raised.value)
+
+
+def test_setting() -> None:
+    given = {"input": ("docs",), "output": "out", "model": "model"}
+    assert make_engine_config(JobConfig(**given, gpus_per_worker=4), "cuda").gpus == 4
+    assert make_engine_config(JobConfig(**given), "cuda").gpus == 1
+    assert JobConfig(**given).fingerprint() == JobConfig(**given, gpus_per_worker=2).fingerprint()
+    for wrong in (0, -1, 65, 1.5, "two", True):
+        with pytest.raises(JobError, match="--gpus-per-worker must be"):
+            JobConfig(**given, gpus_per_worker=wrong)
+    with pytest.raises(JobError, match="--gpus-per-worker 2 has no meaning with --device cpu"):
+        JobConfig(**given, gpus_per_worker=2, device="cpu")
+
+
+def test_stem_settings_are_those_without_a_default() -> None:
+    assert STEM_OVERRIDES[:3] == ("budget", "block_size", "stride")
+    assert STEM_OVERRIDES[-3:] == ("dense_layers", "dense_below", "dense_tail")
+    assert len(STEM_OVERRIDES) == 13
+
+
+def test_devices_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert EngineConfig("m", device="cpu").torch_devices() == (torch.device("cpu"),)
+    with pytest.raises(EngineError, match="spread over GPUs only, but gpus=2 was asked for on cpu"):
+        EngineConfig("m", device="cpu", gpus=2).torch_devices()
+    with pytest.raises(ValueError, match="gpus must be at least 1, got 0"):
+        EngineConfig("m", gpus=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert [str(device) for device in EngineConfig("m", gpus=3).torch_devices()] == ["cuda:0", "cuda:1", "cuda:2"]
+    assert [str(device) for device in EngineConfig("m", device="cuda:2", gpus=2).torch_devices()] == [
+        "cuda:2",
+        "cuda:3",
+    ]
+    with pytest.raises(EngineError, match="gpus=3 asked for, but torch sees 2 CUDA devices from cuda:2 on"):
+        EngineConfig("m", device="cuda:2", gpus=3).torch_devices()
