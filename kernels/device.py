@@ -3,6 +3,7 @@ tests replace them to compile for a GPU that is not there."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from functools import lru_cache
 
 import torch
@@ -23,3 +24,13 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def is_current(device: torch.device) -> bool:
+    """Whether `device`, a GPU, is the one on which Triton launches now."""
+    return device.index == torch.cuda.current_device()
+
+
+def current(device: torch.device) -> AbstractContextManager[None]:
+    """Inside, Triton launches on `device`, a GPU."""
+    return torch.cuda.device(device)

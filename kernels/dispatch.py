@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from importlib import metadata
-from typing import Literal
+from typing import Literal, ParamSpec, TypeVar
 
 import torch
 
 from kernels import device as gpu
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 Impl = Literal["auto", "reference", "triton", "gluon"]
 IMPLS: tuple[str, ...] = ("auto", "reference", "triton", "gluon")
@@ -77,3 +81,21 @@ def choose_portable(op: str, device: torch.device, impl: str = "auto") -> Choice
     if device.type != "cuda":
         return Choice("reference")
     return Choice("reference", missing) if missing else Choice("triton")
+
+
+def on_its_gpu(operation: Callable[P, T]) -> Callable[P, T]:
+    """Run an operation with the GPU of its first argument current, and the one that was current again afterwards.
+
+    Triton launches on the current device, wherever its arguments' memory is. Every public operation that has a Triton
+    path carries this; tensors on the CPU, and on the GPU that is current, pass straight through.
+    """
+
+    @wraps(operation)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(first, torch.Tensor) and first.is_cuda and not gpu.is_current(first.device):
+            with gpu.current(first.device):
+                return operation(*args, **kwargs)
+        return operation(*args, **kwargs)
+
+    return run

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.dispatch import Choice, choose_portable
+from kernels.dispatch import Choice, choose_portable, on_its_gpu
 from kernels.fp8_heads import FP8, HeadScales, fp8_obstacle
 
 __all__ = ["KeySummary", "choose_block_scores", "key_sums_dtype", "mass_scores", "oam_scores"]
@@ -66,6 +66,7 @@ def choose_block_scores(q: Tensor, impl: str = "auto") -> Choice:
     return choose_portable("block_scores", q.device, impl)
 
 
+@on_its_gpu
 def oam_scores(
     q: Tensor,
     k: Tensor,
@@ -146,6 +147,7 @@ def oam_scores(
     )
 
 
+@on_its_gpu
 def mass_scores(
     q: Tensor,
     k: Tensor,

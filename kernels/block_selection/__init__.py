@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.dispatch import Choice, choose_portable
+from kernels.dispatch import Choice, choose_portable, on_its_gpu
 
 __all__ = ["BlockSelection", "choose_block_selection", "select_blocks"]
 
@@ -44,6 +44,7 @@ def choose_block_selection(device: torch.device, impl: str = "auto") -> Choice:
     return choose_portable("block_selection", device, impl)
 
 
+@on_its_gpu
 def select_blocks(
     scores: Tensor,
     budgets: Tensor,

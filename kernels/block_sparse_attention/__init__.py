@@ -8,7 +8,7 @@ from torch import Tensor
 from kernels import device
 from kernels.block_selection import BlockSelection
 from kernels.block_sparse_attention.descriptors import tma_obstacle
-from kernels.dispatch import Choice, check_impl, triton_unavailable, triton_version
+from kernels.dispatch import Choice, check_impl, on_its_gpu, triton_unavailable, triton_version
 
 __all__ = ["block_sparse_attention", "choose_block_sparse_attention"]
 
@@ -68,6 +68,7 @@ def _hopper_obstacle(
     return tma_obstacle(*(tensor for tensor in (q, k, v) if tensor is not None))
 
 
+@on_its_gpu
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,

@@ -9,7 +9,7 @@ from kernels import device
 from kernels.block_selection import BlockSelection
 from kernels.block_sparse_attention import HOPPER_TRITON_VERSIONS
 from kernels.block_sparse_attention.descriptors import tma_obstacle
-from kernels.dispatch import Choice, check_impl, triton_unavailable, triton_version
+from kernels.dispatch import Choice, check_impl, on_its_gpu, triton_unavailable, triton_version
 from kernels.fp8_heads import FP8, KEY_GROUP, HeadScales, fp8_obstacle
 
 __all__ = ["block_sparse_attention_fp8", "choose_block_sparse_attention_fp8"]
@@ -78,6 +78,7 @@ def _hopper_obstacle(
     return tma_obstacle(*(tensor for tensor in (q, k, vt) if tensor is not None and tensor.dtype == FP8))
 
 
+@on_its_gpu
 def block_sparse_attention_fp8(
     q: Tensor,
     k: Tensor,

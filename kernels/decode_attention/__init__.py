@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.dispatch import Choice, choose_portable
+from kernels.dispatch import Choice, choose_portable, on_its_gpu
 
 __all__ = ["choose_decode_attention", "decode_attention"]
 
@@ -15,6 +15,7 @@ def choose_decode_attention(q: Tensor, impl: str = "auto") -> Choice:
     return choose_portable("decode_attention", q.device, impl)
 
 
+@on_its_gpu
 def decode_attention(
     q: Tensor,
     k: Tensor,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.dispatch import Choice
+from kernels.dispatch import Choice, on_its_gpu
 from kernels.fp8_heads import FP8, HeadScales
 from kernels.rows import FLOATING, choose_row_kernel
 
@@ -17,6 +17,7 @@ def choose_decode_attention_fp8(q: Tensor, impl: str = "auto") -> Choice:
     return choose_row_kernel("decode_attention_fp8", q.device, impl, fp8=True)
 
 
+@on_its_gpu
 def decode_attention_fp8(
     q: Tensor,
     k: Tensor,

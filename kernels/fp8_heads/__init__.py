@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from kernels import device as device_module
-from kernels.dispatch import Choice
+from kernels.dispatch import Choice, on_its_gpu
 from kernels.rows import FP8, FP8_MAX, check_floating, choose_row_kernel
 
 __all__ = [
@@ -96,6 +96,7 @@ def choose_fp8_heads(device: torch.device, impl: str = "auto") -> Choice:
     return choose_row_kernel("fp8_heads", device, impl, fp8=True)
 
 
+@on_its_gpu
 def quantize_heads(x: Tensor, scale: Tensor, *, impl: str = "auto") -> Tensor:
     """x / scale in e4m3, saturated at +-448 (infinities too; NaN stays NaN).
 
@@ -112,6 +113,7 @@ def quantize_heads(x: Tensor, scale: Tensor, *, impl: str = "auto") -> Tensor:
     return _implementation(choice).quantize_heads(x, scale)
 
 
+@on_its_gpu
 def write_kv(
     k: Tensor, v: Tensor, scales: HeadScales, k_arena: Tensor, vt_arena: Tensor, start: int, *, impl: str = "auto"
 ) -> None:
@@ -137,6 +139,7 @@ def write_kv(
     _implementation(choice).write_kv(k, v, scales, k_arena, vt_arena, start)
 
 
+@on_its_gpu
 def append_kv(
     k: Tensor, v: Tensor, scales: HeadScales, k_arena: Tensor, vt_arena: Tensor, slots: Tensor, *, impl: str = "auto"
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kernels.dispatch import on_its_gpu
 from kernels.rows import QuantizedRows, as_rows, check_floating, choose_row_kernel
 
 __all__ = ["QuantizedRows", "quantize_rows"]
@@ -11,6 +12,7 @@ __all__ = ["QuantizedRows", "quantize_rows"]
 MAX_COLUMNS = 65536
 
 
+@on_its_gpu
 def quantize_rows(x: Tensor, *, impl: str = "auto") -> QuantizedRows:
     """Each row of x in float8 e4m3 with one scale: its largest magnitude / 448, computed in float32.
 

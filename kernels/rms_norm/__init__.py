@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.dispatch import on_its_gpu
 from kernels.quantize import check_columns
 from kernels.rows import QuantizedRows, check_floating, choose_row_kernel
 
 __all__ = ["QuantizedRows", "rms_norm", "rms_norm_fp8"]
 
 
+@on_its_gpu
 def rms_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -39,6 +41,7 @@ def rms_norm(
     return implementation.rms_norm(x, weight, eps, weight_offset, round_before_weight)
 
 
+@on_its_gpu
 def rms_norm_fp8(
     x: Tensor,
     weight: Tensor | None,

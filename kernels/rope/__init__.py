@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kernels.dispatch import on_its_gpu
 from kernels.rows import FLOATING, check_floating, choose_row_kernel
 
 __all__ = ["apply_rope"]
 
 
+@on_its_gpu
 def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
     """Rotate the first R of D dimensions: x * cos + rotate_half(x) * sin, with transformers' rounding.
 

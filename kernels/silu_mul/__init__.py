@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from kernels.dispatch import on_its_gpu
 from kernels.quantize import check_columns
 from kernels.rows import QuantizedRows, as_rows, check_floating, choose_row_kernel
 
@@ -15,6 +16,7 @@ Activation = Literal["silu", "gelu_tanh"]
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh")
 
 
+@on_its_gpu
 def silu_mul(gate: Tensor, up: Tensor, *, activation: str = "silu", impl: str = "auto") -> Tensor:
     """act(gate) * up, elementwise; the activation is computed in float32 and rounded before the product.
 
@@ -31,6 +33,7 @@ def silu_mul(gate: Tensor, up: Tensor, *, activation: str = "silu", impl: str = 
     return implementation.silu_mul(*rows, activation).view(gate.shape)
 
 
+@on_its_gpu
 def silu_mul_fp8(gate: Tensor, up: Tensor, *, activation: str = "silu", impl: str = "auto") -> QuantizedRows:
     """`quantize_rows(silu_mul(...))` without writing the product: rounded to the inputs' dtype, then quantised.
 
