@@ -59,7 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--crossover", action="store_true", help="also, in full: from which length on Stem beats dense")
     parser.add_argument("--crossover-lengths", type=int, nargs="+", default=CROSSOVER_LENGTHS)
     parser.add_argument("--commit", default="", help="what is measured, where this is not a git checkout")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="attention.json, .txt and .png")
+    parser.add_argument(
+        "--output", type=Path, default=Path("benchmark"), metavar="DIR", help="for attention.json, .txt and .png"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -202,7 +204,7 @@ def _plot(rows: list[dict[str, Any]], facts: dict[str, Any], path: Path) -> None
     try:
         import matplotlib
     except ImportError:
-        print("no plot: matplotlib is missing (pip install matplotlib)", file=sys.stderr)
+        print("no plot: matplotlib is missing (pip install -e '.[bench]')", file=sys.stderr)
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot

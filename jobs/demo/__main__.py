@@ -7,14 +7,15 @@ first arm found enough, 2 if it did not, 1 if a job failed.
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from jobs.cli import Parser, run_main
 from jobs.demo.outcome import Outcome, judge, print_comparison, print_outcomes, save_comparison
 from jobs.demo.scoring import read_findings
 from pipeline import read_results
@@ -41,14 +42,15 @@ def run_arm(arm: str, output: Path, findings: dict[str, list[str]]) -> Outcome:
     return judge(arm, read_results(output).to_pylist(), findings)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m jobs.demo", description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str]) -> int:
+    """Run the arms and say what was found; the exit code."""
+    parser = Parser(prog="python -m jobs.demo", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     parser.add_argument("--output", type=Path, default=ROOT / "demo_output" / stamp, help="folder for the results")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=["stem"], help="the first one is judged")
     parser.add_argument("--floor", type=float, default=0.95, help="share of the findings that must be found")
     parser.add_argument("--save", action="store_true", help=f"keep the totals in {COMPARISON.relative_to(ROOT)}")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     started = time.monotonic()
     output, findings = args.output.resolve(), read_findings(ROOT / "examples/findings.jsonl")
@@ -66,4 +68,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

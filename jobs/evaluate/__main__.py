@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def report(folders: Sequence[Path], output: Path, with_plots: bool, facts: dict[str, Any]) -> None:
-    """Summary, table and plots of the rows in `folders`."""
+def report(folders: Sequence[Path], output: Path, with_plots: bool | None, facts: dict[str, Any]) -> None:
+    """Summary, table and plots of the rows in `folders`. with_plots None: if matplotlib is installed."""
     rows = read_rows(folders)
     summary = {"run": facts, **summarise(rows)}
     output.mkdir(parents=True, exist_ok=True)
@@ -50,8 +51,12 @@ def report(folders: Sequence[Path], output: Path, with_plots: bool, facts: dict[
     with (output / "summary.txt").open("w", encoding="utf-8") as file:
         print_summary(summary, file)
     print_summary(summary)
-    written = plots.draw(rows, output) if with_plots else []
-    print(f"{len(rows)} rows, summary.json, summary.txt and {len(written)} plots are in {output}", file=sys.stderr)
+    missing = with_plots is None and find_spec("matplotlib") is None
+    written = [] if missing or with_plots is False else plots.draw(rows, output)
+    hint = f" (for plots: {plots.INSTALL})" if missing else ""
+    print(
+        f"{len(rows)} rows, summary.json, summary.txt and {len(written)} plots are in {output}{hint}", file=sys.stderr
+    )
 
 
 if __name__ == "__main__":

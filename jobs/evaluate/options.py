@@ -52,7 +52,7 @@ class Options:
     chunk_tokens: int
     cache_gib: float | None
     time_limit: float
-    plots: bool
+    plots: bool | None
     output: Path
 
     def block_sizes_for(self, length: int) -> tuple[int, ...]:
@@ -93,7 +93,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--chunk-tokens", type=int, metavar="N", help="prompt tokens at once (default: 32768 on a CPU, 16384 on a GPU)")
     add("--cache-gib", type=float, help="of keys and values held (default: 2 on a CPU, half the free memory of a GPU)")
     add("--time-limit", type=float, default=float("inf"), metavar="SECONDS", help="start no more documents after this")
-    add("--plots", action=argparse.BooleanOptionalAction, default=True, help="PNG files beside the rows")
+    add("--plots", action=argparse.BooleanOptionalAction, help="PNG files beside the rows (unset: if matplotlib is)")
     add("--output", type=Path, default=Path("evaluation"), metavar="DIR", help="rows, tables, plots")
     add("--report", type=Path, nargs="+", metavar="DIR", help="run nothing: report on these evaluations' rows together")
     return flags

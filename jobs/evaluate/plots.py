@@ -13,6 +13,7 @@ from jobs.evaluate.summary import group, unlearned_tasks
 from pipeline.errors import JobError
 
 DEPTHS = 10
+INSTALL = "pip install -e '.[bench]'"
 
 
 def load_pyplot() -> Any:
@@ -20,7 +21,7 @@ def load_pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise JobError("plots need matplotlib: pip install 'stemline[bench]', or give --no-plots") from None
+        raise JobError(f"plots need matplotlib: {INSTALL}, or leave out --plots") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.evaluate import plots
 from jobs.evaluate.__main__ import main
 from jobs.evaluate.answers import Answer, entries_of
 from jobs.evaluate.arms import (
@@ -280,7 +279,9 @@ def test_recall() -> None:
     assert recall_of("It is 123 and Ab.", ["123", "AB", "77"]) == pytest.approx(2 / 3)
 
 
-def test_job_writes_rows_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_job_writes_rows_and_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     common = ["--model", MODEL, "--lengths", "600", "--questions", "1", "--no-plots", "--output", str(out)]
     assert main([*common, "--tasks", "niah_noise", "summary", "--arms", "dense", "mass", "--device", "cpu"]) == 0
@@ -297,7 +298,10 @@ def test_job_writes_rows_and_report(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert summary["run"]["command"].startswith("python -m jobs.evaluate --model")
     assert {setting["arm"] for setting in summary["settings"]} == {"dense", "mass"}
     assert "retrieval" in (out / "summary.txt").read_text()
-    assert main(["--report", str(out), str(out), "--no-plots", "--output", str(tmp_path / "again")]) == 0
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["--report", str(out), str(out), "--output", str(tmp_path / "again")]) == 0
+    assert "0 plots are in" in (told := capsys.readouterr().err)
+    assert "for plots: pip install -e '.[bench]'" in told
     again = json.loads((tmp_path / "again/summary.json").read_text())
     assert again["settings"] == summary["settings"]  # rows that come twice count once
 
@@ -385,5 +389,5 @@ def test_user_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "invalid choice: 'fp9'" in refused("--engine", "fp9")
     assert "holds no rows" in refused("--report", str(tmp_path))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(JobError, match=r"pip install 'stemline\[bench\]', or give --no-plots"):
-        plots.load_pyplot()
+    with pytest.raises(JobError, match=r"plots need matplotlib: pip install -e '.\[bench\]', or leave out --plots"):
+        main(["--model", MODEL, "--plots"])

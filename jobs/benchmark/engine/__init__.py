@@ -152,7 +152,7 @@ def main(arguments: argparse.Namespace) -> int:
         _errors(run, config, stem, vocabulary)
     show(run.results)
     if not plot(run.results, run.folder / "engine.png"):
-        print("no plot: pip install matplotlib")
+        print("no plot: matplotlib is missing (pip install -e '.[bench]')")
     print(f"written to {run.folder / 'engine.json'}")
     return 1 if run.results["failed"] else 0
 

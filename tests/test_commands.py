@@ -1,0 +1,325 @@
+"""Every command, flag and Python block that a page shows: read by the command's own code, or run.
+
+Commands of ours are run up to the first piece of work, so that flags, values, and what follows from them are checked as
+they are written; the cheap ones are run to their end, with the bundled model in place of Qwen/Qwen3-8B and two short
+documents in reports/. A command that is in none of the tables below fails the test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import inspect
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import documented
+import pyarrow as pa
+import pytest
+import torch
+from documented import ROOT, Command
+
+from jobs.cli import run_main
+from pipeline.engine.config import EngineConfig
+from pipeline.errors import JobError
+
+SUMMARIZE = ("jobs.summarize", "--input", "reports/", "--output", "results/", "--model", "Qwen/Qwen3-8B")
+# Where a command's work begins: all of its flags were read by then, and their values checked.
+WORK = {
+    "jobs.audit": ("jobs.audit.__main__.run",),
+    "jobs.benchmark attention": ("jobs.benchmark.attention._at_length",),
+    "jobs.benchmark engine": ("jobs.benchmark.engine.Run",),
+    "jobs.benchmark selection": ("jobs.benchmark.selection.copy_bandwidth",),
+    "jobs.demo": ("jobs.demo.__main__.run_arm",),
+    "jobs.evaluate": ("jobs.evaluate.run.EngineReader", "jobs.evaluate.run.own_reader"),
+    "jobs.faults determinism": ("pipeline.engine.runner.load_runner",),
+    "jobs.faults kills": ("jobs.faults.runs.kills",),
+    "jobs.faults soak": ("jobs.faults.runs.soak",),
+    "jobs.faults table": ("jobs.faults.table.table",),
+    "jobs.inspect": ("jobs.inspect.__main__.capture",),
+    "jobs.submit": ("jobs.submit.connect",),
+    "jobs.summarize": ("pipeline.job.run", "pipeline.plan.describe_plan"),
+    "jobs.train_demo_model": ("jobs.train_demo_model.__main__.train",),
+}
+# The test, or the script of continuous integration, that runs it to its end; `here` is test_they_run below.
+RUN_BY = {
+    ".ci/run": ".ci/run: make --no-print-directory lint",
+    "jobs.audit": "tests/jobs/test_audit.py: test_rows_figures_and_page_of_an_audit",
+    "jobs.benchmark attention": "tests/jobs/test_benchmark_attention.py: test_every_case_of_ours",
+    "jobs.benchmark engine": "tests/jobs/test_benchmark_engine.py: test_every_precision_has_its_arms_and_its_errors",
+    "jobs.benchmark selection": "tests/jobs/test_benchmark_selection.py: def test_",
+    "jobs.demo": "tests/quality/test_findings.py: test_demo_settings_keep_the_findings",
+    "jobs.demo.make_documents": "tests/jobs/test_demo.py: test_committed_documents_are_what_the_generator_writes",
+    "jobs.docs": "tests/jobs/test_docs.py: test_the_command_writes_what_is_missing_or_differs",
+    "jobs.evaluate": "tests/jobs/test_evaluate.py: test_job_writes_rows_and_report",
+    "jobs.faults determinism": "tests/faults/test_table.py: test_shares_of_a_real_engine",
+    "jobs.faults kills": "tests/faults/test_driver.py: test_a_driver_killed_at_random_moments",
+    "jobs.faults soak": "tests/faults/test_driver.py: test_a_driver_killed_at_random_moments",
+    "jobs.faults table": "tests/faults/test_table.py: test_a_fault_is_tried_on_a_real_job",
+    "jobs.inspect": "tests/jobs/test_inspect.py: test_the_page_in_a_browser",
+    "jobs.report": "here",
+    "jobs.submit": "tests/jobs/test_submit.py: test_both_ways_of_submitting",
+    "jobs.summarize": "here",
+    "jobs.train_demo_model": "tests/jobs/test_train_demo_model.py: test_training_lowers_the_loss",
+    "make compare": "tests/quality/test_findings.py: test_demo_settings_keep_the_findings",
+    "make demo": "tests/quality/test_findings.py: test_demo_settings_keep_the_findings",
+    "make lint": ".ci/run: make --no-print-directory lint",
+    "make test": ".ci/run: make --no-print-directory test",
+    "prometheus": "tests/pipeline/test_prometheus.py: test_all_panels_show_a_running_job",
+    "pytest": ".ci/run: make --no-print-directory test",
+    "ray job": "tests/jobs/test_submit.py: test_both_ways_of_submitting",
+    "ray start": "tests/jobs/test_submit.py: def cluster",
+    "ray status": "tests/jobs/test_submit.py: def cluster",
+}
+# What cannot run here: other machines, or this environment's own making.
+ELSEWHERE = {"kubectl": "a Kubernetes cluster", "ssh": "another machine", "pip": "the Makefile makes the environment"}
+EARLIER_FLAGS = {("--dtype",)}  # told under "Upgrading"
+RAY_FLAGS = {("--working-dir", ".")}
+
+COMMANDS = list({command.words: command for command in documented.commands()}.values())
+OURS = [command for command in COMMANDS if command.words[0].startswith("jobs.") and command.complete]
+
+
+class WorkBeginsError(Exception):
+    """The work begins."""
+
+
+class ParsingError(Exception):
+    """Carries a command's parser, as it is about to read the command line."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        super().__init__()
+        self.parser = parser
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder as a reader's checkout, with two short documents in reports/."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("examples", "models", "constraints.txt", "tests", "Makefile"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "reports").mkdir()
+    text = (ROOT / "examples/documents/report-01.txt").read_text(encoding="utf-8")
+    for number in range(2):
+        (folder / f"reports/{number}.txt").write_text(text[1000 * number :][:900], encoding="utf-8")
+    (job,) = [page for page in documented.PAGES if page.name == "configuration.md"]
+    yaml = job.read_text(encoding="utf-8").split("```yaml\n", 1)[1].split("```", 1)[0]
+    (folder / "job.yaml").write_text(yaml, encoding="utf-8")
+    before = Path.cwd()
+    os.chdir(folder)
+    yield folder
+    os.chdir(before)
+
+
+def stood_in(words: Sequence[str]) -> list[str]:
+    """Arguments with what is here for what a reader has."""
+    model = str(ROOT / "models/tiny-reader")
+    here = {"Qwen/Qwen3-8B": model, "/models/Qwen3-8B": model, "PATH": model, "FOLDER": "trained"}
+    return [here.get(word, word) for word in words]
+
+
+def key_of(words: Sequence[str], table: dict[str, Any]) -> str:
+    """The entry of a table that a command belongs to; a failure says what to do."""
+    for length in (2, 1):
+        if (key := " ".join(words[:length])) in table:
+            return key
+    raise AssertionError(f"{' '.join(words)}: nothing here says how it is tested; see the tables of {__file__}")
+
+
+def main_of(module: str) -> Callable[[Sequence[str]], int]:
+    package = importlib.util.find_spec(module)
+    assert package, module
+    inner = f"{module}.__main__" if package.submodule_search_locations else module
+    return importlib.import_module(inner).main
+
+
+def begin(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a command of ours up to its work. A GPU that is not here is the CPU."""
+    module, *arguments = words
+    work = WORK[key_of(words, WORK)]
+
+    def reached(*args: Any, **kwargs: Any) -> None:
+        raise WorkBeginsError
+
+    for name in work:
+        monkeypatch.setattr(name, reached)
+    monkeypatch.setattr(EngineConfig, "torch_device", lambda self: torch.device("cpu"))
+    for benchmark in ("attention", "selection"):
+        monkeypatch.setattr(f"jobs.benchmark.{benchmark}.DEVICE", "cpu")
+    with pytest.raises(WorkBeginsError):
+        main_of(module)(stood_in(arguments))
+
+
+def test_pages_are_found() -> None:
+    pages = {command.page for command in COMMANDS}
+    assert {"README.md", "docs/operations.md", "docs/benchmarks.md", "CONTRIBUTING.md"} <= pages
+    assert len(OURS) > 15
+    assert SUMMARIZE in {command.words for command in COMMANDS}
+    assert documented.languages() <= {"", "sh", "python", "yaml"}, "commands may hide in blocks of other kinds"
+
+
+def test_something_runs_each() -> None:
+    for command in COMMANDS:
+        if command.words[0] in ELSEWHERE:
+            files = [word for word in command.words if word.endswith((".yaml", ".txt"))]
+            assert all((ROOT / file).is_file() for file in files), command
+        elif command.words not in {("ray",), ("jobs.benchmark", "...")}:  # those are names
+            key_of(command.words, RUN_BY)
+    for told in RUN_BY.values():
+        file, words = told.split(": ") if told != "here" else (Path(__file__), "def test_they_run(")
+        assert words in (ROOT / file).read_text(encoding="utf-8"), told
+
+
+@pytest.mark.parametrize("command", [item for item in OURS if item.words[0] != "jobs.report"], ids=str)
+def test_it_begins(command: Command, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(command.words, monkeypatch)
+
+
+@pytest.mark.parametrize("command", [item for item in COMMANDS if item.words[0] == "make"], ids=str)
+def test_targets_exist_and_what_they_run_begins(command: Command, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = subprocess.run(["make", "-n", *command.words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        words = line.split()
+        if "jobs." in line:
+            assert words[:2] == [".venv/bin/python", "-m"]
+            begin(words[2:], monkeypatch)
+
+
+@pytest.mark.parametrize("command", [item for item in COMMANDS if item.words[0] == "ray"], ids=str)
+def test_ray_takes_it(command: Command, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own command line reads it; the job's command in it begins."""
+    import click
+    from ray.scripts.scripts import cli
+
+    found: click.Command = cli
+    context = click.Context(cli, info_name="ray")
+    words = list(command.words[1:])
+    while words and isinstance(found, click.Group):
+        name = words.pop(0)
+        inner = found.get_command(context, name)
+        assert inner, f"ray has no command {name}"
+        found, context = inner, click.Context(inner, info_name=name, parent=context)
+    if not words or words == ["--working-dir", "."]:
+        return  # a name, or a part
+    assert context.parent
+    read = found.make_context(found.name, words, parent=context.parent)
+    entrypoint = list(read.params.get("entrypoint", ()))
+    if entrypoint:
+        assert entrypoint[:2] == ["python", "-m"]
+        begin(entrypoint[2:], monkeypatch)
+
+
+@cache
+def parsers() -> list[argparse.ArgumentParser]:
+    """The parser of every command of ours, and those of its subcommands, with nothing required."""
+    found: list[argparse.ArgumentParser] = []
+
+    def caught(self: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
+        raise ParsingError(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", caught)
+        for key in (*WORK, "jobs.report"):
+            module, *rest = key.split()
+            with pytest.raises(ParsingError) as caught_at:
+                main_of(module)(rest)
+            found.append(caught_at.value.parser)
+    for parser in [*found]:
+        for action in parser._actions:
+            action.required = False
+            if isinstance(action, argparse._SubParsersAction):
+                found += action.choices.values()
+    return found
+
+
+def taken(parser: argparse.ArgumentParser, words: Sequence[str]) -> bool:
+    """Whether a parser takes these flags; one flag alone may lack its value."""
+    if len(words) == 1 and words[0] in parser._option_string_actions:
+        return True
+    try:
+        parser.parse_args([*words])
+    except (JobError, SystemExit):
+        return False
+    return True
+
+
+def test_flags_in_the_text_are_taken_with_their_values() -> None:
+    spans = [span for span in documented.flags() if span.words not in EARLIER_FLAGS | RAY_FLAGS]
+    assert len(spans) > 20
+    assert not [str(span) for span in spans if not any(taken(parser, span.words) for parser in parsers())]
+
+
+def test_commands_that_the_text_names_exist() -> None:
+    for command in COMMANDS:
+        if not command.words[0].startswith("jobs.") or command.complete:
+            continue
+        module, *rest = command.words
+        assert main_of(module)
+        flags = [word for word in rest if word != "..."]
+        own = [parser for parser in parsers() if parser.prog.startswith(f"python -m {module}")]
+        assert not flags or " ".join(command.words) in WORK or any(taken(parser, flags) for parser in own), command
+
+
+@pytest.fixture(scope="module")
+def results(place: Path, ray_cluster: None) -> Path:
+    """The first command of the README, run to its end."""
+    with pytest.raises(SystemExit) as ended:
+        run_main(main_of(SUMMARIZE[0]), [*stood_in(SUMMARIZE[1:]), "--workers", "1", "--max-new-tokens", "8"])
+    assert ended.value.code == 0
+    for copy in ("dense", "shard-0", "shard-1"):
+        shutil.copytree(place / "results", place / copy)
+    return place / "results"
+
+
+@pytest.mark.ray
+def test_they_run(results: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reports = [command for command in OURS if command.words[0] == "jobs.report"]
+    assert len(reports) > 2
+    for command in reports:
+        words = [word.replace("/data/results", "results/") for word in command.words[1:]]
+        assert main_of("jobs.report")(words) == 0
+        shown = capsys.readouterr().out
+        assert "written" in shown or "Stemline" in shown, command
+    assert (results / "report.html").stat().st_size > 1 << 20
+    # A second time, as the README says of the same command: nothing is left to do.
+    assert main_of(SUMMARIZE[0])([*stood_in(SUMMARIZE[1:]), "--workers", "1", "--max-new-tokens", "8"]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+class Rows:
+    """A dataset for the example of map_batches: its arguments go through Ray's own signature, its rows to the stage."""
+
+    def __init__(self) -> None:
+        self.tables: list[pa.Table] = []
+
+    def map_batches(self, *given: Any, **settings: Any) -> None:
+        import ray
+
+        inspect.signature(ray.data.Dataset.map_batches).bind(None, *given, **settings)
+        stage = given[0](**settings["fn_constructor_kwargs"], max_new_tokens=4)
+        self.tables.append(stage(pa.table({"text": ["a text"], "year": [1730]})))
+        stage.close()
+        assert self.tables[-1]["year"].to_pylist() == [1730]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("block", documented.blocks(), ids=lambda block: f"{block.page}-{block.number}")
+def test_python_runs(block: documented.Block, results: Path) -> None:
+    import ray
+
+    import pipeline
+
+    dataset = Rows()
+    names: dict[str, Any] = {"dataset": dataset, "ray": ray, "StemlineStage": pipeline.StemlineStage}
+    code = block.code.replace('"Qwen/Qwen3-8B"', repr(str(ROOT / "models/tiny-reader")))
+    exec(compile(code, block.page, "exec"), names)
+    made = [*dataset.tables, *(value for name, value in names.items() if name in ("rows", "frame", "table"))]
+    assert made, "the block makes none of these: what is it to show?"
+    assert all(len(one) for one in made)
