@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.config import JobConfig, flag, read_job_file
@@ -79,6 +82,14 @@ def job_config(arguments: argparse.Namespace) -> JobConfig:
     known = {item.name for item in fields(JobConfig)}
     values |= {name: value for name, value in vars(arguments).items() if name in known}
     return JobConfig(**values)
+
+
+def this_python() -> str:
+    """The interpreter as one types it: `python` if that finds it, else its path, from the working folder if below."""
+    here = Path(sys.executable)
+    if shutil.which("python") == str(here):
+        return "python"
+    return shlex.quote(str(here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here))
 
 
 def run_main(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> NoReturn:

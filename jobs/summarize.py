@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.cli import Parser, add_job_flags, job_config, run_main
+from jobs.cli import Parser, add_job_flags, job_config, run_main, this_python
 from pipeline.config import JobConfig, flag
 from pipeline.errors import JobError
 from pipeline.source.files import is_remote
@@ -70,11 +70,12 @@ def show(report: JobReport) -> None:
     for document_id, status, error in report.first_errors:
         console.print(f"{status}: {document_id}: {error}", markup=False, highlight=False)
     if report.counts:
-        look = f"look at it: python -m jobs.report {shlex.quote(report.output)}"
+        python = this_python()
+        look = f"look at it: {python} -m jobs.report {shlex.quote(report.output)}"
         console.print(look, markup=False, highlight=False, soft_wrap=True)
         columns = "['document_id', 'status', 'output']"
         code = f"from pipeline import read_results; print(read_results({report.output!r}, {columns}).to_pandas())"
-        line = f'python -c "{code}"'
+        line = f'{python} -c "{code}"'
         console.print("read them: " + line, markup=False, highlight=False, soft_wrap=True)
 
 

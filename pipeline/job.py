@@ -106,7 +106,10 @@ def _execute(
                     max_attempts=config.max_attempts,
                     hang_after=config.deadline + 3 * worker_config.grace if config.deadline else 0.0,
                 )
-                progress.message(f"starting {share.workers} workers on {share.device} for {len(left):,} documents")
+                workers, documents = "s" * (share.workers != 1), "s" * (len(left) != 1)
+                progress.message(
+                    f"starting {share.workers} worker{workers} on {share.device} for {len(left):,} document{documents}"
+                )
                 scheduler = Scheduler(
                     pool,
                     left.documents(),

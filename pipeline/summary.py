@@ -14,7 +14,7 @@ from pipeline.store import Store
 
 _COLUMNS = (
     "status", "error", "document_id", "prompt_tokens", "output_tokens", "time_to_first_token", "decode_seconds",
-    "density", "attention", "truncated_tokens", "parts",
+    "density", "attention", "attention_reason", "truncated_tokens", "parts",
 )  # fmt: skip
 
 
@@ -24,6 +24,7 @@ class JobReport:
 
     counts: documents by status. ttft: (p50, p95) seconds over documents that are ok, None without any.
     decode_rate: output tokens a second of one document while it decodes. density: mean over sparse documents.
+    why_dense: of one of the documents that were to run sparse and did not, empty without any.
     seconds, done_now: of this run alone; seconds from the first dispatch to the last row. stats: see pipeline.job.
     """
 
@@ -36,6 +37,7 @@ class JobReport:
     decode_rate: float | None = None
     sparse: int = 0
     density: float | None = None
+    why_dense: str = ""
     truncated: int = 0
     in_parts: int = 0
     files: int = 0
@@ -74,6 +76,7 @@ def summarize_results(store: Store, documents: int, **run: Any) -> JobReport:
         _numbers(done, name) for name in ("time_to_first_token", "decode_seconds", "output_tokens", "density")
     )
     sparse = np.array([value == "stem" for value in done["attention"].to_pylist()], dtype=bool)
+    reasons = done["attention_reason"].to_pylist()
     # The first token comes out of the prefill; decode steps made the others.
     steps = np.maximum(out - 1, 0)
     return JobReport(
@@ -88,6 +91,7 @@ def summarize_results(store: Store, documents: int, **run: Any) -> JobReport:
         decode_rate=float(np.nansum(steps) / np.nansum(decode)) if np.nansum(decode) > 0 else None,
         sparse=int(sparse.sum()),
         density=float(np.nanmean(density[sparse])) if sparse.any() else None,
+        why_dense=next((why for why, stem in zip(reasons, sparse, strict=True) if why and not stem), ""),
         truncated=int((_numbers(done, "truncated_tokens") > 0).sum()),
         in_parts=int((_numbers(done, "parts") > 1).sum()),
         files=len(part_names(store)),
@@ -112,19 +116,22 @@ def rows_for_table(report: JobReport) -> list[tuple[str, str]]:
         lines.append(("time to first token", f"p50 {report.ttft[0]:.3f} s, p95 {report.ttft[1]:.3f} s"))
     if report.decode_rate:
         lines.append(("decode", f"{report.decode_rate:,.1f} tokens/s in a document"))
+    why, dense = f" ({report.why_dense})" if report.why_dense else "", report.ok - report.sparse
     if report.density is not None:
-        lines.append(
-            (
-                "density",
-                f"{report.density:.3f} over {report.sparse:,} documents with Stem; {report.ok - report.sparse:,} dense",
-            )
-        )
+        with_stem = f"{report.density:.3f} over {_counted(report.sparse, 'document')} with Stem"
+        lines.append(("density", with_stem + (f"; {dense:,} dense{why}" if dense else "")))
     else:
-        lines.append(("density", "1.000 (all dense)" if report.ok else "-"))
+        lines.append(("density", f"1.000, all dense{why}" if report.ok else "-"))
     if report.truncated or report.in_parts:
         lines.append(("too long", f"{report.truncated:,} cut in the middle, {report.in_parts:,} processed in parts"))
     if report.seconds and report.done_now:
         rate = report.done_now / report.seconds * 3600
-        lines.append(("this run", f"{report.done_now:,} documents in {report.seconds:.1f} s = {rate:,.0f} an hour"))
-    lines.append(("results", f"{report.output} ({report.files} Parquet files)"))
+        lines.append(
+            ("this run", f"{_counted(report.done_now, 'document')} in {report.seconds:.1f} s = {rate:,.0f} an hour")
+        )
+    lines.append(("results", f"{report.output} ({_counted(report.files, 'Parquet file')})"))
     return lines
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}" + "s" * (number != 1)

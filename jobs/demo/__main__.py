@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from jobs.cli import Parser, run_main
+from jobs.cli import Parser, run_main, this_python
 from jobs.demo.outcome import Outcome, judge, print_comparison, print_outcomes, save_comparison
 from jobs.demo.scoring import read_findings
 from pipeline import read_results
@@ -61,6 +61,8 @@ def main(arguments: Sequence[str]) -> int:
     else:
         print_comparison(COMPARISON, without={outcome.arm for outcome in outcomes})
     print(f"\nResults: {output / args.arms[0]}; the demo took {time.monotonic() - started:.0f} s")
+    print("This model only lists sentences that are marked as key findings; for other documents take another one, say:")
+    print(f"{this_python()} -m jobs.summarize --input reports/ --output results/ --model Qwen/Qwen3-8B")
     if outcomes[0].total.recall < args.floor:
         print(f"FAILED: {outcomes[0].arm} found fewer than {args.floor:.0%} of the findings")
         return 2

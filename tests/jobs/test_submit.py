@@ -143,7 +143,7 @@ def test_a_stopped_job_has_written_what_was_finished(cluster: str, tmp_path: Pat
     ) as client:
         assert client.stdout is not None
         for line in client.stdout:
-            if "starting 1 workers" in line:
+            if "starting 1 worker on" in line:
                 break
         time.sleep(10)  # the worker starts and finishes some documents
         assert not list(out.glob("part-*")), "nothing is due to be written yet, so what is there later was flushed"

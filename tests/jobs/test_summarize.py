@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import submit
+from jobs.cli import this_python
 from jobs.summarize import main
 from pipeline import read_results
 from pipeline.config import JobConfig, meaning
@@ -246,8 +247,23 @@ def test_the_example_in_the_report_reads_the_results(tmp_path: Path) -> None:
 
     with contextlib.redirect_stdout(io.StringIO()) as shown:
         show(summarize_results(Store(str(tmp_path)), 1))
-    command = shown.getvalue().split("read them: python -c ", 1)[1].strip()
-    ended = subprocess.run(
-        [sys.executable, "-c", json.loads(command)], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    command = shown.getvalue().split("read them: ", 1)[1].strip()
+    ended = subprocess.run(shlex.split(command), cwd=ROOT, capture_output=True, text=True, check=True)
     assert "hello" in ended.stdout
+
+
+def test_the_interpreter_is_named_as_one_types_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "a b/.venv/bin/python"
+    program.parent.mkdir(parents=True)
+    program.write_text("")
+    program.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(program))
+    monkeypatch.chdir(tmp_path / "a b")
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert this_python() == ".venv/bin/python"
+    monkeypatch.chdir(tmp_path / "a b/.venv/bin/..")
+    assert this_python() == "bin/python"
+    monkeypatch.chdir(ROOT)
+    assert this_python() == shlex.quote(str(program))
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert this_python() == "python"
