@@ -1,9 +1,13 @@
-"""Which document goes to which worker when, and who is to blame when one dies. Knows nothing of Ray."""
+"""Which document goes to which worker when, and who is to blame when one dies. Knows nothing of Ray.
+
+An event costs the same with ten workers as with thousands: nothing here goes through all workers or all documents.
+"""
 
 from __future__ import annotations
 
+import heapq
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -58,10 +62,11 @@ class Pool(Protocol):
 class Limits:
     """Bounds of a run. Times in seconds.
 
-    max_attempts: times a document may end its worker before it is given up, counting the first, shared one.
-    start_tries: failed starts in a row after which the job ends if no worker runs or still starts, and else pauses
-    start_pause before each further try. hang_after: a document is out so long with no sign of life, then its worker is
-    killed; 0 never. ahead: documents that a worker holds beyond those it decodes.
+    workers: wanted at the start; `Scheduler.resize` changes it. max_attempts: times a document may end its worker
+    before it is given up, counting the first, shared one. start_tries: failed starts in a row after which the job ends
+    if no worker runs or still starts, and else pauses start_pause before each further try. hang_after: a document is
+    out so long with no sign of life, then its worker is killed; 0 never. ahead: documents that a worker holds beyond
+    those it decodes.
     """
 
     workers: int
@@ -76,13 +81,15 @@ class Limits:
 class Job:
     """A document on its way. attempts: times given to a worker. shared: this time it is not alone in its worker.
 
-    careful: it came to grief before, so it is alone this time and its prefill goes in smaller steps.
+    careful: it came to grief before, so it is alone this time and its prefill goes in smaller steps. worker: that has
+    it, since sent_at.
     """
 
     document: Document
     attempts: int = 0
     shared: bool = False
     careful: bool = False
+    worker: WorkerId = -1
     sent_at: float = 0.0
 
 
@@ -129,7 +136,14 @@ class Scheduler:
         self._log = log
         self._on_loss = on_loss
         self._clock = clock
+        self._wanted = limits.workers
         self._workers: dict[WorkerId, WorkerState] = {}
+        self._starting: OrderedDict[WorkerId, None] = OrderedDict()  # those that do not take documents yet
+        # Documents that are out, by id, longest out first: the first is the one that may be overdue.
+        self._out: OrderedDict[str, Job] = OrderedDict()
+        # (documents held, worker) of every worker with room, the emptiest first. A worker's number changes more often
+        # than it is looked at: an entry that no longer holds is passed over when it comes up.
+        self._room: list[tuple[int, WorkerId]] = []
         self._suspects: deque[Job] = deque()
         self._failed_starts = 0
         self._next_start = 0.0
@@ -150,7 +164,7 @@ class Scheduler:
     @property
     def in_flight(self) -> int:
         """Documents that workers hold."""
-        return sum(len(state.jobs) for state in self._workers.values())
+        return len(self._out)
 
     @property
     def waiting(self) -> int:
@@ -160,51 +174,70 @@ class Scheduler:
     @property
     def live(self) -> int:
         """Workers that take documents."""
-        return sum(state.capacity > 0 for state in self._workers.values())
+        return len(self._workers) - len(self._starting)
 
     @property
     def starting(self) -> int:
         """Workers that do not take documents yet."""
-        return len(self._workers) - self.live
+        return len(self._starting)
 
     @property
     def _left(self) -> int:
         return self.waiting + self.in_flight
 
+    def resize(self, workers: int) -> None:
+        """Want another number of workers from now on. Fewer: those that still start are given up, the latest first.
+
+        Workers that take documents are kept: what is no longer there will be seen to be gone.
+        """
+        self._wanted = workers
+        while self._starting and len(self._workers) > workers:
+            worker, _ = self._starting.popitem()
+            self._pool.kill(worker)
+            del self._workers[worker]
+
     def _staff(self) -> None:
         """Start workers up to the number wanted, never more than documents are left."""
-        wanted = min(self._limits.workers, self._left)
+        wanted = min(self._wanted, self._left)
         failing = self._failed_starts >= self._limits.start_tries
         if failing and self._workers and (not self.live or self._clock() < self._next_start):
             return  # go on with those that run or still start, and see later if there is room again
         while len(self._workers) < wanted:
-            self._workers[self._pool.start()] = WorkerState()
+            worker = self._pool.start()
+            self._workers[worker] = WorkerState()
+            self._starting[worker] = None
 
     def _dispatch(self) -> None:
         """One document at a time to the worker that holds fewest, so that none hoards what another could do."""
-        ready = {worker: state for worker, state in self._workers.items() if state.capacity}
-        for worker, state in ready.items():
-            if self._suspects and not state.jobs:
+        while self._room and self.waiting:
+            held, worker = self._room[0]
+            state = self._workers.get(worker)
+            if state is None or state.alone or len(state.jobs) != held or held >= state.capacity:
+                heapq.heappop(self._room)  # it no longer holds
+            elif self._suspects and not held:
                 state.alone = True
                 job = self._suspects.popleft()
                 job.careful = True
                 self._send(worker, state, job)
-        open_ = {worker: state for worker, state in ready.items() if not state.alone}
-        while self._to_come and open_:
-            fair = -(-self._left // len(self._workers))
-            worker, state = min(open_.items(), key=lambda item: len(item[1].jobs))
-            if len(state.jobs) >= min(state.capacity, fair):
+            elif self._to_come and held < -(-self._left // len(self._workers)):
+                self._to_come -= 1
+                self._send(worker, state, Job(next(self._documents)))
+            else:
                 return
-            self._to_come -= 1
-            self._send(worker, state, Job(next(self._documents)))
+
+    def _has_room(self, worker: WorkerId, state: WorkerState) -> None:
+        """Enter a worker into the queue of those that take documents, if it does."""
+        if len(state.jobs) < state.capacity and not state.alone:
+            heapq.heappush(self._room, (len(state.jobs), worker))
 
     def _send(self, worker: WorkerId, state: WorkerState, job: Job) -> None:
         job.attempts += 1
-        job.sent_at = self._clock()
+        job.worker, job.sent_at = worker, self._clock()
         job.shared = bool(state.jobs)
         for other in state.jobs.values():
             other.shared = True
-        state.jobs[job.document.document_id] = job
+        state.jobs[job.document.document_id] = self._out[job.document.document_id] = job
+        self._has_room(worker, state)
         self._pool.submit(worker, job.document, job.careful)
 
     def _handle(self, event: Event) -> None:
@@ -213,8 +246,10 @@ class Scheduler:
             return  # of a worker that was given up in the meantime
         if event.kind == "started":
             state.capacity = int(event.info["max_live"]) + self._limits.ahead
+            del self._starting[event.worker]
             self._failed_starts = 0
             self.started[event.worker] = event.info
+            self._has_room(event.worker, state)
         elif event.kind == "start_failed":
             self._start_failed(event)
         elif event.kind == "result":
@@ -224,7 +259,9 @@ class Scheduler:
 
     def _result(self, state: WorkerState, event: Event) -> None:
         job = state.jobs.pop(event.document_id)
+        del self._out[event.document_id]
         state.alone = False
+        self._has_room(event.worker, state)
         assert event.row is not None
         status = event.row["status"]
         # Neighbours, or the size of the steps, may be why: it gets one try alone.
@@ -238,6 +275,8 @@ class Scheduler:
         self._pool.kill(worker)
         del self._workers[worker]
         jobs = list(state.jobs.values())
+        for document_id in state.jobs:
+            del self._out[document_id]
         status = BLAME[kind]
         self._on_loss(kind)
         self._log(f"worker {worker} lost with {len(jobs)} documents: {reason}")
@@ -253,7 +292,7 @@ class Scheduler:
 
     def _start_failed(self, event: Event) -> None:
         self._pool.kill(event.worker)
-        del self._workers[event.worker]
+        del self._workers[event.worker], self._starting[event.worker]
         self._failed_starts += 1
         self._on_loss(event.kind)
         self._next_start = self._clock() + self._limits.start_pause
@@ -262,14 +301,12 @@ class Scheduler:
             raise JobError(f"no worker could start in {self._failed_starts} tries; the last reason: {event.reason}")
 
     def _end_hangs(self) -> None:
-        if not self._limits.hang_after:
-            return
-        now = self._clock()
-        for worker, state in list(self._workers.items()):
-            late = [job for job in state.jobs.values() if now - job.sent_at > self._limits.hang_after]
-            if late:
-                reason = f"no answer {self._limits.hang_after:g} s after it got {late[0].document.document_id!r}"
-                self._lost(worker, state, reason, "hung")
+        while self._limits.hang_after and self._out:
+            job = next(iter(self._out.values()))
+            if self._clock() - job.sent_at <= self._limits.hang_after:
+                return
+            reason = f"no answer {self._limits.hang_after:g} s after it got {job.document.document_id!r}"
+            self._lost(job.worker, self._workers[job.worker], reason, "hung")
 
     def _finish(self, row: Row, document: Document, attempts: int) -> None:
         row["attempts"] = attempts
