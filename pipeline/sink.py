@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import JobError, one_line
-from pipeline.records import Row, to_table
+from pipeline.records import COLUMNS, Row, to_table
 from pipeline.store import Store
 
 PREFIX, SUFFIX = "part-", ".parquet"
@@ -197,12 +197,13 @@ def _set_aside(store: Store, name: str, problem: str) -> str:
 def read_columns(store: Store, columns: Sequence[str]) -> pa.Table:
     """Some columns of all results, null where an earlier version had none."""
     tables = _tables(store, columns)
+    types = {name: next((column.type for column in COLUMNS if column.name == name), pa.string()) for name in columns}
     if not tables:
-        return pa.table({name: pa.array([], pa.string()) for name in columns})
+        return pa.table({name: pa.array([], kind) for name, kind in types.items()})
     table = pa.concat_tables(tables, promote_options=PROMOTE)
     for name in columns:
         if name not in table.column_names:
-            table = table.append_column(name, pa.nulls(len(table), pa.string()))
+            table = table.append_column(name, pa.nulls(len(table), types[name]))
     return table.select(list(columns))
 
 

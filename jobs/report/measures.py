@@ -62,6 +62,7 @@ def measure(run: Run, edges: Sequence[int]) -> Measures:
     values |= {name: spread(run.numbers(name)[run.ok]) for name in TIMES}
     values["phase_seconds"] = phase_seconds(run, run.ok)
     values["density"] = density(run, run.ok)
+    values["density_by_layer"] = density_by_layer(run, run.ok)
     values["by_length"] = [length_figures(run, low, high) for low, high in pairwise(edges)]
     values["ran"] = _how_it_ran(run)
     values["slowest"] = _slowest(run)
@@ -101,6 +102,13 @@ def density(run: Run, rows: np.ndarray) -> dict[str, Any]:
     }
 
 
+def density_by_layer(run: Run, rows: np.ndarray) -> list[float] | None:
+    """Mean density of each layer, the model's first one first, over those of the documents that ran sparse."""
+    values = run.layers[rows]
+    values = values[np.isfinite(values).all(1)]
+    return values.mean(0, dtype=np.float64).tolist() if values.size else None
+
+
 def length_figures(run: Run, low: int, high: int) -> Measures:
     """Figures of the ok documents with low <= prompt_tokens < high."""
     tokens = run.numbers("prompt_tokens")
@@ -116,6 +124,7 @@ def length_figures(run: Run, low: int, high: int) -> Measures:
         "prefill_tokens_per_second": _rate(tokens[rows], prefill),
         "phase_seconds": phase_seconds(run, rows),
         "density": density(run, rows),
+        "density_by_layer": density_by_layer(run, rows),
     }
 
 

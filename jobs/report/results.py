@@ -65,6 +65,20 @@ class Run:
     def _numbers(column: pa.ChunkedArray) -> np.ndarray:
         return np.asarray(column.cast(pa.float64()).to_numpy(), dtype=np.float64)
 
+    @cached_property
+    def layers(self) -> np.ndarray:
+        """float32 [rows, layers]: density of each layer, NaN where it is not known.
+
+        Of rows of several models, those of the models with another number of layers than most count as not known.
+        """
+        column = self.rows["density_by_layer"].combine_chunks()
+        sizes = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+        layers = int(np.bincount(sizes[sizes > 0]).argmax()) if (sizes > 0).any() else 0
+        found = np.full((len(sizes), layers), np.nan, np.float32)
+        known = np.flatnonzero(sizes == layers) if layers else np.empty(0, int)
+        found[known] = column.take(known).flatten().to_numpy(zero_copy_only=False).reshape(len(known), layers)
+        return found
+
     def texts(self, name: str) -> list[str]:
         """A column's texts, empty where there is none."""
         return [text or "" for text in self.rows[name].to_pylist()]

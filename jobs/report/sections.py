@@ -11,6 +11,7 @@ from jobs.page import Block, Details, Section, Table
 from jobs.page.blocks import Cell
 from jobs.page.numbers import count, figure, seconds, share
 from jobs.report import charts
+from jobs.report.layers import TITLE, layer_chart, layer_table
 from jobs.report.measures import FAILED, SLOWEST, Measures
 from jobs.report.overview import overview
 from jobs.report.results import Run
@@ -18,6 +19,8 @@ from pipeline.config import JobConfig
 from pipeline.records import STATUSES
 
 PLACES = ("input", "output", "model")
+# Header -> the name of a figure, or what makes the cell.
+Columns = dict[str, str | Callable[[Measures], Cell]]
 
 
 def sections(runs: Sequence[Run], measures: Sequence[Measures], *, with_charts: bool) -> list[Section]:
@@ -39,8 +42,8 @@ def _failures(measures: Sequence[Measures]) -> list[Block]:
         measures,
         "reasons",
         {
-            "status": lambda item: item["status"],
-            "documents": lambda item: item["documents"],
+            "status": "status",
+            "documents": "documents",
             "error, of one of them": lambda item: item["example"] or STATUSES.get(item["status"], ""),
         },
         title="Reasons",
@@ -51,12 +54,12 @@ def _failures(measures: Sequence[Measures]) -> list[Block]:
         measures,
         "failures",
         {
-            "document": lambda item: item["document_id"],
-            "status": lambda item: item["status"],
-            "error": lambda item: item["error"],
-            "attempts": lambda item: item["attempts"],
-            "prompt tokens": lambda item: item["prompt_tokens"],
-            "source": lambda item: item["source"],
+            "document": "document_id",
+            "status": "status",
+            "error": "error",
+            "attempts": "attempts",
+            "prompt tokens": "prompt_tokens",
+            "source": "source",
         },
         title="Failed documents",
         note=f"The first {FAILED} of a run; all are in its Parquet files, where status is not ok."
@@ -74,9 +77,9 @@ def _statuses(measures: Sequence[Measures]) -> list[str]:
 def _latency(runs: Sequence[Run], measures: Sequence[Measures], with_charts: bool) -> list[Block]:
     chart = charts.latency_chart(runs, measures) if with_charts else None
     first, total = "time_to_first_token", "total_seconds"
-    columns: dict[str, Callable[[Measures], Cell]] = {
+    columns: Columns = {
         "prompt tokens": lambda item: charts.length_label(item["from_tokens"], item["to_tokens"]),
-        "documents": lambda item: item["documents"],
+        "documents": "documents",
         "first token p50": lambda item: seconds((item[first] or {}).get("p50")),
         "first token p95": lambda item: seconds((item[first] or {}).get("p95")),
         "prefill, tokens/s": lambda item: count(item["prefill_tokens_per_second"]),
@@ -123,22 +126,25 @@ def _phase(phases: dict[str, float] | None, name: str) -> str:
 
 def _attention(runs: Sequence[Run], measures: Sequence[Measures], with_charts: bool) -> list[Block]:
     chart = charts.density_chart(runs) if with_charts else None
-    columns: dict[str, Callable[[Measures], Cell]] = {
-        "attention": lambda item: item["attention"],
-        "precision": lambda item: item["precision"],
-        "device": lambda item: item["gpu"],
-        "kernel": lambda item: item["kernel"],
-        "why not as asked for": lambda item: item["attention_reason"],
-        "documents": lambda item: item["documents"],
+    by_layer = layer_table(measures, charts.length_label, "The same in figures" if with_charts else TITLE)
+    maps = [layer_chart(run, charts.length_label, several=len(runs) > 1) for run in measures] if with_charts else []
+    columns: Columns = {
+        "attention": "attention",
+        "precision": "precision",
+        "device": "gpu",
+        "kernel": "kernel",
+        "why not as asked for": "attention_reason",
+        "documents": "documents",
     }
-    return [*([chart] if chart else []), _table(measures, "ran", columns, title="How the documents ran")]
+    ran = _table(measures, "ran", columns, title="How the documents ran")
+    return [block for block in (chart, *maps, by_layer, ran) if block]
 
 
 def _slowest(measures: Sequence[Measures]) -> Table:
-    columns: dict[str, Callable[[Measures], Cell]] = {
-        "document": lambda item: item["document_id"],
-        "prompt tokens": lambda item: item["prompt_tokens"],
-        "generated": lambda item: item["output_tokens"],
+    columns: Columns = {
+        "document": "document_id",
+        "prompt tokens": "prompt_tokens",
+        "generated": "output_tokens",
         "in the worker": lambda item: seconds(item["total_seconds"]),
         "waiting": lambda item: seconds(item["queue_seconds"]),
         "prefill": lambda item: seconds(item["prefill_seconds"]),
@@ -150,7 +156,7 @@ def _slowest(measures: Sequence[Measures]) -> Table:
 
 
 def _table(
-    measures: Sequence[Measures], key: str, columns: dict[str, Callable[[Measures], Cell]], *,
+    measures: Sequence[Measures], key: str, columns: Columns, *,
     side_by_side: bool = False, title: str = "", note: str = "",
 ) -> Table:  # fmt: skip
     """A row for each of the items under `key`, with the run's name in front if there are several runs.
@@ -163,7 +169,10 @@ def _table(
     ]
     if side_by_side:
         items.sort(key=lambda item: item[0])
-    rows: list[list[Cell]] = [[name, *(value(item) for value in columns.values())] for _, name, item in items]
+    rows: list[list[Cell]] = [
+        [name, *(item[value] if isinstance(value, str) else value(item) for value in columns.values())]
+        for _, name, item in items
+    ]
     header = ["run", *columns]
     used = [
         at for at in range(len(header))

@@ -33,6 +33,7 @@ from pipeline.store import Store
 ROOT = Path(__file__).parents[2]
 BEGIN = datetime(2026, 3, 1, 23, 50, tzinfo=UTC)
 HOSTILE = "</script><script>alert(1)</script><b>bold</b>&lt;{{ 7*7 }}"
+LAYERS = [1.0] + [0.2] * 7  # 0.3 in all
 Report = Callable[..., tuple[int, str, str]]
 
 
@@ -56,6 +57,7 @@ def ok_row(name: str, tokens: int, at: float, *, seconds: float = 4.0, sparse: b
         "attempts": 1, "output": "out", "finish_reason": "stop", "prompt_tokens": tokens, "output_tokens": 11,
         "truncated_tokens": 0, "parts": 1, "precision": "bf16", "attention": "stem" if sparse else "dense",
         "attention_reason": "" if sparse else f"{tokens} tokens are below 512", "density": 0.3 if sparse else 1.0,
+        "density_by_layer": LAYERS if sparse else None,
         "kernel": "triton", "queue_seconds": seconds / 4, "load_seconds": 0.0, "tokenize_seconds": seconds / 8,
         "prefill_seconds": seconds / 4, "decode_seconds": seconds / 8, "total_seconds": seconds,
         "time_to_first_token": seconds / 4, "peak_gpu_bytes": 3 << 30, "worker": "node:1", "gpu": "H100",
@@ -124,6 +126,8 @@ def test_the_figures_are_those_of_the_rows(tmp_path: Path, report: Report) -> No
     assert [(item["from_tokens"], item["documents"]) for item in run["by_length"]] == [
         (256, 1), (512, 1), (1024, 0), (2048, 1)
     ]  # fmt: skip
+    assert run["density_by_layer"] == pytest.approx(LAYERS)
+    assert [item["density_by_layer"] for item in run["by_length"]] == [None, *[pytest.approx(LAYERS), None] * 2][:4]
     assert [row["document_id"] for row in run["slowest"]] == ["b", "a", "c"]
     assert run["reasons"] == [{"status": "too_long", "example": "33037 tokens", "documents": 2}]
     assert [row["document_id"] for row in run["failures"]] == ["x", "y"]
@@ -141,7 +145,7 @@ def test_the_page_of_a_run_with_failures_in_a_browser(
     code, out, _ = report(folder)
     assert (code, out) == (0, f"written: {folder}/report.html\n")
     seen = open_page(folder / "report.html", width=width, dark=width == PHONE)
-    assert len(seen.charts) == 4
+    assert len(seen.charts) == 5
     assert seen.charts[0] > 150, "points of the documents"
     assert HOSTILE in seen.text, "as text, in the table of failed documents"
     for figure in (
@@ -161,7 +165,7 @@ def test_runs_side_by_side_in_a_browser(tmp_path: Path, report: Report, open_pag
     code, out, _ = report(one, two, old)
     assert (code, out) == (0, f"written: {one}/comparison.html\n")
     seen = open_page(one / "comparison.html", width=PHONE)
-    assert len(seen.charts) == 4
+    assert len(seen.charts) == 6
     for text in (
         "a/out p95",
         "b/out p50",
@@ -243,7 +247,7 @@ def test_rows_of_an_earlier_version_lack_columns(
     only_old = write(tmp_path / "old", [], state=None)
     pq.write_table(table, only_old / "part-000000-bb.parquet")
     assert report(folder, only_old)[0] == 0
-    assert len(open_page(folder / "comparison.html").charts) == 4
+    assert len(open_page(folder / "comparison.html").charts) == 5
     (run,) = measured(report, only_old)
     assert (run["time_to_first_token"], run["worked_seconds"], run["phase_seconds"]) == (None, None, None)
     assert report(only_old)[0] == 0
@@ -256,6 +260,28 @@ def test_rows_that_all_failed_or_hold_no_number(tmp_path: Path, report: Report) 
         folder = write(tmp_path / str(number), some)
         for kind in ("html", "table", "json"):
             assert report(folder, "--format", kind)[0] == 0
+
+
+def test_density_by_layer_and_length(tmp_path: Path, report: Report) -> None:
+    """Layers that are alike share a line; a model with other layers is left out where most rows are of another."""
+    windows = [1.0, 0.05, 0.4, 0.05]
+    rows = [ok_row(f"w{n}", 700, n, density_by_layer=windows) for n in range(3)]
+    rows += [ok_row("long", 3000, 5, density_by_layer=[1.0, 0.02, 0.2, 0.02]), ok_row("other", 700, 6)]
+    folder = write(tmp_path / "out", rows)
+    (run,) = measured(report, folder)
+    assert run["by_length"][0]["density_by_layer"] == pytest.approx(windows)
+    assert run["density_by_layer"] == pytest.approx([1.0, 0.17 / 4, 1.4 / 4, 0.17 / 4])
+    _, out, _ = report(folder, "--format", "table")
+    lines = [line.split("│")[1:-1] for line in out.split("Density by layer")[1].splitlines() if "│" in line][:3]
+    assert [[cell.strip() for cell in line] for line in lines] == [
+        ["0", "1.00", "1.00"], ["1, 3", "0.050", "0.020"], ["2", "0.400", "0.200"]
+    ]  # fmt: skip
+    plain = write(tmp_path / "plain", [ok_row("a", 900, 0)])
+    _, out, _ = report(folder, plain, "--format", "table")
+    assert re.search(r"plain +│ +1 to 7 │ +0.200 │ +- ", out)
+    nothing = write(tmp_path / "nothing", [ok_row("a", 900, 0, sparse=False)])
+    assert measured(report, nothing)[0]["density_by_layer"] is None
+    assert "Density by layer" not in report(nothing, "--format", "table")[1]
 
 
 def test_a_pause_between_runs_is_no_work(tmp_path: Path, report: Report, open_page: Callable[..., CheckedPage]) -> None:
