@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -65,8 +66,9 @@ def _execute(
     # Ray and the engine are imported here, so that "nothing to do" and user errors come at once.
     from ray.exceptions import RayError
 
-    from pipeline.ray_pool import RayPool, connected, divide
-    from pipeline.scheduler import Limits, Scheduler, StopRequestedError
+    from pipeline.cluster_size import ClusterSize
+    from pipeline.ray_pool import RayPool, connected, divide, room_for, room_now
+    from pipeline.scheduler import EventKind, Limits, Scheduler, StopRequestedError
 
     survey, config, begun = plan.survey, plan.survey.config, time.monotonic()
     manifest.save(store, config, survey.prints, state="running", documents=len(survey.catalogue))
@@ -94,7 +96,15 @@ def _execute(
         progress.tick()
         metrics.tick(scheduler.waiting, scheduler.in_flight, scheduler.live, scheduler.starting)
         clock.start_once(bool(scheduler.started))
+        if size is not None:
+            size.tick()
 
+    def lost(kind: EventKind) -> None:
+        metrics.worker_lost(kind)
+        if size is not None:
+            size.worker_lost()
+
+    size: ClusterSize | None = None
     try:
         if len(left):
             with connected(config.ray_address) as cluster, _StopFlag() as flag:
@@ -110,6 +120,9 @@ def _execute(
                 progress.message(
                     f"starting {share.workers} worker{workers} on {share.device} for {len(left):,} document{documents}"
                 )
+                room = room_for(cluster, share.device, config.gpus_per_worker)
+                if share.device == "cuda" and share.workers > room:
+                    progress.message(f"the cluster has room for {room} of them now; the others wait until it has more")
                 scheduler = Scheduler(
                     pool,
                     left.documents(),
@@ -119,8 +132,11 @@ def _execute(
                     tick=tick,
                     should_stop=flag.is_set,
                     log=progress.message,
-                    on_loss=metrics.worker_lost,
+                    on_loss=lost,
                 )
+                if config.workers == "auto" and not cluster.local:
+                    now = partial(room_now, share, config.gpus_per_worker)
+                    size = ClusterSize(room, now, scheduler.resize, progress.message)
                 with contextlib.closing(pool), metrics, _flushed(sink):
                     try:
                         scheduler.run()

@@ -93,11 +93,22 @@ def _local_environment() -> Iterator[None]:
                 os.environ[name] = value
 
 
+def room_now(share: Share, gpus_per_worker: int) -> int:
+    """How many workers like those of `share` the connected cluster holds at this moment."""
+    return room_for(_describe(local=False), share.device, gpus_per_worker)
+
+
+def room_for(cluster: Cluster, device: str, gpus_per_worker: int) -> int:
+    """How many workers --workers auto makes of a cluster."""
+    if device == "cuda":
+        return cluster.workers(gpus_per_worker)
+    return min(max(1, int(cluster.cpus)), AUTO_CPU_WORKERS)
+
+
 def _describe(local: bool) -> Cluster:
-    resources = ray.cluster_resources()
-    nodes = ray.nodes()
-    gpus = tuple(node["Resources"].get("GPU", 0.0) for node in nodes if node["Alive"])
-    return Cluster(resources.get("CPU", 0.0), resources.get("GPU", 0.0), local, len(nodes), gpus)
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = tuple(there.get("GPU", 0.0) for there in alive)
+    return Cluster(sum(there.get("CPU", 0.0) for there in alive), sum(gpus), local, len(alive), gpus)
 
 
 @dataclass(frozen=True)
@@ -112,13 +123,17 @@ class Share:
 
 
 def divide(cluster: Cluster, device: str, workers: int | str, documents: int, gpus_per_worker: int = 1) -> Share:
-    """How many workers, on what. Raises JobError if the cluster cannot hold them."""
+    """How many workers, on what. Raises JobError if the cluster cannot hold them.
+
+    A number of workers on GPUs may be larger than a cluster that is not `local` holds: it may grow, by itself or by the
+    demand of those that wait.
+    """
     if device == "auto":
         device = "cuda" if cluster.gpus >= 1 or gpus_per_worker > 1 else "cpu"
     if device == "cuda":
         return _divide_gpus(cluster, workers, documents, gpus_per_worker)
     cores = max(1, int(cluster.cpus))
-    count = min(cores, AUTO_CPU_WORKERS, documents) if workers == "auto" else min(int(workers), documents)
+    count = min(room_for(cluster, device, 1), documents) if workers == "auto" else min(int(workers), documents)
     if count > 64 * cores:
         raise JobError(f"--workers {count}: the cluster has {cores} cores; give at most {64 * cores}")
     threads = max(1, cores // count) if cluster.nodes == 1 else 1
@@ -128,9 +143,12 @@ def divide(cluster: Cluster, device: str, workers: int | str, documents: int, gp
 
 
 def _divide_gpus(cluster: Cluster, workers: int | str, documents: int, each: int) -> Share:
+    if workers != "auto" and not cluster.local:
+        return Share("cuda", min(int(workers), documents), 1.0, float(each), 0)
     if cluster.gpus < 1:
         asked = "--device cuda" if each == 1 else f"--gpus-per-worker {each}"
-        raise JobError(f"{asked}: Ray sees no GPU here; use --device cpu, or a cluster with GPUs through --ray-address")
+        other = "give a number of --workers if it starts GPUs on demand, else use" if not cluster.local else "use"
+        raise JobError(f"{asked}: Ray sees no GPU here; {other} --device cpu, or a cluster with GPUs by --ray-address")
     room = cluster.workers(each)
     if not room:
         most = max(cluster.node_gpus, default=0.0)
@@ -139,8 +157,8 @@ def _divide_gpus(cluster: Cluster, workers: int | str, documents: int, each: int
         )
     count = room if workers == "auto" else int(workers)
     if count > room:
-        takes = "one" if each == 1 else f"{each} of one node"
-        raise JobError(f"--workers {count}: the cluster has {cluster.gpus:g} GPUs, a worker takes {takes}: {room} fit")
+        takes = "a worker takes one" if each == 1 else f"a worker takes {each} of one node"
+        raise JobError(f"--workers {count}: the cluster has {cluster.gpus:g} GPUs, {takes}: {room} fit")
     return Share("cuda", min(count, documents), 1.0, float(each), 0)
 
 
@@ -151,8 +169,9 @@ class RayPool:
     """
 
     def __init__(
-        self, config: WorkerConfig, share: Share, *, local: bool, start_timeout: float = START_TIMEOUT
-    ) -> None:
+        self, config: WorkerConfig, share: Share, *, local: bool, start_timeout: float = START_TIMEOUT,
+        worker_class: Any = Worker,
+    ) -> None:  # fmt: skip
         options: dict[str, Any] = {
             "num_cpus": share.cpus, "num_gpus": share.gpus,
             "max_restarts": 0, "max_task_retries": 0, "max_concurrency": 1000,
@@ -160,7 +179,7 @@ class RayPool:
         if not local and not ray.get_runtime_context().runtime_env.get("working_dir"):
             path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
             options["runtime_env"] = {"env_vars": {"PYTHONPATH": path}}
-        self._actor = ray.remote(Worker).options(**options)
+        self._actor = ray.remote(worker_class).options(**options)
         self._config = ray.put(config)
         self._start_timeout = start_timeout
         self._workers: dict[WorkerId, Any] = {}

@@ -66,7 +66,8 @@ class Limits:
     before it is given up, counting the first, shared one. start_tries: failed starts in a row after which the job ends
     if no worker runs or still starts, and else pauses start_pause before each further try. hang_after: a document is
     out so long with no sign of life, then its worker is killed; 0 never. ahead: documents that a worker holds beyond
-    those it decodes.
+    those it decodes. settle: after a resize, for so long no worker that still starts is given up for being too many:
+    those on a node that left end by themselves.
     """
 
     workers: int
@@ -75,6 +76,7 @@ class Limits:
     start_pause: float = 60.0
     hang_after: float = 0.0
     ahead: int = 2
+    settle: float = 10.0
 
 
 @dataclass
@@ -136,7 +138,7 @@ class Scheduler:
         self._log = log
         self._on_loss = on_loss
         self._clock = clock
-        self._wanted = limits.workers
+        self._wanted, self._resized_at = limits.workers, 0.0
         self._workers: dict[WorkerId, WorkerState] = {}
         self._starting: OrderedDict[WorkerId, None] = OrderedDict()  # those that do not take documents yet
         # Documents that are out, by id, longest out first: the first is the one that may be overdue.
@@ -185,19 +187,26 @@ class Scheduler:
     def _left(self) -> int:
         return self.waiting + self.in_flight
 
-    def resize(self, workers: int) -> None:
-        """Want another number of workers from now on. Fewer: those that still start are given up, the latest first.
+    @property
+    def _settled(self) -> bool:
+        return self._clock() - self._resized_at >= self._limits.settle
 
-        Workers that take documents are kept: what is no longer there will be seen to be gone.
+    def resize(self, workers: int) -> None:
+        """Want another number of workers from now on.
+
+        Fewer: those that still start are given up, the latest first. Workers that take documents are kept.
         """
-        self._wanted = workers
-        while self._starting and len(self._workers) > workers:
+        self._wanted, self._resized_at = workers, self._clock()
+
+    def _staff(self) -> None:
+        """Start workers up to the number wanted, never more than documents are left; give up starts that are too many.
+
+        Else Ray would look for room for them, and an autoscaler make some.
+        """
+        while self._starting and len(self._workers) > self._wanted and self._settled:
             worker, _ = self._starting.popitem()
             self._pool.kill(worker)
             del self._workers[worker]
-
-    def _staff(self) -> None:
-        """Start workers up to the number wanted, never more than documents are left."""
         wanted = min(self._wanted, self._left)
         failing = self._failed_starts >= self._limits.start_tries
         if failing and self._workers and (not self.live or self._clock() < self._next_start):

@@ -107,6 +107,33 @@ class Hangs(CountingEngine):
         super()._prefill_step(document)
 
 
+class WaitsForNode(CountingEngine):
+    """Works until DOCUMENTS_BEFORE have been taken; then only when an engine has one that was built after file "left".
+
+    Both files are beside the model. "joined" holds the worker's process id.
+    """
+
+    DOCUMENTS_BEFORE = 250
+
+    def __init__(self, config: Any) -> None:
+        self._late = (Path(config.model) / "left").exists()
+        super().__init__(config)
+
+    def add(self, request: Request) -> None:
+        """Take a document; tell the others if this engine is the late one."""
+        super().add(request)
+        if self._late:
+            (Path(self.config.model) / "joined").write_text(str(os.getpid()))
+
+    def step(self) -> list[Completion]:
+        """One step, or a short rest."""
+        taken = Path(os.environ[LOG]).read_bytes().count(b"\n")
+        if taken >= self.DOCUMENTS_BEFORE and not (Path(self.config.model) / "joined").exists():
+            time.sleep(0.05)
+            return []
+        return super().step()
+
+
 class BadTokenizer(CountingEngine):
     """Comes with a tokenizer that raises on documents with BAD_WORD."""
 

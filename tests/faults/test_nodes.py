@@ -1,4 +1,4 @@
-"""A node of the cluster leaves while it works, and another joins."""
+"""A node of the cluster is killed while it works, and another joins; --workers auto follows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.ray
-def test_a_node_that_leaves_costs_no_document(tmp_path: Path) -> None:
+def test_a_node_that_dies_costs_no_document_and_one_that_joins_works(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment["PYTHONPATH"] = str(ROOT)
     script = Path(__file__).with_name("node_script.py")
@@ -27,6 +27,10 @@ def test_a_node_that_leaves_costs_no_document(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr[-2000:]
     told = json.loads(ended.stdout.strip().splitlines()[-1])
     assert (told["code"], told["lost"], told["doubled"]) == (0, 0, 0), told
-    assert told["statuses"] == {"ok": 1500}
+    assert told["statuses"] == {"ok": 400}
     assert "lost with" in told["log"], "its worker was missed"
     assert told["again"] <= LIVE + AHEAD
+    assert "shrunk: 2 workers instead of 3" in told["log"]
+    assert "grown: 3 workers instead of 2" in told["log"]
+    assert "could not start" not in told["log"], "no worker was asked for that there is no room for"
+    assert told["rows_by_worker"][told["late_worker"]] > 10, "the new node works"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from pipeline.plan import make_engine_config
 from pipeline.ray_pool import Cluster, Share, divide
 
 TWO_NODES = Cluster(cpus=64, gpus=11, local=False, nodes=3, node_gpus=(8.0, 3.0, 0.0))
+ALONE = replace(TWO_NODES, local=True)
 
 
 @pytest.mark.parametrize(
@@ -22,6 +25,13 @@ def test_workers_take_whole_gpus_of_one_node(workers: int | str, each: int, expe
     assert divide(TWO_NODES, "auto", workers, 100, each) == Share("cuda", expected, 1.0, float(each), 0)
 
 
+def test_a_cluster_of_others_may_grow_to_the_number_asked_for() -> None:
+    assert divide(TWO_NODES, "cuda", 12, 100).workers == 12
+    assert divide(replace(TWO_NODES, gpus=0, node_gpus=()), "cuda", 12, 100, 4) == Share("cuda", 12, 1.0, 4.0, 0)
+    with pytest.raises(JobError, match="give a number of --workers if it starts GPUs on demand"):
+        divide(replace(TWO_NODES, gpus=0, node_gpus=()), "cuda", "auto", 100)
+
+
 def test_no_more_workers_than_documents() -> None:
     assert divide(TWO_NODES, "cuda", "auto", 2, 2).workers == 2
 
@@ -30,8 +40,8 @@ def test_no_more_workers_than_documents() -> None:
     ("cluster", "workers", "each", "message"),
     [
         (TWO_NODES, "auto", 9, "--gpus-per-worker 9: .* no node here has more than 8$"),
-        (TWO_NODES, 4, 3, "--workers 4: the cluster has 11 GPUs, a worker takes 3 of one node: 3 fit"),
-        (TWO_NODES, 12, 1, "--workers 12: the cluster has 11 GPUs, a worker takes one: 11 fit"),
+        (ALONE, 4, 3, "--workers 4: the cluster has 11 GPUs, a worker takes 3 of one node: 3 fit"),
+        (ALONE, 12, 1, "--workers 12: the cluster has 11 GPUs, a worker takes one: 11 fit"),
         (Cluster(4, 0, True, 1, (0.0,)), "auto", 2, "--gpus-per-worker 2: Ray sees no GPU here"),
         (Cluster(4, 0, True, 1, (0.0,)), "auto", 1, "--device cuda: Ray sees no GPU here"),
     ],
