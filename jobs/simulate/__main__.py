@@ -31,14 +31,18 @@ def main(arguments: Sequence[str]) -> int:
             print(_overhead_line(overhead), flush=True)
     else:
         for plan in _plans(options):
-            # A process for each, so that the memory of one is not that of another.
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
-                outcomes.append(apart.submit(simulate, plan).result())
+            outcomes.append(run_apart(plan))
             if not options.json:
                 print("\n".join(_lines(plan, outcomes[-1])), flush=True)
     if options.json:
         print(json.dumps({"runs": [_figures(one) for one in outcomes], "ray": overhead and asdict(overhead)}))
     return 0 if all(one.exact for one in outcomes) else 2
+
+
+def run_apart(plan: Plan) -> Outcome:
+    """Simulate in a process of its own, so that the memory of one run is not that of another."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
+        return apart.submit(simulate, plan).result()
 
 
 def _parser() -> Parser:

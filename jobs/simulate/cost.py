@@ -37,9 +37,9 @@ class EngineCost:
         return float((prefill + (new_tokens - 1) * (self.step / self.max_live + self.step_token * n)).sum())
 
 
-# Measured on an H100 (README, "Speed": Stem, fp8, the shape of Llama-3.1-8B). Prefill: 0.50, 1.20 and 3.11 s at 32,768,
-# 65,536 and 131,072 tokens. Decode: a step of one document of 131,072 tokens takes 8.0 ms; its parts are such that the
-# job of 16 documents takes its 38.4 s (a test holds all of these).
+# Measured on an H100 (docs/benchmarks.md: Stem, fp8, the shape of Llama-3.1-8B). Prefill: 0.50, 1.20 and 3.11 s at
+# 32,768, 65,536 and 131,072 tokens. Decode: a step of one document of 131,072 tokens takes 8.0 ms; its parts are such
+# that the job of 16 documents takes its 38.4 s (a test holds all of these).
 H100 = EngineCost(linear=1.25e-5, quadratic=8.65e-11, step=4.6e-3, step_token=2.6e-8)
 
 
@@ -56,9 +56,7 @@ def fit(rows: str, max_live: int) -> EngineCost:
     used = [row for row in table if row["status"] == "ok" and row["parts"] == 1 and row["output_tokens"] > 1]
     tokens = np.array([row["prompt_tokens"] for row in used], dtype=np.float64)
     if len(np.unique(tokens)) < 3:
-        raise JobError(
-            f"--rows {rows}: {len(used)} rows that are ok and of one part; three lengths at least are needed"
-        )
+        raise JobError(f"--rows {rows}: {len(used)} rows are ok and of one part; it needs three lengths at least")
     prefill = np.array([row["prefill_seconds"] for row in used])
     step = np.array([row["decode_seconds"] / (row["output_tokens"] - 1) for row in used])
     linear, quadratic = _line(tokens, prefill / tokens)
