@@ -14,7 +14,7 @@ from pathlib import Path
 from jobs.cli import Parser, add_job_flags, job_config, run_main
 from jobs.inspect.capture import Capture, capture
 from jobs.inspect.page import sections
-from jobs.inspect.pictures import layer_picture, map_colours, maps_picture
+from jobs.inspect.pictures import OF_A_CELL, layer_picture, map_colours, maps_picture
 from jobs.page import render_page
 from jobs.page.charts import graph_objects
 from pipeline.config import JobConfig
@@ -116,7 +116,7 @@ def write_pictures(seen: Capture, shown: Sequence[int], folder: Path) -> Iterato
         cells = seen.layers[layer]
         heads = [(f"head {head}", map_colours(seen.grid, cells.shares(head))) for head in range(cells.heads)]
         pictures[f"layer-{layer:02}.png"] = layer_picture(layer, cells, len(seen.prompt))
-        pictures[f"layer-{layer:02}-heads.png"] = maps_picture(f"Layer {layer}: each head", heads)
+        pictures[f"layer-{layer:02}-heads.png"] = maps_picture(f"Layer {layer}: each head", heads, OF_A_CELL)
     for name, png in pictures.items():
         (folder / name).write_bytes(png)
         yield folder / name

@@ -25,7 +25,7 @@ from pipeline.plan import make_engine_config
 from pipeline.prompts import PromptBuilder, make_task
 from pipeline.tokens import Tokens, load_tokens
 from stem_core.config import StemConfig
-from stem_core.policy import LayerPolicy
+from stem_core.policy import LayerPolicy, cutting_window
 
 Note = Callable[[int, int, BlockSelection], None]
 
@@ -76,10 +76,15 @@ def capture(job: JobConfig, text: str) -> Capture:
     prefill(runner, config, prompt, lambda layer, row, selection: layers[layer].add(selection, row))
     for layer, cells in layers.items():
         assert cells.rows_seen == grid.blocks, f"layer {layer}: {cells.rows_seen} of {grid.blocks} query blocks seen"
+    dense = {
+        policy.layer: _why_dense(policy, cutting_window(len(prompt), window))
+        for policy, window in runner.layers
+        if policy.layer not in sparse
+    }
     return Capture(
         stem, prompt, tokens, grid, layers,
         [policy.density(len(prompt), window) for policy, window in runner.layers], plan.density,
-        {policy.layer: _why_dense(policy, window) for policy, window in runner.layers if policy.layer not in sparse},
+        dense,
         {"kernels": describe_kernels(runner, stem), "precision": runner.precision.name, "device": str(runner.device)},
     )  # fmt: skip
 
@@ -130,6 +135,6 @@ def _prompt(job: JobConfig, tokens: Tokens, text: str, context: int) -> np.ndarr
 
 
 def _why_dense(policy: LayerPolicy, window: int | None) -> str:
-    if policy.leading:
-        return "leading layer, dense by --dense-layers"
-    return f"sliding window of {window:,} tokens" if window else "dense"
+    if window is not None:
+        return f"sliding window of {window:,} tokens"
+    return "leading layer, dense by --dense-layers" if policy.leading else "dense"

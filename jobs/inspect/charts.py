@@ -11,7 +11,7 @@ from jobs.inspect.cells import LayerCells
 from jobs.inspect.pictures import mostly_rule
 from jobs.page import Chart
 from jobs.page.charts import HEAT, MUTED, SERIES, graph_objects
-from jobs.page.numbers import share
+from jobs.page.numbers import share, stretches
 from stem_core.config import StemConfig
 
 BY_SCORE, BY_RULE = SERIES[0], SERIES[1]
@@ -143,6 +143,6 @@ def density_chart(seen: Capture) -> Chart:
     figure.update_yaxes(title="share of all causal blocks", range=[0, 1.03], tickformat=".0%")
     notes = [f"Together {share(seen.density)}, the density in the document's result row."]
     for reason in dict.fromkeys(seen.dense.values()):
-        layers = [str(layer) for layer, other in seen.dense.items() if other == reason]
-        notes.append(f"Layer{'s' * (len(layers) > 1)} {', '.join(layers)}: {reason}.")
+        layers = [layer for layer, other in seen.dense.items() if other == reason]
+        notes.append(f"Layer{'s' * (len(layers) > 1)} {', '.join(stretches(layers))}: {reason}.")
     return Chart("What each layer reads", figure, " ".join(notes), height=280)

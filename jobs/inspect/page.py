@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from jobs.inspect.capture import Capture
 from jobs.inspect.charts import budget_charts, density_chart, map_chart
-from jobs.inspect.pictures import map_colours, maps_picture
+from jobs.inspect.pictures import MANY, OF_A_CELL, map_colours, maps_picture
 from jobs.page import Block, Details, KeyFigure, KeyFigures, Picture, Prose, Section, Table
 from jobs.page.numbers import share
 
@@ -58,12 +58,19 @@ def _introduction(seen: Capture) -> list[Block]:
 
 
 def _overview(seen: Capture) -> list[Block]:
-    maps, rows = [], []
+    maps, rows, many = [], [], len(seen.layers) > MANY
     for layer, cells in seen.layers.items():
         stripes = cells.pattern().name
-        maps.append((f"layer {layer}: {stripes}", map_colours(cells.grid, cells.shares())))
+        name = f"layer {layer}" if many else f"layer {layer}: {stripes}"
+        maps.append((name, map_colours(cells.grid, cells.shares())))
         half, most = (f"{cells.reach_tokens(part):,}" for part in (0.5, 0.9))
         rows.append((layer, stripes, share(cells.density), half, most, share(cells.shared)))
+    table = Table(
+        ("layer", "stripes", "density", "half within (tokens)", "nine tenths within", "heads agree"),
+        rows,
+        note="Within: so many tokens back lie the blocks that were chosen by score. Heads agree: where one head "
+        "chose a block, the share of the layer's other heads that chose it too.",
+    )
     return [
         Picture(
             maps_picture("Every sparse layer, its heads together", maps),
@@ -71,12 +78,7 @@ def _overview(seen: Capture) -> list[Block]:
             note="One map a layer. Stripes along the diagonal are blocks at a fixed distance; stripes straight down "
             "are blocks that are read from everywhere below them.",
         ),
-        Table(
-            ("layer", "stripes", "density", "half within (tokens)", "nine tenths within", "heads agree"),
-            rows,
-            note="Within: so many tokens back lie the blocks that were chosen by score. Heads agree: where one head "
-            "chose a block, the share of the layer's other heads that chose it too.",
-        ),
+        Details("The layers in figures", [table]) if many else table,
     ]
 
 
@@ -84,7 +86,7 @@ def _layer(seen: Capture, layer: int) -> list[Block]:
     cells = seen.layers[layer]
     heads = [(f"head {head}", map_colours(cells.grid, cells.shares(head))) for head in range(cells.heads)]
     picture = Picture(
-        maps_picture(f"Layer {layer}: each head", heads),
+        maps_picture(f"Layer {layer}: each head", heads, OF_A_CELL),
         f"a map for each of the {cells.heads} heads of layer {layer}",
         note="All heads of a layer have the same budget; each spends it in its own way.",
     )

@@ -17,7 +17,10 @@ RULES = "kept by rule: sink (left), local (diagonal), rows that keep all"
 MAP_PIXELS = 720
 # A page of jobs.page is 1,016 pixels wide; four maps of 240 fit.
 SMALL_PIXELS, COLUMNS, MARGIN = 240, 4, 10
+# Where there are more maps than these, eight of 120 pixels.
+MANY, MANY_PIXELS, MANY_COLUMNS = 16, 120, 8
 KEY_PIXELS = 820
+BY_HEADS, OF_A_CELL = ("by no head", "by all"), ("no block", "all of a cell")
 
 
 def map_colours(grid: Grid, shares: np.ndarray) -> np.ndarray:
@@ -55,23 +58,35 @@ def layer_picture(layer: int, cells: LayerCells, tokens: int) -> bytes:
     return canvas.png()
 
 
-def maps_picture(title: str, maps: Sequence[tuple[str, np.ndarray]]) -> bytes:
-    """PNG: small maps, four beside each other, (label, colours as of map_colours) each."""
-    scale = max(1, SMALL_PIXELS // len(maps[0][1]))
+def maps_picture(title: str, maps: Sequence[tuple[str, np.ndarray]], ends: tuple[str, str] = BY_HEADS) -> bytes:
+    """PNG: small maps beside each other, (label, colours as of map_colours) each. ends: of the scale, in words."""
+    columns, pixels = (COLUMNS, SMALL_PIXELS) if len(maps) <= MANY else (MANY_COLUMNS, MANY_PIXELS)
+    maps = [(name, _smaller(colours, -(-len(colours) // pixels))) for name, colours in maps]
+    scale = max(1, pixels // len(maps[0][1]))
     side = len(maps[0][1]) * scale
-    rows = -(-len(maps) // COLUMNS)
+    rows = -(-len(maps) // columns)
     top, label, gap = 44, 20, 14
     wide = max(side, *(2 * ADVANCE * len(name) for name, _ in maps)) + MARGIN
-    width = max(min(len(maps), COLUMNS) * wide + MARGIN, KEY_PIXELS)
+    width = max(min(len(maps), columns) * wide + MARGIN, KEY_PIXELS)
     canvas = Canvas(width, top + rows * (side + label + gap) + 60)
     canvas.text(MARGIN, 14, title)
     for place, (name, colours) in enumerate(maps):
-        x, y = MARGIN + place % COLUMNS * wide, top + place // COLUMNS * (side + label + gap)
+        x, y = MARGIN + place % columns * wide, top + place // columns * (side + label + gap)
         canvas.text(x, y, name, colour=GREY)
         canvas.image(x, y + label, colours, scale)
         canvas.frame(x, y + label, side, side)
-    _key(canvas, MARGIN, canvas.pixels.shape[0] - 52)
+    _key(canvas, MARGIN, canvas.pixels.shape[0] - 52, ends)
     return canvas.png()
+
+
+def _smaller(colours: np.ndarray, by: int) -> np.ndarray:
+    """An image, uint8 [h, w, 3], `by` times smaller: means of squares, white beyond the edge."""
+    if by == 1:
+        return colours
+    height, width, _ = colours.shape
+    padded = np.pad(colours, ((0, -height % by), (0, -width % by), (0, 0)), constant_values=255)
+    squares = padded.reshape(padded.shape[0] // by, by, padded.shape[1] // by, by, 3)
+    return squares.mean((1, 3)).round().astype(np.uint8)
 
 
 def _axes(canvas: Canvas, left: int, top: int, side: int, tokens: int) -> None:
@@ -100,15 +115,15 @@ def _profile(canvas: Canvas, left: int, top: int, scale: int, width: int, cells:
     canvas.text(left, top + grid.cells * scale + 32, f"of up to {grid.blocks:,}", colour=GREY)
 
 
-def _key(canvas: Canvas, left: int, top: int) -> None:
+def _key(canvas: Canvas, left: int, top: int, ends: tuple[str, str] = BY_HEADS) -> None:
     """What the colours mean, in two lines."""
     canvas.rectangle(left, top, 14, 14, RULE)
     canvas.text(left + 20, top, RULES, colour=GREY)
-    canvas.text(left, top + 24, "chosen by score: by no head", colour=GREY)
+    canvas.text(left, top + 24, f"chosen by score: {ends[0]}", colour=GREY)
     bar = mixed(LOW, MIDDLE, np.linspace(0, 1, 60)), mixed(MIDDLE, HIGH, np.linspace(0, 1, 60))
     canvas.image(left + 336, top + 24, np.concatenate(bar)[None].repeat(14, 0))
     canvas.frame(left + 336, top + 24, 120, 14)
-    canvas.text(left + 468, top + 24, "by all", colour=GREY)
+    canvas.text(left + 468, top + 24, ends[1], colour=GREY)
 
 
 def _short(tokens: int) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 
 Number = float | int | None
 NOTHING = "-"
@@ -50,6 +52,13 @@ def binary_bytes(value: Number) -> str:
             return f"{value:.0f} B" if unit == "B" else f"{_digits(value)} {unit}"
         value /= 1024
     return f"{_digits(value)} TiB"
+
+
+def stretches(numbers: Sequence[int]) -> list[str]:
+    """Rising whole numbers with those that follow each other together: 0 to 4, 6."""
+    breaks = [at for at, (one, other) in enumerate(pairwise(numbers), 1) if other != one + 1]
+    runs = [numbers[first:last] for first, last in pairwise([0, *breaks, len(numbers)])]
+    return [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
 
 
 def _digits(value: float) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 import numpy as np
 
 from jobs.page import Chart, Table
 from jobs.page.charts import graph_objects
-from jobs.page.numbers import figure
+from jobs.page.numbers import figure, stretches
 from jobs.report.measures import Measures
 
 LABELLED = 40  # layers of a chart whose cells hold their figures
@@ -84,8 +83,5 @@ def _alike(values: np.ndarray) -> list[list[int]]:
 
 
 def _names(layers: Sequence[int]) -> str:
-    """Layers as text: 0 to 4, 6."""
-    breaks = [at for at, (one, other) in enumerate(pairwise(layers), 1) if other != one + 1]
-    runs = [layers[first:last] for first, last in pairwise([0, *breaks, len(layers)])]
-    names = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
+    names = stretches(layers)
     return ", ".join(names if len(names) <= NAMED else [*names[: NAMED - 1], f"... ({len(layers)} layers)"])

@@ -18,10 +18,11 @@ import torch
 import stem_core.attention
 from jobs.inspect.__main__ import PAGE, chosen_layers, main
 from jobs.inspect.canvas import WHITE, Canvas, lettering
-from jobs.inspect.capture import Capture, capture
+from jobs.inspect.capture import Capture, _why_dense, capture
 from jobs.inspect.cells import Grid, LayerCells
 from jobs.inspect.page import PATTERNS
-from jobs.inspect.pictures import RULE, RULES, map_colours, mostly_rule
+from jobs.inspect.pictures import RULE, RULES, _smaller, map_colours, maps_picture, mostly_rule
+from jobs.page.numbers import stretches
 from kernels.block_selection import BlockSelection, select_blocks
 from pipeline.config import JobConfig
 from pipeline.errors import JobError
@@ -29,6 +30,7 @@ from pipeline.prompts import PromptBuilder, make_task
 from pipeline.tokens import load_tokens
 from stem_core import StemConfig, patch_model
 from stem_core.budget import PromptBudget, prompt_budget
+from stem_core.policy import LayerPolicy
 
 ROOT = Path(__file__).parents[2]
 REPORT = ROOT / "examples" / "documents" / "report-01.txt"
@@ -172,6 +174,29 @@ def test_colours_tell_rule_from_score() -> None:
     free = np.isfinite(cells.shares())
     order = np.argsort(cells.shares()[free])
     assert (np.diff(colours[free][order].astype(int).sum(1)) <= 0).all(), "the more heads, the darker"
+
+
+def test_many_maps_fit_a_page() -> None:
+    """Of 32 heads eight small maps stand beside each other; their pixels are means of squares."""
+    one = np.zeros((190, 190, 3), np.uint8)
+    few, many = (png_size(maps_picture("t", [("head 31", one)] * heads)) for heads in (16, 32))
+    assert max(few[0], many[0]) <= 1016, "a page's width"
+    assert many[1] < few[1], "and no longer than that of half the heads"
+    colours = np.arange(5 * 5 * 3, dtype=np.uint8).reshape(5, 5, 3)
+    assert (_smaller(colours, 2)[0, 0] == colours[:2, :2].mean((0, 1)).round()).all()
+    assert np.abs(_smaller(colours, 2)[2, 2] - (colours[4, 4] + 3 * 255.0) / 4).max() <= 0.5
+    assert _smaller(colours, 1) is colours
+
+
+def png_size(png: bytes) -> tuple[int, int]:
+    return struct.unpack(">II", png[16:24])  # type: ignore[return-value]
+
+
+def test_a_leading_layer_with_a_window_is_not_called_dense() -> None:
+    stem = StemConfig(dense_layers=2)
+    assert _why_dense(LayerPolicy(stem, 0), 512) == "sliding window of 512 tokens"
+    assert _why_dense(LayerPolicy(stem, 1), None) == "leading layer, dense by --dense-layers"
+    assert stretches([0, 1, 2, 3, 4, 6, 8, 9]) == ["0 to 4", "6", "8 to 9"]
 
 
 def test_a_canvas_is_a_png_with_lettering() -> None:
