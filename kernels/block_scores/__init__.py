@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.block_scores.checks import check_cache, check_inputs
 from kernels.dispatch import Choice, choose_portable, on_its_gpu
 from kernels.fp8_heads import FP8, HeadScales, fp8_obstacle
 
@@ -31,6 +32,11 @@ class KeySummary:
     key_sums: Tensor
     log_norms: Tensor
     blocks: int = 0
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """All that was allocated."""
+        return self.key_sums, self.log_norms
 
     @classmethod
     def allocate(
@@ -102,27 +108,14 @@ def oam_scores(
     Returns float32 [N, H, rows, n_keys], rows = ceil(Lq / block_size), n_keys = ceil((query_start + Lq) / block_size),
     -inf for j > i. Raises ValueError for shapes or types that do not fit.
     """
-    if (
-        key_start < 0
-        or key_start % block_size
-        or (key_start and (summary is None or summary.blocks * block_size < key_start))
-    ):
-        raise ValueError(
-            f"key_start must be a multiple of block_size={block_size} up to which a summary holds the keys, got "
-            f"{key_start} and {'no summary' if summary is None else f'{summary.blocks} blocks'}"
-        )
-    _check(q, k, query_start, block_size, key_start)
+    check_cache("summary", None if summary is None else summary.blocks, query_start, block_size, key_start)
+    check_inputs(q, k, query_start, block_size, key_start)
     if q.dtype != k.dtype:
         raise ValueError(f"q and k must share a floating-point type, got {q.dtype} and {k.dtype}")
     if v.shape != k.shape:
         raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
     if stride < 1 or block_size % stride:
         raise ValueError(f"stride must divide block_size={block_size}, got {stride}")
-    if summary is not None and summary.blocks < query_start // block_size:
-        raise ValueError(
-            f"summary holds {summary.blocks} blocks, but this chunk starts at block {query_start // block_size}: "
-            "pass the chunks of a prompt in order"
-        )
     sums = key_sums_dtype(k, impl)
     if summary is not None and summary.key_sums.dtype != sums:
         raise ValueError(f"summary holds {summary.key_sums.dtype} sums, but {sums} is needed: see key_sums_dtype")
@@ -173,7 +166,7 @@ def mass_scores(
         are wrong by what fp8 does to the logits (some 4% of their spread), which moves blocks of nearly equal score.
     Returns float32 [N, H, rows, n_keys] in [0, 1], -inf for j > i. Raises ValueError for what does not fit.
     """
-    _check(q, k, query_start, block_size)
+    check_inputs(q, k, query_start, block_size)
     if scales is None and q.dtype != k.dtype:
         raise ValueError(f"q and k must share a floating-point type, got {q.dtype} and {k.dtype}")
     if scales is not None:
@@ -199,20 +192,3 @@ def _check_fp8(q: Tensor, k: Tensor, scales: HeadScales, impl: str) -> None:
     obstacle = fp8_obstacle(q.device)
     if obstacle and choose_block_scores(q, impl).impl == "triton":
         raise ValueError(f"mass_scores with keys in fp8 cannot run: {obstacle}")
-
-
-def _check(q: Tensor, k: Tensor, query_start: int, block_size: int, key_start: int = 0) -> None:
-    if q.ndim != 4 or k.ndim != 4:
-        raise ValueError(f"q must be [N, H, Lq, D] and k [N, Hkv, Lk, D], got {tuple(q.shape)} and {tuple(k.shape)}")
-    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"k {tuple(k.shape)} does not go with q {tuple(q.shape)}: batch and D equal, H a multiple of Hkv"
-        )
-    if not q.is_floating_point():
-        raise ValueError(f"q must have a floating-point type, got {q.dtype}")
-    end = query_start + q.shape[2]
-    if q.shape[2] < 1 or query_start < key_start or query_start % block_size or key_start + k.shape[2] < end:
-        raise ValueError(
-            f"queries [{query_start}, {end}) must start at a multiple of block_size={block_size} and lie inside the "
-            f"{k.shape[2]} keys" + (f" from {key_start} on" if key_start else "")
-        )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.block_scores import KeySummary, key_sums_dtype, mass_scores, oam_scores, reference
 from kernels.block_selection import BlockSelection, select_blocks
+from kernels.bound_scores import KeyBounds, bound_scores
 from kernels.decode_attention import decode_attention
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -24,7 +25,7 @@ ROUNDED = {BF16: BF16, FP16: FP16, FP32: FP16}
 
 @dataclass(frozen=True)
 class Scores:
-    """One prompt. stride: for OAM; group and rows: for mass."""
+    """One prompt. stride: for OAM; group: for mass and bounds; rows: for mass; span: for bounds."""
 
     length: int
     batch: int = 1
@@ -35,12 +36,13 @@ class Scores:
     stride: int = 8
     group: int = 4
     rows: str = "mean"
+    span: int = 8
     dtype: torch.dtype = FP32
     contiguous: bool = False  # False: the transposed view of [N, L, H, D] that transformers hands over
 
     def __str__(self) -> str:
         shape = f"{self.length}-{self.batch}x{self.heads}/{self.kv_heads}x{self.head_dim}-B{self.block_size}"
-        return f"{shape}-s{self.stride}-g{self.group}{self.rows}-{str(self.dtype).removeprefix('torch.')}"
+        return f"{shape}-s{self.stride}-g{self.group}{self.rows}-p{self.span}-{str(self.dtype).removeprefix('torch.')}"
 
     def inputs(self, device: str) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v; k and v are 40 tokens longer, and those are NaN: reading them spoils the scores."""
@@ -64,6 +66,10 @@ def mass(case: Scores, q: Tensor, k: Tensor, impl: str, **kwargs: object) -> Ten
     return mass_scores(q, k, block_size=case.block_size, group=case.group, rows=case.rows, impl=impl, **kwargs)  # type: ignore[arg-type]
 
 
+def bound(case: Scores, q: Tensor, k: Tensor, impl: str, **kwargs: object) -> Tensor:
+    return bound_scores(q, k, block_size=case.block_size, group=case.group, span=case.span, impl=impl, **kwargs)  # type: ignore[arg-type]
+
+
 def _differences(got: Tensor, wanted: Tensor) -> Tensor:
     """float64, 0 where both are -inf; fails unless they are that in the same places and finite elsewhere."""
     hidden = wanted.isneginf()
@@ -75,6 +81,8 @@ def _differences(got: Tensor, wanted: Tensor) -> Tensor:
 def _worst(got: Tensor, wanted: Tensor) -> float:
     return float(_differences(got, wanted).max())
 
+
+SHARES = {"mass": mass, "bound": bound}
 
 # Largest relative error of an operand of OAM's matrix product: sums rounded to bfloat16; sums cut off to TF32, as
 # tensor cores take float32; three TF32 products, summed in float32.
@@ -119,13 +127,14 @@ def check_oam(case: Scores, impl: str, device: str) -> None:
     assert excess <= 1, f"{float(excess):.2f} times the allowed error"
 
 
-def check_mass(case: Scores, impl: str, device: str) -> None:
+def check_shares(estimate: Callable[..., Tensor], case: Scores, impl: str, device: str) -> None:
+    """estimate: `mass` or `bound`."""
     q, k, _ = case.inputs(device)
     q_cpu, k_cpu = q.cpu(), k.cpu()
-    wanted = mass(case, q_cpu, k_cpu, "reference")
-    got = mass(case, q, k, impl).cpu()
+    wanted = estimate(case, q_cpu, k_cpu, "reference")
+    got = estimate(case, q, k, impl).cpu()
     rounded = ROUNDED[case.dtype]
-    eager = mass(
+    eager = estimate(
         case, q_cpu.to(rounded).float() * (1 + torch.finfo(rounded).eps), k_cpu.to(rounded).float(), "reference"
     )
     assert _worst(got, wanted) <= 2 * _worst(eager, wanted) + 2e-6
@@ -133,10 +142,14 @@ def check_mass(case: Scores, impl: str, device: str) -> None:
 
 
 def check_chunks(case: Scores, impl: str, device: str, blocks: int, estimator: str) -> None:
-    """In chunks of `blocks` blocks, with a KeySummary and without: the same bits, hence the same selection."""
+    """In chunks of `blocks` blocks, with earlier keys kept and without: the same bits, hence the same selection."""
     q, k, v = case.inputs(device)
-    whole = oam(case, q, k, v, impl) if estimator == "oam" else mass(case, q, k, impl)
+    whole = {"oam": lambda: oam(case, q, k, v, impl)}.get(estimator, lambda: SHARES[estimator](case, q, k, impl))()
     B = case.block_size
+    bounds = KeyBounds.allocate(
+        case.batch, case.kv_heads, case.length, case.head_dim,
+        block_size=B, span=case.span, device=q.device, dtype=k.dtype,
+    )  # fmt: skip
     summary = KeySummary.allocate(
         case.batch, case.kv_heads, case.length, case.head_dim,
         block_size=B, stride=case.stride, device=q.device, dtype=key_sums_dtype(k, impl),
@@ -150,7 +163,10 @@ def check_chunks(case: Scores, impl: str, device: str, blocks: int, estimator: s
             scores = oam(case, chunk, known_k, known_v, impl, query_start=begin, summary=summary)
             assert torch.equal(scores, oam(case, chunk, k, v, impl, query_start=begin))
         else:
-            scores = mass(case, chunk, known_k, impl, query_start=begin)
+            scores = SHARES[estimator](case, chunk, known_k, impl, query_start=begin)
+        if estimator == "bound":
+            own = bound(case, chunk, k[:, :, begin:end], impl, query_start=begin, key_start=begin, bounds=bounds)
+            assert torch.equal(own, scores), "by its own keys and the bounds of earlier ones"
         first, n = begin // B, scores.shape[2]
         assert torch.equal(scores, whole[:, :, first : first + n, : scores.shape[3]])
         part = select_blocks(scores, budgets[:n], first_row=first, max_blocks=9, impl=impl)
@@ -163,13 +179,14 @@ def check_causal(case: Scores, impl: str, device: str) -> None:
     """What comes later changes no earlier row, and batch neighbours change nothing."""
     q, k, v = case.inputs(device)
     B = case.block_size
-    before = (oam(case, q, k, v, impl), mass(case, q, k, impl))
+    before = (oam(case, q, k, v, impl), mass(case, q, k, impl), bound(case, q, k, impl))
     edge = case.length // B // 2 * B + 3
     changed = [x.clone() for x in (q, k, v)]
     for x in changed:
         x[:, :, edge:] *= -3
-    after = (oam(case, *changed, impl), mass(case, *changed[:2], impl))  # type: ignore[arg-type]
-    alone = (oam(case, q[-1:], k[-1:], v[-1:], impl), mass(case, q[-1:], k[-1:], impl))
+    after = (oam(case, *changed, impl), mass(case, *changed[:2], impl), bound(case, *changed[:2], impl))  # type: ignore[arg-type]
+    last = q[-1:], k[-1:], v[-1:]
+    alone = (oam(case, *last, impl), mass(case, *last[:2], impl), bound(case, *last[:2], impl))
     for old, new, single in zip(before, after, alone, strict=True):
         assert torch.equal(old[:, :, : edge // B], new[:, :, : edge // B])
         assert not torch.equal(old, new)

@@ -14,6 +14,8 @@ import torch
 from kernels.block_scores import KeySummary, triton_mass
 from kernels.block_scores import triton as triton_oam
 from kernels.block_selection import triton as triton_selection
+from kernels.bound_scores import KeyBounds
+from kernels.bound_scores import triton as triton_bound
 from kernels.decode_attention import triton as triton_decode
 from tests.kernels import offline
 
@@ -49,6 +51,12 @@ def mass_of_samples(dtype: torch.dtype, head_dim: int) -> None:
     triton_mass.mass_scores(q, k, 0, 32, 8, "sample", 0.1)
 
 
+def bound(dtype: torch.dtype, head_dim: int) -> None:
+    q, k = prompt(dtype, head_dim)
+    bounds = KeyBounds.allocate(1, 8, 1024, head_dim, block_size=128, span=16, device=q.device, dtype=dtype)
+    triton_bound.bound_scores(q, k, 0, 128, 4, 16, 0.1, bounds)
+
+
 def decode(dtype: torch.dtype, head_dim: int) -> None:
     arena = torch.empty(8, 4096, head_dim, dtype=dtype)
     starts, lengths = torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int32)
@@ -77,7 +85,7 @@ def check(launch: Callable[[], None], capability: tuple[int, int], spills: int, 
 @pytest.mark.parametrize("capability", [AMPERE, HOPPER], ids=["sm80", "sm90"])
 @pytest.mark.parametrize(("dtype", "head_dim"), TYPES, ids=str)
 @pytest.mark.parametrize(
-    ("launch", "kernels"), [(oam, 3), (mass, 1), (mass_of_samples, 1), (decode, 2), (decode_one_kv_head, 2)]
+    ("launch", "kernels"), [(oam, 3), (mass, 1), (mass_of_samples, 1), (bound, 2), (decode, 2), (decode_one_kv_head, 2)]
 )
 def test_compiles(
     launch: Callable[[torch.dtype, int], None],

@@ -13,12 +13,12 @@ from tests.kernels.selection_cases import BF16, FP16, FP32, Decode, Scores
 
 pytestmark = pytest.mark.gpu
 
-LARGE = {"heads": 8, "kv_heads": 2, "head_dim": 128, "block_size": 128, "stride": 16, "group": 8}
+LARGE = {"heads": 8, "kv_heads": 2, "head_dim": 128, "block_size": 128, "stride": 16, "group": 8, "span": 16}
 SHAPES = [
     *(Scores(length, dtype=BF16, **LARGE) for length in (1, 127, 128, 129, 1000, 1733)),  # type: ignore[arg-type]
     *(Scores(777, head_dim=dim, dtype=dtype) for dim in (64, 96, 128, 256) for dtype in (BF16, FP16, FP32)),
     *(Scores(900, block_size=block, stride=8, group=2, dtype=BF16, rows="sample") for block in (16, 32, 64, 128)),
-    Scores(1100, batch=3, heads=6, kv_heads=6, block_size=128, group=1, dtype=BF16),
+    Scores(1100, batch=3, heads=6, kv_heads=6, block_size=128, group=1, span=128, dtype=BF16),
     Scores(1100, heads=7, kv_heads=1, block_size=64, stride=64, group=64, dtype=BF16, contiguous=True),
 ]
 
@@ -26,11 +26,12 @@ SHAPES = [
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_scores(case: Scores, poisoned: None) -> None:
     cases.check_oam(case, "triton", "cuda")
-    cases.check_mass(case, "triton", "cuda")
+    cases.check_shares(cases.mass, case, "triton", "cuda")
+    cases.check_shares(cases.bound, case, "triton", "cuda")
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 7])
-@pytest.mark.parametrize("estimator", ["oam", "mass"])
+@pytest.mark.parametrize("estimator", ["oam", "mass", "bound"])
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_chunks_change_nothing(estimator: str, blocks: int, dtype: torch.dtype, poisoned: None) -> None:
     cases.check_chunks(Scores(2900, dtype=dtype, **LARGE), "triton", "cuda", blocks, estimator)  # type: ignore[arg-type]

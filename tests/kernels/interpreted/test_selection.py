@@ -12,11 +12,11 @@ from tests.kernels.selection_cases import FP16, Decode, Scores
 
 IMPLS = ["reference", "triton"]
 SHAPES = [
-    Scores(1),
+    Scores(1, span=1),
     Scores(127, head_dim=96, group=32),
     Scores(128, dtype=FP16, rows="sample"),
-    Scores(97, batch=2, heads=2, block_size=16, stride=16, group=1),
-    Scores(300, head_dim=128, block_size=128, stride=16, group=8, contiguous=True),
+    Scores(97, batch=2, heads=2, block_size=16, stride=16, group=1, span=16),
+    Scores(300, head_dim=128, block_size=128, stride=16, group=8, span=32, contiguous=True),
     Scores(5, block_size=64, stride=16, dtype=FP16),
 ]
 
@@ -25,12 +25,13 @@ SHAPES = [
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_scores(case: Scores, impl: str, poisoned: None) -> None:
     cases.check_oam(case, impl, "cpu")
-    cases.check_mass(case, impl, "cpu")
+    cases.check_shares(cases.mass, case, impl, "cpu")
+    cases.check_shares(cases.bound, case, impl, "cpu")
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("blocks", [1, 2, 7])
-@pytest.mark.parametrize("estimator", ["oam", "mass"])
+@pytest.mark.parametrize("estimator", ["oam", "mass", "bound"])
 def test_chunks_change_nothing(estimator: str, blocks: int, impl: str, poisoned: None) -> None:
     case = Scores(150, heads=2, kv_heads=1, block_size=16, stride=4, group=2)
     cases.check_chunks(case, impl, "cpu", blocks, estimator)
