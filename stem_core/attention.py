@@ -172,7 +172,7 @@ def _decode_step(
     window: int | None,
 ) -> Tensor:
     """q [S, H, D] -> [S, 1, H, D]."""
-    documents = context.starts, context.lengths
+    documents = context.on(q.device)
     bound = context.max_length
     quantized = context.quantized.get(policy.layer)
     if quantized is None:

@@ -5,10 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from kernels.block_scores import KeySummary
 from kernels.fp8_heads import HeadScales
+
+
+class Copies:
+    """A tensor and its copies on other devices, each made when it is first asked for. Nothing waits for the host.
+
+    A copy is made from the newest one: where layers are spread over devices in order, that is the neighbour's. Torch
+    lets the stream of the device that is copied from wait for the other's: one further back would wait for all between.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._by_device = {tensor.device: tensor}
+
+    def on(self, device: torch.device) -> Tensor:
+        """The tensor on `device`."""
+        found = self._by_device.get(device)
+        if found is None:
+            newest = next(reversed(self._by_device.values()))
+            found = self._by_device[device] = newest.to(device, non_blocking=True)
+        return found
 
 
 @dataclass(frozen=True)
@@ -68,6 +88,13 @@ class DecodeContext:
     lengths: Tensor
     max_length: int
     quantized: Mapping[int, QuantizedKV] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._starts, self._lengths = Copies(self.starts), Copies(self.lengths)
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`starts` and `lengths` on a layer's device."""
+        return self._starts.on(device), self._lengths.on(device)
 
 
 StemContext = PrefillContext | DecodeContext

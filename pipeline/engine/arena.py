@@ -24,6 +24,9 @@ def aligned(tokens: int) -> int:
     return -(-tokens // ALIGNMENT) * ALIGNMENT
 
 
+Devices = torch.device | Mapping[int, torch.device]
+
+
 @dataclass(frozen=True)
 class Extent:
     """Arena tokens [start, start + tokens)."""
@@ -94,11 +97,12 @@ class Arena:
     """What the arenas of all precisions have in common: the extents, and tensors by layer, T = capacity + ALIGNMENT.
 
     The last ALIGNMENT tokens belong to no extent: unused rows of a decode batch write there (`scratch`).
+    device: of all layers, or of each one by its index.
     """
 
-    def __init__(self, tokens: int, device: torch.device) -> None:
+    def __init__(self, tokens: int, device: Devices) -> None:
         self.extents = ExtentAllocator(tokens)
-        self.device = device
+        self._device = device
 
     @property
     def capacity(self) -> int:
@@ -114,6 +118,10 @@ class Arena:
     def nbytes(self) -> int:
         """Bytes of all layers."""
         return sum(tensor.nbytes for tensor in self.tensors())
+
+    def nbytes_on(self, device: torch.device) -> int:
+        """Bytes of the layers on a device."""
+        return sum(tensor.nbytes for tensor in self.tensors() if tensor.device == device)
 
     def tensors(self) -> list[Tensor]:
         """All that was allocated."""
@@ -141,21 +149,26 @@ class Arena:
         """Random keys and values in an extent, for measuring."""
         raise NotImplementedError
 
-    def _allocate(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        tensor = torch.empty(*shape, dtype=dtype, device=self.device)
+    def _allocate(self, layer: int, *shape: int, dtype: torch.dtype) -> Tensor:
+        device = self._device if isinstance(self._device, torch.device) else self._device[layer]
+        tensor = torch.empty(*shape, dtype=dtype, device=device)
         # A GPU kernel may load past a document's end before it masks, and 0 * NaN is NaN. On a CPU nothing reads
         # there, and memory that is not touched costs nothing.
-        return tensor.zero_() if self.device.type == "cuda" else tensor
+        return tensor.zero_() if device.type == "cuda" else tensor
 
 
 class KVArena(Arena):
     """Keys and values of all layers i in the model's dtype: k[i] [Hkv, T, D], v[i] [Hkv, T, Dv]."""
 
-    def __init__(self, shapes: dict[int, LayerShape], tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shapes: dict[int, LayerShape], tokens: int, dtype: torch.dtype, device: Devices) -> None:
         super().__init__(tokens, device)
         rows = self.capacity + ALIGNMENT
-        self.k = {i: self._allocate(shape.kv_heads, rows, shape.head_dim, dtype=dtype) for i, shape in shapes.items()}
-        self.v = {i: self._allocate(shape.kv_heads, rows, shape.value_dim, dtype=dtype) for i, shape in shapes.items()}
+        self.k = {
+            i: self._allocate(i, shape.kv_heads, rows, shape.head_dim, dtype=dtype) for i, shape in shapes.items()
+        }
+        self.v = {
+            i: self._allocate(i, shape.kv_heads, rows, shape.value_dim, dtype=dtype) for i, shape in shapes.items()
+        }
 
     def tensors(self) -> list[Tensor]:
         """All that was allocated."""
@@ -190,12 +203,12 @@ class Fp8KVArena(Arena):
     """
 
     def __init__(
-        self, shapes: dict[int, LayerShape], tokens: int, scales: dict[int, HeadScales], device: torch.device
+        self, shapes: dict[int, LayerShape], tokens: int, scales: dict[int, HeadScales], device: Devices
     ) -> None:
         super().__init__(tokens, device)
         rows = self.capacity + ALIGNMENT
-        self.k = {i: self._allocate(shape.kv_heads, rows, shape.head_dim, dtype=FP8) for i, shape in shapes.items()}
-        self.vt = {i: self._allocate(shape.kv_heads, shape.head_dim, rows, dtype=FP8) for i, shape in shapes.items()}
+        self.k = {i: self._allocate(i, shape.kv_heads, rows, shape.head_dim, dtype=FP8) for i, shape in shapes.items()}
+        self.vt = {i: self._allocate(i, shape.kv_heads, shape.head_dim, rows, dtype=FP8) for i, shape in shapes.items()}
         self.scales = scales
         self._whole = {i: QuantizedKV(self.k[i], self.vt[i], scales[i]) for i in shapes}
 
@@ -224,6 +237,6 @@ class Fp8KVArena(Arena):
         """See Arena; the same in all heads."""
         part = slice(extent.start, extent.start + extent.tokens)
         for tensor in (*self.k.values(), *(vt.mT for vt in self.vt.values())):
-            values = torch.randn(extent.tokens, tensor.shape[-1], device=self.device).to(FP8)
+            values = torch.randn(extent.tokens, tensor.shape[-1], device=tensor.device).to(FP8)
             for head in tensor:
                 head[part] = values

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from pipeline.engine.arena import Arena, Extent, LayerShape
+from stem_core.context import Copies
 
 
 class UnsupportedCacheError(AttributeError):
@@ -52,15 +54,17 @@ class EngineCache:
 
 
 class ProbeCache(EngineCache):
-    """Records what each layer would cache, and keeps nothing."""
+    """Records what each layer would cache and where, and keeps nothing."""
 
     def __init__(self) -> None:
         super().__init__(seen=0)
         self.shapes: dict[int, LayerShape] = {}
+        self.devices: dict[int, torch.device] = {}
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """k [1, Hkv, L, D], v [1, Hkv, L, Dv], unchanged."""
         self.shapes[layer_idx] = LayerShape(k.shape[1], k.shape[3], v.shape[3])
+        self.devices[layer_idx] = k.device
         return k, v
 
 
@@ -83,8 +87,8 @@ class DecodeCache(EngineCache):
     def __init__(self, arena: Arena, slots: Tensor) -> None:
         super().__init__(seen=0)
         self._arena = arena
-        self._slots = slots
+        self._slots = Copies(slots)
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write k, v [S, Hkv, 1, D] in place; return what the attention is given (Arena.append)."""
-        return self._arena.append(layer_idx, k, v, self._slots)
+        return self._arena.append(layer_idx, k, v, self._slots.on(k.device))

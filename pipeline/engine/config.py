@@ -163,7 +163,7 @@ class Completion:
     queue_seconds: from add() to the first prefill step. prefill_seconds, decode_seconds: wall time of the engine's
     prefill steps of this document and of the decode steps that it took part in; the time in which it waits for other
     documents' prefill is in neither. time_to_first_token: from add().
-    peak_bytes: most GPU memory allocated while the document was in the engine; 0 on a CPU.
+    peak_bytes: most memory allocated on the engine's GPUs while the document was there, theirs together; 0 on a CPU.
     """
 
     request_id: str

@@ -1,4 +1,4 @@
-"""Decode: steps of the whole batch, as CUDA graphs where there is a GPU, and tokens read back behind them."""
+"""Decode: steps of the whole batch, as CUDA graphs where there is one GPU, and tokens read back behind them."""
 
 from __future__ import annotations
 
@@ -47,13 +47,16 @@ class DecodeRunner:
         self._arena = arena
         self._batch = batch
         self._max_context = max_context
-        self._use_graphs = use_graphs
+        # A graph holds what one device does: a step over several devices is launched piece by piece.
+        spread = len(runner.devices) > 1
+        self._use_graphs = use_graphs = use_graphs and not spread
         self._warm: set[StepKey] = set()
         # None for a step that cannot be captured.
         self._graphs: dict[StepKey, torch.cuda.CUDAGraph | None] = {}
         self._pool = torch.cuda.graph_pool_handle() if use_graphs else None
         self._stream = torch.cuda.Stream() if use_graphs else None
-        self.mode = "cuda graphs" if use_graphs else "eager"
+        eager = f"eager (layers on {len(runner.devices)} GPUs)" if spread else "eager"
+        self.mode = "cuda graphs" if use_graphs else eager
 
     def run(self, key: StepKey) -> None:
         """One step of rows [0, key.rows): launched, not waited for.
@@ -74,12 +77,13 @@ class DecodeRunner:
 
     @torch.inference_mode()
     def prepare(self) -> None:
-        """Compile and capture every step that can come. All rows must be idle: only the scratch token is written."""
-        if self._use_graphs:
+        """Compile, and capture, every step that can come. All rows must be idle: only the scratch token is written."""
+        if self._use_graphs or self._runner.device.type == "cuda":
             buckets = sorted({batch_bucket(rows, self._batch.rows) for rows in range(1, self._batch.rows + 1)})
             for key in [StepKey(rows, sampled) for sampled in (False, True) for rows in reversed(buckets)]:
                 self.run(key)
-                self.run(key)
+                if self._use_graphs:
+                    self.run(key)
 
     def _step(self, key: StepKey) -> None:
         ints = self._batch.ints[:, : key.rows]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,8 +28,8 @@ def describe_engine(runner: ModelRunner, config: EngineConfig) -> dict[str, Any]
     attention = config.attention
     return {
         "model": config.model,
-        "device": str(runner.device),
-        "gpu": torch.cuda.get_device_name(runner.device) if runner.device.type == "cuda" else "",
+        "device": ", ".join(map(str, runner.devices)),
+        "gpu": _gpus(runner.devices),
         "precision": runner.precision.name,
         "dtype": str(runner.dtype).removeprefix("torch."),
         "fp8": describe_fp8(runner.model) if runner.precision.fp8 else None,
@@ -36,6 +38,12 @@ def describe_engine(runner: ModelRunner, config: EngineConfig) -> dict[str, Any]
         "fusion": describe_fusion(runner.model),
         "versions": versions(),
     }
+
+
+def _gpus(devices: Sequence[torch.device]) -> str:
+    """Name of the GPU, or "2 x " and the name of both; empty for a CPU."""
+    names = Counter(torch.cuda.get_device_name(device) for device in devices if device.type == "cuda")
+    return " + ".join(name if count == 1 else f"{count} x {name}" for name, count in names.items())
 
 
 def describe_kernels(runner: ModelRunner, attention: StemConfig | None) -> dict[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,22 +16,30 @@ from torch import nn
 
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.precision import Precision
+from pipeline.engine.stages import Placement
 from stem_core.fp8 import quantize_linears
 
 
-def dummy_model(config: EngineConfig, hf_config: Any, precision: Precision) -> nn.Module:
+def dummy_model(
+    config: EngineConfig,
+    hf_config: Any,
+    precision: Precision,
+    placement: Placement | None = None,
+) -> nn.Module:
     """The architecture with its own random initialisation, buffers (rotary frequencies) included.
 
+    placement: where linears and layers go; what else there is goes to the first of its devices.
     Raises ValueError for a model that builds parts of itself on the device "meta".
     """
-    model = _build(config, hf_config, precision, lean=True)
+    device = config.torch_device() if placement is None else placement.devices[0]
+    model = _build(config, hf_config, precision, device, placement, lean=True)
     if _without_values(model, apart_from=nn.Linear):
         # Something was made from a linear's weight, which had no values: now they are there from the beginning.
-        model = _build(config, hf_config, precision, lean=False)
+        model = _build(config, hf_config, precision, device, placement, lean=False)
 
     def fill(name: str, linear: nn.Linear) -> None:
         if linear.weight.is_meta:
-            linear.to_empty(device=config.torch_device())
+            linear.to_empty(device=device if placement is None else placement.device_of(name))
             torch.manual_seed(config.seed + zlib.crc32(name.encode()))
             model._init_weights(linear)
 
@@ -46,15 +54,47 @@ def dummy_model(config: EngineConfig, hf_config: Any, precision: Precision) -> n
     return model
 
 
-def _build(config: EngineConfig, hf_config: Any, precision: Precision, lean: bool) -> Any:
+def _build(
+    config: EngineConfig,
+    hf_config: Any,
+    precision: Precision,
+    device: torch.device,
+    placement: Placement | None,
+    lean: bool,
+) -> Any:
     """The model as its class makes it; lean: its linears without memory."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(config.seed)
-    with torch.device(config.torch_device()), linears_on_meta() if lean else nullcontext():
+    with ExitStack() as stack:
+        stack.enter_context(device)
+        if lean:
+            stack.enter_context(linears_on_meta())
+        if placement is not None:
+            stack.enter_context(layers_on_devices(placement))
         return AutoModelForCausalLM.from_config(
             hf_config, dtype=precision.dtype, trust_remote_code=config.trust_remote_code
         )
+
+
+@contextmanager
+def layers_on_devices(placement: Placement) -> Iterator[None]:
+    """Inside, the model's layers are built on their devices, one after the other, whatever the default device.
+
+    A layer may hold more than linears (stacked experts do), and the first device has no room for that of all layers.
+    """
+    layer_type = placement.layer_type
+    init, devices = layer_type.__init__, iter(placement.layer_devices)
+
+    def on_its_device(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        with next(devices, placement.devices[-1]):
+            init(self, *args, **kwargs)
+
+    layer_type.__init__ = on_its_device  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        layer_type.__init__ = init  # type: ignore[method-assign]
 
 
 def _without_values(model: nn.Module, apart_from: type | None = None) -> list[str]:

@@ -23,15 +23,15 @@ from pipeline.engine.decode import DecodeRunner, Readback, StepKey, batch_bucket
 from pipeline.engine.describe import describe_engine, describe_kernels
 from pipeline.engine.document import Document, WaitingLine, accept
 from pipeline.engine.loading import stop_token_ids
-from pipeline.engine.memory import allocate_arena, plan_memory, release_memory
-from pipeline.engine.meter import Meter, check_device, is_out_of_memory
+from pipeline.engine.memory import allocate_arena, load_and_plan, release_memory
+from pipeline.engine.meter import Meter, check_devices, is_out_of_memory
 from pipeline.engine.plan import MemoryPlan
 from pipeline.engine.prefill import AttentionPlan, Prefill, attention_plan, chunk_size
-from pipeline.engine.runner import ModelRunner, load_runner
+from pipeline.engine.runner import ModelRunner
 
 
 class Engine:
-    """One model on one device. Not thread-safe: add(), step() and abort() belong to one thread.
+    """One model on its device or devices. Not thread-safe: add(), step() and abort() belong to one thread.
 
     runner: a model that is loaded already, in `config`'s precision, which this engine switches to `config`'s attention;
     None loads it. Engines may share a runner one after the other.
@@ -41,25 +41,13 @@ class Engine:
     def __init__(self, config: EngineConfig, runner: ModelRunner | None = None) -> None:
         self.config = config
         self._chunk = chunk_size(config.chunk_tokens, config.attention)
-        device = self._device = config.torch_device()
+        if config.torch_device().type == "cuda":
+            torch.cuda.set_device(config.torch_device())
+        self._runner, plan = load_and_plan(config, runner, self._chunk)
+        self._devices = self._runner.devices
+        device = self._device = self._runner.device  # of the decode batch
         on_gpu = device.type == "cuda"
-        if on_gpu:
-            torch.cuda.set_device(device)
-        try:
-            if runner is None:
-                runner = load_runner(config)
-            else:
-                runner.attend(config.attention)
-            self._runner = runner
-            plan = plan_memory(runner, config, self._chunk)
-        except torch.OutOfMemoryError as error:
-            raise EngineError(
-                f"model {config.model!r} leaves no room on {device} for a prefill chunk of {self._chunk:,} tokens: "
-                "lower chunk_tokens or use a smaller model"
-            ) from error
-        except (ValueError, AttributeError) as error:
-            raise EngineError(f"model {config.model!r} cannot run here: {error}") from error
-        self._eos = stop_token_ids(runner.model)
+        self._eos = stop_token_ids(self._runner.model)
         self._arena, self._plan = allocate_arena(self._runner, config, plan, self._chunk)
         self._batch = DecodeBatch(config.max_live, device)
         self._lag = config.decode_lag if config.decode_lag is not None else 2 * on_gpu
@@ -79,7 +67,7 @@ class Engine:
         self._prefilling: Document | None = None
         self._live: dict[int, Document] = {}
         self._done: list[Completion] = []
-        self._meter = Meter(device)
+        self._meter = Meter(self._devices)
 
     @property
     def has_work(self) -> bool:
@@ -151,7 +139,7 @@ class Engine:
         self._live.clear()
         self._prefilling = None
         del self._decode, self._batch, self._arena, self._runner, self._readback
-        release_memory(self._device)
+        release_memory(*self._devices)
 
     def _current(self) -> list[Document]:
         """Documents that hold an extent."""
@@ -260,7 +248,7 @@ class Engine:
 
     def _fail(self, documents: list[Document], error: Exception) -> None:
         """End documents after an exception in their unit of work. Raises EngineError if the device is lost."""
-        check_device(self._device, error)
+        check_devices(self._devices, error)
         status: Status = "oom" if is_out_of_memory(error) else "error"
         # The traceback holds the tensors of the unit that failed.
         error.__traceback__ = None

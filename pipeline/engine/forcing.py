@@ -57,8 +57,8 @@ class ForcingEngine(Engine):
             raise ValueError(f"an output of {len(token_ids)} tokens is to be read, the request has room for {room}")
         # A document that ended with its first token has given its extent back, but nothing has been written there yet.
         note(self._read_along(document, extent, logits, token_ids))
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if logits.is_cuda:
+            torch.cuda.synchronize(logits.device)
         self.forcing_seconds += time.perf_counter() - begin
 
     def _read_along(self, document: Document, extent: Extent, logits: Tensor, token_ids: list[int]) -> Tensor:

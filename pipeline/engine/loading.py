@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from torch import nn
 from pipeline.engine.config import EngineConfig, EngineError
 from pipeline.engine.dummy import dummy_model
 from pipeline.engine.precision import Precision, resolve_precision
+from pipeline.engine.skeleton import chunk_bytes, rooms, skeleton
+from pipeline.engine.stages import Placement, connect, move, place
 from stem_core.fp8 import Fp8Linear, prepare_quantized_config, quantize_linears
 
 # A context that no arena reaches, for configs that state none.
@@ -41,52 +45,88 @@ def load_precision(config: EngineConfig) -> Precision:
     return resolve_precision(config.precision, config.torch_device(), load_config(config))
 
 
-def load_model(config: EngineConfig) -> nn.Module:
-    """The model in eval mode on the engine's device, its linears in fp8 if that is the precision.
+def load_model(config: EngineConfig, devices: Sequence[torch.device] | None = None) -> nn.Module:
+    """The model in eval mode on the engine's devices, its linears in fp8 if that is the precision.
 
-    Reads safetensors only. load_format "dummy" makes random weights on the device (pipeline.engine.dummy).
+    devices: of the stages that its layers are divided into (pipeline.engine.stages); None is the config's.
+    Reads safetensors only. load_format "dummy" makes random weights on the devices (pipeline.engine.dummy).
     Neither needs a second copy in host memory, nor, for fp8, device memory for more than one weight in 16 bits.
-    Raises ModelLoadError, or EngineError for a precision that cannot be.
+    Raises ModelLoadError, or EngineError for a precision that cannot be and a model that cannot be divided.
     """
-    device = config.torch_device()
+    devices = config.torch_devices() if devices is None else tuple(devices)
     hf_config = load_config(config)
-    precision = resolve_precision(config.precision, device, hf_config)
+    precision = resolve_precision(config.precision, devices[0], hf_config)
     try:
+        placement = None
+        if len(devices) > 1:
+            there = rooms(devices, chunk_bytes(config, hf_config, precision))
+            placement = place(skeleton(config, hf_config, precision), devices, there)
         stored_fp8 = prepare_quantized_config(hf_config)
         if config.load_format == "dummy":
-            model = dummy_model(config, hf_config, precision)
+            model = dummy_model(config, hf_config, precision, placement)
         else:
-            model = _from_files(config, hf_config, precision, stored_fp8)
+            model = _from_files(config, hf_config, precision, stored_fp8, devices[0], placement)
+        if placement is not None:
+            move(model, placement)
+            connect(model, placement)
     except torch.OutOfMemoryError as error:
-        total = torch.cuda.get_device_properties(device).total_memory / 2**30
-        raise ModelLoadError(f"model {config.model!r} does not fit the {total:.0f} GiB of {device}") from error
+        sizes = {str(d): torch.cuda.get_device_properties(d).total_memory / 2**30 for d in devices}
+        cards = " and ".join(f"the {size:.0f} GiB of {name}" for name, size in sizes.items())
+        raise ModelLoadError(f"model {config.model!r} does not fit {cards}") from error
+    except EngineError:
+        raise
     except Exception as error:
         raise ModelLoadError(f"cannot load model {config.model!r}: {_first_line(error)}") from error
     return model.eval().requires_grad_(False)
 
 
-def _from_files(config: EngineConfig, hf_config: Any, precision: Precision, stored_fp8: bool) -> nn.Module:
+def _from_files(
+    config: EngineConfig,
+    hf_config: Any,
+    precision: Precision,
+    stored_fp8: bool,
+    device: torch.device,
+    placement: Placement | None,
+) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    device = config.torch_device()
-    # Weights that are to be quantised come to host memory and go to the device one by one, in fp8.
+    # Weights that are to be quantised come to host memory and go to their devices one by one, in fp8.
     to_quantize = precision.fp8 and not stored_fp8
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        config.model,
-        config=hf_config,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-        dtype=precision.dtype,
-        use_safetensors=True,
-        device_map={"": device} if device.type == "cuda" and not to_quantize else None,
-    )
+    device_map = {"": device} if placement is None else placement.device_map()
+    with nullcontext() if placement is None else _unconnected():
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            config.model,
+            config=hf_config,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            dtype=precision.dtype,
+            use_safetensors=True,
+            device_map=device_map if device.type != "cpu" and not to_quantize else None,
+        )
     if to_quantize:
-        quantize_linears(model, fast_accumulation=config.fp8_fast_accumulation, device=device)
-        return model.to(device)
+        target = device if placement is None else placement.device_of
+        quantize_linears(model, fast_accumulation=config.fp8_fast_accumulation, device=target)
+        return model.to(device) if placement is None else model
     for module in model.modules():  # those of a checkpoint that is stored in fp8
         if isinstance(module, Fp8Linear):
             module.fast_accumulation = config.fp8_fast_accumulation
     return model
+
+
+@contextmanager
+def _unconnected() -> Iterator[None]:
+    """Inside, transformers loads onto several devices without accelerate's hooks, whose work `connect` does.
+
+    Raises AttributeError where this transformers has no such step any more.
+    """
+    from transformers import modeling_utils
+
+    dispatch = modeling_utils.accelerate_dispatch
+    modeling_utils.accelerate_dispatch = lambda *args, **kwargs: None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        modeling_utils.accelerate_dispatch = dispatch
 
 
 def stop_token_ids(model: nn.Module) -> tuple[int, ...]:
@@ -113,10 +153,10 @@ def context_limit(hf_config: Any) -> int:
     return limit
 
 
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of parameters and buffers; tied tensors once."""
+def weight_bytes(model: nn.Module, device: torch.device | None = None) -> int:
+    """Bytes of parameters and buffers, all or those on a device; tied tensors once."""
     tensors = {t.data_ptr() or id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.nbytes for t in tensors.values())
+    return sum(t.nbytes for t in tensors.values() if device is None or t.device == device)
 
 
 def _check_folder(model: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,17 +12,10 @@ from pipeline.engine.arena import ALIGNMENT, Arena, Extent
 from pipeline.engine.cache import PrefillCache
 from pipeline.engine.config import EngineConfig, EngineError
 from pipeline.engine.loading import context_limit, weight_bytes
-from pipeline.engine.plan import (
-    GIB,
-    HOST_SHARE,
-    RESERVE_FACTOR,
-    SLACK_BYTES,
-    MemoryPlan,
-    fit_arena,
-    host_memory,
-)
+from pipeline.engine.plan import GIB, HOST_SHARE, RESERVE_FACTOR, DevicePlan, MemoryPlan, combine, fit_arena
 from pipeline.engine.prefill import Prefill
-from pipeline.engine.runner import ModelRunner
+from pipeline.engine.runner import ModelRunner, load_runner
+from pipeline.engine.skeleton import SLACK_BYTES, host_memory
 from stem_core.context import PrefillContext
 
 # The sort of top-p sampling holds about this many float64 copies of the logits of the whole batch.
@@ -32,59 +24,116 @@ GRAPH_BYTES = 256 * 2**20
 SHRINK_STEPS = 4
 
 
-def release_memory(device: torch.device) -> None:
+def release_memory(*devices: torch.device) -> None:
     """Give back what nothing refers to any more; fused modules refer to themselves, hence the collection."""
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+
+
+def load_and_plan(
+    config: EngineConfig, runner: ModelRunner | None, chunk_tokens: int
+) -> tuple[ModelRunner, MemoryPlan]:
+    """The model of `config`, or the given one switched to its attention, and its plan. Raises EngineError."""
+    try:
+        if runner is None:
+            runner = load_runner(config)
+        else:
+            runner.attend(config.attention)
+        return runner, plan_memory(runner, config, chunk_tokens)
+    except torch.OutOfMemoryError as error:
+        where = ", ".join(map(str, config.torch_devices() if runner is None else runner.devices))
+        raise EngineError(
+            f"model {config.model!r} leaves no room on {where} for a prefill chunk of {chunk_tokens:,} tokens: "
+            "lower chunk_tokens or use a smaller model"
+        ) from error
+    except (ValueError, AttributeError) as error:
+        raise EngineError(f"model {config.model!r} cannot run here: {error}") from error
 
 
 def plan_memory(runner: ModelRunner, config: EngineConfig, chunk_tokens: int) -> MemoryPlan:
     """The plan for a loaded model. Raises EngineError if no useful arena fits."""
-    per_token = runner.bytes_per_token
     context = config.max_context or context_limit(runner.model.config)
-    if runner.device.type == "cuda":
-        peak = measure_chunk(runner, chunk_tokens)
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info(runner.device)
-        sampling = SAMPLING_COPIES * config.max_live * runner.vocabulary * 8
-        reserve = int(peak * RESERVE_FACTOR) + sampling + GRAPH_BYTES + SLACK_BYTES
-        longest = min(context, max(1, (free - reserve) // per_token))
-        # A prompt that outgrows a layer's window needs no summary there; the longest that does not, does.
-        lengths = {longest, *(window for _, window in runner.layers if window is not None and window < longest)}
-        reserve += max(summary_bytes(runner, length) for length in lengths)
-    else:
-        free, total = host_memory()
-        reserve = int(free * (1 - HOST_SHARE))
-    tokens = fit_arena(config, free - reserve, per_token, context)
+    on_gpu = runner.device.type == "cuda"
+    peaks = measure_chunk(runner, chunk_tokens) if on_gpu else {}
+    parts, rooms = [], []
+    for device in runner.devices:
+        if on_gpu:
+            torch.cuda.empty_cache()
+            free, total = torch.cuda.mem_get_info(device)
+            reserve = _reserve(runner, config, device, peaks[device], free, context)
+        else:
+            free, total = host_memory()
+            reserve = int(free * (1 - HOST_SHARE))
+        parts.append(_device_plan(runner, device, total, reserve))
+        rooms.append(free - reserve)
+    if len(parts) > 1:
+        return combine(config, runner.precision, parts, rooms, context)
+    tokens = fit_arena(config, rooms[0], parts[0].bytes_per_token, context)
     return MemoryPlan(
-        device=str(runner.device),
+        device=parts[0].device,
         precision=runner.precision.name,
-        total_bytes=total,
-        weight_bytes=weight_bytes(runner.model),
-        reserve_bytes=reserve,
-        bytes_per_token=per_token,
+        total_bytes=parts[0].total_bytes,
+        weight_bytes=parts[0].weight_bytes,
+        reserve_bytes=parts[0].reserve_bytes,
+        bytes_per_token=parts[0].bytes_per_token,
         arena_tokens=tokens,
         max_context=min(tokens, context),
         max_live=config.max_live,
     )
 
 
+def _device_plan(runner: ModelRunner, device: torch.device, total: int, reserve: int) -> DevicePlan:
+    layers = [layer for layer, there in runner.layer_devices.items() if there == device]
+    return DevicePlan(
+        device=str(device),
+        layers=f"{min(layers)}-{max(layers)}",
+        total_bytes=total,
+        weight_bytes=weight_bytes(runner.model, device),
+        reserve_bytes=reserve,
+        bytes_per_token=runner.bytes_per_token(device),
+    )
+
+
+def _reserve(
+    runner: ModelRunner, config: EngineConfig, device: torch.device, peak: int, free: int, context: int
+) -> int:
+    """Bytes to keep free on a GPU: a chunk, what it keeps of a prompt's keys, and decoding.
+
+    Logits and decode steps are the first device's; steps over several devices are not captured.
+    """
+    reserve = int(peak * RESERVE_FACTOR) + SLACK_BYTES
+    if device == runner.device:
+        reserve += SAMPLING_COPIES * config.max_live * runner.vocabulary * 8
+    if len(runner.devices) == 1:
+        reserve += GRAPH_BYTES
+    longest = min(context, max(1, (free - reserve) // runner.bytes_per_token(device)))
+    # A prompt that outgrows a layer's window needs no summary there; the longest that does not, does.
+    lengths = {longest, *(window for _, window in runner.layers if window is not None and window < longest)}
+    return reserve + max(summary_bytes(runner, length, device) for length in lengths)
+
+
 @torch.inference_mode()
-def measure_chunk(runner: ModelRunner, chunk_tokens: int) -> int:
-    """Most GPU bytes that one prefill chunk takes beside weights and KV, the allocator's own losses included.
+def measure_chunk(runner: ModelRunner, chunk_tokens: int) -> dict[torch.device, int]:
+    """Most bytes that one prefill chunk takes on each GPU beside weights and KV, the allocator's own losses included.
 
     Also the run in which kernels compile.
     """
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(runner.device)
-    base = torch.cuda.memory_reserved(runner.device)
+    base = {}
+    for device in runner.devices:
+        torch.cuda.reset_peak_memory_stats(device)
+        base[device] = torch.cuda.memory_reserved(device)
     arena = runner.new_arena(chunk_tokens)
     ids = np.zeros(chunk_tokens, dtype=np.int64)
     Prefill(runner, arena, Extent(0, chunk_tokens), ids, 0, chunk_tokens).step()
-    torch.cuda.synchronize(runner.device)
-    return max(0, torch.cuda.max_memory_reserved(runner.device) - base - arena.nbytes)
+    peaks = {}
+    for device, before in base.items():
+        torch.cuda.synchronize(device)
+        peaks[device] = max(0, torch.cuda.max_memory_reserved(device) - before - arena.nbytes_on(device))
+    return peaks
 
 
 @torch.inference_mode()
@@ -108,15 +157,22 @@ def rehearse(runner: ModelRunner, arena: Arena, plan: MemoryPlan, chunk_tokens: 
         runner.logits(ids, positions, cache, context, torch.full_like(ids[:, 0], length))
 
 
-def key_summaries(runner: ModelRunner, prompt_tokens: int, device: torch.device) -> dict[int, KeySummary]:
-    """What the attention keeps of a whole prompt's keys while it is prefilled, by layer, allocated on `device`."""
+def key_summaries(
+    runner: ModelRunner, prompt_tokens: int, device: torch.device | None = None, on: torch.device | None = None
+) -> dict[int, KeySummary]:
+    """What the attention keeps of a whole prompt's keys while it is prefilled, by layer.
+
+    device: where they are allocated; None: each on its layer's device. on: of the layers on this device alone.
+    """
     summaries = {}
     for policy, window in runner.layers:
-        config = policy.config
+        config, place = policy.config, runner.layer_devices[policy.layer]
         if config is None or config.estimator != "oam" or policy.budget(prompt_tokens, window).budgets is None:
             continue
+        if on is not None and place != on:
+            continue
         shape = runner.shapes[policy.layer]
-        keys = torch.empty(1, shape.kv_heads, 1, shape.head_dim, dtype=runner.dtype, device=runner.device)
+        keys = torch.empty(1, shape.kv_heads, 1, shape.head_dim, dtype=runner.dtype, device=place)
         summaries[policy.layer] = KeySummary.allocate(
             1,
             shape.kv_heads,
@@ -124,21 +180,21 @@ def key_summaries(runner: ModelRunner, prompt_tokens: int, device: torch.device)
             shape.head_dim,
             block_size=config.block_size,
             stride=config.stride,
-            device=device,
+            device=place if device is None else device,
             dtype=key_sums_dtype(keys),
         )
     return summaries
 
 
-def summary_bytes(runner: ModelRunner, prompt_tokens: int) -> int:
+def summary_bytes(runner: ModelRunner, prompt_tokens: int, on: torch.device | None = None) -> int:
     """Bytes of key_summaries(), of which nothing is allocated."""
-    summaries = key_summaries(runner, prompt_tokens, torch.device("meta")).values()
+    summaries = key_summaries(runner, prompt_tokens, torch.device("meta"), on).values()
     return sum(summary.key_sums.nbytes + summary.log_norms.nbytes for summary in summaries)
 
 
 def _past_summaries(runner: ModelRunner, context: PrefillContext) -> None:
     """Summaries as earlier chunks of zeros would have left them."""
-    context.summaries.update(key_summaries(runner, context.prompt_length, runner.device))
+    context.summaries.update(key_summaries(runner, context.prompt_length))
     for layer, summary in context.summaries.items():
         summary.key_sums.zero_()
         summary.log_norms.zero_()
@@ -158,16 +214,10 @@ def allocate_arena(
         arena = _rehearsed_arena(runner, plan, chunk_tokens)
         if arena is not None:
             return arena, plan
-        release_memory(runner.device)
+        release_memory(*runner.devices)
         if config.arena_tokens is not None:
             break
-        tokens = int(plan.arena_tokens * 0.95) // ALIGNMENT * ALIGNMENT
-        plan = replace(
-            plan,
-            arena_tokens=tokens,
-            max_context=min(plan.max_context, tokens),
-            reserve_bytes=plan.reserve_bytes + plan.arena_bytes - tokens * plan.bytes_per_token,
-        )
+        plan = plan.shrunk(int(plan.arena_tokens * 0.95) // ALIGNMENT * ALIGNMENT)
     raise EngineError(
         f"an arena of {plan.arena_tokens:,} tokens ({plan.arena_bytes / GIB:.1f} GiB) and a chunk of {chunk_tokens:,} "
         f"tokens do not fit {plan.device} together; lower arena_tokens, max_context or chunk_tokens"
@@ -180,7 +230,8 @@ def _rehearsed_arena(runner: ModelRunner, plan: MemoryPlan, chunk_tokens: int) -
         arena = runner.new_arena(plan.arena_tokens)
         if runner.device.type == "cuda":
             rehearse(runner, arena, plan, chunk_tokens)
-            torch.cuda.synchronize(runner.device)
+            for device in runner.devices:
+                torch.cuda.synchronize(device)
         return arena
     except torch.OutOfMemoryError:
         return None

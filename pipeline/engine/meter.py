@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -14,8 +14,8 @@ from pipeline.engine.document import Document
 class Meter:
     """Charges decode time and peak memory to the documents that are in the engine."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self._gpus = [device for device in devices if device.type == "cuda"]
         # Since when decode steps have been running that are charged to nobody yet; None outside of decoding.
         self._since: float | None = None
 
@@ -37,14 +37,15 @@ class Meter:
         self._since = None
 
     def note_peak(self, documents: Iterable[Document], reset: bool = False) -> None:
-        """Raise the documents' peak to the GPU's; `reset` starts a new peak for those that come."""
-        if self._device.type != "cuda":
+        """Raise the documents' peak to that of the GPUs together; `reset` starts a new peak for those that come."""
+        if not self._gpus:
             return
-        peak = torch.cuda.max_memory_allocated(self._device)
+        peak = sum(torch.cuda.max_memory_allocated(gpu) for gpu in self._gpus)
         for document in documents:
             document.peak_bytes = max(document.peak_bytes, peak)
         if reset:
-            torch.cuda.reset_peak_memory_stats(self._device)
+            for gpu in self._gpus:
+                torch.cuda.reset_peak_memory_stats(gpu)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -52,10 +53,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def check_device(device: torch.device, error: BaseException) -> None:
-    """Wait for the device after `error`. Raises EngineError if the device is lost to this process."""
-    if device.type == "cuda":
-        try:
-            torch.cuda.synchronize(device)
-        except RuntimeError as lost:
-            raise EngineError(f"the GPU is lost to this process: {lost}") from error
+def check_devices(devices: Sequence[torch.device], error: BaseException) -> None:
+    """Wait for the devices after `error`. Raises EngineError if one is lost to this process."""
+    for device in devices:
+        if device.type == "cuda":
+            try:
+                torch.cuda.synchronize(device)
+            except RuntimeError as lost:
+                raise EngineError(f"the GPU is lost to this process: {lost}") from error

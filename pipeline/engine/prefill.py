@@ -71,7 +71,7 @@ class Prefill:
         chunk_tokens: int,
         every_row: bool = False,
     ) -> None:
-        device = arena.device
+        device = runner.device
         ids = torch.from_numpy(prompt_ids)
         if device.type == "cuda":
             ids = ids.pin_memory()
@@ -86,11 +86,11 @@ class Prefill:
             quantized=arena.quantized(extent),
             last_layer=None if every_row else runner.layers[-1][0].layer,
         )
-        # Budgets are copied to the device now: a copy between launches would wait for all that is queued.
+        # Budgets are copied to the layers' devices now: a copy between launches would wait for all that is queued.
         for policy, window in runner.layers:
             budget = policy.budget(len(prompt_ids), window)
             if budget.budgets is not None:
-                budget.rows(0, 1, device)
+                budget.rows(0, 1, runner.layer_devices[policy.layer])
 
     @property
     def done(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -22,11 +24,12 @@ from stem_core.policy import LayerPolicy
 
 
 class ModelRunner:
-    """A patched model on its device, its elementwise operations fused (`fuse` as in EngineConfig).
+    """A patched model on its device or devices, its elementwise operations fused (`fuse` as in EngineConfig).
 
     Raises stem_core's UnsupportedModelError or EngineError for a model whose attention or rotary embedding cannot run
     here, UnsupportedCacheError for one that caches more than keys and values.
 
+    device: of token ids and logits. devices: all of the model, in the order of its layers. layer_devices: by layer.
     precision: as the model was loaded. In fp8 attention and KV are in fp8 too.
     shapes: what each layer caches. layers: policy and sliding window of each attention layer, in the model's order.
     scales: of keys, values and queries in fp8, by layer; empty in other precisions.
@@ -41,7 +44,8 @@ class ModelRunner:
             fuse_model(model)
         self.model = patch_model(model, attention)
         self._rope = prepare_rope(model)
-        self.shapes, self.layers = self._probe()
+        self._probe()
+        self.devices = tuple(dict.fromkeys([self.device, *self.layer_devices.values()]))
         self.scales: dict[int, HeadScales] = {}
         if self.precision.fp8:
             check_fp8_attention(self.shapes, attention)
@@ -52,18 +56,21 @@ class ModelRunner:
         if self.precision.fp8:
             check_fp8_attention(self.shapes, attention)
         patch_model(self.model, attention)
-        self.shapes, self.layers = self._probe()
+        self._probe()
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Keys and values of all layers."""
-        return sum(shape.bytes_per_token(self.precision.kv_dtype) for shape in self.shapes.values())
+    def bytes_per_token(self, device: torch.device | None = None) -> int:
+        """Keys and values of all layers, or of those on a device."""
+        return sum(
+            shape.bytes_per_token(self.precision.kv_dtype)
+            for layer, shape in self.shapes.items()
+            if device is None or self.layer_devices[layer] == device
+        )
 
     def new_arena(self, tokens: int) -> Arena:
-        """An arena of `tokens` tokens in the runner's precision, on its device."""
+        """An arena of `tokens` tokens in the runner's precision, each layer's part on the layer's device."""
         if self.precision.fp8:
-            return Fp8KVArena(self.shapes, tokens, self.scales, self.device)
-        return KVArena(self.shapes, tokens, self.dtype, self.device)
+            return Fp8KVArena(self.shapes, tokens, self.scales, self.layer_devices)
+        return KVArena(self.shapes, tokens, self.dtype, self.layer_devices)
 
     @torch.inference_mode()
     def logits(
@@ -92,8 +99,8 @@ class ModelRunner:
         self._rope.rows = torch.full((1,), max(map(len, prompts)), device=self.device)
         return calibrate(self.model, prompts)
 
-    def _probe(self) -> tuple[dict[int, LayerShape], list[tuple[LayerPolicy, int | None]]]:
-        """`shapes` and `layers`, seen by running a prompt of two tokens.
+    def _probe(self) -> None:
+        """Set `shapes`, `layers` and `layer_devices`, as seen by running a prompt of two tokens.
 
         A window is what the model passes to the attention; some families keep no attribute that tells.
         """
@@ -103,12 +110,16 @@ class ModelRunner:
         context = PrefillContext(prompt_length=2)
         self.logits(ids, positions, cache, context, torch.full_like(ids[:, 0], 2))
         policies = {policy.layer: policy for policy in layer_policies(self.model)}
-        return cache.shapes, [(policies[layer], window) for layer, window in context.windows.items()]
+        self.shapes: dict[int, LayerShape] = cache.shapes
+        self.layer_devices: dict[int, torch.device] = cache.devices
+        self.layers: list[tuple[LayerPolicy, int | None]] = [
+            (policies[layer], window) for layer, window in context.windows.items()
+        ]
 
 
-def load_runner(config: EngineConfig) -> ModelRunner:
-    """The model of `config` on its device. Raises EngineError (ModelLoadError for the model's files)."""
-    model = load_model(config)
+def load_runner(config: EngineConfig, devices: Sequence[torch.device] | None = None) -> ModelRunner:
+    """The model of `config` on its devices, or on the given ones. Raises EngineError (ModelLoadError for its files)."""
+    model = load_model(config, devices)
     try:
         return ModelRunner(model, config.attention, config.fuse)
     except (ValueError, AttributeError) as error:

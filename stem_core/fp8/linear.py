@@ -102,26 +102,26 @@ def quantize_linears(
     skip: Sequence[str] = ("lm_head",),
     *,
     fast_accumulation: bool = False,
-    device: torch.device | str | None = None,
+    device: torch.device | str | Callable[[str], torch.device] | None = None,
     fill: Callable[[str, nn.Linear], None] | None = None,
 ) -> Model:
     """Replace the model's linears by fp8 ones, one at a time, freeing each weight. Changes the model in place.
 
     skip: names that stay, full ("model.layers.0.mlp.down_proj") or last part ("lm_head").
-    device: where the fp8 weights go; None leaves them where the weights are. With a model in host memory and a GPU as
-        device, only one weight at a time is there in its old dtype; the rest of the model follows with .to(device).
+    device: where the fp8 weights go, or a function that says it of a linear's name; None leaves them where the weights
+        are. With a model in host memory and a GPU as device, only one weight at a time is there in its old dtype; the
+        rest of the model follows with .to(device).
     fill: called with the name of each linear, and the linear, before its weight is read: it can give memory and values
         to one that was built on the device "meta". Linears that stay are not filled.
     Linears that share their weight, or whose sizes are no multiples of 16, stay; see `describe_fp8`. Call it before
     `fuse_model`. Raises ValueError on GPUs without fp8, and for a model that has nothing to quantise.
     """
-    target = None if device is None else torch.device(device)
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     if any("forward" in vars(module) for module in linears.values()):
         raise ValueError("a linear's forward is replaced already: call quantize_linears before fuse_model")
-    first = next(iter(linears.values()), None)
-    if first is not None:
-        choose_row_kernel("quantize_linears", target or first.weight.device, fp8=True)
+    targets = {name: _target(name, device) for name in linears}
+    for target in {targets[name] or linear.weight.device for name, linear in linears.items()}:
+        choose_row_kernel("quantize_linears", target, fp8=True)
     owners = Counter(map(_memory, _parameters_with_repeats(model)))
     kept: dict[str, str] = {}
     for name, linear in linears.items():
@@ -132,7 +132,7 @@ def quantize_linears(
         if fill is not None:
             fill(name, linear)
         parent, _, child = name.rpartition(".")
-        replacement = Fp8Linear.from_linear(linear, fast_accumulation=fast_accumulation, device=target)
+        replacement = Fp8Linear.from_linear(linear, fast_accumulation=fast_accumulation, device=targets[name])
         setattr(model.get_submodule(parent), child, replacement)
         del linear.weight
     if len(kept) == len(linears):
@@ -141,6 +141,12 @@ def quantize_linears(
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # what the old weights took
     return model
+
+
+def _target(name: str, device: torch.device | str | Callable[[str], torch.device] | None) -> torch.device | None:
+    if device is None or isinstance(device, torch.device):
+        return device
+    return torch.device(device) if isinstance(device, str) else device(name)
 
 
 def _parameters_with_repeats(model: nn.Module) -> list[Tensor]:

@@ -29,8 +29,9 @@ from pipeline.engine import (
 from pipeline.engine.arena import Arena, KVArena, LayerShape
 from pipeline.engine.loading import context_limit, load_config, load_model, stop_token_ids
 from pipeline.engine.memory import allocate_arena, plan_memory, rehearse, summary_bytes
-from pipeline.engine.plan import fit_arena, host_memory
+from pipeline.engine.plan import fit_arena
 from pipeline.engine.runner import ModelRunner
+from pipeline.engine.skeleton import host_memory
 from stem_core import StemConfig
 
 
