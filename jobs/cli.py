@@ -18,7 +18,16 @@ from pipeline.imports import WrongPackageError, check_kernels
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are JobError: exit code 2 means something else here."""
+    """An argument parser whose errors are JobError: exit code 2 means something else here.
+
+    A description "What it does: python -m jobs.name ARGUMENTS" gives the usage, too: a list of all flags would hide it.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        what, colon, usage = (settings.get("description") or "").partition(": python -m ")
+        if colon:
+            settings |= {"description": what, "usage": f"python -m {usage} [flags]"}
+        super().__init__(**settings)
 
     def error(self, message: str) -> NoReturn:
         """Raise JobError, with the nearest flag where one is not known."""

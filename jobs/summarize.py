@@ -22,8 +22,9 @@ from pipeline.summary import JobReport, rows_for_table
 def main(arguments: Sequence[str]) -> int:
     """Run the job that the command line asks for; the exit code."""
     parser = Parser(
-        prog="python -m jobs.summarize", description=__doc__.splitlines()[0] if __doc__ else "", allow_abbrev=False
-    )
+        prog="python -m jobs.summarize", description=(__doc__ or "").splitlines()[0],
+        epilog=(__doc__ or "").splitlines()[-1], allow_abbrev=False,
+    )  # fmt: skip
     add_job_flags(parser)
     config = job_config(parser.parse_args(arguments))
     refuse_unpacked_paths(config)

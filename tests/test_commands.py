@@ -25,6 +25,7 @@ import pytest
 import torch
 from documented import ROOT, Command
 
+from jobs.__main__ import commands
 from jobs.cli import run_main
 from pipeline.engine.config import EngineConfig
 from pipeline.errors import JobError
@@ -325,3 +326,11 @@ def test_python_runs(block: documented.Block, results: Path) -> None:
     made = [*dataset.tables, *(value for name, value in names.items() if name in ("rows", "frame", "table"))]
     assert made, "the block makes none of these: what is it to show?"
     assert all(len(one) for one in made)
+
+
+def test_the_list_of_commands_names_each() -> None:
+
+    listed = commands()
+    assert {command.words[0].split(".")[1] for command in OURS} <= set(listed)
+    assert list(listed)[:2] == ["summarize", "submit"]
+    assert all(about and "python -m" not in about and "command line of" not in about for about in listed.values())

@@ -1,4 +1,4 @@
-"""`python -m jobs.benchmark WHAT ...`: one subcommand for each benchmark; WHAT --help lists its flags."""
+"""Measure kernels, engine and pipeline: python -m jobs.benchmark WHAT"""
 
 from __future__ import annotations
 
@@ -18,12 +18,20 @@ BENCHMARKS = {
     "elementwise": ("jobs.benchmark.elementwise", "main"),
     "overhead": ("jobs.benchmark.overhead", "main"),
 }
+ABOUT = {
+    "attention": "one attention layer: dense baselines, FlexAttention, our kernels; from which length Stem is faster",
+    "engine": "first token, decode, memory and a job of documents, beside Hugging Face generate",
+    "selection": "choosing the blocks, and decode attention",
+    "elementwise": "norms, activations, rotary embeddings, quantisation",
+    "overhead": "what the pipeline adds to the engine, for each document",
+}
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the benchmark that the first argument names; its exit code. Raises JobError for a name that is not there."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"usage: python -m jobs.benchmark {{{','.join(BENCHMARKS)}}} ...\n\n{__doc__}")
+        print("usage: python -m jobs.benchmark WHAT [flags]; WHAT --help lists its flags\n")
+        print("\n".join(f"  {name:12} {about}" for name, about in ABOUT.items()))
         return 0
     name, *rest = arguments
     if name not in BENCHMARKS:

@@ -1,4 +1,4 @@
-"""The demo: summarises examples/documents with sparse prefill and counts the findings that the summaries hold.
+"""Summarise examples/documents with the bundled model and count the findings that were known: python -m jobs.demo
 
 `python -m jobs.demo` runs jobs.summarize, reads the Parquet back and prints what was found. With more arms it runs the
 job once for each; `--save` keeps their totals, and a run of fewer arms prints those beside its own. Exit code 0 if the

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog="python -m jobs.faults", description=(jobs.faults.__doc__ or "").splitlines()[0])
-    commands = parser.add_subparsers(dest="what", required=True)
+    commands = parser.add_subparsers(dest="what", required=True, prog="python -m jobs.faults")
     for name, about in ABOUT.items():
         command = commands.add_parser(name, help=about)
         if name == "determinism":
