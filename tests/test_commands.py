@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import runpy
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -52,6 +53,7 @@ WORK = {
 # The test, or the script of continuous integration, that runs it to its end; `here` is test_they_run below.
 RUN_BY = {
     ".ci/run": ".ci/run: make --no-print-directory lint",
+    "jobs": "tests/test_commands.py: test_the_list_of_commands_names_each",
     "jobs.audit": "tests/jobs/test_audit.py: test_rows_figures_and_page_of_an_audit",
     "jobs.benchmark attention": "tests/jobs/test_benchmark_attention.py: test_every_case_of_ours",
     "jobs.benchmark engine": "tests/jobs/test_benchmark_engine.py: test_every_precision_has_its_arms_and_its_errors",
@@ -82,6 +84,8 @@ RUN_BY = {
 }
 # What cannot run here: other machines, or this environment's own making.
 ELSEWHERE = {"kubectl": "a Kubernetes cluster", "ssh": "another machine", "pip": "the Makefile makes the environment"}
+# Words of the text that are no commands.
+NAMES = {("make",), ("python",), ("ray",), ("jobs.benchmark", "...")}
 EARLIER_FLAGS = {("--dtype",)}  # told under "Upgrading"
 RAY_FLAGS = {("--working-dir", ".")}
 
@@ -172,7 +176,7 @@ def test_something_runs_each() -> None:
         if command.words[0] in ELSEWHERE:
             files = [word for word in command.words if word.endswith((".yaml", ".txt"))]
             assert all((ROOT / file).is_file() for file in files), command
-        elif command.words not in {("ray",), ("jobs.benchmark", "...")}:  # those are names
+        elif command.words not in NAMES:
             key_of(command.words, RUN_BY)
     for told in RUN_BY.values():
         file, words = told.split(": ") if told != "here" else (Path(__file__), "def test_they_run(")
@@ -328,9 +332,11 @@ def test_python_runs(block: documented.Block, results: Path) -> None:
     assert all(len(one) for one in made)
 
 
-def test_the_list_of_commands_names_each() -> None:
-
+def test_the_list_of_commands_names_each(capsys: pytest.CaptureFixture[str]) -> None:
     listed = commands()
     assert {command.words[0].split(".")[1] for command in OURS} <= set(listed)
     assert list(listed)[:2] == ["summarize", "submit"]
     assert all(about and "python -m" not in about and "command line of" not in about for about in listed.values())
+    runpy.run_module("jobs", run_name="__main__")
+    shown = capsys.readouterr().out
+    assert all(f"{name} " in shown and about in shown for name, about in listed.items())
