@@ -27,7 +27,6 @@ import torch
 from documented import ROOT, Command
 
 from jobs.__main__ import commands
-from jobs.cli import run_main
 from pipeline.engine.config import EngineConfig
 from pipeline.errors import JobError
 
@@ -274,32 +273,6 @@ def test_commands_that_the_text_names_exist() -> None:
         assert not flags or " ".join(command.words) in WORK or any(taken(parser, flags) for parser in own), command
 
 
-@pytest.fixture(scope="module")
-def results(place: Path, ray_cluster: None) -> Path:
-    """The first command of the README, run to its end."""
-    with pytest.raises(SystemExit) as ended:
-        run_main(main_of(SUMMARIZE[0]), [*stood_in(SUMMARIZE[1:]), "--workers", "1", "--max-new-tokens", "8"])
-    assert ended.value.code == 0
-    for copy in ("dense", "shard-0", "shard-1"):
-        shutil.copytree(place / "results", place / copy)
-    return place / "results"
-
-
-@pytest.mark.ray
-def test_they_run(results: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    reports = [command for command in OURS if command.words[0] == "jobs.report"]
-    assert len(reports) > 2
-    for command in reports:
-        words = [word.replace("/data/results", "results/") for word in command.words[1:]]
-        assert main_of("jobs.report")(words) == 0
-        shown = capsys.readouterr().out
-        assert "written" in shown or "Stemline" in shown, command
-    assert (results / "report.html").stat().st_size > 1 << 20
-    # A second time, as the README says of the same command: nothing is left to do.
-    assert main_of(SUMMARIZE[0])([*stood_in(SUMMARIZE[1:]), "--workers", "1", "--max-new-tokens", "8"]) == 0
-    assert "nothing to do" in capsys.readouterr().out
-
-
 class Rows:
     """A dataset for the example of map_batches: its arguments go through Ray's own signature, its rows to the stage."""
 
@@ -316,9 +289,8 @@ class Rows:
         assert self.tables[-1]["year"].to_pylist() == [1730]
 
 
-@pytest.mark.ray
-@pytest.mark.parametrize("block", documented.blocks(), ids=lambda block: f"{block.page}-{block.number}")
-def test_python_runs(block: documented.Block, results: Path) -> None:
+def run_block(block: documented.Block) -> None:
+    """Run a Python block; what it reads or makes must hold rows."""
     import ray
 
     import pipeline
@@ -326,10 +298,33 @@ def test_python_runs(block: documented.Block, results: Path) -> None:
     dataset = Rows()
     names: dict[str, Any] = {"dataset": dataset, "ray": ray, "StemlineStage": pipeline.StemlineStage}
     code = block.code.replace('"Qwen/Qwen3-8B"', repr(str(ROOT / "models/tiny-reader")))
-    exec(compile(code, block.page, "exec"), names)
+    exec(compile(code, f"{block.page}, Python block {block.number}", "exec"), names)
     made = [*dataset.tables, *(value for name, value in names.items() if name in ("rows", "frame", "table"))]
-    assert made, "the block makes none of these: what is it to show?"
+    assert made, f"{block}: what is it to show?"
     assert all(len(one) for one in made)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_they_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first command of the README, what looks at its results, and all Python blocks."""
+    line = [*stood_in(SUMMARIZE[1:]), "--workers", "1", "--max-new-tokens", "8"]
+    assert main_of(SUMMARIZE[0])(line) == 0
+    assert "2 of 2" in capsys.readouterr().out
+    for copy in ("dense", "shard-0", "shard-1"):
+        shutil.copytree(place / "results", place / copy)
+    reports = [command for command in OURS if command.words[0] == "jobs.report"]
+    assert len(reports) > 2
+    for command in reports:
+        words = [word.replace("/data/results", "results/") for word in command.words[1:]]
+        assert main_of("jobs.report")(words) == 0
+        shown = capsys.readouterr().out
+        assert "written" in shown or "Stemline" in shown, command
+    assert (place / "results/report.html").stat().st_size > 1 << 20
+    for block in documented.blocks():
+        run_block(block)
+    assert main_of(SUMMARIZE[0])(line) == 0
+    assert "nothing to do" in capsys.readouterr().out, "the same command again continues, says the README"
 
 
 def test_the_list_of_commands_names_each(capsys: pytest.CaptureFixture[str]) -> None:
