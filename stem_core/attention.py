@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.block_scores import KeySummary, key_sums_dtype, mass_scores, oam_scores
-from kernels.block_selection import BlockSelection, select_blocks
 from kernels.block_sparse_attention import block_sparse_attention
 from kernels.block_sparse_attention_fp8 import block_sparse_attention_fp8
 from kernels.decode_attention import decode_attention
@@ -16,61 +14,9 @@ from kernels.decode_attention_fp8 import decode_attention_fp8
 from kernels.fp8_heads import quantize_heads
 from stem_core.budget import PromptBudget
 from stem_core.config import StemConfig
-from stem_core.context import DecodeContext, PrefillContext, PromptGoesOn, QuantizedKV, StemContext
+from stem_core.context import DecodeContext, KeyState, PrefillContext, PromptGoesOn, QuantizedKV, StemContext
 from stem_core.policy import DENSE_BLOCK_SIZE, LayerPolicy, cutting_window
-
-
-def stem_selection(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    config: StemConfig,
-    budget: PromptBudget,
-    *,
-    start: int = 0,
-    scale: float | None = None,
-    summary: KeySummary | None = None,
-    quantized: QuantizedKV | None = None,
-    impl: str = "auto",
-) -> BlockSelection:
-    """The key blocks that each query block of the chunk [start, start + Lq) keeps; shapes as for `stem_prefill`."""
-    if config.estimator == "mass":
-        scores = mass_scores(
-            q,
-            k if quantized is None else quantized.k[None],
-            query_start=start,
-            block_size=config.block_size,
-            group=config.mass_group,
-            rows=config.mass_rows,
-            scale=scale,
-            scales=None if quantized is None else quantized.scales,
-            impl=impl,
-        )
-    else:
-        scores = oam_scores(
-            q,
-            k,
-            v,
-            query_start=start,
-            block_size=config.block_size,
-            stride=config.stride,
-            value_weight=config.value_weight,
-            scale=scale,
-            summary=summary,
-            key_start=0 if quantized is None else start,
-            fill_above=False,
-            impl=impl,
-        )
-    first, rows = start // config.block_size, scores.shape[2]
-    return select_blocks(
-        scores,
-        budget.rows(first, first + rows, q.device),
-        first_row=first,
-        sink_blocks=config.sink_blocks,
-        local_blocks=config.local_blocks,
-        max_blocks=budget.max_blocks(first, first + rows),
-        impl=impl,
-    )
+from stem_core.selection import new_key_state, stem_selection
 
 
 def stem_prefill(
@@ -83,7 +29,7 @@ def stem_prefill(
     start: int = 0,
     scale: float | None = None,
     window: int | None = None,
-    summary: KeySummary | None = None,
+    keys: KeyState | None = None,
     quantized: QuantizedKV | None = None,
 ) -> Tensor:
     """Causal attention of one chunk of a prompt, sparse or dense as `budget` says.
@@ -95,9 +41,7 @@ def stem_prefill(
     if config is None or budget.budgets is None:
         selection, block_size = None, DENSE_BLOCK_SIZE if config is None else config.block_size
     else:
-        selection = stem_selection(
-            q, k, v, config, budget, start=start, scale=scale, summary=summary, quantized=quantized
-        )
+        selection = stem_selection(q, k, v, config, budget, start=start, scale=scale, keys=keys, quantized=quantized)
         block_size = config.block_size
     if quantized is None:
         out = block_sparse_attention(
@@ -196,28 +140,18 @@ def _prefill_chunk(
     window = cutting_window(context.prompt_length, window)
     budget = policy.budget(context.prompt_length, window)
     config = policy.config
-    summary = None
-    if config is not None and budget.budgets is not None and config.estimator == "oam":
-        summary = context.summaries.get(policy.layer)
-        if summary is None or context.start == 0:
-            summary = KeySummary.allocate(
-                k.shape[0],
-                k.shape[1],
-                context.prompt_length,
-                k.shape[3],
-                block_size=config.block_size,
-                stride=config.stride,
-                device=k.device,
-                dtype=key_sums_dtype(k),
-            )
-            context.summaries[policy.layer] = summary
+    keys = None
+    if config is not None and budget.budgets is not None:
+        keys = context.keys.get(policy.layer)
+        if context.start == 0:
+            keys = new_key_state(config, k, context.prompt_length)
+            if keys is not None:
+                context.keys[policy.layer] = keys
     quantized = context.quantized.get(policy.layer)
     if policy.layer == context.last_layer and context.start + q.shape[2] < context.prompt_length:
-        if config is not None and summary is not None:
+        if config is not None and keys is not None:
             # The last chunk's scores need the key side of this one's.
-            stem_selection(
-                q, k, v, config, budget, start=context.start, scale=scale, summary=summary, quantized=quantized
-            )
+            stem_selection(q, k, v, config, budget, start=context.start, scale=scale, keys=keys, quantized=quantized)
         raise PromptGoesOn
     return stem_prefill(
         q,
@@ -228,7 +162,7 @@ def _prefill_chunk(
         start=context.start,
         scale=scale,
         window=window,
-        summary=summary,
+        keys=keys,
         quantized=quantized,
     )
 

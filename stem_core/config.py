@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 SCHEDULES = ("paper", "release", "density")
-ESTIMATORS = ("oam", "mass")
+ESTIMATORS = ("oam", "mass", "bound")
 MASS_ROWS = ("mean", "sample")
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 
@@ -39,11 +39,16 @@ class StemConfig:
     value_weight: float = 0.2
     """Weight of the value term in the output-aware metric (lambda in the paper)."""
     estimator: str = "oam"
-    """Block scores: "oam" is Stem's output-aware metric, "mass" the attention mass of a few rows (ours)."""
+    """Block scores: "oam" is Stem's output-aware metric; ours are "mass", the attention mass of a few rows, and
+    "bound", what that could be at most by bounds of groups of keys."""
     mass_group: int = 4
     """Queries for each row of the mass estimator; its cost is 1 / (2 * mass_group) of dense attention's flops."""
     mass_rows: str = "mean"
     """A mass row is the "mean" of its queries, or a "sample": the last of them."""
+    bound_group: int = 4
+    """Queries for each row of the bound estimator."""
+    bound_span: int = 16
+    """Keys that share a bound; the estimator costs 2 / (bound_group * bound_span) of dense attention's flops."""
     dense_layers: int = 2
     """Leading layers that attend to everything."""
     dense_below: int = 0
@@ -65,12 +70,14 @@ class StemConfig:
         _within("density", self.density, 0.0, 1.0, open_low=True)
         _within("decay", self.decay, 0.0, 1.0, open_low=True)
         _within("value_weight", self.value_weight, 0.0, 100.0)
-        for name in ("stride", "mass_group"):
+        for name in ("stride", "mass_group", "bound_group", "bound_span"):
             value = getattr(self, name)
             if value < 1 or self.block_size % value:
                 raise ValueError(f"{name} must divide block_size={self.block_size}, got {value}")
-        if self.estimator == "mass" and self.block_size > 128:
-            raise ValueError(f"estimator 'mass' takes blocks of up to 128 tokens, got block_size={self.block_size}")
+        if self.estimator != "oam" and self.block_size > 128:
+            raise ValueError(
+                f"estimator {self.estimator!r} takes blocks of up to 128 tokens, got block_size={self.block_size}"
+            )
         _within("local_blocks", self.local_blocks, 1, 1 << 20)
         for name in ("sink_blocks", "dense_layers", "dense_below", "dense_tail"):
             _within(name, getattr(self, name), 0, 1 << 30)

@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from kernels.block_scores import KeySummary
+from kernels.bound_scores import KeyBounds
 from kernels.fp8_heads import HeadScales
+
+KeyState = KeySummary | KeyBounds
+"""What an estimator keeps of a prompt's keys between chunks."""
 
 
 class Copies:
@@ -50,7 +54,7 @@ class PrefillContext:
 
     start: absolute position of the chunk's first token, a multiple of the block size.
     prompt_length: tokens in the whole prompt; budgets are keyed on it, so that chunking changes nothing.
-    summaries: key side of the block scores by layer, filled by the attention.
+    keys: what the estimator keeps of earlier chunks' keys, by layer, filled by the attention.
     windows: sliding window by layer, None for none, as the model hands it to the attention, which notes it here.
     quantized: by layer, the document's keys and values in fp8, this chunk's included: the attention runs in fp8 then,
         and the keys and values that the model hands over are those of the chunk alone.
@@ -60,7 +64,7 @@ class PrefillContext:
 
     prompt_length: int
     start: int = 0
-    summaries: dict[int, KeySummary] = field(default_factory=dict)
+    keys: dict[int, KeyState] = field(default_factory=dict)
     windows: dict[int, int | None] = field(default_factory=dict)
     quantized: Mapping[int, QuantizedKV] = field(default_factory=dict)
     last_layer: int | None = None

@@ -16,9 +16,9 @@ from jobs.benchmark._attention_fp8 import Fp8Layer
 from kernels.block_selection import BlockSelection, select_blocks
 from kernels.block_sparse_attention import block_sparse_attention, choose_block_sparse_attention
 from kernels.fp8_heads import fp8_obstacle
-from stem_core.attention import stem_selection
 from stem_core.budget import prompt_budget
 from stem_core.config import StemConfig
+from stem_core.selection import stem_selection
 
 Prepared = tuple[Callable[[], object], BlockSelection | None]
 

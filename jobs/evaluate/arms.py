@@ -17,9 +17,10 @@ from torch import Tensor
 from kernels.block_scores import mass_scores, oam_scores
 from kernels.block_selection import BlockSelection, select_blocks
 from pipeline.errors import JobError, nearest
-from stem_core.attention import LayerPolicy, stem_selection
+from stem_core.attention import LayerPolicy
 from stem_core.budget import PromptBudget
 from stem_core.config import BLOCK_SIZES, StemConfig
+from stem_core.selection import stem_selection
 
 # One piece of attention weights in float32 may have this many entries.
 MASS_ENTRIES = 1 << 27
@@ -192,6 +193,7 @@ EQUAL_DENSITY: dict[str, tuple[dict[str, Any], Score | None]] = {
     "oam": ({"decay": 1.0}, None),
     "stem": ({}, None),
     "mass": ({"decay": 1.0, "estimator": "mass"}, None),
+    "bound": ({"decay": 1.0, "estimator": "bound"}, None),
     "window": ({"decay": 1.0}, window_scores),
     "random": ({"decay": 1.0}, random_scores),
     "oracle": ({"decay": 1.0}, attention_mass),

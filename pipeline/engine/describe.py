@@ -12,6 +12,7 @@ from kernels.block_scores import choose_block_scores
 from kernels.block_selection import choose_block_selection
 from kernels.block_sparse_attention import choose_block_sparse_attention
 from kernels.block_sparse_attention_fp8 import choose_block_sparse_attention_fp8
+from kernels.bound_scores import choose_bound_scores
 from kernels.decode_attention import choose_decode_attention
 from kernels.decode_attention_fp8 import choose_decode_attention_fp8
 from pipeline.engine.config import EngineConfig
@@ -67,7 +68,8 @@ def describe_kernels(runner: ModelRunner, attention: StemConfig | None) -> dict[
     decode = choose_decode_attention_fp8(q[0]) if runner.precision.fp8 else choose_decode_attention(q[0])
     chosen = {"prefill": kind + " and ".join(dict.fromkeys(prefill)), "decode": f"{kind}{decode}"}
     if attention is not None:
-        chosen["scores"] = f"{attention.estimator} {choose_block_scores(q)}"
+        scores = choose_bound_scores(q) if attention.estimator == "bound" else choose_block_scores(q)
+        chosen["scores"] = f"{attention.estimator} {scores}"
         chosen["selection"] = str(choose_block_selection(runner.device))
     if runner.precision.fp8:
         fast = describe_fp8(runner.model)["fast_accumulation"]

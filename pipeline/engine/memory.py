@@ -7,7 +7,6 @@ import gc
 import numpy as np
 import torch
 
-from kernels.block_scores import KeySummary, key_sums_dtype
 from pipeline.engine.arena import ALIGNMENT, Arena, Extent
 from pipeline.engine.cache import PrefillCache
 from pipeline.engine.config import EngineConfig, EngineError
@@ -16,7 +15,8 @@ from pipeline.engine.plan import GIB, HOST_SHARE, RESERVE_FACTOR, DevicePlan, Me
 from pipeline.engine.prefill import Prefill
 from pipeline.engine.runner import ModelRunner, load_runner
 from pipeline.engine.skeleton import SLACK_BYTES, host_memory
-from stem_core.context import PrefillContext
+from stem_core.context import KeyState, PrefillContext
+from stem_core.selection import new_key_state
 
 # The sort of top-p sampling holds about this many float64 copies of the logits of the whole batch.
 SAMPLING_COPIES = 6
@@ -112,7 +112,7 @@ def _reserve(
     longest = min(context, max(1, (free - reserve) // runner.bytes_per_token(device)))
     # A prompt that outgrows a layer's window needs no summary there; the longest that does not, does.
     lengths = {longest, *(window for _, window in runner.layers if window is not None and window < longest)}
-    return reserve + max(summary_bytes(runner, length, device) for length in lengths)
+    return reserve + max(key_state_bytes(runner, length, device) for length in lengths)
 
 
 @torch.inference_mode()
@@ -150,57 +150,50 @@ def rehearse(runner: ModelRunner, arena: Arena, plan: MemoryPlan, chunk_tokens: 
         start = (length - 1) // chunk_tokens * chunk_tokens
         extent = Extent(0, length)
         context = PrefillContext(prompt_length=length, start=start, quantized=arena.quantized(extent))
-        _past_summaries(runner, context)
+        _past_keys(runner, context)
         cache = PrefillCache(arena, extent, seen=start)
         ids = torch.zeros(1, length - start, dtype=torch.int64, device=runner.device)
         positions = torch.arange(start, length, device=runner.device)[None]
         runner.logits(ids, positions, cache, context, torch.full_like(ids[:, 0], length))
 
 
-def key_summaries(
+def key_states(
     runner: ModelRunner, prompt_tokens: int, device: torch.device | None = None, on: torch.device | None = None
-) -> dict[int, KeySummary]:
+) -> dict[int, KeyState]:
     """What the attention keeps of a whole prompt's keys while it is prefilled, by layer.
 
     device: where they are allocated; None: each on its layer's device. on: of the layers on this device alone.
     """
-    summaries = {}
+    states = {}
     for policy, window in runner.layers:
-        config, place = policy.config, runner.layer_devices[policy.layer]
-        if config is None or config.estimator != "oam" or policy.budget(prompt_tokens, window).budgets is None:
+        place = runner.layer_devices[policy.layer]
+        if policy.config is None or policy.budget(prompt_tokens, window).budgets is None:
             continue
         if on is not None and place != on:
             continue
         shape = runner.shapes[policy.layer]
         keys = torch.empty(1, shape.kv_heads, 1, shape.head_dim, dtype=runner.dtype, device=place)
-        summaries[policy.layer] = KeySummary.allocate(
-            1,
-            shape.kv_heads,
-            prompt_tokens,
-            shape.head_dim,
-            block_size=config.block_size,
-            stride=config.stride,
-            device=place if device is None else device,
-            dtype=key_sums_dtype(keys),
-        )
-    return summaries
+        state = new_key_state(policy.config, keys, prompt_tokens, place if device is None else device)
+        if state is not None:
+            states[policy.layer] = state
+    return states
 
 
-def summary_bytes(runner: ModelRunner, prompt_tokens: int, on: torch.device | None = None) -> int:
-    """Bytes of key_summaries(), of which nothing is allocated."""
-    summaries = key_summaries(runner, prompt_tokens, torch.device("meta"), on).values()
-    return sum(summary.key_sums.nbytes + summary.log_norms.nbytes for summary in summaries)
+def key_state_bytes(runner: ModelRunner, prompt_tokens: int, on: torch.device | None = None) -> int:
+    """Bytes of key_states(), of which nothing is allocated."""
+    states = key_states(runner, prompt_tokens, torch.device("meta"), on).values()
+    return sum(tensor.nbytes for state in states for tensor in state.tensors)
 
 
-def _past_summaries(runner: ModelRunner, context: PrefillContext) -> None:
-    """Summaries as earlier chunks of zeros would have left them."""
-    context.summaries.update(key_summaries(runner, context.prompt_length))
-    for layer, summary in context.summaries.items():
-        summary.key_sums.zero_()
-        summary.log_norms.zero_()
+def _past_keys(runner: ModelRunner, context: PrefillContext) -> None:
+    """Key states as earlier chunks of zeros would have left them."""
+    context.keys.update(key_states(runner, context.prompt_length))
+    for layer, state in context.keys.items():
+        for tensor in state.tensors:
+            tensor.zero_()
         policy = next(policy for policy, _ in runner.layers if policy.layer == layer)
         assert policy.config is not None
-        summary.blocks = context.start // policy.config.block_size
+        state.blocks = context.start // policy.config.block_size
 
 
 def allocate_arena(

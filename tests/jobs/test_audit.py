@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import stem_core.attention
+import stem_core.selection
 from jobs.audit.__main__ import main
 from jobs.audit.advice import recommend
 from jobs.audit.figures import Crossover, crossover, mean, share, unseen
@@ -149,13 +149,13 @@ def test_a_selection_that_is_bad_on_purpose_agrees_less(tmp_path: Path, monkeypa
         return arm["token_agreement"]["mean"], arm["answer_kl"]["mean"]
 
     good = agreement("good")
-    right = stem_core.attention.mass_scores
+    right = stem_core.selection.mass_scores
 
     def upside_down(*args: Any, **kwargs: Any) -> torch.Tensor:
         scores = right(*args, **kwargs)
         return torch.where(scores.isfinite(), -scores, scores)
 
-    monkeypatch.setattr(stem_core.attention, "mass_scores", upside_down)
+    monkeypatch.setattr(stem_core.selection, "mass_scores", upside_down)
     bad = agreement("bad")
     assert good[0] > 0.9
     assert bad[0] < good[0] - 0.1

@@ -95,7 +95,7 @@ def test_it_shows_the_blocks_that_the_model_keeps(
     assert seen.densities[0] == 1.0
     assert seen.dense == {0: "leading layer, dense by --dense-layers"}
     assert seen.density == pytest.approx(sum(seen.densities) / 8)
-    assert stem_core.attention.stem_selection.__module__ == "stem_core.attention", "the product is as it was"
+    assert stem_core.attention.stem_selection.__module__ == "stem_core.selection", "the product is as it was"
 
 
 def random_layer(n: int, most_cells: int, heads: int = 3) -> tuple[LayerCells, np.ndarray, np.ndarray]:

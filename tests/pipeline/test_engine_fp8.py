@@ -33,6 +33,7 @@ STEM = StemConfig(
     schedule="density", density=0.5, block_size=32, stride=8, sink_blocks=1, local_blocks=2, dense_layers=1
 )
 MASS = STEM.replace(estimator="mass", mass_group=4)
+BOUND = STEM.replace(estimator="bound", bound_span=8)
 ARCHITECTURES = ["llama", "qwen3", "mistral", "gemma3", "phi3_longrope"]
 
 
@@ -80,7 +81,7 @@ def test_trained_model_writes_the_same_findings() -> None:
         assert same >= 0.8 * len(outputs[0]), outputs
 
 
-@pytest.mark.parametrize("attention", [STEM, MASS], ids=["oam", "mass"])
+@pytest.mark.parametrize("attention", [STEM, MASS, BOUND], ids=["oam", "mass", "bound"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 def test_results_do_not_depend_on_chunks_or_neighbours(
     tmp_path: Path, architecture: str, attention: StemConfig

@@ -178,7 +178,9 @@ def prefill_logits(engine: Engine, prompt: Any) -> torch.Tensor:
 
 
 @needs_fp8
-@pytest.mark.parametrize("attention", [None, STEM, WIDE, WIDE.replace(estimator="mass")])
+@pytest.mark.parametrize(
+    "attention", [None, STEM, WIDE, WIDE.replace(estimator="mass"), WIDE.replace(estimator="bound")]
+)
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral"])
 def test_fp8_is_as_exact_as_its_reference(tmp_path: Path, architecture: str, attention: StemConfig | None) -> None:
     """Both against float32 on the CPU; the GPU's activations are in bfloat16 besides."""

@@ -28,7 +28,7 @@ def stored(arena: Arena) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp8"])
-@pytest.mark.parametrize("estimator", ["oam", "mass"])
+@pytest.mark.parametrize("estimator", ["oam", "mass", "bound"])
 def test_same_logits_and_cache_without_rows_that_nobody_reads(tmp_path: Path, estimator: str, precision: str) -> None:
     attention = StemConfig(
         schedule="density", density=0.5, block_size=32, estimator=estimator, mass_group=2, dense_layers=1, dense_below=0

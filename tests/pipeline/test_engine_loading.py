@@ -28,7 +28,7 @@ from pipeline.engine import (
 )
 from pipeline.engine.arena import Arena, KVArena, LayerShape
 from pipeline.engine.loading import context_limit, load_config, load_model, stop_token_ids
-from pipeline.engine.memory import allocate_arena, plan_memory, rehearse, summary_bytes
+from pipeline.engine.memory import allocate_arena, key_state_bytes, plan_memory, rehearse
 from pipeline.engine.plan import fit_arena
 from pipeline.engine.runner import ModelRunner
 from pipeline.engine.skeleton import host_memory
@@ -315,8 +315,8 @@ def test_rehearsal_runs_the_last_chunk(folder: Path, tokens: int) -> None:
         tensor.zero_()
     rehearse(runner, arena, plan, 128)
     # Two sparse layers of 2 KV heads: 44 (40) blocks of 8 float32 sums of 16, and 2 float32 norms.
-    assert summary_bytes(runner, tokens) == 2 * 2 * -(-tokens // 16) * (8 * 16 + 2) * 4
-    assert summary_bytes(ModelRunner(load_model(config), None), tokens) == 0
+    assert key_state_bytes(runner, tokens) == 2 * 2 * -(-tokens // 16) * (8 * 16 + 2) * 4
+    assert key_state_bytes(ModelRunner(load_model(config), None), tokens) == 0
 
 
 def test_arena_shrinks_until_the_rehearsal_fits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.block_scores import KeySummary, key_sums_dtype
 from kernels.block_selection import BlockSelection
 from stem_core import StemConfig, prompt_budget
-from stem_core.attention import stem_prefill, stem_selection
+from stem_core.attention import stem_prefill
+from stem_core.selection import new_key_state, stem_selection
 
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE = (torch.device("cuda"), torch.bfloat16) if ON_GPU else (torch.device("cpu"), torch.float32)
@@ -23,8 +23,11 @@ CONFIGS = {
     "density": StemConfig(schedule="density", density=0.3, block_size=32, stride=8, sink_blocks=1, local_blocks=2),
     # The block size of Stem's releases, which the Hopper kernel takes.
     "wide": StemConfig(schedule="density", density=0.6, sink_blocks=1, local_blocks=1),
-    "robust": StemConfig.preset("robust", block_size=32, density=0.4, mass_group=4, **FEW),
-    "sample": StemConfig.preset("robust", block_size=32, density=0.4, mass_group=8, mass_rows="sample", **FEW),
+    "mass": StemConfig.preset("robust", estimator="mass", block_size=32, density=0.4, mass_group=4, **FEW),
+    "sample": StemConfig.preset(
+        "robust", estimator="mass", block_size=32, density=0.4, mass_group=8, mass_rows="sample", **FEW
+    ),
+    "bound": StemConfig.preset("robust", estimator="bound", block_size=32, density=0.4, bound_span=8, **FEW),
 }
 
 
@@ -37,9 +40,9 @@ def tensors(length, seed=0, batch=1):
     return tuple(x.to(DEVICE, DTYPE) for x in (q, k, v))
 
 
-def select(q, k, v, config, start=0, length=None, summary=None):
+def select(q, k, v, config, start=0, length=None, keys=None):
     length = q.shape[2] if length is None else length
-    return stem_selection(q, k, v, config, prompt_budget(length, config), start=start, summary=summary)
+    return stem_selection(q, k, v, config, prompt_budget(length, config), start=start, keys=keys)
 
 
 def kept(selection: BlockSelection, n_blocks: int) -> torch.Tensor:
@@ -47,7 +50,7 @@ def kept(selection: BlockSelection, n_blocks: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 1000])
-@pytest.mark.parametrize("estimator", ["oam", "mass"])
+@pytest.mark.parametrize("estimator", ["oam", "mass", "bound"])
 def test_keeping_everything_equals_dense(length, estimator):
     config = StemConfig(schedule="density", density=1.0, estimator=estimator)
     q, k, v = tensors(length)
@@ -66,20 +69,11 @@ def test_chunks_select_what_the_whole_prompt_selects(name, blocks):
     q, k, v = tensors(length)
     whole = kept(select(q, k, v, config), -(-length // config.block_size))
     assert whole.float().mean() < 0.5  # really sparse, so that there is something to get wrong
-    summary = KeySummary.allocate(
-        1,
-        KV_HEADS,
-        length,
-        DIM,
-        block_size=config.block_size,
-        stride=config.stride,
-        device=DEVICE,
-        dtype=key_sums_dtype(k),
-    )
+    keys = new_key_state(config, k, length)
     step = blocks * config.block_size
     for start in range(0, length, step):
         end = min(length, start + step)
-        part = select(q[:, :, start:end], k[:, :, :end], v[:, :, :end], config, start, length, summary)
+        part = select(q[:, :, start:end], k[:, :, :end], v[:, :, :end], config, start, length, keys)
         rows = slice(start // config.block_size, -(-end // config.block_size))
         assert torch.equal(kept(part, whole.shape[-1]), whole[:, :, rows]), f"chunk at {start}"
 
@@ -156,8 +150,13 @@ def test_a_loud_value_block_wins_with_the_value_term():
     assert not without.all()
 
 
-def test_mass_finds_a_needle_that_means_average_away():
-    config = StemConfig.preset("robust", block_size=64, density=0.25, mass_group=1, dense_tail=0, dense_below=0)
+@pytest.mark.parametrize(
+    "estimator",
+    [{"estimator": "mass", "mass_group": 1}, {"estimator": "bound", "bound_group": 1, "bound_span": 4}],
+    ids=["mass", "bound"],  # of keys that have nothing in common a wider span's bound says little
+)
+def test_a_needle_that_means_average_away_is_found(estimator):
+    config = StemConfig.preset("robust", block_size=64, density=0.25, dense_tail=0, dense_below=0, **estimator)
     q, k, v = tensors(6400)
     needle, row = 1000, 5000
     q[:, :, row] = k[:, :, needle].repeat_interleave(2, 1) * 8  # one query of one block looks for one key
