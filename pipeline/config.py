@@ -163,7 +163,7 @@ class JobConfig:
     workers: int | str = option(
         "auto",
         "auto_int",
-        "engines to run; auto: all that the GPUs hold; without GPUs, one for each core up to 4",
+        "engines to run; auto: all that the GPUs hold, as the cluster changes; without GPUs, one for each core up to 4",
         low=1,
         group="run",
     )

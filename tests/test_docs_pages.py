@@ -30,8 +30,8 @@ BENCHMARKS = "docs/benchmarks.md"  # whose commands have flags of their own
 PACKAGES = ("jobs", "kernels", "pipeline", "stem_core")
 # Flags of other programs, and of our own that are not settings of the job.
 OTHER_FLAGS = {
-    "--address", "--config", "--dashboard-host", "--dtype", "--format", "--from-file", "--head", "--help",
-    "--no-resume", "--no-wait", "--working-dir",
+    "--address", "--config", "--dashboard-host", "--documents", "--driver-ms", "--dtype", "--failures", "--format",
+    "--from-file", "--head", "--help", "--no-resume", "--no-wait", "--ray-overhead", "--rows", "--working-dir",
 }  # fmt: skip
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "head_dim": 128}
 SHAPES: dict[str, dict[str, Any]] = {
