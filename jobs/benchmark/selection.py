@@ -19,6 +19,7 @@ from torch import Tensor
 
 from jobs.benchmark._attention_fp8 import Fp8Layer
 from jobs.benchmark._measure import isolated_ms, table, write_json
+from jobs.benchmark._selection_bound import SIZES, bound_case
 from jobs.benchmark._selection_fp8 import decode_case, mass_case
 from jobs.benchmark._stamp import stamp
 from kernels.block_scores import KeySummary, key_sums_dtype, mass_scores, oam_scores
@@ -146,6 +147,11 @@ def prefill_rows(args: argparse.Namespace, length: int, copy: float) -> list[dic
             layer.prepare()
             call, bad = mass_case(layer, group)
             rows.append(timed(length, f"{name}, keys in fp8", call, args.idle, bad, copy, flops=flops))
+    for group, span in SIZES:
+        name = f"bound scores, groups of {group}, spans of {span}"
+        if chosen(args, name):
+            call, flops, bad = bound_case(q, k, group, span)
+            rows.append(timed(length, name, call, args.idle, bad, copy, flops=flops))
     return rows
 
 

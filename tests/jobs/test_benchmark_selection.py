@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import jobs.benchmark.selection as benchmark
+from jobs.benchmark import _selection_bound
 from jobs.benchmark.__main__ import main
 from kernels.block_scores import oam_scores
 from kernels.block_selection import BlockSelection, select_blocks
@@ -41,7 +42,9 @@ def test_every_case_is_checked_and_written(tmp_path: Path) -> None:
     assert code == 0, rows
     names = [
         "OAM scores", "OAM scores, none above the diagonal", "block selection", "OAM scores + selection",
-        "the same, last 8K chunk", "mass scores, groups of 8", "decode attention, 2 documents",
+        "the same, last 8K chunk", "mass scores, groups of 8",
+        *(f"bound scores, groups of {group}, spans of {span}" for group, span in ((4, 16), (4, 8), (2, 16))),
+        "decode attention, 2 documents",
     ]  # fmt: skip
     assert list(rows) == [(0, "device copy, read + write"), *((2048, name) for name in names)]
     scores = rows[2048, "OAM scores"]
@@ -82,13 +85,15 @@ def test_a_wrong_selection_gets_no_figure(tmp_path: Path, monkeypatch: pytest.Mo
     assert "CHECK FAILED: selection of head 1" in rows[4096, "OAM scores"]["note"]
 
 
-def test_wrong_mass_and_wrong_decoding_get_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mass, decode = benchmark.mass_scores, benchmark.decode_attention
+def test_wrong_shares_and_wrong_decoding_get_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mass, bound, decode = benchmark.mass_scores, _selection_bound.bound_scores, benchmark.decode_attention
     monkeypatch.setattr(benchmark, "mass_scores", lambda *args, **more: mass(*args, **more) * 1.1)
+    monkeypatch.setattr(_selection_bound, "bound_scores", lambda *args, **more: bound(*args, **more) * 1.1)
     monkeypatch.setattr(benchmark, "decode_attention", lambda *args, **more: decode(*args, **more) * 1.1)
-    code, rows = run(tmp_path, "--lengths", "1024", "--groups", "4", "--only", "mass", "decode")
+    code, rows = run(tmp_path, "--lengths", "1024", "--groups", "4", "--only", "mass", "of 4, spans of 16", "decode")
     assert code == 1
-    assert [name for _, name in rows][1:] == ["mass scores, groups of 4", "decode attention, 2 documents"]
+    names = ["mass scores, groups of 4", "bound scores, groups of 4, spans of 16", "decode attention, 2 documents"]
+    assert [name for _, name in rows][1:] == names
     assert all("CHECK FAILED" in row["note"] and "ms" not in row for row in list(rows.values())[1:])
 
 
