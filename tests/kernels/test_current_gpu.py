@@ -33,7 +33,7 @@ def test_every_operation_is_guarded() -> None:
     for file in sorted(FOLDER.glob("*/__init__.py")):
         if (file.parent / "triton.py").exists():
             found |= {f"{file.parent.name}.{name}": guarded for name, guarded in functions_that_dispatch(file)}
-    assert len(found) == 16
+    assert len(found) >= 16, "fewer than there were: is the search blind?"
     assert not [name for name, guarded in found.items() if not guarded]
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from jobs.benchmark._shapes import shape_folder
 from pipeline.config import STEM_OVERRIDES, JobConfig
-from pipeline.engine import EngineConfig, EngineError
+from pipeline.engine import EngineConfig, EngineError, estimate_plan
 from pipeline.errors import JobError
 from pipeline.plan import make_engine_config
 from pipeline.ray_pool import Cluster, Share, divide
@@ -67,7 +70,7 @@ def test_setting() -> None:
 def test_stem_settings_are_those_without_a_default() -> None:
     assert STEM_OVERRIDES[:3] == ("budget", "block_size", "stride")
     assert STEM_OVERRIDES[-3:] == ("dense_layers", "dense_below", "dense_tail")
-    assert len(STEM_OVERRIDES) == 13
+    assert not {"attention", "preset"} & set(STEM_OVERRIDES)
 
 
 def test_devices_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,3 +88,50 @@ def test_devices_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     with pytest.raises(EngineError, match="gpus=3 asked for, but torch sees 2 CUDA devices from cuda:2 on"):
         EngineConfig("m", device="cuda:2", gpus=3).torch_devices()
+
+
+def test_plan_of_a_70b_model_on_two_gpus(tmp_path: Path) -> None:
+    """The head and the embeddings lie on the first GPU, which takes fewer layers for it."""
+    config = EngineConfig(str(shape_folder("llama-3.1-70b", tmp_path)), precision="fp8", gpus=2, max_context=131_072)
+    plan = estimate_plan(config, 80 << 30)
+    assert [part.layers for part in plan.devices] == ["0-38", "39-79"]
+    assert [part.bytes_per_token for part in plan.devices] == [39 * 2048, 41 * 2048]
+    assert plan.bytes_per_token == 80 * 2048
+    first, second = plan.devices
+    assert first.weight_bytes - second.weight_bytes > 2**31, "4.2 GB of embeddings against two layers"
+    for part in plan.devices:
+        need = part.weight_bytes + part.reserve_bytes + plan.arena_tokens * part.bytes_per_token
+        assert need <= part.total_bytes == 80 << 30
+    assert plan.arena_tokens == 540_864
+    assert plan.documents(131_072) == 4
+    assert any("cuda:1: layers 39-79, weights 32.69 GiB" in line for line in plan.lines())
+    assert json.loads(json.dumps(plan.to_dict()))["devices"][1]["layers"] == "39-79"
+    less = plan.shrunk(plan.arena_tokens - 1000)
+    assert less.reserve_bytes - plan.reserve_bytes == 1000 * plan.bytes_per_token
+    assert [part.reserve_bytes for part in less.devices] == [
+        part.reserve_bytes + 1000 * part.bytes_per_token for part in plan.devices
+    ]
+
+
+def test_the_fullest_gpu_sets_the_arena(tmp_path: Path) -> None:
+    folder = str(shape_folder("llama-3.1-70b", tmp_path))
+    with pytest.raises(
+        EngineError, match=r"left for KV at .* bytes a token on cuda:\d: too little; .* more GPUs a worker"
+    ):
+        estimate_plan(EngineConfig(folder, precision="bf16", gpus=2), 64 << 30)
+    with pytest.raises(EngineError, match=r"arena_tokens=600000 need .* are free for KV on cuda:0; lower it"):
+        estimate_plan(EngineConfig(folder, precision="fp8", gpus=2, arena_tokens=600_000), 80 << 30)
+
+
+def test_a_driver_without_gpus_plans_what_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    folder = str(shape_folder("llama-3.1-8b", tmp_path))
+    plan = estimate_plan(EngineConfig(folder, gpus=4, max_context=65_536))
+    assert (plan.precision, plan.total_bytes, plan.arena_tokens, plan.max_context) == ("bf16", 0, 0, 65_536)
+    assert [part.layers for part in plan.devices] == ["0-5", "6-14", "15-23", "24-31"]
+    lines = plan.lines()
+    assert "there are not so many here to ask" in lines[0]
+    assert len(lines) == 6
+    assert not any("GiB)" in line for line in lines), "no arena is made up"
+    with pytest.raises(EngineError, match="spread over GPUs only"):
+        estimate_plan(EngineConfig(folder, device="cpu", gpus=4))

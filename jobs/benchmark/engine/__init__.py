@@ -52,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", default="llama-3.1-8b", help=f"{shapes} or a model folder's config")
     parser.add_argument("--output", default="benchmark", help="folder for engine.json and engine.png")
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--gpus-per-worker", type=_positive, default=1, metavar="K", help="spread the layers over K GPUs (1)"
+    )
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["auto"], help="each makes its own arms")
     parser.add_argument("--arms", nargs="+", choices=ATTENTIONS, default=list(ATTENTIONS))
     parser.add_argument("--precise", action="store_true", help="fp8 linears without fast accumulation")
@@ -74,6 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--commit", default="", help="what is measured, where this is not a git checkout")
     parser.add_argument("--limit-seconds", type=float, default=3600.0, help="start no phase after this many seconds")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 class Run:
@@ -123,17 +132,21 @@ class Run:
 
 def main(arguments: argparse.Namespace) -> int:
     """Run all phases; 0, 2 if engine and generate do not agree, 1 if a phase failed."""
+    if arguments.gpus_per_worker > 1 and "baseline" in arguments.phases:
+        raise JobError("--gpus-per-worker: the phase baseline (generate) runs on one GPU; leave it out of --phases")
     with tempfile.TemporaryDirectory() as scratch:
         folder = shape_folder(arguments.shape, Path(scratch) / "shape")
         config = EngineConfig(
             str(folder),
             device=arguments.device,
+            gpus=arguments.gpus_per_worker,
             load_format="dummy",
             chunk_tokens=arguments.chunk_tokens,
             max_live=arguments.max_live,
             max_context=max(*arguments.lengths, *arguments.latency_lengths) + max(arguments.new_tokens, 64),
             fp8_fast_accumulation=not arguments.precise,
         )
+        config.torch_devices()  # are they there?
         stem = _stem(arguments)
         arms = _arms(arguments, config, stem)
         run = Run(arguments, config)
@@ -283,7 +296,7 @@ def _errors(run: Run, config: EngineConfig, stem: StemConfig, vocabulary: int) -
 
     def trained() -> None:
         prompt = real_prompt(arguments.error_document)
-        own = replace(config, model=str(MODEL), load_format="auto", max_context=None)
+        own = replace(config, model=str(MODEL), gpus=1, load_format="auto", max_context=None)
         measure_errors(own, prompt, stem, keep(MODEL.name, len(prompt)))
 
     def shape() -> None:
