@@ -26,7 +26,12 @@ def _about(path: Path) -> str:
     return text.partition("\n")[0].partition(": python -m")[0].rstrip(".")
 
 
-if __name__ == "__main__":
+def show() -> None:
+    """Print them."""
     print("python -m jobs.COMMAND ...; --help lists its flags\n")
     for name, about in commands().items():
         print(f"  {name:18}{about}")
+
+
+if __name__ == "__main__":
+    show()

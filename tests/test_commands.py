@@ -12,7 +12,6 @@ import importlib
 import importlib.util
 import inspect
 import os
-import runpy
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,7 @@ import pytest
 import torch
 from documented import ROOT, Command
 
-from jobs.__main__ import commands
+from jobs.__main__ import commands, show
 from pipeline.engine.config import EngineConfig
 from pipeline.errors import JobError
 
@@ -332,6 +331,6 @@ def test_the_list_of_commands_names_each(capsys: pytest.CaptureFixture[str]) -> 
     assert {command.words[0].split(".")[1] for command in OURS} <= set(listed)
     assert list(listed)[:2] == ["summarize", "submit"]
     assert all(about and "python -m" not in about and "command line of" not in about for about in listed.values())
-    runpy.run_module("jobs", run_name="__main__")
+    show()
     shown = capsys.readouterr().out
     assert all(f"{name} " in shown and about in shown for name, about in listed.items())
