@@ -30,7 +30,6 @@ table = summarize(
     preset="robust",
     budget=0.3,
     block_size=16,
-    mass_group=2,
     dense_layers=0,
 )
 for row in table.to_pylist():

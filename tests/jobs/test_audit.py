@@ -34,7 +34,7 @@ READER = ROOT / "models" / "tiny-reader"
 REPORT = (ROOT / "examples" / "documents" / "report-01.txt").read_text(encoding="utf-8")
 # Small blocks, so that documents of a few hundred tokens have enough of them.
 SMALL = (
-    "--block-size 16 --stride 4 --mass-group 2 --dense-layers 0 --dense-below 0 --dense-tail 0 --sink-blocks 1 "
+    "--block-size 16 --stride 4 --bound-group 2 --dense-layers 0 --dense-below 0 --dense-tail 0 --sink-blocks 1 "
     "--local-blocks 1 --device cpu --max-new-tokens 12 --lengths"
 )
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)> {{ 7 * 7 }} </pre><b>'
@@ -149,13 +149,13 @@ def test_a_selection_that_is_bad_on_purpose_agrees_less(tmp_path: Path, monkeypa
         return arm["token_agreement"]["mean"], arm["answer_kl"]["mean"]
 
     good = agreement("good")
-    right = stem_core.selection.mass_scores
+    right = stem_core.selection.bound_scores
 
     def upside_down(*args: Any, **kwargs: Any) -> torch.Tensor:
         scores = right(*args, **kwargs)
         return torch.where(scores.isfinite(), -scores, scores)
 
-    monkeypatch.setattr(stem_core.selection, "mass_scores", upside_down)
+    monkeypatch.setattr(stem_core.selection, "bound_scores", upside_down)
     bad = agreement("bad")
     assert good[0] > 0.9
     assert bad[0] < good[0] - 0.1
@@ -163,19 +163,28 @@ def test_a_selection_that_is_bad_on_purpose_agrees_less(tmp_path: Path, monkeypa
 
 
 def test_the_most_exact_dense_is_the_measure_of_every_precision(documents: Path, model: Path, tmp_path: Path) -> None:
-    flags = "--preset release robust --budget 0.3 --precision fp8 fp32 --sample 2 --block-size 32"
+    flags = "--preset release --budget 0.3 --precision fp8 fp32 --sample 2 --block-size 32"
     code, found, rows = audit(documents, model, tmp_path, flags)
-    names = ["dense-fp32", "release@0.3-fp32", "robust@0.3-fp32", "dense-fp8", "release@0.3-fp8"]
+    names = ["dense-fp32", "release@0.3-fp32", "dense-fp8", "release@0.3-fp8"]
     assert [arm["arm"] for arm in found["arms"]] == names
-    # Attention mass takes no heads of 16 in fp8: that arm is named, and the others are not lost with it.
-    assert code == 2
-    assert [name for name, _ in found["refused"]] == ["robust@0.3-fp8"]
-    assert "heads of at least 32" in (tmp_path / "audit.html").read_text(encoding="utf-8")
+    assert (code, found["refused"]) == (0, [])
     fp8 = arm_of(found, "dense-fp8")
     assert fp8["answer_kl"]["mean"] > 0
     assert fp8["first_token_vs_dense"] == 1.0
     assert arm_of(found, "release@0.3-fp8")["plan"]["bytes_per_token"] < found["arms"][0]["plan"]["bytes_per_token"]
     assert {row["precision"] for row in rows} == {"fp32", "fp8"}
+
+
+def test_an_arm_that_cannot_run_is_named_and_the_others_are_not_lost_with_it(
+    documents: Path, model: Path, tmp_path: Path
+) -> None:
+    """Attention mass takes no heads of 16 in fp8."""
+    flags = "--preset robust --estimator mass --budget 0.3 --precision fp8 fp32 --sample 1 --block-size 32"
+    code, found, _ = audit(documents, model, tmp_path, flags)
+    assert code == 2
+    assert [arm["arm"] for arm in found["arms"]] == ["dense-fp32", "robust@0.3-fp32", "dense-fp8"]
+    assert [name for name, _ in found["refused"]] == ["robust@0.3-fp8"]
+    assert "heads of at least 32" in (tmp_path / "audit.html").read_text(encoding="utf-8")
 
 
 def test_random_weights_are_timed_and_not_judged(documents: Path, model: Path, tmp_path: Path) -> None:
@@ -216,7 +225,7 @@ def test_a_job_file_is_audited_as_it_is(documents: Path, model: Path, tmp_path: 
     assert [arm.name for arm in options.arms] == ["dense-fp32", "robust@0.4-fp32"]
     attention = options.arms[1].config.attention
     assert attention is not None
-    assert (attention.estimator, attention.block_size, attention.density) == ("mass", 32, 0.4)
+    assert (attention.estimator, attention.block_size, attention.density) == ("bound", 32, 0.4)
     assert (options.job.question, options.job.max_new_tokens, options.job.temperature) == ("Why?", 7, 0.0)
     assert options.output == tmp_path / "out"
     flags.preset, flags.budget = ["release", "paper"], [0.2, 0.3]
