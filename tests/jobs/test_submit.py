@@ -137,7 +137,7 @@ def test_what_cannot_run_on_a_cluster_is_told(cluster: str, tmp_path: Path, mode
 def test_a_stopped_job_has_written_what_was_finished(cluster: str, tmp_path: Path, model: Path) -> None:
     docs, out = write(tmp_path / "docs", 400, 30), tmp_path / "out"
     command = [sys.executable, "-m", "jobs.submit", "--address", cluster, *flags(docs, out, model)]
-    command += ["--flush-documents", "1000", "--flush-seconds", "3600", "--max-live", "1"]
+    command += ["--flush-documents", "1000", "--flush-seconds", "1", "--max-live", "1"]
     with subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as client:
@@ -145,8 +145,11 @@ def test_a_stopped_job_has_written_what_was_finished(cluster: str, tmp_path: Pat
         for line in client.stdout:
             if "starting 1 worker on" in line:
                 break
-        time.sleep(10)  # the worker starts and finishes some documents
-        assert not list(out.glob("part-*")), "nothing is due to be written yet, so what is there later was flushed"
+        until = time.monotonic() + 120
+        while not list(out.glob("part-*")):  # until some documents are finished
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        written = outputs(out)
         client.send_signal(signal.SIGTERM)
         rest = client.stdout.read()
     assert client.returncode == 130, rest
@@ -154,4 +157,5 @@ def test_a_stopped_job_has_written_what_was_finished(cluster: str, tmp_path: Pat
     while json.loads((out / "manifest.json").read_text())["state"] != "stopped":
         assert time.monotonic() < until
         time.sleep(0.2)
+    assert written.items() <= outputs(out).items()
     assert 0 < len(outputs(out)) < 400
