@@ -110,7 +110,8 @@ class Hangs(CountingEngine):
 class WaitsForNode(CountingEngine):
     """Works until DOCUMENTS_BEFORE have been taken; then only when an engine has one that was built after file "left".
 
-    Both files are beside the model. "joined" holds the worker's process id.
+    The files are beside the model: "joined" holds the worker's process id, and "works-<id>" says that a worker has had
+    a document.
     """
 
     DOCUMENTS_BEFORE = 250
@@ -122,6 +123,7 @@ class WaitsForNode(CountingEngine):
     def add(self, request: Request) -> None:
         """Take a document; tell the others if this engine is the late one."""
         super().add(request)
+        (Path(self.config.model) / f"works-{os.getpid()}").touch()
         if self._late:
             (Path(self.config.model) / "joined").write_text(str(os.getpid()))
 

@@ -49,6 +49,7 @@ def main(folder: Path, model: Path | None = None) -> None:
                 time.sleep(0.1)
 
         wait_for("100 documents", lambda: place.documents_taken >= 100)
+        wait_for("three workers", lambda: len(list((folder / "model").glob("works-*"))) == 3)
         (folder / "model" / "left").touch()
         os.kill(nodes[0].all_processes["raylet"][0].process.pid, signal.SIGKILL)
         wait_for("its loss", lambda: "the cluster has shrunk" in place.log.read_text(errors="replace"))
