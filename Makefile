@@ -11,9 +11,9 @@ demo: $(READY)
 compare: $(READY)
 	$(VENV)/bin/python -m jobs.demo --arms stem dense published
 
-# One thread for each of the two test processes: more would only wait for each other.
+# Three processes, since many tests wait for others (Ray, browsers); one thread each: more would only wait for each other.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 3 --dist worksteal
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

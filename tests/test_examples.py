@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-import stem_core.attention
+import stem_core.selection
 from kernels.block_selection import select_blocks
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +53,7 @@ def test_patch_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         densities.append(selection.density())
         return selection
 
-    monkeypatch.setattr(stem_core.attention, "select_blocks", spy)
+    monkeypatch.setattr(stem_core.selection, "select_blocks", spy)
     example = ROOT / "examples/patch_model.py"
     runpy.run_path(str(example))
     told = capsys.readouterr().out

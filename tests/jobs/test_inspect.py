@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import stem_core.attention
+import stem_core.selection
 from jobs.inspect.__main__ import PAGE, chosen_layers, main
 from jobs.inspect.canvas import WHITE, Canvas, lettering
 from jobs.inspect.capture import Capture, _why_dense, capture
@@ -70,7 +71,7 @@ def masks_of_the_model(model: Path, text: str, monkeypatch: pytest.MonkeyPatch) 
         found.append(selection.to_mask(scores.shape[-1])[0])
         return selection
 
-    monkeypatch.setattr(stem_core.attention, "select_blocks", spy)
+    monkeypatch.setattr(stem_core.selection, "select_blocks", spy)
     plain = patch_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), stem)
     with torch.inference_mode():
         plain(torch.from_numpy(ids.astype(np.int64))[None], logits_to_keep=1)

@@ -103,10 +103,10 @@ def test_results_do_not_depend_on_chunks_or_neighbours(
 
 def test_selection_does_not_depend_on_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kept blocks of every row, seen where they are used."""
-    import stem_core.attention
+    import stem_core.selection
 
     folder = small(tmp_path, "qwen3")
-    select = stem_core.attention.select_blocks
+    select = stem_core.selection.select_blocks
     found: list[torch.Tensor] = []
 
     def spy(scores: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -114,7 +114,7 @@ def test_selection_does_not_depend_on_chunks(tmp_path: Path, monkeypatch: pytest
         found.append(torch.nn.functional.pad(selection.to_mask(scores.shape[-1]), (0, 22 - scores.shape[-1]))[0])
         return selection
 
-    monkeypatch.setattr(stem_core.attention, "select_blocks", spy)
+    monkeypatch.setattr(stem_core.selection, "select_blocks", spy)
     masks = []
     for chunk_tokens in (64, 128, 4096):
         engine = make(folder, attention=STEM, chunk_tokens=chunk_tokens)
