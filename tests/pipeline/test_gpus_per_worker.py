@@ -135,3 +135,30 @@ def test_a_driver_without_gpus_plans_what_it_can(tmp_path: Path, monkeypatch: py
     assert not any("GiB)" in line for line in lines), "no arena is made up"
     with pytest.raises(EngineError, match="spread over GPUs only"):
         estimate_plan(EngineConfig(folder, device="cpu", gpus=4))
+
+
+ROWS = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in (Path(__file__).parents[2] / "docs" / "operations.md").read_text(encoding="utf-8").splitlines()
+    if line.startswith("| 70B on ")
+]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row[0]}-{row[1]}")
+def test_the_table_of_models_on_several_gpus_is_what_the_planner_says(row: list[str], tmp_path: Path) -> None:
+    name, precision, *cells = row
+    config = EngineConfig(
+        str(shape_folder("llama-3.1-70b", tmp_path)),
+        precision=precision,
+        gpus=int(name.split()[2]),
+        max_context=131_072,
+    )
+    said = []
+    for gib in (24, 48, 80, 141):
+        try:
+            plan = estimate_plan(config, gib << 30)
+        except EngineError:
+            said.append("-")
+            continue
+        said.append(f"{plan.max_context:,} / {plan.documents(33_024)} / {plan.documents(131_072)}")
+    assert said == cells
