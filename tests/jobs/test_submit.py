@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -40,28 +41,33 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of the job server of a cluster with two cores."""
+    """The address of the job server of a cluster with two cores.
+
+    In a folder of its own: Ray gives a job the address of the cluster that was started last in its server's folder, and
+    other tests start some in Ray's usual one. The folder's path must be short, for the sockets in it.
+    """
     port, dashboard, agent, client = free_ports(4)
-    command = f"""ray start --head --block --port {port} --dashboard-host 127.0.0.1 --dashboard-port {dashboard}
-        --dashboard-agent-listen-port {agent} --ray-client-server-port {client} --node-ip-address 127.0.0.1
-        --num-cpus 2 --object-store-memory 100000000 --disable-usage-stats""".split()
-    log = tmp_path_factory.mktemp("ray") / "log"
     ray = shutil.which("ray", path=environment()["PATH"])
     assert ray
-    with (
-        log.open("w") as file,
-        subprocess.Popen([ray, *command[1:]], env=environment(), stdout=file, stderr=file) as head,
-    ):
-        address = f"http://127.0.0.1:{dashboard}"
-        until = time.monotonic() + 90
-        while True:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/api/version", timeout=2):
-                break
-            assert head.poll() is None, log.read_text()
-            assert time.monotonic() < until, log.read_text()
-            time.sleep(0.5)
-        yield address
-        head.terminate()
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        command = f"""{ray} start --head --block --port {port} --dashboard-host 127.0.0.1 --dashboard-port {dashboard}
+            --dashboard-agent-listen-port {agent} --ray-client-server-port {client} --node-ip-address 127.0.0.1
+            --num-cpus 2 --object-store-memory 100000000 --disable-usage-stats --temp-dir {folder}""".split()
+        log = tmp_path_factory.mktemp("ray") / "log"
+        with (
+            log.open("w") as file,
+            subprocess.Popen(command, env=environment(), stdout=file, stderr=file) as head,
+        ):
+            address = f"http://127.0.0.1:{dashboard}"
+            until = time.monotonic() + 90
+            while True:
+                with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/api/version", timeout=2):
+                    break
+                assert head.poll() is None, log.read_text()
+                assert time.monotonic() < until, log.read_text()
+                time.sleep(0.5)
+            yield address
+            head.terminate()
 
 
 def write(folder: Path, count: int, words: int) -> Path:
