@@ -57,6 +57,7 @@ class Sink:
         heads = [name[len(PREFIX) :].split("-")[0] for name in part_names(store)]
         numbers = [int(head) for head in heads if head.isdecimal()]
         self._next = max(numbers, default=-1) + 1
+        self._part = ""
         self._places = _places(store, replaces)
         self._rests_until = float("-inf")
         self.rows_written = 0
@@ -100,8 +101,10 @@ class Sink:
         begun = self._clock()
         data = self._store.read(place) if place else None
         if data is None:
-            self._store.write(f"{PREFIX}{self._next:06d}-{secrets.token_hex(4)}{SUFFIX}", encode(table))
-            self._next += 1
+            # A write that failed may have taken effect all the same: the next try, with these rows, goes over it.
+            self._part = self._part or f"{PREFIX}{self._next:06d}-{secrets.token_hex(4)}{SUFFIX}"
+            self._store.write(self._part, encode(table))
+            self._next, self._part = self._next + 1, ""
             return
         old = pq.read_table(pa.BufferReader(data))
         gone = pc.is_in(old["document_id"], value_set=table["document_id"].combine_chunks())

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline import lock, read_results
@@ -75,6 +76,32 @@ def test_a_full_disk_ends_the_job_in_one_line_and_the_next_run_goes_on(
         job(tmp_path, model)
     assert job(tmp_path, model, force=True).done_now == 0
     assert ids(out) == sorted(f"d{i}" for i in range(12))
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_part_that_is_there_though_its_write_failed_is_written_over(
+    tmp_path: Path, remote: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder could not be synced after the rename; the answer of an object store got lost."""
+    store = Store("mock:///late/out" if remote else str(tmp_path))
+    sink = sink_of(store, flush_documents=100)
+    sink.add(new_row("a", "x", "ok"))
+    real = Store._put
+
+    def put(store: Store, name: str, data: Any) -> None:
+        real(store, name, data)
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "_put", put)
+        with pytest.raises(JobError, match="Input/output error"):
+            sink.flush()
+    sink.add(new_row("b", "x", "ok"))
+    sink.flush()
+    sink.add(new_row("c", "x", "ok"))
+    sink.flush()
+    found = [pq.read_table(store.open(name))["document_id"].to_pylist() for name in part_names(store)]
+    assert found == [["a", "b"], ["c"]]
 
 
 def test_a_flipped_bit_in_a_part_is_found(tmp_path: Path) -> None:
