@@ -53,7 +53,9 @@ def latency_chart(runs: Sequence[Run], measures: Sequence[Measures]) -> Chart | 
     labels = [f"{tick:g} s" if tick >= 1 else f"{tick * 1000:g} ms" for tick in ticks]
     span = [float(np.log10(values.min() * 0.8)), float(np.log10(values.max() * 1.25))]
     figure.update_yaxes(title_text="time to first token", type="log", range=span, tickvals=ticks, ticktext=labels)
-    note = "A point is a document; the lines are p50 and p95 of the documents in a range of lengths."
+    note = (
+        "A point is a document. In each range of lengths half of the documents are below the line p50, 95% below p95."
+    )
     return Chart("Time to first token by prompt length", figure, note + _sampled(runs, shown), 360)
 
 

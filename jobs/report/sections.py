@@ -133,7 +133,7 @@ def _attention(runs: Sequence[Run], measures: Sequence[Measures], with_charts: b
         "precision": "precision",
         "device": "gpu",
         "kernel": "kernel",
-        "why not as asked for": "attention_reason",
+        "why not as asked for, of one of them": "attention_reason",
         "documents": "documents",
     }
     ran = _table(measures, "ran", columns, title="How the documents ran")
@@ -151,7 +151,7 @@ def _slowest(measures: Sequence[Measures]) -> Table:
         "decode": lambda item: seconds(item["decode_seconds"]),
         "density": lambda item: figure(item["density"]),
     }
-    note = f"The {SLOWEST} documents of a run that took longest, their waiting not counted."
+    note = f"The {SLOWEST} documents of a run that took longest in the worker, without what they waited there."
     return _table(measures, "slowest", columns, note=note)
 
 
@@ -197,12 +197,15 @@ def _configuration(measures: Sequence[Measures]) -> list[Block]:
         rows = [[name, *(_plain(config.get(name)) for config in configs)] for name in settings]
         blocks.append(Table(("setting", *names), [row for row in rows if row[0] in chosen], title))
         blocks.append(Details("All settings", [Table(("setting", *names), rows)]))
-    for title, key, head in (("Versions", "versions", "package"), ("Fingerprints", "fingerprints", "of")):
+    told = "A later run goes on in this folder only if all but the input's are as they were."
+    for title, key, head, note in (
+        ("Versions", "versions", "package", ""), ("Fingerprints", "fingerprints", "of", told)
+    ):  # fmt: skip
         found = [run[key] or {} for run in measures]
         labels = list(dict.fromkeys(name for about in found for name in about))
         if labels:
             rows = [[name, *(_plain(about.get(name)) for about in found)] for name in labels]
-            blocks.append(Table((head, *names), rows, title))
+            blocks.append(Table((head, *names), rows, title, note))
     return blocks
 
 
