@@ -17,6 +17,7 @@ BENCHMARKS = {
     "selection": ("jobs.benchmark.selection", "run"),
     "elementwise": ("jobs.benchmark.elementwise", "main"),
     "overhead": ("jobs.benchmark.overhead", "main"),
+    "scaling": ("jobs.benchmark.scaling", "main"),
 }
 ABOUT = {
     "attention": "one attention layer: dense baselines, FlexAttention, our kernels; from which length Stem is faster",
@@ -24,6 +25,7 @@ ABOUT = {
     "selection": "choosing the blocks, and decode attention",
     "elementwise": "norms, activations, rotary embeddings, quantisation",
     "overhead": "what the pipeline adds to the engine, for each document",
+    "scaling": "documents an hour of the whole pipeline by the number of GPUs of one machine",
 }
 
 
