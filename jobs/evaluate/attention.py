@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jobs.evaluate.arms import Arm, Place
+from jobs.evaluate.arms import Arm
+from jobs.evaluate.beyond import mean_corrected
 from jobs.evaluate.probe import Probe
+from jobs.evaluate.scores import Place
 from kernels.block_sparse_attention import block_sparse_attention
 from pipeline.engine.cache import EngineCache
 from stem_core.attention import cutting_window
@@ -51,6 +53,7 @@ class DocumentKeys(EngineCache):
         super().__init__(seen=0)
         self.entry = 0
         self.shared = shared
+        self.most_shared = max(1, int(shared.max()))  # known on the host, where every layer of a step wants it
         self._size = (entries, room)
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -65,6 +68,11 @@ class DocumentKeys(EngineCache):
             stored[self.entry, :, self.seen : end] = new[0]
             known.append(stored[self.entry : self.entry + 1, :, :end])
         return known[0], known[1]
+
+    def widen(self) -> None:
+        """Hold everything in float32 from now on: many decode steps read what is converted once."""
+        for layer, stored in self.layers.items():
+            self.layers[layer] = (stored[0].float(), stored[1].float())
 
 
 class TailKeys(EngineCache):
@@ -125,21 +133,29 @@ def evaluation_attention(
         # The plain-torch reference of dense attention is several times slower than torch's own.
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
     else:
-        out = block_sparse_attention(
+        size = evaluation.arm.block_size
+        found = block_sparse_attention(
             query,
             key,
             value,
             selection,
             query_start=evaluation.start,
-            block_size=evaluation.arm.block_size,
+            block_size=size,
             scale=scaling,
             window=window,
-        )  # type: ignore[assignment]
+            return_lse=evaluation.arm.mean,
+        )
+        out = found[0] if isinstance(found, tuple) else found
+        if selection is not None and isinstance(found, tuple):
+            out = mean_corrected(*found, query, key, value, selection, place, size)
     return out.transpose(1, 2), None
 
 
 def _answers(q: Tensor, answers: Answers, layer: int, scale: float | None, window: int | None) -> Tensor:
-    """Dense attention of q [rows, H, L, D] to shared document and own tail, in float32; -> [rows, H, L, D]."""
+    """Dense attention of q [rows, H, L, D] to shared document and own tail, in float32; -> [rows, H, L, D].
+
+    The documents are in float32 already, see `DocumentKeys.widen`.
+    """
     rows, H, L, D = q.shape
     scale = D**-0.5 if scale is None else scale
     documents, tails = answers.documents, answers.tails
@@ -150,8 +166,8 @@ def _answers(q: Tensor, answers: Answers, layer: int, scale: float | None, windo
 
     # All rows of an entry at once: [entries, Hkv, rows of the entry * G * L, D] against the document's keys.
     asked = grouped.view(entries, rows // entries, kv_heads, -1, D).transpose(1, 2).flatten(2, 3)
-    shared = max(1, int(documents.shared.max()))
-    far = (asked @ k[:, :, :shared].float().mT).view(entries, kv_heads, rows // entries, -1, shared)
+    shared = documents.most_shared
+    far = (asked @ k[:, :, :shared].mT).view(entries, kv_heads, rows // entries, -1, shared)
     far = far.transpose(1, 2).reshape(rows, kv_heads, -1, L, shared)
     near = (grouped @ tail_k.float().mT).view(rows, kv_heads, -1, L, tail_k.shape[2])
 
@@ -172,7 +188,7 @@ def _answers(q: Tensor, answers: Answers, layer: int, scale: float | None, windo
     far, near = (far - top).exp_(), (near - top).exp_()
     total = far.sum(-1) + near.sum(-1)
     far = far.view(entries, rows // entries, kv_heads, -1, shared).transpose(1, 2).flatten(2, 3)
-    out = (far @ v[:, :, :shared].float()).view(entries, kv_heads, rows // entries, -1, D).transpose(1, 2)
+    out = (far @ v[:, :, :shared]).view(entries, kv_heads, rows // entries, -1, D).transpose(1, 2)
     out = out.reshape(rows, kv_heads, -1, D) + near.flatten(2, 3) @ tail_v.float()
     return (out.reshape(rows, H, L, D) / total.reshape(rows, H, L, 1)).to(q.dtype)
 

@@ -24,7 +24,7 @@ from stem_core.config import StemConfig
 def engine_arms(arms: Sequence[Arm], precisions: Sequence[str]) -> list[Arm]:
     """Each arm in each precision, named after both. Raises JobError for one that the engine does not run."""
     for arm in arms:
-        if arm.score is not None:
+        if not arm.is_product:
             raise JobError(f"--engine: it cannot run arm {arm.name!r}; it runs {', '.join(ENGINE_ARMS)}")
         obstacle = fp8_block_obstacle(arm.config) if arm.config is not None and "fp8" in precisions else ""
         if obstacle:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.evaluate.arms import Place, block_shares
 from jobs.evaluate.documents import Span
+from jobs.evaluate.scores import Place, block_shares
 from kernels.block_selection import BlockSelection
 
 # Rows of a chunk whose attention is computed in full.
@@ -36,7 +36,7 @@ class Probe:
         if selection is None:
             self.mass[place.layer], self.kept[place.layer] = 1.0, [1.0] * len(self.needles)
             return
-        rows = torch.linspace(0, q.shape[2] - 1, min(SAMPLED_ROWS, q.shape[2]), device=q.device).round().long()
+        rows = torch.linspace(0, q.shape[2] - 1, min(SAMPLED_ROWS, q.shape[2])).round().long()
         mask = selection.to_mask(-(-(place.start + q.shape[2]) // block_size))
         shares = []
         for row in rows.split(4):

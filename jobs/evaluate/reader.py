@@ -89,6 +89,7 @@ class Reader:
                 answer = answers[row] = Answer(entry.arm, entry.reading, prompt, prefill_seconds=seconds)
                 logits[row] = self._ask(entry, prompt, documents, answer, probe)
                 tails.take(row, documents, entry.shared, len(prompt.ids))
+        documents.widen()
         some = next(row for row in logits if row is not None)
         first = torch.stack([torch.zeros_like(some) if row is None else row for row in logits])
         begun = time.perf_counter()

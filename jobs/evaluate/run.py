@@ -31,11 +31,12 @@ MOST_ARMS = 4
 
 
 def cached_tokens(model: nn.Module, device: torch.device, gib: float | None) -> int:
-    """Tokens whose keys and values may be held at the same time, in `gib` GiB if that is given."""
+    """Tokens whose keys and values may be held at the same time, in `gib` GiB if that is given; as decoding holds them,
+    in float32."""
     text = model.config.get_text_config()  # type: ignore[union-attr, operator]
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    size = 2 * text.num_hidden_layers * heads * width * next(model.parameters()).element_size()
+    size = 2 * text.num_hidden_layers * heads * width * 4
     if gib is not None:
         return int(gib * 2**30 // size)
     room = CPU_CACHE_BYTES if device.type == "cpu" else int(GPU_CACHE_SHARE * torch.cuda.mem_get_info(device)[0])

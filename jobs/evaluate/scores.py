@@ -1,0 +1,168 @@
+"""Block scores that an evaluation compares: the product's, and some that no product has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kernels.block_scores import mass_scores, oam_scores
+from kernels.bound_scores import bound_scores
+from stem_core.config import StemConfig
+
+# One piece of attention weights in float32 may have this many entries.
+MASS_ENTRIES = 1 << 27
+# `pruned_mass`: keys that share a bound in its first stage; blocks that its second one scores for each that is kept.
+PRUNE_SPAN, PRUNE_FACTOR = 32, 2.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a selection is wanted: the tokens [start, start + Lq) of a prompt of `prompt_length`, in one layer."""
+
+    layer: int
+    start: int
+    prompt_length: int
+    scale: float | None
+
+
+# (q, k, v, place, config) -> float32 [N, H, rows, n_keys]
+Score = Callable[[Tensor, Tensor, Tensor, Place, StemConfig], Tensor]
+
+
+def window_scores(q: Tensor, k: Tensor, v: Tensor, place: Place, config: StemConfig) -> Tensor:
+    """float32 [N, H, rows, n_keys]: the nearer a block, the higher."""
+    rows, n_keys = _grid(q, place, config.block_size)
+    return torch.arange(n_keys, device=q.device, dtype=torch.float32).expand(*q.shape[:2], rows, n_keys)
+
+
+def random_scores(q: Tensor, k: Tensor, v: Tensor, place: Place, config: StemConfig) -> Tensor:
+    """float32 [N, H, rows, n_keys] in [0, 1), from layer, head, row and column alone: no chunking changes them."""
+    rows, n_keys = _grid(q, place, config.block_size)
+    first = place.start // config.block_size
+    head = torch.arange(q.shape[1], device=q.device)[:, None, None]
+    row = torch.arange(first, first + rows, device=q.device)[:, None]
+    column = torch.arange(n_keys, device=q.device)
+    mixed = ((place.layer * 1009 + head) * 65_537 + row) * 131_101 + column
+    for shift, factor in ((33, 0x2545F4914F6CDD1D), (29, 0x369DEA0F31A53F85), (32, 1)):  # as in splitmix64
+        mixed = (mixed ^ (mixed >> shift)) * factor
+    return (mixed & 0xFFFFFF).float().div(1 << 24).expand(*q.shape[:2], rows, n_keys)
+
+
+def attention_mass(q: Tensor, k: Tensor, v: Tensor, place: Place, config: StemConfig) -> Tensor:
+    """The oracle: mean share of attention that each key block gets from the rows of each query block, exactly.
+
+    float32 [N, H, rows, n_keys]. As dear as dense attention itself; a few rows at a time, never N x N.
+    """
+    N, H, Lq, D = q.shape
+    block_size = config.block_size
+    rows, n_keys = _grid(q, place, block_size)
+    width = n_keys * block_size
+    out = torch.zeros(N, H, rows, n_keys, device=q.device)
+    step = max(1, MASS_ENTRIES // (N * H * width * block_size))
+    for row in range(0, rows, step):
+        part = slice(row * block_size, min(Lq, (row + step) * block_size))
+        positions = torch.arange(place.start + part.start, place.start + part.stop)
+        share = block_shares(q[:, :, part], k, positions, block_size, place.scale)
+        missing = -share.shape[2] % block_size
+        share = torch.nn.functional.pad(share, (0, 0, 0, missing)).unflatten(2, (-1, block_size)).sum(3)
+        out[:, :, row : row + share.shape[2], : share.shape[3]] = share
+    return out
+
+
+def block_shares(q: Tensor, k: Tensor, positions: Tensor, block_size: int, scale: float | None) -> Tensor:
+    """Share of attention of each key block, for queries q [N, H, R, D] at `positions` [R], ascending, on the host.
+
+    float32 [N, H, R, blocks up to the last position].
+    """
+    N, H, R, D = q.shape
+    known = int(positions[-1]) + 1
+    scale = D**-0.5 if scale is None else scale
+    grouped = q.float().mul(scale).reshape(N, k.shape[1], -1, D)
+    logits = (grouped @ k[:, :, :known].float().mT).view(N, H, R, known)
+    first = int(positions[0])  # keys before the first query are seen by all of them
+    later = torch.arange(first, known, device=q.device)
+    logits[..., first:].masked_fill_(later > positions.to(q.device)[:, None], -torch.inf)
+    share = logits.softmax(-1)
+    return torch.nn.functional.pad(share, (0, -known % block_size)).unflatten(-1, (-1, block_size)).sum(-1)
+
+
+def product_mass(q: Tensor, k: Tensor, place: Place, config: StemConfig) -> Tensor:
+    """The product's mass scores, float32 [N, H, rows, n_keys]."""
+    return mass_scores(
+        q,
+        k,
+        query_start=place.start,
+        block_size=config.block_size,
+        group=config.mass_group,
+        rows=config.mass_rows,
+        scale=place.scale,
+    )
+
+
+def product_bound(q: Tensor, k: Tensor, place: Place, config: StemConfig) -> Tensor:
+    """The product's bound scores, float32 [N, H, rows, n_keys]."""
+    return bound_scores(
+        q,
+        k,
+        query_start=place.start,
+        block_size=config.block_size,
+        group=config.bound_group,
+        span=config.bound_span,
+        scale=place.scale,
+    )
+
+
+def share_scores(q: Tensor, k: Tensor, v: Tensor, place: Place, config: StemConfig) -> Tensor:
+    """The scores of an estimator of the product whose scores are shares of attention: `mass` or `bound`."""
+    product = {"mass": product_mass, "bound": product_bound}[config.estimator]
+    return product(q, k, place, config)
+
+
+def coarse_mass(q: Tensor, k: Tensor, v: Tensor, place: Place, config: StemConfig) -> Tensor:
+    """Mass scores of the half of the causal blocks that OAM scores highest; the others come after all of them.
+
+    What a first stage that halves the estimator's cost would choose, but for the softmax's total, which is exact here.
+    """
+    coarse = oam_scores(
+        q,
+        k,
+        v,
+        query_start=place.start,
+        block_size=config.block_size,
+        stride=config.stride,
+        value_weight=0.0,
+        scale=place.scale,
+    )
+    return _in_front(coarse, product_mass(q, k, place, config), place, config, share=0.5)
+
+
+def pruned_mass(q: Tensor, k: Tensor, v: Tensor, place: Place, config: StemConfig) -> Tensor:
+    """Mass scores of twice as many blocks as are kept, those of the highest bounds; the others come after all of them.
+
+    Bounds of long spans are cheap (a 64th of dense attention's flops in groups of 4), and with the rest out of the way
+    mass is affordable in groups of 2: density / 2 of dense attention's. The softmax's total is exact here, as above.
+    """
+    coarse = product_bound(q, k, place, replace(config, bound_span=min(PRUNE_SPAN, config.block_size)))
+    share = min(1.0, PRUNE_FACTOR * (config.density or 1.0))
+    return _in_front(coarse, product_mass(q, k, place, config), place, config, share)
+
+
+def _in_front(coarse: Tensor, fine: Tensor, place: Place, config: StemConfig, share: float) -> Tensor:
+    """`fine`, shares of attention, with the share of each row's causal blocks that is highest in `coarse` in front."""
+    first = place.start // config.block_size
+    causal = torch.arange(first + 1, first + 1 + fine.shape[2], device=fine.device)
+    rank = coarse.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return torch.where(rank < (causal[:, None] * share).ceil(), fine, fine - 2.0)
+
+
+def shared_mass(q: Tensor, k: Tensor, v: Tensor, place: Place, config: StemConfig) -> Tensor:
+    """Mass scores, the largest of the heads of a KV head for all of them: one selection serves the group's keys."""
+    scores = product_mass(q, k, place, config).unflatten(1, (k.shape[1], -1))
+    return scores.amax(2, keepdim=True).expand_as(scores).flatten(1, 2)
+
+
+def _grid(q: Tensor, place: Place, block_size: int) -> tuple[int, int]:
+    return -(-q.shape[2] // block_size), -(-(place.start + q.shape[2]) // block_size)
