@@ -228,11 +228,18 @@ class Scheduler:
                 job = self._suspects.popleft()
                 job.careful = True
                 self._send(worker, state, job)
-            elif self._to_come and held < -(-self._left // len(self._workers)):
+            elif self._to_come and self._takes(state, held):
                 self._to_come -= 1
                 self._send(worker, state, Job(next(self._documents)))
             else:
                 return
+
+    def _takes(self, state: WorkerState, held: int) -> bool:
+        """Whether a worker takes another document: at most its share of what is left, and none that only waits there
+        when what is to come is less than a batch for each of the others.
+        """
+        share, batch = -(-self._left // len(self._workers)), state.capacity - self._limits.ahead
+        return held < share and (held < batch or self._to_come > batch * (len(self._workers) - 1))
 
     def _has_room(self, worker: WorkerId, state: WorkerState) -> None:
         """Enter a worker into the queue of those that take documents, if it does."""

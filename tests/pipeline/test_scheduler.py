@@ -118,6 +118,23 @@ def test_no_more_workers_than_documents_and_a_fair_share_at_the_end() -> None:
     assert pool.most_held <= 4
 
 
+def test_at_the_end_no_document_waits_where_another_worker_could_begin_it() -> None:
+    """Worker 1 is busy with what it holds; worker 2 is not to take what worker 1 would soon be free for."""
+    held_then_left = []
+
+    def behave(pool: Workers, worker: int, item: Document) -> Event | None:
+        held_then_left.append((len(pool.held[2]), len(NAMES) - len(pool.order)))
+        return ok(pool, worker, item) if worker == 2 or len(pool.order) == len(NAMES) else None
+
+    rows, pool, _ = run(NAMES, behave)
+    assert sorted(by_id(rows)) == sorted(NAMES)
+    assert max(held for held, left in held_then_left if left > pool.max_live) == 2 + 2, "two ahead before"
+    late = [held for held, left in held_then_left if 0 < left < pool.max_live]
+    assert late
+    assert max(late) <= pool.max_live
+    assert run(NAMES[:4], ok, workers=1)[1].most_held == 4, "one worker alone takes what it can"
+
+
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_the_guilty_document_is_found_and_the_innocent_finish(workers: int) -> None:
     def behave(pool: Workers, worker: int, item: Document) -> Event | None:
