@@ -9,9 +9,10 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.errors import DocumentError, JobError, one_line
+from pipeline.records import valid_text
 from pipeline.source.catalogue import Catalogue, CatalogueBuilder, Document, Locator, in_shard
 from pipeline.source.files import SourceFile, find_files, open_filesystem
-from pipeline.source.jsonl import JsonlReader, list_jsonl
+from pipeline.source.jsonl import JsonlReader, id_name, list_jsonl
 from pipeline.source.parquet import ParquetReader, list_parquet
 
 __all__ = [
@@ -78,6 +79,7 @@ class DocumentReader:
         if at.kind == "text":
             return self._checked(self._read_file(at)), dict.fromkeys(field.name for field in self._kept)
         values = self._parquet.read(at) if at.kind == "parquet" else self._jsonl.read(at)
+        _refuse_another(values, at)
         if self._text_column not in values:
             raise DocumentError(f"it has no {self._text_column!r}; found: {', '.join(map(str, values))}")
         kept = {field.name: _kept_value(values.get(field.name), field.type, at.kind) for field in self._kept}
@@ -113,6 +115,16 @@ class DocumentReader:
                 f"its text has a lone surrogate at character {error.start}; no UTF-8 can hold it"
             ) from None
         return value
+
+
+def _refuse_another(values: dict[str, Any], at: Locator) -> None:
+    """Raise DocumentError if another document stands in a document's place since its file was listed."""
+    name = id_name(values, at.id_column)
+    found = valid_text(str(values.get(name))) if name else at.listed_id
+    if at.listed_id not in ("", found):
+        raise DocumentError(
+            f"its file was written to after it was listed: {found!r} stands in its place; run the job again"
+        )
 
 
 def input_hash(text: str, kept: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from pipeline.errors import JobError, one_line
 from pipeline.records import valid_text
 from pipeline.source.files import SourceFile
+from pipeline.source.streams import MOST_BYTES
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Locator:
     """Where a worker finds a document.
 
     start, length: byte offset and bytes of the line (jsonl; of the decompressed stream where compressed), row group and
-    row inside it (parquet), 0 and file size (text).
+    row inside it (parquet), 0 and file size (text). id_column: as asked for. listed_id: what was found there, since the
+    file may be written to meanwhile.
     """
 
     filesystem: str
@@ -29,6 +31,8 @@ class Locator:
     kind: str
     start: int
     length: int
+    id_column: str | None = None
+    listed_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,15 @@ class Catalogue:
     """Documents as columns. Rows are addressed by position; `order` says in which order to process them."""
 
     def __init__(
-        self, files: list[SourceFile], ids: pa.Array, columns: np.ndarray, errors: dict[int, str], kept: list[pa.Field]
-    ) -> None:
+        self, files: list[SourceFile], ids: pa.Array, columns: np.ndarray, errors: dict[int, str],
+        kept: list[pa.Field], id_column: str | None = None,
+    ) -> None:  # fmt: skip
         self.files = files
         self.ids = ids
         self.columns = columns  # int64 [documents, 5]: file, start, length, size, line or row for people
         self.errors = errors
         self.kept = kept
+        self.id_column = id_column
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -70,9 +76,10 @@ class Catalogue:
         """The document at `position`."""
         file_index, start, length, size, number = (int(x) for x in self.columns[position])
         file = self.files[file_index]
-        locator = Locator(file.filesystem, file.path, file.kind, start, length)
+        document_id = self.ids[position].as_py()
+        locator = Locator(file.filesystem, file.path, file.kind, start, length, self.id_column, document_id)
         return Document(
-            self.ids[position].as_py(), place(file, number), locator, size,
+            document_id, place(file, number), locator, size,
             self.errors.get(position, ""), self.stamp(position),
         )  # fmt: skip
 
@@ -87,7 +94,8 @@ class Catalogue:
         positions = np.flatnonzero(keep)
         moved = {old: new for new, old in enumerate(positions.tolist()) if old in self.errors} if self.errors else {}
         errors = {moved[old]: text for old, text in self.errors.items() if old in moved}
-        return Catalogue(self.files, self.ids.take(pa.array(positions)), self.columns[positions], errors, self.kept)
+        ids = self.ids.take(pa.array(positions))
+        return Catalogue(self.files, ids, self.columns[positions], errors, self.kept, self.id_column)
 
     def without(self, done: pa.Array) -> Catalogue:
         """The documents whose ids are not in `done`."""
@@ -141,6 +149,8 @@ class CatalogueBuilder:
 
     def add(self, document_id: str, start: int, length: int, size: int, number: int = -1, error: str = "") -> None:
         """A document of the current file; `error` marks it as unreadable."""
+        if size > MOST_BYTES:
+            error = error or f"its text has {size:,} bytes; at most {MOST_BYTES:,} are read"
         if error:
             self._errors[len(self._ids)] = one_line(error)
         self._ids.append(valid_text(document_id))
@@ -168,7 +178,7 @@ class CatalogueBuilder:
         ids = pa.array(self._ids, pa.large_string())
         self._ids = []
         kept = [pa.field(name, self.kept[name]) for name in self.keep_columns if name in self.kept]
-        catalogue = Catalogue(self.files, ids, columns, self._errors, kept)
+        catalogue = Catalogue(self.files, ids, columns, self._errors, kept, self.id_column)
         refuse_duplicates(catalogue)
         return catalogue
 

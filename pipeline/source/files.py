@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from pyarrow import ArrowException
-from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem
+from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
 from pipeline.errors import JobError, one_line, without_secrets
+from pipeline.records import valid_text
 
 KINDS = {
     ".parquet": "parquet",
@@ -37,6 +41,14 @@ class SourceFile:
     label: str
     name: str
     kind: str
+    size: int
+    modified_ns: int
+
+
+class Found(NamedTuple):
+    """A file of a folder: path, bytes and time of change."""
+
+    path: str
     size: int
     modified_ns: int
 
@@ -114,6 +126,14 @@ def find_files(locations: tuple[str, ...]) -> tuple[list[SourceFile], list[str]]
     return found, ignored
 
 
+def directly_in(file: SourceFile, folder: str) -> bool:
+    """Whether a file stands in a folder, itself and not below it, by whatever way each is reached."""
+    there, place = file.name.rpartition("/")[0], safe_name(folder).removeprefix("file://").rstrip("/")
+    if is_remote(folder) or file.filesystem:
+        return there == place
+    return os.path.realpath(there) == os.path.realpath(Path(place).expanduser())
+
+
 def _find(location: str) -> tuple[list[SourceFile], list[str]]:
     uri, path, prefix = split_location(location)
     filesystem = open_filesystem(uri)
@@ -122,7 +142,8 @@ def _find(location: str) -> tuple[list[SourceFile], list[str]]:
         kind = kind_of(path)
         if kind is None:
             raise JobError(f"--input {safe_name(location)}: its kind is not known; expected {', '.join(KINDS)}")
-        return [_source_file(uri, info, info.base_name, prefix, kind)], []
+        item = Found(info.path, info.size, info.mtime_ns or 0)
+        return [_source_file(uri, item, info.base_name, prefix, kind)], []
     if info.type == FileType.Directory:
         base, wanted = path.rstrip("/"), None
     elif _WILDCARD.search(path):
@@ -138,7 +159,7 @@ def _find(location: str) -> tuple[list[SourceFile], list[str]]:
             continue
         kind = kind_of(item.path)
         if kind is None:
-            passed.append(item.base_name)
+            passed.append(item.path.rpartition("/")[2])
         else:
             files.append(_source_file(uri, item, item.path[len(base) :].lstrip("/"), prefix, kind))
     if wanted and not files and not passed:
@@ -146,11 +167,40 @@ def _find(location: str) -> tuple[list[SourceFile], list[str]]:
     return sorted(files, key=lambda file: file.path), passed
 
 
-def _walk(filesystem: FileSystem, base: str) -> Iterator[FileInfo]:
+def _walk(filesystem: FileSystem, base: str) -> Iterator[Found]:
+    if isinstance(filesystem, LocalFileSystem):
+        yield from _walk_folder(base)
+        return
     for info in filesystem.get_file_info(FileSelector(base, recursive=True)):
         hidden = any(part.startswith(".") for part in info.path[len(base) :].split("/"))
         if info.type == FileType.File and not hidden:
-            yield info
+            yield Found(info.path, info.size, info.mtime_ns or 0)
+
+
+def _walk_folder(base: str) -> Iterator[Found]:
+    """Files below a local folder. Links are followed, but not back into a folder that they are in."""
+    todo: list[tuple[str, tuple[tuple[int, int], ...]]] = [(base, ())]
+    while todo:
+        folder, above = todo.pop()
+        about = Path(folder).stat()
+        here = about.st_dev, about.st_ino
+        if here in above:
+            continue
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                path = f"{folder}/{entry.name}"
+                try:
+                    about = entry.stat()
+                except OSError:  # a link to nothing: the row of what it should be says so
+                    yield Found(valid_text(path), 0, 0)
+                    continue
+                if stat.S_ISDIR(about.st_mode):
+                    todo.append((path, (*above, here)))
+                elif stat.S_ISREG(about.st_mode):
+                    # A name that is not UTF-8 is one that nothing here can open: its row says so.
+                    yield Found(valid_text(path), about.st_size, about.st_mtime_ns)
 
 
 def kind_of(path: str) -> str | None:
@@ -179,8 +229,8 @@ def glob_regex(pattern: str) -> str:
     return out
 
 
-def _source_file(uri: str, info: FileInfo, label: str, prefix: str, kind: str) -> SourceFile:
-    return SourceFile(uri, info.path, label, prefix + info.path, kind, info.size, info.mtime_ns or 0)
+def _source_file(uri: str, found: Found, label: str, prefix: str, kind: str) -> SourceFile:
+    return SourceFile(uri, found.path, label, prefix + found.path, kind, found.size, found.modified_ns)
 
 
 _WHOLE = 8 << 20

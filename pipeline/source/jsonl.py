@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
-import zlib
-from typing import Any, BinaryIO, cast
+from collections.abc import Container
+from typing import Any, BinaryIO
 
 import pyarrow as pa
-from pyarrow.fs import FileSystem
 
 from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.source.catalogue import CatalogueBuilder, Locator
 from pipeline.source.files import SourceFile, open_filesystem
+from pipeline.source.streams import MOST_BYTES, lines, open_stream, stream_errors
 
 DEFAULT_IDS = ("id", "document_id")
-
-
-def open_stream(filesystem: FileSystem, path: str, kind: str) -> BinaryIO:
-    """A buffered stream of the (decompressed) bytes."""
-    raw = cast(BinaryIO, io.BufferedReader(filesystem.open_input_file(path), 1 << 20))
-    if kind == "jsonl.gz":
-        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
-    if kind == "jsonl.zst":
-        import zstandard
-
-        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=True)
-        return cast(BinaryIO, io.BufferedReader(reader, 1 << 20))
-    return raw
-
-
-def stream_errors() -> tuple[type[BaseException], ...]:
-    """What a damaged or unreadable stream raises."""
-    import zstandard
-
-    return OSError, EOFError, zlib.error, zstandard.ZstdError, pa.ArrowException
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
@@ -63,11 +41,15 @@ def list_jsonl(file: SourceFile, builder: CatalogueBuilder) -> None:
     kept: dict[str, set[type]] = {name: set() for name in builder.keep_columns}
     try:
         with open_stream(open_filesystem(file.filesystem), file.path, file.kind) as stream:
-            for line in stream:
-                number, start, offset = number + 1, offset, offset + len(line)
+            for line, length in lines(stream):
+                number, start, offset = number + 1, offset, offset + length
                 if not line.strip():
                     continue
                 fallback = f"{file.label}:{number}"
+                if length > len(line):
+                    what = f"line {number}: it has {length:,} bytes; at most {MOST_BYTES:,} are read"
+                    builder.add(fallback, start, length, 0, number, what)
+                    continue
                 try:
                     value = parse_line(line)
                 except DocumentError as error:
@@ -100,8 +82,13 @@ def list_jsonl(file: SourceFile, builder: CatalogueBuilder) -> None:
             builder.keep(name, _arrow_type(kinds - {type(None)}))
 
 
+def id_name(names: Container[str], id_column: str | None) -> str | None:
+    """Which of a line's or file's columns holds the id; None if it gets one from its place."""
+    return id_column or next((name for name in DEFAULT_IDS if name in names), None)
+
+
 def _line_id(value: dict[str, Any], builder: CatalogueBuilder, fallback: str) -> str:
-    name = builder.id_column or next((name for name in DEFAULT_IDS if name in value), None)
+    name = id_name(value, builder.id_column)
     if name is None:
         return fallback
     document_id = value.get(name)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.source.catalogue import CatalogueBuilder, Locator
 from pipeline.source.files import SourceFile, open_filesystem
-from pipeline.source.jsonl import DEFAULT_IDS
+from pipeline.source.jsonl import id_name
 
 _BATCH_BYTES = 64 << 20
 _CACHE_BYTES = 512 << 20
@@ -42,7 +42,7 @@ def _list(parquet: pq.ParquetFile, file: SourceFile, builder: CatalogueBuilder, 
         _need(schema, name, "--keep-columns", file)
         kind = schema.field(name).type
         builder.keep(name, kind.value_type if pa.types.is_dictionary(kind) else kind)
-    id_column = builder.id_column or next((name for name in DEFAULT_IDS if name in schema.names), None)
+    id_column = id_name(schema.names, builder.id_column)
     if id_column:
         _need(schema, id_column, "--id-column", file)
     row = 0
@@ -148,11 +148,11 @@ class ParquetReader:
         """The row at a locator, by column; text that is not valid UTF-8 comes as bytes. Raises DocumentError."""
         try:
             table = self._group(at)
-        except _READ_ERRORS as error:
+        except (*_READ_ERRORS, IndexError) as error:
             raise DocumentError(f"cannot be read: {one_line(error)}") from None
         if at.length >= table.num_rows:
             raise DocumentError("cannot be read: the file has fewer rows than when it was listed")
-        return {name: _value(table.column(name)[at.length]) for name in self._columns}
+        return {name: _value(table.column(name)[at.length]) for name in table.column_names}
 
     def _group(self, at: Locator) -> pa.Table:
         key = (at.filesystem, at.path, at.start)
@@ -160,7 +160,9 @@ class ParquetReader:
             self._groups.move_to_end(key)
             return self._groups[key]
         with pq.ParquetFile(open_filesystem(at.filesystem).open_input_file(at.path)) as parquet:
-            table = parquet.read_row_group(at.start, columns=self._columns)
+            there = parquet.schema_arrow.names
+            wanted = [name for name in (*self._columns, id_name(there, at.id_column)) if name in there]
+            table = parquet.read_row_group(at.start, columns=list(dict.fromkeys(wanted)))
         self._groups[key] = table
         while len(self._groups) > 1 and sum(t.nbytes for t in self._groups.values()) > _CACHE_BYTES:
             self._groups.popitem(last=False)
