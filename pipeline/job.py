@@ -20,6 +20,7 @@ from pipeline.metrics import JobMetrics
 from pipeline.plan import Plan, make_plan, make_worker_config, survey_input
 from pipeline.progress import Progress
 from pipeline.records import Row, new_row, result_schema, utc_now
+from pipeline.repair import remove_rows
 from pipeline.sink import COMPACT_ABOVE, Sink, compact, part_names, recover
 from pipeline.source import Catalogue, Document
 from pipeline.store import Store
@@ -51,6 +52,7 @@ def run(
     with store.locked():
         messages = [*survey.messages, *recover(store)]
         plan = make_plan(survey, store)
+        remove_rows(store, plan.repaired)
         messages += plan.messages
         if not len(plan.pending):
             messages.append(f"nothing to do: all {len(survey.catalogue):,} documents have a row in {store.name}")

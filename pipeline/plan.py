@@ -17,9 +17,9 @@ from pipeline.config import JobConfig
 from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.prompts import Task, make_task
 from pipeline.records import result_schema
-from pipeline.sink import PROMOTE, done_rows, part_names
+from pipeline.sink import PART, PROMOTE, done_rows, part_names
 from pipeline.source import Catalogue, Document, DocumentReader, find_files, input_hash, list_documents
-from pipeline.source.files import safe_name
+from pipeline.source.files import directly_in, safe_name
 from pipeline.store import Store
 
 
@@ -40,6 +40,7 @@ class Plan:
 
     pending: documents without a row, or whose row is to be replaced. already: rows that an earlier run left and that
     stay. replaced: ids whose rows give way to new ones, since the document has changed or its failure is tried again.
+    repaired: ids of rows that stand for what could not be read when it was listed, and is not in the input any more.
     """
 
     survey: Survey
@@ -47,13 +48,16 @@ class Plan:
     already: int
     messages: tuple[str, ...]
     replaced: tuple[str, ...] = ()
+    repaired: tuple[str, ...] = ()
 
 
 def survey_input(config: JobConfig) -> Survey:
     """List the input and take its fingerprints. Raises JobError for whatever the user can mend there."""
     task = make_task(config.task, config.question, config.prompt_file)
-    files, ignored = find_files(config.input)
+    found, ignored = find_files(config.input)
     messages = (f"passed over {len(ignored)} files of other kinds, e.g. {ignored[0]}",) if ignored else ()
+    # The results of an earlier run, where they lie in the input's folder.
+    files = [file for file in found if not (PART.search(file.path) and directly_in(file, config.output))]
     prints = manifest.fingerprints(config, files, task)
     catalogue = list_documents(
         files,
@@ -77,7 +81,7 @@ def make_plan(survey: Survey, store: Store) -> Plan:
     messages = _compare_with_earlier(survey.config, store, survey.prints)
     check_columns(store, result_schema(survey.catalogue.kept))
     rows = done_rows(store)
-    stay, outdated, failed, gone = _sort_rows(survey, rows)
+    stay, outdated, failed, gone, repaired = _sort_rows(survey, rows)
     if gone:
         what = f"{len(gone):,} rows are of documents that the input does not hold, e.g. {gone[0]!r}"
         if not survey.config.force:
@@ -85,10 +89,13 @@ def make_plan(survey: Survey, store: Store) -> Plan:
         messages.append(f"{what}; kept with --force")
     if outdated:
         messages.append(f"{len(outdated):,} documents have changed since, e.g. {outdated[0]!r}; they are done again")
+    if repaired:
+        what = f"e.g. {repaired[0]!r}; their rows are removed"
+        messages.append(f"{len(repaired):,} lines or files that could not be read are not there any more, {what}")
     if survey.config.retry_failed:
         messages.append(f"--retry-failed: {len(failed):,} documents are done again")
     ids = rows["document_id"].take(pa.array(stay, pa.int64()))
-    return Plan(survey, survey.catalogue.without(ids), len(ids), tuple(messages), (*outdated, *failed))
+    return Plan(survey, survey.catalogue.without(ids), len(ids), tuple(messages), (*outdated, *failed), tuple(repaired))
 
 
 def check_columns(store: Store, schema: pa.Schema) -> None:
@@ -103,18 +110,22 @@ def check_columns(store: Store, schema: pa.Schema) -> None:
             raise JobError(f"--output {store.name}: {what}; choose another output") from None
 
 
-def _sort_rows(survey: Survey, rows: pa.Table) -> tuple[list[int], list[str], list[str], list[str]]:
-    """The rows' numbers that stay; ids of documents that changed, that failed and are tried again, that are gone.
+def _sort_rows(survey: Survey, rows: pa.Table) -> tuple[list[int], list[str], list[str], list[str], list[str]]:
+    """The rows' numbers that stay; ids of documents that changed, that failed and are tried again, that are gone; and
+    of rows of what could not be read when it was listed, and is not there any more.
 
     The stamp decides where it is the same; where it is not, the document is read and its hash does.
     """
     catalogue = survey.catalogue
     ids = rows["document_id"].cast(pa.large_string())
     positions = pc.index_in(ids, value_set=catalogue.ids).to_pylist()
-    stay, doubtful, outdated, gone = [], [], [], []
+    stay, doubtful, outdated = [], [], []
+    gone: list[int] = []
+    repaired: list[int] = []
+    unread = pc.and_(pc.equal(rows["attempts"], 0), pc.equal(rows["status"], "error")).to_pylist()
     for number, (position, stamp) in enumerate(zip(positions, rows["input_stamp"].to_pylist(), strict=True)):
         if position is None:
-            gone.append(ids[number].as_py())
+            (repaired if unread[number] else gone).append(number)
         elif stamp == catalogue.stamp(position):
             stay.append(number)
         else:
@@ -132,8 +143,9 @@ def _sort_rows(survey: Survey, rows: pa.Table) -> tuple[list[int], list[str], li
         failed = [ids[number].as_py() for number in stay if not ok[number]]
         stay = [number for number in stay if ok[number]]
     if gone and survey.config.force:
-        stay += [number for number, position in enumerate(positions) if position is None]
-    return stay, outdated, failed, gone
+        stay += gone
+    names = rows["document_id"].to_pylist()
+    return stay, outdated, failed, [names[number] for number in gone], [names[number] for number in repaired]
 
 
 def _hash_now(reader: DocumentReader, document: Document) -> str | None:

@@ -8,6 +8,7 @@ interrupted, such a document has its old row or its new one.
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +23,7 @@ from pipeline.records import COLUMNS, Row, to_table
 from pipeline.store import Store
 
 PREFIX, SUFFIX = "part-", ".parquet"
+PART = re.compile(r"(?:^|/)part-\d{6,}-[0-9a-f]{8}\.parquet$")
 JOURNAL = "compaction.json"
 COMPACT_ROWS = 100_000
 COMPACT_BYTES = 256 << 20
@@ -234,8 +236,8 @@ def _tables(store: Store, columns: Sequence[str] | None) -> list[pa.Table]:
 
 
 def done_rows(store: Store) -> pa.Table:
-    """document_id, status and input's stamp and hash of every row. Raises JobError if an id has two (parts copied)."""
-    rows = read_columns(store, ["document_id", "status", "input_stamp", "input_hash"])
+    """document_id, status, attempts, input_stamp, input_hash of all rows. Raises JobError if an id has two (copies)."""
+    rows = read_columns(store, ["document_id", "status", "attempts", "input_stamp", "input_hash"])
     ids = rows["document_id"].combine_chunks()
     if len(ids) != len(pc.unique(ids)):
         counts = pc.value_counts(ids)

@@ -19,6 +19,7 @@ from pipeline.errors import JobError
 from pipeline.job import run
 from pipeline.plan import Plan, make_plan, survey_input
 from pipeline.records import new_row, result_schema, utc_now
+from pipeline.repair import remove_rows
 from pipeline.sink import Sink, read_results, recover
 from pipeline.source import DocumentReader, input_hash
 from pipeline.store import Store
@@ -46,19 +47,25 @@ def config(tmp_path: Path, model: Path, **settings: Any) -> JobConfig:
     )
 
 
-def finish(settings: JobConfig) -> Plan:
+def finish(settings: JobConfig, flush_documents: int = 4) -> Plan:
     """What a job does, with the document's own text as its output: plan, and do what is pending."""
     survey, store = survey_input(settings), Store(settings.output)
     store.create()
     recover(store)
     plan = make_plan(survey, store)
+    remove_rows(store, plan.repaired)
     manifest.save(store, settings, survey.prints)
     schema = result_schema(survey.catalogue.kept)
-    sink = Sink(store, schema, flush_documents=4, flush_seconds=9, replaces=plan.replaced)
+    sink = Sink(store, schema, flush_documents=flush_documents, flush_seconds=9, replaces=plan.replaced)
     reader = DocumentReader("text", survey.catalogue.kept)
     for document in plan.pending.documents():
+        if document.error:
+            sink.add(
+                new_row(document.document_id, document.source, "error", document.error, input_stamp=document.stamp)
+            )
+            continue
         text, kept = reader.read(document)
-        about = {"input_stamp": document.stamp, "input_hash": input_hash(text, kept), "finished_at": utc_now()}
+        about: Any = {"input_stamp": document.stamp, "input_hash": input_hash(text, kept), "finished_at": utc_now()}
         sink.add(new_row(document.document_id, document.source, "ok", output=text, **about) | kept)
     sink.flush()
     return plan
@@ -209,6 +216,41 @@ def test_rows_of_documents_that_are_gone_need_force(tmp_path: Path, model: Path)
     forced = config(tmp_path, model, force=True)
     assert len(finish(forced).pending) == 0
     assert outputs(forced) == TEXTS
+
+
+@pytest.mark.parametrize("flush_documents", [1, 4])
+def test_a_line_that_is_mended_takes_the_place_of_its_error(tmp_path: Path, model: Path, flush_documents: int) -> None:
+    """The row of a line that could not be read has an id made of its place; once it can be, it has one of its own."""
+    settings = config(tmp_path, model)
+    write(tmp_path / "docs", "jsonl", TEXTS)
+    path = tmp_path / "docs" / "docs.jsonl"
+    whole = path.read_text()
+    path.write_text(whole.replace('"text": "text number 3"}', ""))
+    finish(settings, flush_documents)
+    statuses = dict(zip(*read_results(settings.output, ["document_id", "status"]).to_pydict().values(), strict=True))
+    assert statuses == {name: "ok" for name in TEXTS if name != "d3"} | {"docs.jsonl:4": "error"}
+    path.write_text(whole)
+    plan = finish(settings)
+    assert plan.repaired == ("docs.jsonl:4",)
+    assert [document.document_id for document in plan.pending.documents()] == ["d3"]
+    assert outputs(settings) == TEXTS
+
+
+def test_results_inside_the_input_are_no_input(tmp_path: Path, model: Path) -> None:
+    write(tmp_path / "docs", "jsonl", TEXTS)
+    (tmp_path / "link").symlink_to(tmp_path / "docs")
+    for output in ("docs", "docs/out", "link/out"):
+        settings = config(tmp_path, model, output=str(tmp_path / output))
+        finish(settings)
+        assert len(finish(settings).pending) == 0
+        for path in (tmp_path / output).glob("*.*"):
+            if path.suffix != ".jsonl":
+                path.unlink()
+    # Another job may well take them for its documents.
+    settings = config(tmp_path, model)
+    finish(settings)
+    again = config(tmp_path, model, input=settings.output, output=str(tmp_path / "again"), text_column="output")
+    assert len(survey_input(again).catalogue) == len(TEXTS)
 
 
 def test_rows_of_an_earlier_version_without_stamps_are_done_again(tmp_path: Path, model: Path) -> None:
