@@ -10,6 +10,7 @@ import secrets
 import socket
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +18,8 @@ from pipeline.errors import JobError, one_line
 
 FILE = ".lock"
 CLAIM = ".lock-"
+# Seconds that go on while the machine sleeps, as those of the other jobs do.
+_now = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
 # A claim in an object store is renewed every BEAT seconds; one that stays the same for LEASE is a crashed job's.
 BEAT_SECONDS = 4.0
 LEASE_SECONDS = 20.0
@@ -80,7 +83,11 @@ class FolderLock:
             self._descriptor = -1
 
     def check(self) -> None:
-        """Nothing can take it away."""
+        """Raise JobError if the folder was removed, and perhaps made anew by another job, which locked that one."""
+        with contextlib.suppress(OSError):
+            if os.path.samestat(self._path.stat(), os.fstat(self._descriptor)):
+                return
+        raise JobError(f"--output {self._name}: this job gave way: its folder, or {FILE} in it, was removed meanwhile")
 
 
 class ClaimLock:
@@ -148,13 +155,13 @@ class ClaimLock:
         return claims
 
     def _note_late(self) -> None:
-        late = time.monotonic() - self._renewed
+        late = _now() - self._renewed
         if late > LEASE_SECONDS - BEAT_SECONDS:
             self._lost = self._lost or f"its claim could not be renewed for {late:.0f} s"
 
     def _renew(self) -> None:
         self._beats += 1
-        begun = time.monotonic()
+        begun = _now()
         self._files.put(self._name, json.dumps({"holder": this_process(), "beat": self._beats}).encode())
         self._renewed = begun
 

@@ -26,7 +26,7 @@ from pipeline.errors import JobError, one_line
 from pipeline.lock import ClaimLock, FolderLock, Lock
 from pipeline.source.files import is_remote, open_filesystem, safe_name, split_location
 
-TEMPORARY = ".tmp"
+TEMPORARY, PROBE = ".tmp", "probe-"
 
 
 class Store:
@@ -44,7 +44,7 @@ class Store:
         """Make the folder. Raises JobError if that cannot be done or it cannot be written to."""
         try:
             self._filesystem.create_dir(self._root, recursive=True)
-            probe = f"probe-{secrets.token_hex(4)}{TEMPORARY}"
+            probe = f"{PROBE}{secrets.token_hex(4)}{TEMPORARY}"
             self._put(probe, b"")
             with contextlib.suppress(FileNotFoundError):  # a job that holds the lock clears temporary files
                 self._filesystem.delete_file(self.path(probe))
@@ -143,7 +143,8 @@ class Store:
     def clear_temporary(self) -> None:
         """Remove what an interrupted write left. Only under the lock."""
         for name in self.list(suffix=TEMPORARY):
-            self.delete(name)
+            if name.startswith((".", PROBE)):  # others are not ours
+                self.delete(name)
 
     def path(self, name: str) -> str:
         """A file's path inside the filesystem."""

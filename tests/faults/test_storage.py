@@ -1,4 +1,4 @@
-"""Disks and locks: full, damaged, half written, shared; and object stores, which have neither rename nor locks."""
+"""Disks: full, damaged, half written; and merges beside readers. Locks are in test_locks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import lock, read_results
+from pipeline import read_results
 from pipeline.config import JobConfig
 from pipeline.errors import JobError
 from pipeline.job import run
@@ -156,124 +156,11 @@ def test_a_reader_is_not_disturbed_by_a_merge(tmp_path: Path) -> None:
     assert len(part_names(store)) == 1
 
 
-@pytest.mark.parametrize("name", [".lock", "."])
-def test_an_output_that_cannot_be_locked_is_one_line(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*arguments: object) -> None:
-        raise OSError(errno.ENOSPC if name == ".lock" else errno.ENOLCK, "no locks available")
-
-    monkeypatch.setattr(*((os, "open") if name == ".lock" else (lock.fcntl, "flock")), refuse)
-    with pytest.raises(JobError, match="no locks available"):
-        Store(str(tmp_path)).lock()
-
-
-@pytest.fixture
-def fast_claims(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.2)
-    monkeypatch.setattr(lock, "LEASE_SECONDS", 1.2)
-
-
-@pytest.mark.usefixtures("fast_claims")
-def test_in_an_object_store_the_second_job_is_refused_and_a_crashed_one_is_followed() -> None:
-    place = "mock:///locks/out"
-    first, second = Store(place), Store(place)
-    first.create()
-    first.lock()
-    with pytest.raises(JobError, match=f"another job is writing there .process {os.getpid()}"):
-        second.lock()
-    assert len(first.list(lock.CLAIM)) == 1, "the refused one leaves nothing"
-    assert first._lock is not None
-    first._lock._stop.set()  # type: ignore[attr-defined]  # it crashes: no more signs of life
-    second.lock()
-    first._lock._renewed -= 5  # type: ignore[attr-defined]  # so long it was away
-    with pytest.raises(JobError, match="this job gave way"):
-        first.write("part-000000-x.parquet", b"late")
-    second.write("part-000000-y.parquet", b"in time")
-    assert second.list("part-") == ["part-000000-y.parquet"]
-    second.unlock()
-    assert second.list(lock.CLAIM) == []
-
-
-@pytest.mark.usefixtures("fast_claims")
-def test_of_jobs_that_start_at_once_at_most_one_gets_in() -> None:
-    place = "mock:///locks/race"
-    Store(place).create()
-    stores = [Store(place) for _ in range(8)]
-    entered: list[Store] = []
-    barrier = threading.Barrier(len(stores))
-
-    def enter(store: Store) -> None:
-        barrier.wait()
-        try:
-            store.lock()
-        except JobError:
-            return
-        entered.append(store)
-
-    threads = [threading.Thread(target=enter, args=(store,)) for store in stores]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(entered) <= 1
-    for store in entered:
-        store.unlock()
-    Store(place).lock()
-
-
-def test_a_claim_that_cannot_be_renewed_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(lock, "LEASE_SECONDS", 0.4)
-    store = Store("mock:///locks/lost")
-    store.create()
-    store.lock()
-    store.delete(store.list(lock.CLAIM)[0])  # another job took it for a crashed one's
-    threading.Event().wait(0.3)
-    for change in (
-        lambda: store.write("part-000000-x.parquet", b"late"),
-        lambda: store.delete("compaction.json"),
-        lambda: store.rename("a.parquet", "b.parquet"),
-    ):
-        with pytest.raises(JobError, match="another job took its claim"):
-            change()
-    store.unlock()
-
-
-def test_a_renewal_under_way_does_not_outlive_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
-    store = Store("mock:///locks/slow")
-    store.create()
-    store.lock()
-    real, begun = store.put, threading.Event()
-
-    def slow(name: str, data: bytes) -> None:
-        begun.set()
-        threading.Event().wait(0.3)
-        real(name, data)
-
-    monkeypatch.setattr(store, "put", slow)
-    assert begun.wait(10)
-    store.unlock()
-    threading.Event().wait(0.5)
-    assert store.list(lock.CLAIM) == []
-
-
-@pytest.mark.usefixtures("fast_claims")
-def test_a_job_that_was_frozen_for_a_lease_does_not_take_its_claim_back() -> None:
-    store = Store("mock:///locks/frozen")
-    store.create()
-    store.lock()
-    claim = store._lock
-    assert isinstance(claim, lock.ClaimLock)
-    claim._renewed -= 5
-    assert claim._thread is not None
-    claim._thread.join(10)
-    before = claim._renewed
-    with pytest.raises(JobError, match="this job gave way: its claim could not be renewed"):
-        store.write("part-000000-x.parquet", b"late")
-    assert claim._renewed == before
-    store.unlock()
+def test_temporary_files_of_others_stay(tmp_path: Path) -> None:
+    for name in ("mine.tmp", ".manifest.json.0a1b2c3d.tmp", "probe-0a1b2c3d.tmp"):
+        (tmp_path / name).write_text("x")
+    recover(Store(str(tmp_path)))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.tmp"]
 
 
 def test_doubled_rows_are_found_before_anything_is_done(tmp_path: Path) -> None:
