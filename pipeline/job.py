@@ -17,7 +17,7 @@ from pipeline.config import JobConfig, from_mapping
 from pipeline.errors import JobError, one_line
 from pipeline.imports import check_kernels
 from pipeline.metrics import JobMetrics
-from pipeline.plan import Plan, make_plan, make_worker_config, survey_input
+from pipeline.plan import Plan, Survey, make_plan, make_worker_config, survey_input
 from pipeline.progress import Progress
 from pipeline.records import Row, new_row, result_schema, utc_now
 from pipeline.repair import remove_rows
@@ -55,11 +55,21 @@ def run(
         remove_rows(store, plan.repaired)
         messages += plan.messages
         if not len(plan.pending):
+            _note_finished(store, survey)
             messages.append(f"nothing to do: all {len(survey.catalogue):,} documents have a row in {store.name}")
             return summarize_results(store, len(survey.catalogue), messages=tuple(messages))
         if plan.already:
             messages.append(f"going on: {plan.already:,} rows are there, {len(plan.pending):,} documents are left")
         return _execute(plan, store, messages, engine_factory, progress, grace)
+
+
+def _note_finished(store: Store, survey: Survey) -> None:
+    """Write the manifest of a job that died behind its last row, or whose manifest is damaged."""
+    state = None
+    with contextlib.suppress(JobError):
+        state = (manifest.load(store) or {}).get("state")
+    if state != "finished":
+        manifest.save(store, survey.config, survey.prints, state="finished", documents=len(survey.catalogue))
 
 
 def _execute(

@@ -236,6 +236,24 @@ def test_a_line_that_is_mended_takes_the_place_of_its_error(tmp_path: Path, mode
     assert outputs(settings) == TEXTS
 
 
+@pytest.mark.parametrize("before", ["died", "damaged", "gone"])
+def test_a_job_that_finds_all_rows_there_leaves_a_whole_manifest(tmp_path: Path, model: Path, before: str) -> None:
+    settings = config(tmp_path, model)
+    write(tmp_path / "docs", "jsonl", TEXTS)
+    finish(settings)  # its manifest does not say that it is done
+    path = tmp_path / "out" / manifest.NAME
+    if before != "died":
+        path.unlink() if before == "gone" else path.write_text("{")
+        with pytest.raises(JobError, match="--force"):
+            run(settings)
+        run(config(tmp_path, model, force=True))
+    assert "nothing to do" in run(settings).messages[-1]
+    assert json.loads(path.read_text())["state"] == "finished"
+    written = path.read_bytes()
+    run(settings)
+    assert path.read_bytes() == written
+
+
 def test_results_inside_the_input_are_no_input(tmp_path: Path, model: Path) -> None:
     write(tmp_path / "docs", "jsonl", TEXTS)
     (tmp_path / "link").symlink_to(tmp_path / "docs")
