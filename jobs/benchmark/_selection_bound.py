@@ -20,8 +20,8 @@ def bound_case(q: Tensor, k: Tensor, group: int, span: int) -> tuple[Callable[[]
     call = partial(bound_scores, q, k, group=group, span=span)
     scores = call()
     n, share, length, D = scores.shape[3], q.shape[1] // k.shape[1], q.shape[2], q.shape[3]
-    # Two products of D channels for each pair of a row and a span that it sees, both walks of the spans.
-    flops = 2 * 2 * 2 * D * q.shape[1] * (length // group) * (length // span) / 2
+    # Two products of D channels for each pair of a row and a span that it sees.
+    flops = 2 * 2 * D * q.shape[1] * (length // group) * (length // span) / 2
     last = torch.arange(length - BLOCK + group - 1, length, group, device=q.device)
     for head in (0, q.shape[1] - 1):
         rows = q[0, head, -BLOCK:].double().unflatten(0, (-1, group)).mean(1) * D**-0.5

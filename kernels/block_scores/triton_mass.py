@@ -22,13 +22,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import device as kernels_device
 from kernels.block_scores.triton import empty_scores
+from kernels.block_scores.triton_shares import PROGRAMS_PER_MULTIPROCESSOR, mean_query, store_shares, tile_of
 from kernels.block_sparse_attention.descriptors import tma_obstacle, tma_strides
 from kernels.fp8_heads import HeadScales
 from kernels.fp8_heads.triton import to_fp8
 from kernels.sizes import ceil_div
 
 LOG2E = 1.4426950408889634
-PROGRAMS_PER_MULTIPROCESSOR = 2
 INF = tl.constexpr(float("inf"))
 
 
@@ -109,28 +109,18 @@ def mass_kernel(
     d = tl.arange(0, DP)
     tile = tl.atomic_add(ticket, 1)
     while tile < tiles:
-        kv_head = tile // (GROUP * row_tiles)
-        n = kv_head // KV_HEADS
-        head = n * KV_HEADS * GROUP + kv_head % KV_HEADS * GROUP + tile % GROUP
-        block0 = (row_tiles - 1 - tile // GROUP % row_tiles) * BLOCKS_PER_TILE
-        kv_head = kv_head % KV_HEADS
+        n, head, kv_head, block0 = tile_of(tile, row_tiles, KV_HEADS, GROUP, BLOCKS_PER_TILE)
         token0 = block0 * BLOCK + row * ROW
         last_token = tl.minimum(token0 + ROW, query_tokens) - 1
-        source = q + n.to(tl.int64) * q_stride_n + (head - n * KV_HEADS * GROUP).to(tl.int64) * q_stride_h
+        source = q + n.to(tl.int64) * q_stride_n + head.to(tl.int64) * q_stride_h
         if MEAN:
-            total = tl.zeros((BM, DP), tl.float32)
-            for u in range(ROW):
-                exists = token0 + u < query_tokens
-                member = (token0 + u).to(tl.int64)[:, None] * q_stride_t + d[None, :]
-                total += tl.load(source + member, mask=exists[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-            query = total / tl.maximum(last_token - token0 + 1, 1)[:, None]
+            query = mean_query(source, q_stride_t, token0, query_tokens, D, ROW, BM)
         else:
-            # Not `at` here: a name that the loop below binds to another shape would be carried from tile to tile.
             sampled = last_token.to(tl.int64)[:, None] * q_stride_t + d[None, :]
             query = tl.load(source + sampled, mask=(token0 < query_tokens)[:, None] & (d < D)[None, :], other=0.0)
         factor = scale_log2
         if FP8:
-            own_scale = tl.load(q_scale + head % (KV_HEADS * GROUP))
+            own_scale = tl.load(q_scale + head)
             query = to_fp8(query, own_scale)
             factor *= own_scale * tl.load(k_scale + kv_head)
         else:
@@ -163,31 +153,11 @@ def mass_kernel(
                 query, position, keys, n, kv_head, k_stride_t, tokens, 0, seen, factor, reference, failed, slot,
                 D, BLOCK, BM, BN, True, True, TMA,
             )  # fmt: skip
-        # What other threads of this program stored must be visible before it is read back.
-        tl.debug_barrier()
-
-        j = tl.arange(0, CHUNK)
-        top = tl.full((BM,), float("-inf"), tl.float32)
-        total = tl.zeros((BM,), tl.float32)
-        for first in range(0, seen, CHUNK):
-            at = (first + j)[:, None] * BM + row[None, :]
-            mass = tl.load(slot + at, mask=(first + j < seen)[:, None], other=float("-inf"))
-            new_top = tl.maximum(top, tl.max(mass, axis=0))
-            total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(mass - new_top[None, :]), axis=0)
-            top = new_top
-        all_keys = top + tl.log2(total)
-        block = block0 + tl.arange(0, BLOCKS_PER_TILE)
-        out = scores + head.to(tl.int64) * rows * row_stride
-        for first in range(0, n_keys, CHUNK):
-            at = (first + j)[:, None] * BM + row[None, :]
-            mass = tl.load(slot + at, mask=(first + j < seen)[:, None], other=float("-inf"))
-            share = tl.where((token0 < query_tokens)[None, :], tl.exp2(mass - all_keys[None, :]), 0.0)
-            share = tl.max(tl.reshape(share, (CHUNK, BLOCKS_PER_TILE, ROWS_PER_BLOCK)), axis=2)
-            share = tl.where((first + j)[:, None] <= (first_block + block)[None, :], share, float("-inf"))
-            place = block.to(tl.int64)[None, :] * row_stride + (first + j)[:, None]
-            tl.store(out + place, share, mask=(block < rows)[None, :] & (first + j < n_keys)[:, None])
-        # The slot is free for the next tile only when every thread has read it.
-        tl.debug_barrier()
+        out = scores + (n * (KV_HEADS * GROUP) + head).to(tl.int64) * rows * row_stride
+        store_shares(
+            slot, out, token0 < query_tokens, block0, first_block, rows, row_stride, n_keys, seen,
+            BM, ROWS_PER_BLOCK, CHUNK,
+        )  # fmt: skip
         tile = tl.atomic_add(ticket, 1)
 
 

@@ -53,8 +53,8 @@ def mass_of_samples(dtype: torch.dtype, head_dim: int) -> None:
 
 def bound(dtype: torch.dtype, head_dim: int) -> None:
     q, k = prompt(dtype, head_dim)
-    bounds = KeyBounds.allocate(1, 8, 1024, head_dim, block_size=128, span=16, device=q.device, dtype=dtype)
-    triton_bound.bound_scores(q, k, 0, 128, 4, 16, 0.1, bounds)
+    bounds = KeyBounds.allocate(1, 8, 1024, head_dim, block_size=128, span=8, device=q.device, dtype=dtype)
+    triton_bound.bound_scores(q, k, 0, 128, 4, 8, 0.1, bounds)
 
 
 def decode(dtype: torch.dtype, head_dim: int) -> None:
