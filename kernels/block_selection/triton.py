@@ -17,13 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.block_selection import BlockSelection
-from kernels.sizes import ceil_div, power_of_2
+from kernels.sizes import power_of_2
 
 # Inline assembly does not run under Triton's interpreter.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-# Starting a program costs about as much as a tenth of a row: with many rows each program takes several.
-ROWS_PER_PROGRAM = 2
-MANY_ROWS = 8192
 # Rows of one warp: six of them on each quarter of a multiprocessor, without spills. Longer rows need more.
 REGISTERS = 80
 REGISTERS_WIDE = 128
@@ -174,30 +171,26 @@ def _select_row(
         tl.store(counts, forced + taken)
 
 
-@triton.jit(do_not_specialize=["H", "rows", "first_row", "turns", "sink_blocks", "local_blocks", "max_blocks"])
+@triton.jit(do_not_specialize=["H", "rows", "first_row", "sink_blocks", "local_blocks", "max_blocks"])
 def select_kernel(
-    scores, budgets, indices, counts, stride_n, stride_h, stride_row, H, rows, first_row, turns,
+    scores, budgets, indices, counts, stride_n, stride_h, stride_row, H, rows, first_row,
     sink_blocks, local_blocks, max_blocks, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Program (p, n * H + h): `turns` rows, as many as there are programs apart, the longest first: they take the most
-    steps. Short rows use a narrower tile."""
+    """Program (p, n * H + h): a row, the longest first: they take the most steps. Short rows use a narrower tile."""
     head = tl.program_id(1)
-    scores += (head // H).to(tl.int64) * stride_n + (head % H).to(tl.int64) * stride_h
-    for turn in range(turns):
-        row = rows - 1 - turn * tl.num_programs(0) - tl.program_id(0)
-        if row >= 0:
-            i = first_row + row
-            place = head.to(tl.int64) * rows + row
-            row_scores = scores + row.to(tl.int64) * stride_row
-            budget = budgets + row
-            kept = indices + place * max_blocks
-            count = counts + place
-            if i < WIDTH // 4:
-                _select_row(row_scores, budget, kept, count, i, sink_blocks, local_blocks, max_blocks, WIDTH // 4)
-            elif i < WIDTH // 2:
-                _select_row(row_scores, budget, kept, count, i, sink_blocks, local_blocks, max_blocks, WIDTH // 2)
-            else:
-                _select_row(row_scores, budget, kept, count, i, sink_blocks, local_blocks, max_blocks, WIDTH)
+    row = rows - 1 - tl.program_id(0)
+    i = first_row + row
+    place = head.to(tl.int64) * rows + row
+    scores += (head // H).to(tl.int64) * stride_n + (head % H).to(tl.int64) * stride_h + row.to(tl.int64) * stride_row
+    budgets += row
+    indices += place * max_blocks
+    counts += place
+    if i < WIDTH // 4:
+        _select_row(scores, budgets, indices, counts, i, sink_blocks, local_blocks, max_blocks, WIDTH // 4)
+    elif i < WIDTH // 2:
+        _select_row(scores, budgets, indices, counts, i, sink_blocks, local_blocks, max_blocks, WIDTH // 2)
+    else:
+        _select_row(scores, budgets, indices, counts, i, sink_blocks, local_blocks, max_blocks, WIDTH)
 
 
 def select_blocks(
@@ -210,9 +203,8 @@ def select_blocks(
     indices = torch.empty(N, H, rows, max_blocks, dtype=torch.int32, device=scores.device)
     counts = torch.empty(N, H, rows, dtype=torch.int32, device=scores.device)
     width = max(512, power_of_2(first_row + rows))
-    turns = ROWS_PER_PROGRAM if rows * H * N > MANY_ROWS else 1
-    select_kernel[(ceil_div(rows, turns), N * H)](
-        scores, budgets, indices, counts, *scores.stride()[:3], H, rows, first_row, turns,
+    select_kernel[(rows, N * H)](
+        scores, budgets, indices, counts, *scores.stride()[:3], H, rows, first_row,
         sink_blocks, local_blocks, max_blocks, WIDTH=width, num_warps=max(1, min(16, width // 1024)),
         maxnreg=REGISTERS if width <= 1024 else REGISTERS_WIDE,
     )  # fmt: skip
