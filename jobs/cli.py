@@ -6,6 +6,7 @@ import argparse
 import json
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
@@ -40,7 +41,9 @@ class Parser(argparse.ArgumentParser):
 
 def add_job_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
     """A flag for every setting of JobConfig but those in `without`, and --config for a YAML file of them."""
-    parser.add_argument("--config", metavar="JOB.yaml", help="settings from a YAML file, keys as the flags; flags win")
+    parser.add_argument(
+        "--config", metavar="JOB.yaml", help="settings from a YAML file, named like the flags; a flag wins"
+    )
     groups: dict[str, Any] = {}
     for item in fields(JobConfig):
         if item.name in without:
@@ -51,7 +54,7 @@ def add_job_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()
 
 
 def _argument(rules: Any, default: Any) -> dict[str, Any]:
-    shown = "" if default in (None, "", ()) or rules["kind"] == "bool" else f" (default: {default})"
+    shown = "" if default in (None, "", (), False) else f" (default: {'on' if default is True else default})"
     about: dict[str, Any] = {"help": (rules["meaning"] + shown).replace("%", "%%")}
     if rules["kind"] == "bool":
         return about | {"action": argparse.BooleanOptionalAction}
@@ -109,7 +112,10 @@ def run_main(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | No
     except (JobError, WrongPackageError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as ended:
+        # Ray's own way to take a SIGTERM, while it starts and when it is gone again, is to exit with its number.
+        if isinstance(ended, SystemExit) and ended.code != signal.SIGTERM:
+            raise
         print("stopped", file=sys.stderr)
         code = 130
     sys.stdout.flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -171,7 +172,7 @@ class Worker:
                 raise
             return await self._map_reduce(document_id, text, meter, merging=False)
         meter.truncated += prompt.truncated_tokens
-        return await self._run(document_id, prompt, meter)
+        return await self._run(whole_request(document_id), prompt, meter)
 
     async def _map_reduce(self, document_id: str, text: str, meter: Meter, merging: bool) -> dict[str, Any]:
         """Process parts that fit, then merge their outputs; where those do not fit either, in parts again."""
@@ -181,7 +182,7 @@ class Worker:
 
         async def one(index: int, part: str) -> dict[str, Any]:
             prompt = await self._prompt(meter, part, merging=merging)
-            return await self._run(f"{document_id}#{meter.parts}.{index}", prompt, meter)
+            return await self._run(part_request(document_id, meter.parts, index), prompt, meter)
 
         tasks = [asyncio.ensure_future(one(index, part)) for index, part in enumerate(parts)]
         try:
@@ -203,7 +204,7 @@ class Worker:
                     f"the outputs of its {len(parts)} parts do not fit the context either", "too_long"
                 ) from None
             return await self._map_reduce(document_id, joined, meter, merging=True)
-        return await self._run(document_id, prompt, meter)
+        return await self._run(whole_request(document_id), prompt, meter)
 
     async def _prompt(self, meter: Meter, text: str, *, truncate: bool = False, merging: bool = False) -> Prompt:
         def build() -> Prompt:
@@ -255,6 +256,16 @@ class Worker:
             raise EngineBrokenError(
                 f"the worker hangs: no answer for {self._config.grace:g} s after a document was given up", hung=True
             )
+
+
+def part_request(document_id: str, parts: int, index: int) -> str:
+    """The request id of a part of a document that comes to `parts` parts."""
+    return f"{document_id}#{parts}.{index}"
+
+
+def whole_request(document_id: str) -> str:
+    """The request id of a whole document: its own id, and never what a part of another one is called."""
+    return f"{document_id}#" if re.search(r"#\d+\.\d+#*$", document_id) else document_id
 
 
 def _build_engine(config: WorkerConfig) -> EngineLike:

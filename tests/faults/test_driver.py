@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from jobs.cli import run_main
 from jobs.faults import processes
 from jobs.faults.runs import AHEAD, LIVE, kills, prepare
 
@@ -65,3 +67,10 @@ def test_a_driver_does_not_outlive_the_tool_that_started_it(tmp_path: Path) -> N
     ):
         raise KeyboardInterrupt
     assert driver.poll() is not None
+
+
+@pytest.mark.parametrize(("ended", "code"), [(signal.SIGTERM, 130), (0, 0), (3, 3)])
+def test_a_job_that_is_stopped_while_ray_starts_ends_as_any_that_is_stopped(ended: int, code: int) -> None:
+    with pytest.raises(SystemExit) as told:
+        run_main(lambda arguments: sys.exit(ended), [])
+    assert told.value.code == code

@@ -25,6 +25,7 @@ from pipeline.source import find_files
 from pipeline.source.files import safe_name
 from pipeline.store import Store
 from pipeline.tokens import Tokens, load_tokens
+from pipeline.worker import part_request, whole_request
 
 ROOT = Path(__file__).parents[2]
 
@@ -156,6 +157,15 @@ def test_ids_never_become_paths(tmp_path: Path) -> None:
     assert all(re.fullmatch(r"part-\d{6}-[0-9a-f]{8}\.parquet", path.name) for path in out.iterdir())
 
 
+def test_an_id_made_like_that_of_another_documents_part_is_no_matter() -> None:
+    """Two requests of one id would be an error of the engine, and cost a document its row's output."""
+    ids = ["a", "a#3.0", "a#3.0#", "a#3.0##", "a#3.0#2.1", "a#3", "a#", "#1.1", "x#3.0y"]
+    requests = [whole_request(name) for name in ids]
+    requests += [part_request(name, parts, index) for name in ids for parts in (2, 3) for index in (0, 1)]
+    assert len(set(requests)) == len(requests)
+    assert whole_request("an ordinary id/1.txt:2") == "an ordinary id/1.txt:2"
+
+
 SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
     "AWS_SESSION_TOKEN": "FwoGZXIvYXdzEXAMPLESESSION",
@@ -221,6 +231,9 @@ def test_submitted_jobs_with_a_key_in_a_uri_are_refused(location: str, model: Pa
     with pytest.raises(JobError, match="set it in the environment of the cluster") as told:
         submit.split_arguments(parser, ["--input", location, "--output", "/tmp/out", "--model", str(model)])
     assert not [leak for leak in LEAKS if leak in str(told.value)]
+    arguments = ["--input", "/tmp", "--output", "/tmp/out", "--model", str(model)]
+    with pytest.raises(JobError, match="its URI holds a key"):
+        submit.split_arguments(parser, [*arguments, "--ray-address", location.replace("s3://", "ray://")])
 
 
 def test_every_command_that_we_print_keeps_the_dashboard_on_loopback() -> None:
