@@ -97,6 +97,7 @@ def make_document(
     """One document; the same arguments give the same text. Raises JobError where the facts alone pass `length`."""
     name = f"{kind}-{length}-{index}"
     rng = Random(f"{seed}/{style.name}/{name}")
+    told = f"{name}-seed{seed}" if seed else name  # evaluations of several seeds may be put together
     plan = KINDS[kind].plan(rng, style, questions, essay)
     longest = max((ask for ask, _ in plan.asks), key=lambda ask: len(ask.text) + len(ask.prefix))
     frame = len(tokenizer.prompt(_message("", longest, style, kind), longest.prefix)[0])
@@ -113,7 +114,7 @@ def make_document(
         woven, spans = weave(filler, plan.facts)
         text = plan.title + woven.lstrip()
         asks, lookups = finish(plan, spans, len(text) - len(woven))
-        document = Document(name, kind, length, text, asks, lookups, carrier=longest.text)
+        document = Document(told, kind, length, text, asks, lookups, carrier=longest.text)
         over = len(tokenizer.prompt(_message(text, longest, style, kind), longest.prefix)[0]) - length
         if over <= 0:
             return document

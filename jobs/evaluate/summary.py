@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jobs.evaluate.results import BY_EXACTNESS, Row, estimate, question_key, setting_key
+from jobs.evaluate.results import BY_EXACTNESS, Estimate, Row, estimate, question_key, setting_key
 
 # Pooled as "retrieval"; lookups and summaries are told apart, since they ask for more than the end of the prompt.
 APART = ("lookup", "summary", "common_words", "frequent_words")
@@ -21,7 +21,7 @@ LEARNED = 0.5
 
 def unlearned_tasks(rows: Sequence[Row]) -> set[tuple[int, str]]:
     """(length, task) that the model does not do well enough when dense."""
-    return {key for key, found in dense_recall(rows).items() if found < LEARNED}
+    return {key for key, found in dense_recall(rows).items() if found.mean < LEARNED}
 
 
 def baseline(rows: Sequence[Row]) -> list[Row]:
@@ -35,12 +35,14 @@ def _inexactness(precision: str | None) -> int:
     return -1 if precision is None else BY_EXACTNESS.index(precision)
 
 
-def dense_recall(rows: Sequence[Row]) -> dict[tuple[int, str], float]:
-    """Mean recall of the dense arm by (length, task); of the most exact precision, if the engine ran in several."""
-    found: dict[tuple[int, str], list[float]] = {}
+def dense_recall(rows: Sequence[Row]) -> dict[tuple[int, str], Estimate]:
+    """Recall of the dense arm by (length, task); of the most exact precision, if the engine ran in several."""
+    found: dict[tuple[int, str], list[Row]] = {}
     for row in baseline(rows):
-        found.setdefault((row["length"], row["task"]), []).append(row["recall"])
-    return {key: float(np.mean(values)) for key, values in found.items()}
+        found.setdefault((row["length"], row["task"]), []).append(row)
+    return {
+        key: estimate([row["recall"] for row in each], [row["document"] for row in each]) for key, each in found.items()
+    }
 
 
 def group(row: Row) -> str:
@@ -57,7 +59,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         settings.setdefault(setting_key(row), []).append(row)
     return {
         "dense_recall": [
-            {"length": length, "task": task, "recall": found}
+            {"length": length, "task": task, "recall": found.mean, **asdict(found)}
             for (length, task), found in sorted(dense_recall(rows).items())
         ],
         "left_out": sorted([list(key) for key in unlearned]),
@@ -154,14 +156,14 @@ def _by_layer(rows: Sequence[Row], name: str) -> list[float] | None:
 def print_summary(summary: dict[str, Any], file: Any = None) -> None:
     """The settings as a table, and what was left out of it."""
     console = Console(file=file or sys.stdout, width=190 if file or not sys.stdout.isatty() else None)
-    dense = Table(title="dense recall by task", title_justify="left")
+    dense = Table(title="dense recall by task, with its 95% interval and number of questions", title_justify="left")
     lengths = sorted({record["length"] for record in summary["dense_recall"]})
     dense.add_column("task")
     for length in lengths:
         dense.add_column(f"{length:,}", justify="right")
-    known = {(record["length"], record["task"]): record["recall"] for record in summary["dense_recall"]}
+    known = {(record["length"], record["task"]): _dense(record) for record in summary["dense_recall"]}
     for task in dict.fromkeys(record["task"] for record in summary["dense_recall"]):
-        dense.add_row(task, *(f"{known[length, task]:.3f}" if (length, task) in known else "" for length in lengths))
+        dense.add_row(task, *(known.get((length, task), "") for length in lengths))
     if known:
         console.print(dense)
     names = sorted({name for record in summary["settings"] for name in record["recall"]}, key=_column)
@@ -195,6 +197,10 @@ def print_summary(summary: dict[str, Any], file: Any = None) -> None:
         left_out.setdefault(length, []).append(task)
     for length, tasks in left_out.items():
         console.print(f"not counted, since dense fails them at {length:,} tokens: {', '.join(tasks)}")
+
+
+def _dense(record: dict[str, Any]) -> str:
+    return f"{record['mean']:.3f} ({record['low']:.3f}..{record['high']:.3f}) of {record['n']}"
 
 
 def _column(name: str) -> tuple[bool, str]:

@@ -73,6 +73,7 @@ def test_documents(kind: str, style: object) -> None:
     assert document == make_document(kind, length, 3, style, tokenizer(), 2, seed=5)  # type: ignore[arg-type]
     assert document.text != make_document(kind, length, 3, style, tokenizer(), 2, seed=6).text  # type: ignore[arg-type]
     made = read_prompts(document, style, tokenizer())  # type: ignore[arg-type]
+    assert document.name == f"{kind}-{length}-3-seed5"  # reports of several seeds may be put together
     assert {question.task for question in document.questions} | {item.task for item in document.lookups} <= set(TASKS)
     assert 0.9 * length < max(len(prompt.ids) for prompt in made.prompts) <= length
     for prompt in made.prompts:
@@ -297,6 +298,11 @@ def test_job_writes_rows_and_report(
     summary = json.loads((out / "summary.json").read_text())
     assert summary["run"]["command"].startswith("python -m jobs.evaluate --model")
     assert {setting["arm"] for setting in summary["settings"]} == {"dense", "mass"}
+    for record in summary["dense_recall"]:
+        mine = [row["recall"] for row in rows if (row["arm"], row["task"]) == ("dense", record["task"])]
+        assert record["recall"] == pytest.approx(np.mean(mine))
+        assert record["low"] <= record["recall"] <= record["high"]
+        assert record["n"] == len(mine)
     assert "retrieval" in (out / "summary.txt").read_text()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["--report", str(out), str(out), "--output", str(tmp_path / "again")]) == 0
