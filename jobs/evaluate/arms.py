@@ -38,7 +38,7 @@ class Arm:
     """One way to choose blocks. config None: dense. score None: the product's own estimator.
 
     precision: of the engine that reads, also the end of the name; None: the evaluation's own reader.
-    mean, adaptive: ideas beyond Stem, see `jobs.evaluate.beyond`.
+    mean, shared_budget: ideas beyond Stem, see `jobs.evaluate.beyond`; the rule of the second, empty without it.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Arm:
     score: Score | None = None
     precision: str | None = None
     mean: bool = False
-    adaptive: bool = False
+    shared_budget: str = ""
 
     @property
     def block_size(self) -> int:
@@ -55,7 +55,7 @@ class Arm:
     @property
     def is_product(self) -> bool:
         """Whether the product's engine can run it."""
-        return self.score is None and not self.mean and not self.adaptive
+        return self.score is None and not self.mean and not self.shared_budget
 
     def budget(self, layer: int, prompt_length: int) -> PromptBudget:
         """The row budgets of a layer, as the product would have them."""
@@ -70,13 +70,13 @@ class Arm:
         if self.config is None or budget.budgets is None:
             return None
         score = self.score
-        if score is None and not self.adaptive:
+        if score is None and not self.shared_budget:
             return stem_selection(q, k, v, self.config, budget, start=place.start, scale=place.scale)
         scores = (score or share_scores)(q, k, v, place, self.config).contiguous()
         first, rows = place.start // self.config.block_size, scores.shape[2]
         budgets = budget.rows(first, first + rows, q.device)
-        if self.adaptive:
-            return shared_budget_selection(scores, budgets, place, self.config)
+        if self.shared_budget:
+            return shared_budget_selection(scores, budgets, place, self.config, self.shared_budget)
         return select_blocks(
             scores,
             budgets,
@@ -111,8 +111,9 @@ EQUAL_DENSITY: dict[str, tuple[dict[str, Any], Score | None]] = {
 PRESETS = ("paper", "release", "robust")
 ARMS = ("dense", *PRESETS, *EQUAL_DENSITY)
 USUAL_ARMS = tuple(name for name in ARMS if name not in ("coarse_mass", "shared_mass", "pruned_mass"))
-# Ideas beyond Stem: any sparse arm with one or both behind its name, as "stem+mean".
-IDEAS = ("mean", "adaptive")
+# Ideas beyond Stem, behind the name of a sparse arm, as "stem+mean" or "bound+adaptive+mean".
+SHARED_BUDGETS = ("adaptive", "threshold")
+IDEAS = ("mean", *SHARED_BUDGETS)
 # What a StemConfig says in full, so that the engine runs it.
 ENGINE_ARMS = ("dense", *PRESETS, *(name for name, (_, score) in EQUAL_DENSITY.items() if score is None))
 # At least so many blocks a prompt: with fewer, sink and window alone are much of it, and the published schedules dense.
@@ -169,12 +170,15 @@ def _with_ideas(arm: Arm, ideas: Sequence[str]) -> Arm:
         if idea not in IDEAS:
             hint = nearest(idea, IDEAS) or f"; there are {', '.join(IDEAS)}"
             raise JobError(f"--arms {arm.name}: {idea!r} is not an idea{hint}")
-    adaptive = "adaptive" in ideas
+    rules = [idea for idea in ideas if idea in SHARED_BUDGETS]
+    if len(rules) > 1:
+        raise JobError(f"--arms {arm.name}: of {' and '.join(SHARED_BUDGETS)} an arm takes one")
+    rule = rules[0] if rules else ""
     assert arm.config is not None
     shares = arm.score is attention_mass or (arm.score is None and arm.config.estimator in ("mass", "bound"))
-    if adaptive and not shares:
-        raise JobError(f"--arms {arm.name}: adaptive needs scores that are shares of attention: mass, bound or oracle")
-    return replace(arm, mean="mean" in ideas, adaptive=adaptive)
+    if rule and not shares:
+        raise JobError(f"--arms {arm.name}: {rule} needs scores that are shares of attention: mass, bound or oracle")
+    return replace(arm, mean="mean" in ideas, shared_budget=rule)
 
 
 def _changes(spec: str, text: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Ideas beyond Stem, to be compared with it at equal density; plain torch, for the evaluation only.
 
-mean: a row's dropped blocks enter its softmax, each as one pseudo-token. adaptive: rows and heads share a budget.
+mean: a row's dropped blocks enter its softmax, each as one pseudo-token. adaptive, threshold: rows and heads share a
+budget, by the share of their scores that they keep or by one bound for all scores.
 """
 
 from __future__ import annotations
@@ -60,14 +61,18 @@ def mean_corrected(
     return result
 
 
-def shared_budget_selection(scores: Tensor, budgets: Tensor, place: Place, config: StemConfig) -> BlockSelection:
+def shared_budget_selection(
+    scores: Tensor, budgets: Tensor, place: Place, config: StemConfig, rule: str
+) -> BlockSelection:
     """Blocks of a chunk when all its rows and heads share the blocks that `budgets` gives them in sum.
 
-    A row's scores, largest shares of attention among its queries, are divided by their sum over its causal blocks. It
-    keeps its blocks from the highest score on until what it keeps has the share p of that sum: few where attention is
-    narrow, many where it is wide. p is one number for the layer's heads and the chunk's rows, such that exactly as many
-    blocks are kept as without; it is found by sorting. Sink, local and diagonal blocks and the dense tail are kept.
-    Since p is the chunk's, the selection depends on how a prompt is cut: for a comparison, not for a product.
+    rule "adaptive": a row's scores, largest shares of attention among its queries, are divided by their sum over its
+    causal blocks. It keeps blocks from the highest score on until they have the share p of that sum: few where
+    attention is narrow, many where it is wide. "threshold": a block is kept where its score is t or more: none where
+    attention is so wide that no block matters. p, or t, is one number for the layer's heads and the chunk's rows, such
+    that exactly as many blocks are kept as without; it is found by sorting. Sink, local and diagonal blocks and the
+    dense tail are always kept. Since the number is the chunk's, the selection depends on how a prompt is cut: for a
+    comparison, not for a product.
 
     scores: float32 [N, H, rows, n_keys], >= 0 where causal; budgets: int32 [rows]. No host synchronisation.
     """
@@ -79,15 +84,16 @@ def shared_budget_selection(scores: Tensor, budgets: Tensor, place: Place, confi
     tail = -(-place.prompt_length // config.block_size) - config.dense_tail
     forced = causal & ((j < config.sink_blocks) | (j > i - config.local_blocks) | (i >= tail))
     share = scores.masked_fill(~causal, 0.0).double()
-    share /= share.sum(-1, keepdim=True).clamp(min=1e-30)
-    ranked = torch.where(forced, share + 2.0, torch.where(causal, share, -1.0))
-    share, order = ranked.sort(dim=-1, descending=True, stable=True)
-    forced, causal = forced.gather(-1, order), causal.gather(-1, order)
-    share = torch.where(causal, share - 2.0 * forced, 0.0)
-    # What a row keeps before it comes to this block: the least p that keeps it.
-    before = torch.where(causal, share.cumsum(-1) - share, torch.inf).masked_fill(forced, -1.0)
+    if rule == "adaptive":
+        share /= share.sum(-1, keepdim=True).clamp(min=1e-30)
+    ranked = share.masked_fill(forced, torch.inf).masked_fill(~causal, -1.0)
+    order = ranked.argsort(dim=-1, descending=True, stable=True)
+    share, forced, causal = (x.gather(-1, order) for x in (share, forced, causal))
+    # With "adaptive" what a row keeps before it comes to this block: the least p that keeps it.
+    last = share.cumsum(-1) - share if rule == "adaptive" else -share
+    last = last.masked_fill(forced, -torch.inf).masked_fill(~causal, torch.inf)
     wanted = H * torch.minimum(budgets, i[:, 0] + 1).sum()
-    least = before.flatten(1).argsort(dim=-1, stable=True)
+    least = last.flatten(1).argsort(dim=-1, stable=True)
     leading = (torch.arange(least.shape[1], device=scores.device) < wanted).expand_as(least)
     kept = torch.zeros_like(least, dtype=torch.bool).scatter(1, least, leading).view_as(order)
     kept = torch.zeros_like(kept).scatter(-1, order, kept)

@@ -19,6 +19,11 @@ from stem_core.config import BLOCK_SIZES
 CPU_ARMS = ("dense", "stem", "robust", "window")
 ENGINE_DEFAULT_ARMS = ("dense", "stem", "robust")
 GPU_ARMS = USUAL_ARMS
+ARMS_HELP = (
+    f"all, or of {', '.join(ARMS)}, also as name:field=value,...; ideas beyond Stem go behind the name: +mean lets "
+    "dropped blocks in as their means, +adaptive and +threshold let heads and rows share a budget (mass, bound, oracle, "
+    "robust)"
+)
 ENGINE_HELP = (
     f"answer with the product's engine, in each of {', '.join(BY_EXACTNESS)} that is named, and compare them; without "
     "KL, mass and needle blocks"
@@ -79,7 +84,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--engine", nargs="+", choices=BY_EXACTNESS, default=[], metavar="PRECISION", help=ENGINE_HELP)
     add("--lengths", type=int, nargs="+", default=[4096, 16384], metavar="TOKENS", help="most tokens of a prompt")
     add("--tasks", nargs="+", default=["all"], metavar="TASK", help=f"all, or of {', '.join(TASKS)}")
-    add("--arms", nargs="+", metavar="ARM", help=f"all, or of {', '.join(ARMS)}, also as name:field=value,...")
+    add("--arms", nargs="+", metavar="ARM", help=ARMS_HELP)
     add("--densities", type=float, nargs="+", default=[0.25], help="of the arms that have no budget of their own")
     add("--dense-tail", type=int, nargs="+", default=[0], metavar="BLOCKS", help="blocks at the end that see all")
     add("--dense-layers", type=int, default=2, help="leading layers that are dense (default: 2, as Stem does)")

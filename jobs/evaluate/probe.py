@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jobs.evaluate.documents import Span
-from jobs.evaluate.scores import Place, block_shares
+from jobs.evaluate.scores import MASS_ENTRIES, Place, block_shares
 from kernels.block_selection import BlockSelection
 
 # Rows of a chunk whose attention is computed in full.
@@ -39,7 +39,7 @@ class Probe:
         rows = torch.linspace(0, q.shape[2] - 1, min(SAMPLED_ROWS, q.shape[2])).round().long()
         mask = selection.to_mask(-(-(place.start + q.shape[2]) // block_size))
         shares = []
-        for row in rows.split(4):
+        for row in rows.split(max(1, MASS_ENTRIES // (q.shape[0] * q.shape[1] * (place.start + q.shape[2])))):
             share = block_shares(q[:, :, row], k, place.start + row, block_size, place.scale)
             kept = mask[:, :, row // block_size, : share.shape[-1]]
             shares.append((share * kept).sum(-1).mean((0, 1)))

@@ -87,21 +87,23 @@ def test_corrected_attention_does_not_depend_on_chunks_and_pieces(monkeypatch: p
     torch.testing.assert_close(torch.cat(parts, 2), whole)
 
 
-@pytest.mark.parametrize("spec", ["mass+adaptive", "bound+adaptive", "oracle+adaptive"])
+@pytest.mark.parametrize("spec", ["mass+adaptive", "bound+adaptive", "oracle+adaptive", "bound+threshold"])
 def test_adaptive_rows_share_a_budget(spec: str) -> None:
-    """Exactly as many blocks as without; a narrow head keeps less than a wide one, and each row its highest scores."""
+    """Exactly as many blocks as without; by shares a narrow head keeps less than a wide one, by a threshold more."""
     q, k, v = qkv()
     q[:, 0] *= 8  # narrow
     q[:, 1] *= 0.1
     chosen, place = arm(spec, density=0.85, tail=2), Place(1, 0, TOKENS, None)
     selection = chosen.select(q, k, v, place)
-    uniform = arm(spec.removesuffix("+adaptive"), density=0.85, tail=2).select(q, k, v, place)
+    uniform = arm(spec.split("+")[0], density=0.85, tail=2).select(q, k, v, place)
     assert selection is not None
     assert uniform is not None
     assert selection.counts.sum() == uniform.counts.sum()
     assert selection.density() == pytest.approx(chosen.density(TOKENS, 8)[0])
     assert uniform.counts[0, 0].sum() == uniform.counts[0, 1].sum()
-    assert selection.counts[0, 0].sum() < selection.counts[0, 1].sum() - 10
+    narrow, wide = selection.counts[0, 0].sum(), selection.counts[0, 1].sum()
+    assert abs(narrow - wide) > 10
+    assert (narrow < wide) == ("adaptive" in spec)
     mask = selection.to_mask(21)
     assert torch.equal(mask[:, :, -2:], uniform.to_mask(21)[:, :, -2:])  # the tail keeps all
     assert not mask.triu(1).any()
@@ -134,6 +136,18 @@ def test_adaptive_keeps_the_same_estimated_share_everywhere() -> None:
     assert (dropped[some_free] <= least_free[some_free]).all()
 
 
+def test_a_threshold_is_the_same_everywhere() -> None:
+    q, k, v = qkv(scale=1.5)
+    chosen, place = arm("mass+threshold", density=0.8), Place(1, 0, TOKENS, None)
+    selection = chosen.select(q, k, v, place)
+    assert selection is not None
+    assert chosen.config is not None
+    scores, mask = product_mass(q, k, place, chosen.config), selection.to_mask(21)
+    i, j = torch.arange(21)[:, None], torch.arange(21)
+    free = (j >= 4) & (j <= i - 4)
+    assert scores[mask & free].min() >= scores[~mask & free].max()
+
+
 def test_pruned_mass_is_mass_among_the_highest_bounds() -> None:
     q, k, v = qkv(scale=2.0)
     place = Place(1, 0, TOKENS, None)
@@ -151,13 +165,15 @@ def test_pruned_mass_is_mass_among_the_highest_bounds() -> None:
 
 def test_ideas_in_specs() -> None:
     arms = make_arms(["robust+adaptive+mean", "stem+mean:dense_tail=1", "stem"], [16], [0.5], [0], 0)
-    assert [(item.mean, item.adaptive) for item in arms] == [(True, True), (True, False), (False, False)]
+    assert [(item.mean, item.shared_budget) for item in arms] == [(True, "adaptive"), (True, ""), (False, "")]
     assert [item.name for item in arms] == ["robust+adaptive+mean", "stem+mean:dense_tail=1", "stem"]
     assert arms[1].config == arms[2].config.replace(dense_tail=1)  # type: ignore[union-attr]
     with pytest.raises(JobError, match="did you mean 'mean'"):
         make_arms(["stem+means"], [16], [0.5], [0], 0)
     with pytest.raises(JobError, match="adaptive needs scores that are shares of attention"):
         make_arms(["stem+adaptive"], [16], [0.5], [0], 0)
+    with pytest.raises(JobError, match="of adaptive and threshold an arm takes one"):
+        make_arms(["bound+adaptive+threshold"], [16], [0.5], [0], 0)
     with pytest.raises(JobError, match="cannot run arm 'stem\\+mean:dense_tail=1'"):
         engine_arms(arms[1:2], ["fp32"])
 
