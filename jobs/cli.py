@@ -54,7 +54,8 @@ def add_job_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()
 
 
 def _argument(rules: Any, default: Any) -> dict[str, Any]:
-    shown = "" if default in (None, "", (), False) else f" (default: {'on' if default is True else default})"
+    told = ("on" if default else None) if rules["kind"] == "bool" else default
+    shown = "" if told in (None, "", ()) else f" (default: {told})"
     about: dict[str, Any] = {"help": (rules["meaning"] + shown).replace("%", "%%")}
     if rules["kind"] == "bool":
         return about | {"action": argparse.BooleanOptionalAction}

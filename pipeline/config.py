@@ -50,7 +50,7 @@ class JobConfig:
         changes_output=True,
     )
     question: str | None = option(
-        None, "str", "what follows the document in the prompt", group="prompt", changes_output=True
+        None, "str", "the question or instruction that follows the document", group="prompt", changes_output=True
     )
     prompt_file: str | None = option(
         None, "str", "Jinja file that makes the user message from {{ document }} and {{ question }}", group="prompt"
@@ -65,14 +65,14 @@ class JobConfig:
     too_long: str = option(
         "error",
         "str",
-        "documents beyond the context: error row, truncate (cut the middle) or map-reduce (do parts, then merge)",
+        "documents beyond the context: error row, truncate (cut out the middle), map-reduce (do parts, then merge)",
         choices=("error", "truncate", "map-reduce"),
         group="prompt",
         changes_output=True,
     )
 
     max_new_tokens: int = option(256, "int", "most tokens to generate", low=1, group="generation", changes_output=True)
-    temperature: float = option(0.0, "float", "0 is greedy", low=0, group="generation", changes_output=True)
+    temperature: float = option(0.0, "float", "randomness; 0 is greedy", low=0, group="generation", changes_output=True)
     top_p: float = option(
         1.0,
         "float",
@@ -85,7 +85,7 @@ class JobConfig:
     seed: int = option(
         0,
         "int",
-        "of sampling; a document's draws depend on it and the document's id alone",
+        "seed of sampling; what is drawn for a document depends only on this and on the document's id",
         group="generation",
         changes_output=True,
     )
@@ -115,7 +115,9 @@ class JobConfig:
     estimator: str | None = stem_option("str", "how blocks are scored", ("oam", "mass", "bound"))
     decay: float | None = stem_option("float", "last row's budget as a share of the first one's")
     mass_group: int | None = stem_option("int", "queries for each row of the estimator mass")
-    mass_rows: str | None = stem_option("str", "such a row is their mean, or a sample of them", ("mean", "sample"))
+    mass_rows: str | None = stem_option(
+        "str", "a row of the estimator mass is the mean of its queries, or a sample", ("mean", "sample")
+    )
     bound_group: int | None = stem_option("int", "queries for each row of the estimator bound")
     bound_span: int | None = stem_option("int", "keys that share a bound, in the estimator bound")
     sink_blocks: int | None = stem_option("int", "leading blocks always kept")
@@ -126,12 +128,16 @@ class JobConfig:
     dense_tail: int | None = stem_option("int", "blocks at the prompt's end that see everything")
 
     device: str = option(
-        "auto", "str", "auto takes GPUs if there are any", choices=("auto", "cpu", "cuda"), group="engine"
+        "auto",
+        "str",
+        "where models run; auto: on GPUs if there are any",
+        choices=("auto", "cpu", "cuda"),
+        group="engine",
     )
     precision: str = option(
         "auto",
         "str",
-        "of weights, attention and KV; fp8 needs GPUs that have it; auto: bf16 on GPUs, fp32 on CPUs",
+        "numbers of weights, attention and KV; fp8 needs GPUs that have it; auto: bf16 on GPUs, fp32 on CPUs",
         choices=("auto", "bf16", "fp16", "fp32", "fp8"),
         group="engine",
         changes_output=True,
@@ -150,7 +156,7 @@ class JobConfig:
     load_format: str = option(
         "auto",
         "str",
-        "dummy: random weights, for measuring",
+        "auto: the model's weights; dummy: random ones, for measuring",
         choices=("auto", "dummy"),
         group="engine",
         changes_output=True,
@@ -174,13 +180,13 @@ class JobConfig:
     max_attempts: int = option(
         3, "int", "times a document may end its worker before it is given up", low=1, group="run"
     )
-    flush_documents: int = option(64, "int", "results in one part file at most", low=1, group="run")
-    flush_seconds: float = option(10.0, "float", "results wait at most so long to be written", low=0, group="run")
+    flush_documents: int = option(64, "int", "most results in one part file", low=1, group="run")
+    flush_seconds: float = option(10.0, "float", "most seconds that a result waits to be written", low=0, group="run")
     compact: bool = option(True, "bool", "at the end, merge part files if there are more than 100", group="run")
     resume: bool = option(
         True, "bool", "go on where an earlier run stopped; off: refuse an output that holds results", group="run"
     )
-    retry_failed: bool = option(False, "bool", "do the documents again whose rows are not ok", group="run")
+    retry_failed: bool = option(False, "bool", "do again the documents whose rows are not ok", group="run")
     force: bool = option(
         False, "bool", "go on although settings, model or input differ from the earlier run's", group="run"
     )

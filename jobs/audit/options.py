@@ -92,24 +92,57 @@ def parser(description: str) -> Parser:
     add_job_flags(flags, without=(*OWN, *UNUSED))
     add = flags.add_argument_group("audit").add_argument
     add("--output", type=Path, default=Path("audit"), metavar="DIR", help="for page, rows, figures (default: audit)")
-    add("--sample", type=int, metavar="N", help=f"documents, of all lengths ({GPU_SAMPLE}; on a CPU {CPU_SAMPLE})")
-    add("--preset", nargs="+", choices=PRESETS, help=f"each makes arms (default: {' '.join(DEFAULT_PRESETS)})")
+    add(
+        "--sample",
+        type=int,
+        metavar="N",
+        help=f"documents to compare, of all lengths (default: {GPU_SAMPLE}; on a CPU {CPU_SAMPLE})",
+    )
+    add(
+        "--preset",
+        nargs="+",
+        choices=PRESETS,
+        help=f"what to compare with dense (default: {' '.join(DEFAULT_PRESETS)})",
+    )
     add(
         "--budget",
         nargs="+",
         type=float,
         metavar="X",
-        help="share of the blocks, not the presets' own; each makes arms",
+        help="share of the blocks, in place of the presets' own; each with each preset",
     )
-    add("--precision", nargs="+", choices=PRECISIONS, help="each makes arms; the most exact one's dense is the measure")
+    add(
+        "--precision",
+        nargs="+",
+        choices=PRECISIONS,
+        help="each is run; all are compared with dense in the most exact one",
+    )
     add("--lengths", nargs="*", type=int, metavar="N", help="prompt lengths to time besides the documents")
-    add("--kl-tokens", type=int, default=64, metavar="N", help="of dense's answer that the others read along (64)")
-    add("--least-agreement", type=float, default=Limits.agreement, metavar="X", help="of tokens, to recommend (0.95)")
-    add("--least-rouge", type=float, default=Limits.rouge, metavar="X", help="ROUGE-L, to recommend (0.9)")
-    add("--show", type=int, default=5, metavar="N", help="documents of each arm to show beside dense (5)")
-    add("--seed", type=int, default=0, help="of the sample")
-    add("--tokenizer", metavar="PATH_OR_ID", help="where it is not the model's own; outputs are token ids then")
-    add("--report", type=Path, metavar="DIR", help="run nothing: write the page of an earlier audit again")
+    add(
+        "--kl-tokens",
+        type=int,
+        default=64,
+        metavar="N",
+        help="tokens of dense's answer that the others read along (default: 64)",
+    )
+    add(
+        "--least-agreement",
+        type=float,
+        default=Limits.agreement,
+        metavar="X",
+        help="share of equal tokens that a recommendation needs (default: 0.95)",
+    )
+    add(
+        "--least-rouge",
+        type=float,
+        default=Limits.rouge,
+        metavar="X",
+        help="ROUGE-L that a recommendation needs (default: 0.9)",
+    )
+    add("--show", type=int, default=5, metavar="N", help="documents of each arm to show beside dense (default: 5)")
+    add("--seed", type=int, default=0, help="seed of the sample (default: 0)")
+    add("--tokenizer", metavar="PATH_OR_ID", help="if it is not the model's own; outputs are then shown as token ids")
+    add("--report", type=Path, metavar="DIR", help="run nothing, only write the page of an earlier audit again")
     return flags
 
 
