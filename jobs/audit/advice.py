@@ -36,7 +36,7 @@ def recommend(arms: Sequence[Figures], limits: Limits, total: int, *, random_wei
     reference, others = arms[0], arms[1:]
     spread = unsteadiness(arms)
     enough = max(FASTER, spread)
-    steady = f"The same work took up to {spread:.2f} times as long at another time: smaller differences mean nothing."
+    steady = f"The same work, done twice, differed in time by up to {spread:.2f}x: smaller differences mean nothing."
     if random_weights:
         headline = "Random weights: the speeds are real, the outputs mean nothing, so nothing is recommended."
         reasons = tuple((arm["arm"], _speed(arm, reference)) for arm in others)
@@ -54,7 +54,7 @@ def recommend(arms: Sequence[Figures], limits: Limits, total: int, *, random_wei
     caveats = (steady, *_caveats(arms, best or reference, limits, total))
     if spread > UNSTEADY:
         headline = (
-            f"The times are not steady (the same work took {spread:.2f} times as long at another time), so nothing "
+            f"The times are not steady (the same work, done twice, differed in time by {spread:.2f}x), so nothing "
             "is recommended: run again while nothing else uses this device."
         )
         return Advice("none", "", headline, "", reasons, caveats[1:])
@@ -141,13 +141,13 @@ def _caveats(arms: Sequence[Figures], chosen: Figures, limits: Limits, total: in
     elif compared:
         more = min(total, max(60, 4 * compared))
         found.append(
-            f"{compared} of {total:,} documents were compared. Had none of them differed, up to "
-            f"{unseen(compared, total):.0%} of all could still do so (95%); --sample {more} would tell more."
+            f"{compared} of {total:,} documents were compared. Even if none of them had differed, up to "
+            f"{unseen(compared, total):.0%} of all could (95% confidence); --sample {more} would tell more."
         )
     found += [text for text in (_open_interval(chosen, limits), _partly_dense(chosen)) if text]
     found.append(
-        "Likeness to dense is not correctness: jobs.evaluate asks questions whose answers are known. Outputs part for "
-        "good at the first token that differs, so one near-tie can cost much ROUGE-L and no content."
+        "Likeness to dense is not correctness: jobs.evaluate asks questions whose answers are known. Two outputs go "
+        "their own ways after the first token that differs, so a near-tie can cost much ROUGE-L and no content."
     )
     return found
 

@@ -125,7 +125,8 @@ def _overview(audit: dict[str, Any]) -> Table:
     )  # fmt: skip
     reference = audit["arms"][0]["arm"]
     note = (
-        "Means over documents. Density: share of the causal key blocks that prefill computed. Times dense: how many "
+        "An arm is one way to run: an attention (@ stands for --budget) in a precision. Means over documents. "
+        "Density: share of the causal key blocks that prefill computed. Times dense: how many "
         "times as fast first tokens came as under dense attention in the same precision. Tokens agree and ROUGE-L: "
         f"against {reference}, whose own line compares two runs of it."
     )
@@ -147,12 +148,12 @@ def _speed(audit: dict[str, Any]) -> list[Block]:
         row += [binary_bytes(arm["plan"]["weight_bytes"]), *([binary_bytes(arm["peak_bytes"])] if on_gpu else [])]
         rows.append([*row, seconds(arm["load_seconds"]), figure(_repeat(arm))])
     header = ["arm", "all documents", "prompt tokens/s", "output tokens/s", "decode step alone", "weights"]
-    header += [*(["peak memory"] if on_gpu else []), "loading", "unsteadiness"]
+    header += [*(["peak memory"] if on_gpu else []), "loading", "repeat"]
     note = (
-        "All documents: prefill and decoding of the sample as one job of one engine. Decode step alone: one document "
-        f"of {max(audit['sample']['prompt_tokens']):,} tokens. Loading: the first arm in a precision loads the model, "
-        "the others only plan their memory. Unsteadiness: ratio of two times of the same work; of the first "
-        "arm of all documents, of the others of the shortest one's prefill."
+        "All documents: prefill and decoding of the whole sample, as one job of one engine. Decode step alone: one "
+        f"document of {max(audit['sample']['prompt_tokens']):,} tokens. Loading: the first arm in a precision loads "
+        "the model, the others only plan their memory. Repeat: by what factor two times of the same work differed, all "
+        "documents in the first arm, the shortest one's prefill in the others."
     )
     if on_gpu:
         note += " Peak memory: with the KV arena, which takes what is free."
@@ -189,8 +190,8 @@ def _likeness(audit: dict[str, Any], rows: Sequence[Row]) -> list[Block]:
         told = "The weights are random: how outputs differ says nothing about a trained model."
     else:
         told = (
-            "First token, KL and agreement are measured on dense's own answer, read along token by token; ROUGE-L and "
-            "same output on what each arm writes by itself, greedily. Intervals are 95%, over documents."
+            "First token, KL and agreement are measured along dense's own answer, which each arm reads token by token; "
+            "ROUGE-L and same output compare what each arm writes by itself, greedily. Intervals: 95%, over documents."
         )
     names = (
         ("first token agrees", "first_token_agrees"), ("KL of the first token", "first_token_kl"),
@@ -231,7 +232,7 @@ def _differing(audit: dict[str, Any], rows: Sequence[Row]) -> list[Block]:
             texts.append((f"{row['arm']}, {row['output_tokens']} tokens", row["output"]))
             blocks.append(SideBySide(texts, told) if not place else Details(told, [SideBySide(texts)]))
         if not found:
-            blocks.append(Prose(f"{describe(arm)}: all outputs that were compared are the same as dense's."))
+            blocks.append(Prose(f"With {describe(arm)} all outputs that were compared are the same as dense's."))
     return blocks or [Prose("Nothing was compared.")]
 
 
@@ -258,12 +259,13 @@ def _documents(rows: Sequence[Row]) -> list[Block]:
 def _method(audit: dict[str, Any]) -> list[Block]:
     sample, stamp = audit["sample"], audit["stamp"]
     told = (
-        f"{sample['documents']} documents, drawn with seed {sample['seed']}, one from each of as many shares of all "
-        f"{sample['of']:,} ordered by size. Every arm got the same prompts, at most {audit['max_new_tokens']} new "
-        "tokens each, greedily, in one engine, all at once; one arm's memory is given back before the next begins. "
+        f"{sample['documents']} documents, drawn with seed {sample['seed']}: all {sample['of']:,} were ordered by size "
+        "and cut into equal shares, and each share gave one. Every arm got the same prompts, at most "
+        f"{audit['max_new_tokens']} new tokens each, greedily, in one engine, all at once; one arm's memory is given "
+        "back before the next begins. "
         f"{audit['arms'][0]['arm']} ran twice: its first run gives the outputs that all are compared with, the second "
-        "is timed, and both had to write the same tokens, ties of rounding apart. Reading dense's answer along is not "
-        "in any time."
+        "is timed, and both had to write the same tokens, but for ties within rounding. No time includes the reading "
+        "along of dense's answer."
     )
     blocks: list[Block] = [Prose(told)]
     if audit["refused"]:

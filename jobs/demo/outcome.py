@@ -43,9 +43,10 @@ class Outcome:
     def in_words(self) -> str:
         """One line on what was found."""
         total = self.total
+        wrong = total.listed - total.found
         return (
             f"{self.arm}: {total.found} of {total.planted} findings ({total.recall:.1%}), "
-            f"{total.listed - total.found} wrong lines, density {self.density:.2f}"
+            f"{wrong} wrong line{'s' * (wrong != 1)}, density {self.density:.2f}"
         )
 
 
@@ -59,7 +60,7 @@ def judge(arm: str, rows: Sequence[Mapping[str, Any]], findings: Mapping[str, Se
 def print_outcomes(outcomes: Sequence[Outcome]) -> None:
     """A line for each document, a line for each arm, and one summary in full."""
     first = outcomes[0]
-    table = Table(title=f"what was written; figures of the {first.arm} run", title_justify="left")
+    table = Table(title=f"Each document; times of the {first.arm} run", title_justify="left")
     for heading in ("document", "attention", *RIGHT, *(f"found: {outcome.arm}" for outcome in outcomes)):
         table.add_column(heading, justify="right" if heading in RIGHT else "left", no_wrap=True)
     for name, row in sorted(first.rows.items()):

@@ -468,10 +468,10 @@ def test_what_a_recommendation_says_of_its_doubts() -> None:
     sure = recommend([DENSE, figures("robust-bf16", 150, 1.0, 1.0)], limits, 8)
     assert not any("interval" in text for text in sure.caveats)
     assert sure.caveats[1].startswith("All 8 documents")
-    assert "up to 1.01 times as long" in sure.caveats[0]
+    assert "by up to 1.01x" in sure.caveats[0]
     busy = recommend([DENSE, figures("robust-bf16", 300, 1.0, 1.0, repeat_seconds=(2.0, 5.0))], limits, 8)
     assert (busy.verdict, busy.flags) == ("none", "")
-    assert "2.50 times" in busy.headline
+    assert "by 2.50x" in busy.headline
     open_one = recommend([DENSE, figures("robust-bf16", 150, 0.96, 1.0, sparse_documents=5)], limits, 500)
     assert any("0.920 to 1.000" in text and "reaches below 0.95" in text for text in open_one.caveats)
     assert any("read 3 of 8 documents densely" in text for text in open_one.caveats)

@@ -75,7 +75,7 @@ def test_judge_counts_the_documents_with_known_findings_only(
         {"document_id": "b.txt", "output": "No key findings.", "density": 1.0},
     ]
     outcome = judge("stem", rows, {"a.txt": ["It was 12.", "It was 13."]})
-    assert outcome.in_words() == "stem: 1 of 2 findings (50.0%), 1 wrong lines, density 0.30"
+    assert outcome.in_words() == "stem: 1 of 2 findings (50.0%), 1 wrong line, density 0.30"
     with pytest.raises(KeyError):
         judge("stem", rows, {"c.txt": []})
 
