@@ -152,10 +152,7 @@ def evaluation_attention(
 
 
 def _answers(q: Tensor, answers: Answers, layer: int, scale: float | None, window: int | None) -> Tensor:
-    """Dense attention of q [rows, H, L, D] to shared document and own tail, in float32; -> [rows, H, L, D].
-
-    The documents are in float32 already, see `DocumentKeys.widen`.
-    """
+    """Dense attention of q [rows, H, L, D] to shared document and own tail, in float32; -> [rows, H, L, D]."""
     rows, H, L, D = q.shape
     scale = D**-0.5 if scale is None else scale
     documents, tails = answers.documents, answers.tails
@@ -167,7 +164,7 @@ def _answers(q: Tensor, answers: Answers, layer: int, scale: float | None, windo
     # All rows of an entry at once: [entries, Hkv, rows of the entry * G * L, D] against the document's keys.
     asked = grouped.view(entries, rows // entries, kv_heads, -1, D).transpose(1, 2).flatten(2, 3)
     shared = documents.most_shared
-    far = (asked @ k[:, :, :shared].mT).view(entries, kv_heads, rows // entries, -1, shared)
+    far = (asked @ k[:, :, :shared].float().mT).view(entries, kv_heads, rows // entries, -1, shared)
     far = far.transpose(1, 2).reshape(rows, kv_heads, -1, L, shared)
     near = (grouped @ tail_k.float().mT).view(rows, kv_heads, -1, L, tail_k.shape[2])
 
@@ -188,7 +185,7 @@ def _answers(q: Tensor, answers: Answers, layer: int, scale: float | None, windo
     far, near = (far - top).exp_(), (near - top).exp_()
     total = far.sum(-1) + near.sum(-1)
     far = far.view(entries, rows // entries, kv_heads, -1, shared).transpose(1, 2).flatten(2, 3)
-    out = (far @ v[:, :, :shared]).view(entries, kv_heads, rows // entries, -1, D).transpose(1, 2)
+    out = (far @ v[:, :, :shared].float()).view(entries, kv_heads, rows // entries, -1, D).transpose(1, 2)
     out = out.reshape(rows, kv_heads, -1, D) + near.flatten(2, 3) @ tail_v.float()
     return (out.reshape(rows, H, L, D) / total.reshape(rows, H, L, 1)).to(q.dtype)
 

@@ -25,7 +25,7 @@ class Reader:
     """A model prepared by `prepare_model`, on its device.
 
     stop_ids end an answer. chunk_tokens: tokens of a prompt that go through the model at once. cached_tokens: of
-    documents that are held at the same time, at most, but always those of one.
+    documents that are held at the same time in float32, at most, but always those of one.
     """
 
     def __init__(self, model: nn.Module, stop_ids: Sequence[int], chunk_tokens: int, cached_tokens: int) -> None:
@@ -89,7 +89,8 @@ class Reader:
                 answer = answers[row] = Answer(entry.arm, entry.reading, prompt, prefill_seconds=seconds)
                 logits[row] = self._ask(entry, prompt, documents, answer, probe)
                 tails.take(row, documents, entry.shared, len(prompt.ids))
-        documents.widen()
+        if len(entries) * max(entry.length for entry in entries) <= self.cached_tokens:
+            documents.widen()
         some = next(row for row in logits if row is not None)
         first = torch.stack([torch.zeros_like(some) if row is None else row for row in logits])
         begun = time.perf_counter()

@@ -31,8 +31,7 @@ MOST_ARMS = 4
 
 
 def cached_tokens(model: nn.Module, device: torch.device, gib: float | None) -> int:
-    """Tokens whose keys and values may be held at the same time, in `gib` GiB if that is given; as decoding holds them,
-    in float32."""
+    """Tokens whose keys and values may be held in float32, for decoding, at the same time; in `gib` GiB if given."""
     text = model.config.get_text_config()  # type: ignore[union-attr, operator]
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -219,6 +219,18 @@ def test_answers_do_not_depend_on_their_neighbours() -> None:
     assert found(together) == found(alone) != {}
 
 
+def test_answers_do_not_depend_on_the_cache() -> None:
+    """Keys that are widened to float32 once answer as those that each step converts."""
+    model = prepare_model(load_model(EngineConfig(MODEL, device="cpu", precision="bf16")))
+    readings = [reading("noise", 400, 1)]
+    roomy, tight = (Reader(model, stop_token_ids(model), 256, cached_tokens) for cached_tokens in (20_000, 1))
+    found = [
+        [answer.token_ids for answer in each.read(readings, [arm("stem")], None, frozenset())]
+        for each in (roomy, tight)
+    ]
+    assert found[0] == found[1] != []
+
+
 def test_dense_and_full_selection_agree() -> None:
     """A selection of nearly everything has the mass and the predictions of dense attention, a narrow window not."""
     name = frozenset([reading().document.name])
