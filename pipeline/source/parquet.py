@@ -14,6 +14,7 @@ from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.source.catalogue import CatalogueBuilder, Locator
 from pipeline.source.files import SourceFile, open_filesystem
 from pipeline.source.jsonl import id_name
+from pipeline.source.streams import MOST_BYTES
 
 _BATCH_BYTES = 64 << 20
 _CACHE_BYTES = 512 << 20
@@ -54,7 +55,7 @@ def _list_group(
     parquet: pq.ParquetFile, group: int, row: int, id_column: str | None,
     file: SourceFile, builder: CatalogueBuilder, exact_sizes: bool,
 ) -> int:  # fmt: skip
-    mean = _mean_bytes(parquet, group, builder.text_column)
+    mean = _mean_bytes(parquet, group)
     columns = ([id_column] if id_column else []) + ([builder.text_column] if exact_sizes else [])
     inside = 0
     for count, batch in _batches(parquet, group, list(dict.fromkeys(columns)), mean):
@@ -104,12 +105,10 @@ def _is_text(kind: pa.DataType) -> bool:
     return any(test(kind) for test in tests)
 
 
-def _mean_bytes(parquet: pq.ParquetFile, group: int, column: str) -> int:
-    meta = parquet.metadata.row_group(group)
-    for i in range(meta.num_columns):
-        if meta.column(i).path_in_schema == column:
-            return meta.column(i).total_uncompressed_size // max(meta.num_rows, 1)
-    return 0
+def _mean_bytes(parquet: pq.ParquetFile, group: int) -> int:
+    """Bytes of a row, all columns together: what a footer says of one column ends the process if it is damaged."""
+    about = parquet.metadata.row_group(group)
+    return max(0, min(about.total_byte_size // max(about.num_rows, 1), MOST_BYTES))
 
 
 def _sizes(texts: pa.Array) -> list[int]:

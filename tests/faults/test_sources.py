@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 import zstandard
 
 from pipeline.errors import DocumentError, JobError
+from pipeline.imports import ROOT
 from pipeline.source import Catalogue, DocumentReader, find_files, list_documents, streams
 
 ROWS: list[dict[str, Any]] = [{"id": f"d{i}", "text": f"text {i}"} for i in range(4)]
@@ -162,3 +165,35 @@ def test_a_folder_of_links_to_nothing_is_refused_in_words(tmp_path: Path) -> Non
     (tmp_path / "a.jsonl").symlink_to("/nothing/there")
     with pytest.raises(JobError, match="no input file can be read"):
         listed(tmp_path)
+
+
+EVERY_FOOTER = """
+import sys
+from pathlib import Path
+from pipeline.errors import DocumentError, JobError
+from pipeline.source import DocumentReader, find_files, list_documents
+
+folder = Path(sys.argv[1])
+path, reader = folder / "a.parquet", DocumentReader("text", [])
+whole = path.read_bytes()
+for place in range(len(whole) - 8 - int.from_bytes(whole[-8:-4], "little"), len(whole)):
+    path.write_bytes(whole[:place] + b"\\0" + whole[place + 1 :])
+    try:
+        catalogue = list_documents(find_files((str(folder),))[0])
+    except JobError:
+        continue
+    for position in range(len(catalogue)):
+        document = catalogue.document(position)
+        try:
+            assert document.error or reader.read(document)
+        except DocumentError:
+            pass
+"""
+
+
+def test_no_damaged_footer_ends_the_process(tmp_path: Path) -> None:
+    """As some of pyarrow's look-ups in one do: they abort, which nothing can catch."""
+    write(tmp_path, "parquet", ROWS[:2])
+    (tmp_path / "good.txt").write_text("fine")
+    told = subprocess.run([sys.executable, "-c", EVERY_FOOTER, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
