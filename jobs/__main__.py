@@ -28,7 +28,7 @@ def _about(path: Path) -> str:
 
 def show() -> None:
     """Print them."""
-    print("python -m jobs.COMMAND ...; --help lists its flags\n")
+    print("usage: python -m jobs.COMMAND [flags]; --help explains the flags of a command\n")
     for name, about in commands().items():
         print(f"  {name:18}{about}")
 

@@ -18,6 +18,17 @@ from pipeline.errors import JobError, nearest
 from pipeline.imports import WrongPackageError, check_kernels
 
 
+class _Help(argparse.HelpFormatter):
+    """Adds a flag's default to its help, unless that speaks of it already."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        said, value = action.help or "", action.default
+        if "default" in said or value in (None, argparse.SUPPRESS, "", [], (), float("inf")) or value is False:
+            return said
+        shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        return f"{said} (default: {shown.replace('%', '%%')})"
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are JobError: exit code 2 means something else here.
 
@@ -28,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         what, colon, usage = (settings.get("description") or "").partition(": python -m ")
         if colon:
             settings |= {"description": what, "usage": f"python -m {usage} [flags]"}
-        super().__init__(**settings)
+        super().__init__(**{"formatter_class": _Help} | settings)
 
     def error(self, message: str) -> NoReturn:
         """Raise JobError, with the nearest flag where one is not known."""

@@ -137,7 +137,7 @@ class JobConfig:
     precision: str = option(
         "auto",
         "str",
-        "numbers of weights, attention and KV; fp8 needs GPUs that have it; auto: bf16 on GPUs, fp32 on CPUs",
+        "number format of weights, attention and KV; fp8 needs GPUs that have it; auto: bf16 on GPUs, fp32 on CPUs",
         choices=("auto", "bf16", "fp16", "fp32", "fp8"),
         group="engine",
         changes_output=True,

@@ -1,4 +1,4 @@
-"""Audit Stem on your own documents: python -m jobs.audit --input DOCS --model PATH_OR_ID
+"""Compare Stem with dense attention on your own documents: python -m jobs.audit --input DOCS --model PATH_OR_ID
 
 Reads a sample of the documents with dense attention and with Stem, in the product's engine, and writes what that
 changes, in time and in outputs, to --output: audit.html, rows.parquet (a row for each document and arm), audit.json.

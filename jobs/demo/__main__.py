@@ -1,4 +1,4 @@
-"""Summarise examples/documents with the bundled model and count the findings that were known: python -m jobs.demo
+"""Summarise examples/documents with the bundled model and count the known findings that it keeps: python -m jobs.demo
 
 `python -m jobs.demo` runs jobs.summarize, reads the Parquet back and prints what was found. With more arms it runs the
 job once for each; `--save` keeps their totals, and a run of fewer arms prints those beside its own. Exit code 0 if the
@@ -46,8 +46,15 @@ def main(arguments: Sequence[str]) -> int:
     """Run the arms and say what was found; the exit code."""
     parser = Parser(prog="python -m jobs.demo", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    parser.add_argument("--output", type=Path, default=ROOT / "demo_output" / stamp, help="folder for the results")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=["stem"], help="the first one is judged")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=ROOT / "demo_output" / stamp,
+        help="folder for the results (default: demo_output/TIME)",
+    )
+    parser.add_argument(
+        "--arms", nargs="+", choices=list(ARMS), default=["stem"], help="ways to run; the first one is judged"
+    )
     parser.add_argument("--floor", type=float, default=0.95, help="share of the findings that must be found")
     parser.add_argument("--save", action="store_true", help=f"keep the totals in {COMPARISON.relative_to(ROOT)}")
     args = parser.parse_args(arguments)

@@ -33,10 +33,10 @@ GROUPS = {
     "data": "What is read, and where results go.",
     "model": "The model. A folder needs `config.json`, a tokenizer and `*.safetensors`.",
     "prompt": "What the model is asked about each document.",
-    "generation": "How the output is drawn.",
+    "generation": "How the output is generated.",
     "attention": "How prompts are read. What each setting means in full, and the presets' values: "
     "[Stem's fields and presets](#stems-fields-and-presets).",
-    "engine": "Device, numbers and memory of each worker.",
+    "engine": "Device, number format and memory of each worker.",
     "run": "Workers, failures, files, and going on where an earlier run stopped.",
 }
 STEM_CHOICES: dict[str, tuple[Any, ...]] = {
@@ -99,7 +99,7 @@ _COMBINING = """\
 4. With `--attention dense` the preset plays no part, and single attention settings are refused.
 
 The file holds `key: value` lines. `-` and `_` in keys are the same; a key that is not a setting is refused,
-with the nearest one that is. `null` is taken where the default is unset or the preset's. Paths, in the file
+with the nearest one that is. `null` is allowed where the default is unset or the preset's. Paths, in the file
 too, start at the folder in which the command runs. Settings that are true or false have two flags, `--compact`
 and `--no-compact`.
 

@@ -22,6 +22,7 @@ NULL_WHEN: dict[str, tuple[str, ...]] = {
     ),
     "the engine did not start on the prompt": ("attention", "attention_reason", "density", "kernel"),
     "`attention` is not stem": ("density_by_layer",),
+    "nothing was measured: without `--min-mass`, or dense from the start": ("retained_mass",),
     "no token was generated": ("time_to_first_token",),
     "only in a row that did not fit the columns": ("input_stamp", "finished_at"),
 }  # fmt: skip
@@ -66,7 +67,7 @@ def _files() -> list[tuple[str, str]]:
         (f"`{manifest.NAME}`", "what the rows were made from (below)"),
         (
             f"`{lock.FILE}`",
-            "local folders: locked while a job writes; it stays behind, empty of meaning, when none does",
+            "local folders: locked while a job writes; when none does, the file stays and means nothing",
         ),
         (
             f"`{lock.CLAIM}xxxx`",
@@ -100,14 +101,14 @@ When a document fails early, columns of later stages have no value. "No worker m
 input already found the document unreadable, or the row stands for a document that was lost with its worker.
 "The engine gave nothing back": the document failed before, its prompt did not fit the context, or it ran out of
 time; then it did not start on the prompt either, and generated no token. A row that does not fit the columns,
-because a kept value is of another type, is replaced by an `error` row in which all that may be null is.
+because a kept value is of another type, is replaced by an `error` row in which every column that may be null is null.
 
 Where a document was processed in parts, seconds and tokens are sums over its parts, `density` and `density_by_layer`
-are means by prompt tokens, `peak_gpu_bytes` their largest, and `time_to_first_token` that of the first part that came
+are means by prompt tokens, `peak_gpu_bytes` their largest, `retained_mass` their least, and `time_to_first_token` that of the first part that came
 back. Documents share the engine, so the seconds of several do not add up to the time of the run.
 """
 _FILES = f"""
-A part file is there whole or not at all. Rows are written when {JobConfig.flush_documents} of them wait or the oldest
+A part file is complete or not there. Rows are written when {JobConfig.flush_documents} of them wait or the oldest
 has waited {JobConfig.flush_seconds:g} s (`--flush-documents`, `--flush-seconds`). At the end of a job more than
 {sink.COMPACT_ABOVE} parts are merged, into files of up to {sink.COMPACT_ROWS:,} rows or {_COMPACT_MIB} MiB;
 `--no-compact` leaves them. Only one job at a time writes to a folder; a second one is refused with the name of the
@@ -120,7 +121,7 @@ first.
     [
         ("`format`", f"version of this file, {manifest.FORMAT}"),
         ("`written_at`", "when it was written, UTC"),
-        ("`state`", "`running`, `stopped` or `finished`; `running` though no job is: it was killed, or failed"),
+        ("`state`", "`running`, `stopped` or `finished`; `running` without a running job: it was killed, or failed"),
         ("`documents`", "how many the input holds"),
         ("`seconds`", "how long the last run took; not there while it runs"),
         (
@@ -155,13 +156,13 @@ print(pq.read_schema(parts[0]).field("density").metadata[b"meaning"].decode())
 ```
 
 All of this may be done while the job runs. Only `read_results` knows of merges: while parts are merged, or after a
-crash in that moment and before the next run, other readers may find that a file went away, or a row twice.
+crash in that moment and before the next run, other readers may miss a file that went away, or see a row twice.
 """
 _RESUME = (
     """\
 ## What a resume replaces
 
-The same command again continues. Each document of the input is compared with its row, by `document_id`:
+The same command continues the job. Each document of the input is compared with its row, by `document_id`:
 
 """
     + table(

@@ -75,8 +75,8 @@ def _overview(seen: Capture) -> list[Block]:
         Picture(
             maps_picture("Every sparse layer, its heads together", maps),
             "small maps of the blocks that each sparse layer keeps",
-            note="One map for each layer. Stripes along the diagonal are blocks at a fixed distance; stripes straight down "
-            "are blocks that are read from everywhere below them.",
+            note="One map for each layer. Stripes along the diagonal are blocks at a fixed distance; stripes straight "
+            "down are blocks that are read from everywhere below them.",
         ),
         Details("The layers in figures", [table]) if many else table,
     ]

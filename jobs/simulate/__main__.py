@@ -47,7 +47,7 @@ def run_apart(plan: Plan) -> Outcome:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="python -m jobs.simulate", description=jobs.simulate.__doc__,
+        prog="python -m jobs.simulate", usage="python -m jobs.simulate [flags]", description=jobs.simulate.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--workers", type=_count, nargs="+", default=[64, 1000], metavar="N", help="default: 64 1000")
