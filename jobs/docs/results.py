@@ -184,6 +184,10 @@ The same command continues the job. Each document of the input is compared with 
             ),
             ("its row stands in a damaged part file", "the file is set aside, and all its documents are done again"),
             ("is no longer in the input", "the job is refused; with `--force` the row stays"),
+            (
+                "its row stands for a line or file that could not be read, and that is mended or gone",
+                "the row is removed",
+            ),
         ],
     )
     + """
