@@ -118,7 +118,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "reports").mkdir()
     text = (ROOT / "examples/documents/report-01.txt").read_text(encoding="utf-8")
     for number in range(2):
-        (folder / f"reports/{number}.txt").write_text(text[1000 * number :][:900], encoding="utf-8")
+        told = "\n\nKey finding: The mill lost 14 pallets to damp in June.\n"
+        (folder / f"reports/{number}.txt").write_text(text[1000 * number :][:900] + told, encoding="utf-8")
     (job,) = [page for page in documented.PAGES if page.name == "configuration.md"]
     yaml = job.read_text(encoding="utf-8").split("```yaml\n", 1)[1].split("```", 1)[0]
     (folder / "job.yaml").write_text(yaml, encoding="utf-8")
@@ -312,10 +313,16 @@ def run_block(block: documented.Block) -> None:
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_they_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The first command of the README, what looks at its results, and all Python blocks."""
+    """The first commands of the README, what looks at their results, and all Python blocks."""
+    import pipeline
+
     line = [*stood_in(SUMMARIZE[1:]), "--workers", "1", "--max-new-tokens", "8"]
     assert main_of(SUMMARIZE[0])(line) == 0
     assert "2 of 2" in capsys.readouterr().out
+    (bundled,) = [command for command in OURS if command.words[:1] == SUMMARIZE[:1] and "findings/" in command.words]
+    assert main_of(SUMMARIZE[0])(bundled.words[1:]) == 0, "the README's command for the bundled model, as it stands"
+    found = pipeline.read_results("findings/").to_pylist()
+    assert [row["output"] for row in found] == ["1. The mill lost 14 pallets to damp in June."] * 2
     for copy in ("dense", "shard-0", "shard-1"):
         shutil.copytree(place / "results", place / copy)
     reports = [command for command in OURS if command.words[0] == "jobs.report"]
