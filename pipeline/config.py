@@ -123,6 +123,9 @@ class JobConfig:
     sink_blocks: int | None = stem_option("int", "leading blocks always kept")
     local_blocks: int | None = stem_option("int", "nearest blocks always kept")
     value_weight: float | None = stem_option("float", "weight of the value term")
+    min_mass: float | None = stem_option(
+        "float", "documents of which sparse prefill keeps a smaller share of the attention mass are read again, densely"
+    )
     dense_layers: int | None = stem_option("int", "leading layers that stay dense")
     dense_below: int | None = stem_option("int", "prompts of fewer tokens stay dense")
     dense_tail: int | None = stem_option("int", "blocks at the prompt's end that see everything")
@@ -252,7 +255,10 @@ class JobConfig:
         stem = self.stem()
         for name in (*STEM_OVERRIDES, "preset", "attention", "model"):
             values.pop(name, None)
-        return values | {"stem": stem.to_dict() if stem else None}
+        settings = stem.to_dict() if stem else None
+        if settings and not settings["min_mass"]:
+            del settings["min_mass"]  # results that are older than this setting are of the same job
+        return values | {"stem": settings}
 
     def fingerprint(self) -> str:
         """12 hex digits over the settings that can change an output (the model's files are fingerprinted apart)."""

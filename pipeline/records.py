@@ -63,6 +63,11 @@ COLUMNS: tuple[Column, ...] = (
         pa.list_(pa.float32()),
         "density of each layer, the model's first layer first; 1 in the leading layers that are dense",
     ),
+    Column(
+        "retained_mass",
+        pa.float32(),
+        "least share of the attention mass that sparse prefill kept in a sampled block of rows, mean over its layers",
+    ),
     Column("kernel", _TEXT, "implementation that ran"),
     Column("queue_seconds", _REAL, "waiting in the worker for the tokeniser and the engine"),
     Column("load_seconds", _REAL, "reading the document from its source"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kernels.block_selection import BlockSelection
 from kernels.block_sparse_attention import block_sparse_attention
 from kernels.block_sparse_attention_fp8 import block_sparse_attention_fp8
 from kernels.decode_attention import decode_attention
@@ -16,6 +19,7 @@ from stem_core.budget import PromptBudget
 from stem_core.config import StemConfig
 from stem_core.context import DecodeContext, KeyState, PrefillContext, PromptGoesOn, QuantizedKV, StemContext
 from stem_core.policy import DENSE_BLOCK_SIZE, LayerPolicy, cutting_window
+from stem_core.retained import RetainedMass
 from stem_core.selection import new_key_state, stem_selection
 
 
@@ -31,11 +35,13 @@ def stem_prefill(
     window: int | None = None,
     keys: KeyState | None = None,
     quantized: QuantizedKV | None = None,
+    mass: RetainedMass | None = None,
 ) -> Tensor:
     """Causal attention of one chunk of a prompt, sparse or dense as `budget` says.
 
     q [N, H, Lq, D] are the tokens [start, start + Lq); k, v [N, Hkv, Lk, D] hold at least the tokens [0, start + Lq).
     quantized: attend in fp8 to these keys and values; then N is 1, and k, v are those of the chunk alone.
+    mass: gets what is kept in those of its blocks that lie in the chunk, if the chunk is sparse.
     Returns [N, H, Lq, D] in q's dtype (a view of [N, Lq, H, D]).
     """
     if config is None or budget.budgets is None:
@@ -43,25 +49,72 @@ def stem_prefill(
     else:
         selection = stem_selection(q, k, v, config, budget, start=start, scale=scale, keys=keys, quantized=quantized)
         block_size = config.block_size
-    if quantized is None:
-        out = block_sparse_attention(
-            q, k, v, selection, query_start=start, block_size=block_size, scale=scale, window=window
-        )
-    else:
-        out = block_sparse_attention_fp8(
-            quantize_heads(q, quantized.scales.q),
-            quantized.k[None],
-            quantized.vt[None],
-            quantized.scales,
-            selection,
-            query_start=start,
-            block_size=block_size,
-            scale=scale,
-            window=window,
-            dtype=q.dtype,
-        )
-    assert isinstance(out, Tensor)
+    chunk = _Chunk(q, k, v, quantized, start, block_size, scale, window)
+    if mass is None or selection is None or not mass.within(start, chunk.end):
+        return chunk.attend(selection)
+    out, lse = chunk.attend_with_lse(selection, start, chunk.end)
+    chunk.measure(mass, lambda first, last: lse[:, :, first - start : last - start])
     return out
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """One chunk's attention; see stem_prefill."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    quantized: QuantizedKV | None
+    start: int
+    block_size: int
+    scale: float | None
+    window: int | None
+
+    @property
+    def end(self) -> int:
+        return self.start + self.q.shape[2]
+
+    def attend(self, selection: BlockSelection | None) -> Tensor:
+        """[N, H, Lq, D]."""
+        out = self._call(self.q, selection, self.start, with_lse=False)
+        assert isinstance(out, Tensor)
+        return out
+
+    def attend_with_lse(self, selection: BlockSelection | None, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp of the queries [first, last) alone; `selection` is theirs."""
+        found = self._call(self.q[:, :, first - self.start : last - self.start], selection, first, with_lse=True)
+        assert isinstance(found, tuple)
+        return found
+
+    def measure(self, mass: RetainedMass, sparse_lse: Callable[[int, int], Tensor]) -> None:
+        """Note what the sampled blocks keep; sparse_lse: of the queries [first, last) over the keys that they keep."""
+        for index in mass.within(self.start, self.end):
+            first, last = mass.tokens(index, self.end)
+            mass.add(index, sparse_lse(first, last), self.attend_with_lse(None, first, last)[1])
+
+    def measure_only(self, mass: RetainedMass, selection: BlockSelection) -> None:
+        """As a chunk measures whose output nobody needs: the sampled rows are all that is computed."""
+
+        def sparse_lse(first: int, last: int) -> Tensor:
+            row = (first - self.start) // self.block_size
+            part = BlockSelection(selection.indices[:, :, row : row + 1], selection.counts[:, :, row : row + 1])
+            return self.attend_with_lse(part, first, last)[1]
+
+        self.measure(mass, sparse_lse)
+
+    def _call(
+        self, q: Tensor, selection: BlockSelection | None, first: int, with_lse: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if self.quantized is None:
+            return block_sparse_attention(
+                q, self.k, self.v, selection, query_start=first, block_size=self.block_size, scale=self.scale,
+                window=self.window, return_lse=with_lse,
+            )  # fmt: skip
+        return block_sparse_attention_fp8(
+            quantize_heads(q, self.quantized.scales.q), self.quantized.k[None], self.quantized.vt[None],
+            self.quantized.scales, selection, query_start=first, block_size=self.block_size, scale=self.scale,
+            window=self.window, dtype=q.dtype, return_lse=with_lse,
+        )  # fmt: skip
 
 
 def attention_forward(
@@ -138,8 +191,8 @@ def _prefill_chunk(
 ) -> Tensor:
     context.windows[policy.layer] = window
     window = cutting_window(context.prompt_length, window)
-    budget = policy.budget(context.prompt_length, window)
-    config = policy.config
+    config = None if context.dense else policy.config
+    budget = LayerPolicy(config, policy.layer).budget(context.prompt_length, window)
     keys = None
     if config is not None and budget.budgets is not None:
         keys = context.keys.get(policy.layer)
@@ -148,10 +201,14 @@ def _prefill_chunk(
             if keys is not None:
                 context.keys[policy.layer] = keys
     quantized = context.quantized.get(policy.layer)
-    if policy.layer == context.last_layer and context.start + q.shape[2] < context.prompt_length:
-        if config is not None and keys is not None:
+    start, end, mass = context.start, context.start + q.shape[2], context.mass
+    if policy.layer == context.last_layer and end < context.prompt_length:
+        sampled = mass is not None and budget.budgets is not None and bool(mass.within(start, end))
+        if config is not None and (keys is not None or sampled):
             # The last chunk's scores need the key side of this one's.
-            stem_selection(q, k, v, config, budget, start=context.start, scale=scale, keys=keys, quantized=quantized)
+            kept = stem_selection(q, k, v, config, budget, start=start, scale=scale, keys=keys, quantized=quantized)
+            if mass is not None and sampled:
+                _Chunk(q, k, v, quantized, start, config.block_size, scale, window).measure_only(mass, kept)
         raise PromptGoesOn
     return stem_prefill(
         q,
@@ -159,11 +216,12 @@ def _prefill_chunk(
         v,
         config,
         budget,
-        start=context.start,
+        start=start,
         scale=scale,
         window=window,
         keys=keys,
         quantized=quantized,
+        mass=mass,
     )
 
 

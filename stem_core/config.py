@@ -55,6 +55,10 @@ class StemConfig:
     """Prompts shorter than this many tokens attend to everything."""
     dense_tail: int = 0
     """Blocks at the prompt's end whose rows keep every causal block (ours; the question usually stands there)."""
+    min_mass: float = 0.0
+    """Least share of the attention mass that sparse prefill must keep, measured in a sample of each prompt's rows; a
+    document that falls below is prefilled again, densely. 0: not measured. Only the engine measures: in a model that is
+    patched without it this changes nothing."""
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -70,6 +74,7 @@ class StemConfig:
         _within("density", self.density, 0.0, 1.0, open_low=True)
         _within("decay", self.decay, 0.0, 1.0, open_low=True)
         _within("value_weight", self.value_weight, 0.0, 100.0)
+        _within("min_mass", self.min_mass, 0.0, 1.0)
         for name in ("stride", "mass_group", "bound_group", "bound_span"):
             value = getattr(self, name)
             if value < 1 or self.block_size % value:

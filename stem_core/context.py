@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.block_scores import KeySummary
 from kernels.bound_scores import KeyBounds
 from kernels.fp8_heads import HeadScales
+from stem_core.retained import RetainedMass
 
 KeyState = KeySummary | KeyBounds
 """What an estimator keeps of a prompt's keys between chunks."""
@@ -60,6 +61,8 @@ class PrefillContext:
         and the keys and values that the model hands over are those of the chunk alone.
     last_layer: the attention layer that runs last, if a chunk that the prompt goes on behind may end there: its keys
         and values are in the cache by then, and nobody reads what would follow (see PromptGoesOn).
+    mass: gets what the sparse layers keep of the attention mass; None: nothing is measured.
+    dense: every layer attends to all that its window lets it see, whatever its policy says.
     """
 
     prompt_length: int
@@ -68,6 +71,8 @@ class PrefillContext:
     windows: dict[int, int | None] = field(default_factory=dict)
     quantized: Mapping[int, QuantizedKV] = field(default_factory=dict)
     last_layer: int | None = None
+    mass: RetainedMass | None = None
+    dense: bool = False
 
 
 class PromptGoesOn(Exception):  # noqa: N818 - nothing went wrong

@@ -27,7 +27,7 @@ NULL_WHEN: dict[str, tuple[str, ...]] = {
     "only in a row that did not fit the columns": ("input_stamp", "finished_at"),
 }  # fmt: skip
 TYPES = {
-    "string": "text", "double": "float64", "timestamp[us, tz=UTC]": "timestamp (µs, UTC)",
+    "string": "text", "double": "float64", "float": "float32", "timestamp[us, tz=UTC]": "timestamp (µs, UTC)",
     str(pa.list_(pa.float32())): "list of float32",
 }  # fmt: skip
 UNITS = {"_seconds": "seconds", "_tokens": "tokens", "_bytes": "bytes", "time_to_first_token": "seconds"}
@@ -104,8 +104,9 @@ time; then it did not start on the prompt either, and generated no token. A row 
 because a kept value is of another type, is replaced by an `error` row in which every column that may be null is null.
 
 Where a document was processed in parts, seconds and tokens are sums over its parts, `density` and `density_by_layer`
-are means by prompt tokens, `peak_gpu_bytes` their largest, `retained_mass` their least, and `time_to_first_token` that of the first part that came
-back. Documents share the engine, so the seconds of several do not add up to the time of the run.
+are means by prompt tokens, `peak_gpu_bytes` their largest, `retained_mass` their least, and `time_to_first_token`
+that of the first part that came back. Documents share the engine, so the seconds of several do not add up to the time
+of the run.
 """
 _FILES = f"""
 A part file is complete or not there. Rows are written when {JobConfig.flush_documents} of them wait or the oldest

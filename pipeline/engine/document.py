@@ -22,7 +22,10 @@ OVERTAKES = 32
 
 @dataclass(eq=False)
 class Document:
-    """A request and what became of it so far; times are time.perf_counter()'s, in seconds."""
+    """A request and what became of it so far; times are time.perf_counter()'s, in seconds.
+
+    plan: how the prompt attends, once it has started.
+    """
 
     request: Request
     prompt_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
@@ -39,6 +42,7 @@ class Document:
     tokens: list[int] = field(default_factory=list)
     peak_bytes: int = 0
     finished: bool = False
+    plan: AttentionPlan = field(default_factory=AttentionPlan)
 
     @property
     def prompt_tokens(self) -> int:
@@ -63,9 +67,7 @@ class Document:
             top_p=sampling.top_p,
         )
 
-    def completion(
-        self, status: Status, error: str, finish_reason: str, attention: AttentionPlan, kernel: str
-    ) -> Completion:
+    def completion(self, status: Status, error: str, finish_reason: str, kernel: str) -> Completion:
         """The document as it stands, with times up to now."""
         now = time.perf_counter()
         started, first = self.started or now, self.first_token
@@ -77,10 +79,11 @@ class Document:
             finish_reason=finish_reason,
             prompt_tokens=self.prompt_tokens,
             output_tokens=len(self.tokens),
-            attention=attention.attention,
-            attention_reason=attention.reason,
-            density=attention.density,
-            density_by_layer=attention.density_by_layer,
+            attention=self.plan.attention,
+            attention_reason=self.plan.reason,
+            density=self.plan.density,
+            density_by_layer=self.plan.density_by_layer,
+            retained_mass=self.plan.retained_mass,
             kernel=kernel,
             queue_seconds=started - self.added,
             prefill_seconds=(first or now) - started,

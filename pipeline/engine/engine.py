@@ -26,7 +26,7 @@ from pipeline.engine.loading import stop_token_ids
 from pipeline.engine.memory import allocate_arena, load_and_plan, release_memory
 from pipeline.engine.meter import Meter, check_devices, is_out_of_memory
 from pipeline.engine.plan import MemoryPlan
-from pipeline.engine.prefill import AttentionPlan, Prefill, attention_plan, chunk_size
+from pipeline.engine.prefill import Prefill, attention_plan, chunk_size
 from pipeline.engine.runner import ModelRunner
 
 
@@ -121,8 +121,8 @@ class Engine:
     def step(self) -> list[Completion]:
         """Advance by one unit of work, a prefill chunk or a decode step; return what ended since the last call.
 
-        On a GPU the work is launched, not waited for, except at the end of a prefill. Raises EngineError when the
-        device is lost: only a new process can use it again.
+        On a GPU the work is launched, not waited for, except at the end of a prefill (with StemConfig.min_mass, a chunk
+        waits for the one before). Raises EngineError when the device is lost: only a new process can use it again.
         """
         if self._prefilling is None:
             self._admit()
@@ -163,6 +163,7 @@ class Engine:
         self._meter.prefilling()
         self._meter.note_peak(self._current(), reset=True)
         document.started = time.perf_counter()
+        document.plan = attention_plan(self._runner, document.prompt_tokens)
         document.extent = self._arena.extents.allocate(document.need)
         assert document.extent is not None, "take() checked that it fits"
         self._prefilling = document
@@ -177,6 +178,7 @@ class Engine:
                     self._runner, self._arena, document.extent, document.prompt_ids, request.max_new_tokens, chunk
                 )
             logits = document.prefill.step()
+            document.plan = document.prefill.plan
             if document.prefill.done:
                 assert logits is not None
                 self._start_decoding(document, logits)
@@ -263,12 +265,9 @@ class Engine:
         """Hand the document over as a completion and release what it holds."""
         self._meter.note_peak(self._current())
         self._release(document)
-        plan = AttentionPlan("", "", 1.0)
-        if document.started:
-            plan = attention_plan(self._runner, document.prompt_tokens)
-        used = {"stem": self._kernels, "dense": self._dense_kernels}.get(plan.attention, {})
+        used = {"stem": self._kernels, "dense": self._dense_kernels}.get(document.plan.attention, {})
         kernel = ", ".join(f"{name}: {chosen}" for name, chosen in used.items())
-        self._done.append(document.completion(status, error, finish_reason, plan, kernel))
+        self._done.append(document.completion(status, error, finish_reason, kernel))
 
     def _release(self, document: Document) -> None:
         """Take the document out of wherever it is; the arena extent and the row are free afterwards."""
