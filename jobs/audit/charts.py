@@ -7,7 +7,7 @@ from typing import Any
 
 from jobs.audit.results import Row
 from jobs.page import Block, Chart
-from jobs.page.charts import MUTED, SERIES, graph_objects
+from jobs.page.charts import MUTED, SERIES, graph_objects, seconds_axis
 
 HOVER = "%{fullData.name}: %{x:,} tokens, %{y:.3g}<extra></extra>"
 # Neighbouring ticks of the axis of prompt lengths are at least this factor apart, where lengths differ by more.
@@ -21,8 +21,8 @@ def first_token_chart(arms: Sequence[dict[str, Any]]) -> list[Block]:
     for arm, colour in zip(arms, _colours(arms), strict=True):
         points = arm["curve"]
         _line(chart, arm["arm"], colour, [(point["prompt_tokens"], point["seconds"]) for point in points])
-    _tokens(chart, "seconds")
-    chart.update_yaxes(type="log")
+    _tokens(chart, "time to first token")
+    seconds_axis(chart, [point["seconds"] for arm in arms for point in arm["curve"]], "time to first token")
     note = "Each document, and the beginning of the longest one cut to other lengths. Both axes are logarithmic."
     return [Chart("Time to first token", chart, note)]
 

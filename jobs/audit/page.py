@@ -223,9 +223,10 @@ def _differing(audit: dict[str, Any], rows: Sequence[Row]) -> list[Block]:
         found = [row for row in rows if row["arm"] == arm["arm"] and row["exact_match"] is False]
         found.sort(key=lambda row: (row["rouge_l"], -(row["answer_kl"] or 0.0), row["document_id"]))
         for place, row in enumerate(found[: audit["show"]]):
+            equal = row["same_tokens"]
             told = (
                 f"{row['arm']}: {row['document_id']}, {row['prompt_tokens']:,} tokens, ROUGE-L {row['rouge_l']:.3f}, "
-                f"parts after {row['same_tokens']:,} tokens"
+                f"differs {f'after {equal:,} equal tokens' if equal else 'from the first token on'}"
             )
             other = dense[row["document_id"]]
             texts = [(f"{reference}, {other['output_tokens']} tokens", other["output"])]
@@ -259,10 +260,10 @@ def _documents(rows: Sequence[Row]) -> list[Block]:
 def _method(audit: dict[str, Any]) -> list[Block]:
     sample, stamp = audit["sample"], audit["stamp"]
     told = (
-        f"{sample['documents']} documents, drawn with seed {sample['seed']}: all {sample['of']:,} were ordered by size "
-        "and cut into equal shares, and each share gave one. Every arm got the same prompts, at most "
-        f"{audit['max_new_tokens']} new tokens each, greedily, in one engine, all at once; one arm's memory is given "
-        "back before the next begins. "
+        f"{sample['documents']} documents, drawn with seed {sample['seed']}: all {sample['of']:,} (but for unreadable "
+        "ones) were ordered by size and cut into equal shares, and each share gave one. Every arm got the same "
+        f"prompts, at most {audit['max_new_tokens']} new tokens each, greedily, in one engine, all at "
+        "once; one arm's memory is given back before the next begins. "
         f"{audit['arms'][0]['arm']} ran twice: its first run gives the outputs that all are compared with, the second "
         "is timed, and both had to write the same tokens, but for ties within rounding. No time includes the reading "
         "along of dense's answer."

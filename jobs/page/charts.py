@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from math import ceil, floor, log10
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import JobError
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     import plotly.graph_objects as go
 
 # Names of style.css, so that a chart follows light and dark. Neighbours differ for colour-blind readers too.
@@ -55,6 +58,22 @@ def layout_template() -> go.layout.Template:
     colorbar = {"outlinewidth": 0, "thickness": 12, "tickcolor": GRID}
     template.data.heatmap = [go.Heatmap(colorscale=HEAT, colorbar=colorbar)]
     return template
+
+
+def seconds_axis(figure: go.Figure, values: Collection[float], title: str) -> None:
+    """A logarithmic y axis over `values`, seconds, with at most eight round ticks in s and ms."""
+    above = [float(value) for value in values if value > 0] or [1.0]
+    low, high = min(above) * 0.8, max(above) * 1.25
+    powers = range(floor(log10(low)), ceil(log10(high)) + 1)
+    ticks: list[float] = []
+    for digits in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [digit * 10.0**power for power in powers for digit in digits]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) <= 8:
+            break
+    labels = [f"{tick:g} s" if tick >= 1 else f"{tick * 1000:g} ms" for tick in ticks]
+    span = [log10(low), log10(high)]
+    figure.update_yaxes(title_text=title, type="log", range=span, tickvals=ticks, ticktext=labels)
 
 
 def chart_data(figure: go.Figure, height: int) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jobs.page import Chart, numbers
-from jobs.page.charts import GRID, SERIES, graph_objects
+from jobs.page.charts import GRID, SERIES, graph_objects, seconds_axis
 from jobs.report import clock
 from jobs.report.measures import PHASES, Measures, worked
 from jobs.report.results import Run
@@ -49,10 +49,7 @@ def latency_chart(runs: Sequence[Run], measures: Sequence[Measures]) -> Chart | 
             _line_by_length(figure, run, found, name, dash, number, several=len(runs) > 1)
     _length_axis(figure, runs, shown)
     values = np.concatenate([run.numbers("time_to_first_token")[rows] for run, rows in zip(runs, shown, strict=True)])
-    ticks = _second_ticks(values)
-    labels = [f"{tick:g} s" if tick >= 1 else f"{tick * 1000:g} ms" for tick in ticks]
-    span = [float(np.log10(values.min() * 0.8)), float(np.log10(values.max() * 1.25))]
-    figure.update_yaxes(title_text="time to first token", type="log", range=span, tickvals=ticks, ticktext=labels)
+    seconds_axis(figure, values, "time to first token")
     note = (
         "A point is a document. In each range of lengths half of the documents are below the line p50, 95% below p95."
     )
@@ -187,18 +184,6 @@ def _length_axis(figure: go.Figure, runs: Sequence[Run], shown: Sequence[np.ndar
         step = 2 ** max(0, round(np.log2(max(high - low, 8.0) / 5)))
         ticks = [step * number for number in range(int(low // step), int(high // step) + 2)]
         figure.update_xaxes(tickvals=ticks, ticktext=[_tokens(tick) for tick in ticks])
-
-
-def _second_ticks(values: np.ndarray) -> list[float]:
-    """Round seconds over the range of `values`, at most eight."""
-    low, high = float(values.min()) * 0.8, float(values.max()) * 1.25
-    powers = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
-    for digits in ((1, 2, 5), (1, 3), (1,)):
-        ticks = [digit * 10.0**power for power in powers for digit in digits]
-        ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) <= 8:
-            break
-    return ticks
 
 
 def _time_axis(figure: go.Figure) -> None:
