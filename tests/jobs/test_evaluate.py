@@ -174,6 +174,8 @@ def test_arm_specs() -> None:
     assert (config.mass_group, config.dense_tail, config.density, config.block_size) == (2, 1, 0.25, 16)
     with pytest.raises(JobError, match="did you mean 'oracle'"):
         make_arms(["orakel"], [16], [0.5], [0], 0)
+    with pytest.raises(JobError, match=r"^--arms robust:min_mass=0.9: min_mass makes some prompts dense"):
+        make_arms(["robust:min_mass=0.9"], [32], [0.25], [4], 0)
     with pytest.raises(JobError, match="did you mean 'mass_group'"):
         make_arms(["mass:massgroup=2"], [16], [0.5], [0], 0)
     with pytest.raises(JobError, match="mass_group must divide"):
