@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,15 +104,26 @@ def test_a_document_does_not_depend_on_its_neighbours(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("estimator", ["oam", "mass"])
-def test_neither_share_nor_decision_depend_on_chunks(folder: Path, estimator: str) -> None:
+def test_neither_share_nor_decision_depend_on_chunks(
+    folder: Path, estimator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The last layer ends early in all chunks but the last, and is measured all the same."""
     (text,) = prompts([1000])
     config = STEM.replace(estimator=estimator, min_mass=1e-6)
-    sizes = (32, 96, 512, 1024)
+    sizes, read, seen = (32, 96, 512, 1024), KeptMass.read, []
+
+    def spy(kept: KeptMass, newest: int) -> Iterator[tuple[int, float]]:
+        for index, share in read(kept, newest):
+            seen.append(share)
+            yield index, share
+
+    monkeypatch.setattr(KeptMass, "read", spy)
     found = [completions(make(folder, config, chunk_tokens=size), [text])[0] for size in sizes]
+    blocks = len(seen) // 4
+    assert blocks >= 3
+    assert seen == pytest.approx(seen[-blocks:] * 4, abs=1e-5)
     least = found[-1].retained_mass
-    assert least is not None
-    assert [completion.retained_mass for completion in found] == pytest.approx([least] * 4, abs=1e-5)
+    assert least == min(seen[-blocks:])
     config = config.replace(min_mass=least + 1e-3)
     again = [completions(make(folder, config, chunk_tokens=size), [text])[0] for size in sizes]
     assert {completion.attention for completion in again} == {"dense"}
