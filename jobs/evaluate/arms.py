@@ -112,7 +112,7 @@ PRESETS = ("paper", "release", "robust")
 ARMS = ("dense", *PRESETS, *EQUAL_DENSITY)
 USUAL_ARMS = tuple(name for name in ARMS if name not in ("coarse_mass", "shared_mass", "pruned_mass"))
 # Ideas beyond Stem, behind the name of a sparse arm, as "stem+mean" or "bound+adaptive+mean".
-SHARED_BUDGETS = ("adaptive", "threshold")
+SHARED_BUDGETS = ("adaptive", "threshold", "heads")
 IDEAS = ("mean", *SHARED_BUDGETS)
 # What a StemConfig says in full, so that the engine runs it.
 ENGINE_ARMS = ("dense", *PRESETS, *(name for name, (_, score) in EQUAL_DENSITY.items() if score is None))
@@ -172,7 +172,7 @@ def _with_ideas(arm: Arm, ideas: Sequence[str]) -> Arm:
             raise JobError(f"--arms {arm.name}: {idea!r} is not an idea{hint}")
     rules = [idea for idea in ideas if idea in SHARED_BUDGETS]
     if len(rules) > 1:
-        raise JobError(f"--arms {arm.name}: of {' and '.join(SHARED_BUDGETS)} an arm takes one")
+        raise JobError(f"--arms {arm.name}: of {', '.join(SHARED_BUDGETS)} an arm takes one")
     rule = rules[0] if rules else ""
     assert arm.config is not None
     shares = arm.score is attention_mass or (arm.score is None and arm.config.estimator in ("mass", "bound"))

@@ -70,9 +70,10 @@ def shared_budget_selection(
     causal blocks. It keeps blocks from the highest score on until they have the share p of that sum: few where
     attention is narrow, many where it is wide. "threshold": a block is kept where its score is t or more: none where
     attention is so wide that no block matters. p, or t, is one number for the layer's heads and the chunk's rows, such
-    that exactly as many blocks are kept as without; it is found by sorting. Sink, local and diagonal blocks and the
-    dense tail are always kept. Since the number is the chunk's, the selection depends on how a prompt is cut: for a
-    comparison, not for a product.
+    that exactly as many blocks are kept as without; it is found by sorting. Since the number is the chunk's, the
+    selection depends on how a prompt is cut: for a comparison, not for a product. "heads": as "threshold" with a number
+    for each row: heads share a row's blocks, rows do not. Sink, local and diagonal blocks and the dense tail are always
+    kept.
 
     scores: float32 [N, H, rows, n_keys], >= 0 where causal; budgets: int32 [rows]. No host synchronisation.
     """
@@ -92,10 +93,14 @@ def shared_budget_selection(
     # With "adaptive" what a row keeps before it comes to this block: the least p that keeps it.
     last = share.cumsum(-1) - share if rule == "adaptive" else -share
     last = last.masked_fill(forced, -torch.inf).masked_fill(~causal, torch.inf)
-    wanted = H * torch.minimum(budgets, i[:, 0] + 1).sum()
-    least = last.flatten(1).argsort(dim=-1, stable=True)
-    leading = (torch.arange(least.shape[1], device=scores.device) < wanted).expand_as(least)
-    kept = torch.zeros_like(least, dtype=torch.bool).scatter(1, least, leading).view_as(order)
+    wanted = H * torch.minimum(budgets, i[:, 0] + 1)
+    # One competition of all rows, or one for each: [N, competitions, entries].
+    last = last.transpose(1, 2)
+    pool = last.flatten(2) if rule == "heads" else last.flatten(1)[:, None]
+    wanted = wanted if rule == "heads" else wanted.sum()[None]
+    least = pool.argsort(dim=-1, stable=True)
+    leading = (torch.arange(least.shape[2], device=scores.device) < wanted[:, None]).expand_as(least)
+    kept = torch.zeros_like(least, dtype=torch.bool).scatter(2, least, leading).view_as(last).transpose(1, 2)
     kept = torch.zeros_like(kept).scatter(-1, order, kept)
     indices = torch.where(kept, j, n_keys).sort(-1).values
     return BlockSelection(indices.int(), kept.sum(-1, dtype=torch.int32))

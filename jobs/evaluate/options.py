@@ -21,8 +21,8 @@ ENGINE_DEFAULT_ARMS = ("dense", "stem", "robust")
 GPU_ARMS = USUAL_ARMS
 ARMS_HELP = (
     f"all, or of {', '.join(ARMS)}, also as name:field=value,...; ideas beyond Stem go behind the name: +mean lets "
-    "dropped blocks in as their means, +adaptive and +threshold let heads and rows share a budget (of mass, bound, "
-    "oracle, robust)"
+    "dropped blocks in as their means, +adaptive and +threshold let heads and rows share a budget, +heads the heads of "
+    "a row (of mass, bound, oracle, robust)"
 )
 ENGINE_HELP = (
     f"answer with the product's engine, in each of {', '.join(BY_EXACTNESS)} that is named, and compare them; without "

@@ -87,7 +87,9 @@ def test_corrected_attention_does_not_depend_on_chunks_and_pieces(monkeypatch: p
     torch.testing.assert_close(torch.cat(parts, 2), whole)
 
 
-@pytest.mark.parametrize("spec", ["mass+adaptive", "bound+adaptive", "oracle+adaptive", "bound+threshold"])
+@pytest.mark.parametrize(
+    "spec", ["mass+adaptive", "bound+adaptive", "oracle+adaptive", "bound+threshold", "bound+heads"]
+)
 def test_adaptive_rows_share_a_budget(spec: str) -> None:
     """Exactly as many blocks as without; by shares a narrow head keeps less than a wide one, by a threshold more."""
     q, k, v = qkv()
@@ -148,6 +150,26 @@ def test_a_threshold_is_the_same_everywhere() -> None:
     assert scores[mask & free].min() >= scores[~mask & free].max()
 
 
+def test_heads_share_the_blocks_of_a_row() -> None:
+    """Each row keeps as many blocks as without, over all heads, the highest scores; however the prompt is cut."""
+    q, k, v = qkv(scale=1.5)
+    chosen, place = arm("mass+heads", density=0.8), Place(1, 0, TOKENS, None)
+    selection, uniform = (item.select(q, k, v, place) for item in (chosen, arm("mass", density=0.8)))
+    assert selection is not None
+    assert uniform is not None
+    assert torch.equal(selection.counts.sum(1), uniform.counts.sum(1))
+    assert not torch.equal(selection.counts, uniform.counts)
+    assert chosen.config is not None
+    scores, mask = product_mass(q, k, place, chosen.config), selection.to_mask(21)
+    i, j = torch.arange(21)[:, None], torch.arange(21)
+    free = (j >= 4) & (j <= i - 4)
+    kept = scores.masked_fill(~(mask & free), torch.inf).amin((1, 3))
+    assert (kept >= scores.masked_fill(mask | ~free, -torch.inf).amax((1, 3))).all()
+    whole = attend(chosen, q, k, v)
+    parts = [attend(chosen, q, k, v, start, end) for start, end in ((0, 16), (16, 160), (160, TOKENS))]
+    torch.testing.assert_close(torch.cat(parts, 2), whole)
+
+
 def test_pruned_mass_is_mass_among_the_highest_bounds() -> None:
     q, k, v = qkv(scale=2.0)
     place = Place(1, 0, TOKENS, None)
@@ -172,7 +194,7 @@ def test_ideas_in_specs() -> None:
         make_arms(["stem+means"], [16], [0.5], [0], 0)
     with pytest.raises(JobError, match="adaptive needs scores that are shares of attention"):
         make_arms(["stem+adaptive"], [16], [0.5], [0], 0)
-    with pytest.raises(JobError, match="of adaptive and threshold an arm takes one"):
+    with pytest.raises(JobError, match="of adaptive, threshold, heads an arm takes one"):
         make_arms(["bound+adaptive+threshold"], [16], [0.5], [0], 0)
     with pytest.raises(JobError, match="cannot run arm 'stem\\+mean:dense_tail=1'"):
         engine_arms(arms[1:2], ["fp32"])
