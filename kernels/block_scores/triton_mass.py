@@ -22,7 +22,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import device as kernels_device
 from kernels.block_scores.triton import empty_scores
-from kernels.block_scores.triton_shares import PROGRAMS_PER_MULTIPROCESSOR, mean_query, store_shares, tile_of
+from kernels.block_scores.triton_shares import (
+    PROGRAMS_PER_MULTIPROCESSOR,
+    mean_query,
+    store_shares,
+    tile_of,
+    total_of_slot,
+)
 from kernels.block_sparse_attention.descriptors import tma_obstacle, tma_strides
 from kernels.fp8_heads import HeadScales
 from kernels.fp8_heads.triton import to_fp8
@@ -154,8 +160,9 @@ def mass_kernel(
                 D, BLOCK, BM, BN, True, True, TMA,
             )  # fmt: skip
         out = scores + (n * (KV_HEADS * GROUP) + head).to(tl.int64) * rows * row_stride
+        total = total_of_slot(slot, seen, BM, CHUNK)
         store_shares(
-            slot, out, token0 < query_tokens, block0, first_block, rows, row_stride, n_keys, seen,
+            slot, total, out, token0 < query_tokens, block0, first_block, rows, row_stride, n_keys, seen,
             BM, ROWS_PER_BLOCK, CHUNK,
         )  # fmt: skip
         tile = tl.atomic_add(ticket, 1)

@@ -38,13 +38,8 @@ def mean_query(
 
 
 @triton.jit
-def store_shares(
-    slot, out, exists, block0, first_block, rows, row_stride, n_keys, seen,
-    BM: tl.constexpr, ROWS_PER_BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """out[i, j] = max over the rows r of query block i of 2^(slot[j, r] - log2 sum_j 2^slot[j, r]); -inf above the
-    diagonal. slot: [seen, BM]; exists: bool [BM], which rows stand for a query; out: the head's own scores."""
-    BLOCKS_PER_TILE: tl.constexpr = BM // ROWS_PER_BLOCK
+def total_of_slot(slot, seen, BM: tl.constexpr, CHUNK: tl.constexpr):
+    """float32 [BM]: log2 sum_j 2^slot[j, r] of each row. slot: [seen, BM], written by this program."""
     # What other threads of this program stored must be visible before it is read back.
     tl.debug_barrier()
     row = tl.arange(0, BM)
@@ -57,12 +52,26 @@ def store_shares(
         new_top = tl.maximum(top, tl.max(weight, axis=0))
         total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(weight - new_top[None, :]), axis=0)
         top = new_top
-    all_keys = top + tl.log2(total)
+    return top + tl.log2(total)
+
+
+@triton.jit
+def store_shares(
+    slot, total, out, exists, block0, first_block, rows, row_stride, n_keys, seen,
+    BM: tl.constexpr, ROWS_PER_BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """out[i, j] = max over the rows r of query block i of 2^(slot[j, r] - total[r]); -inf above the diagonal.
+
+    slot: [seen, BM]; exists: bool [BM], which rows stand for a query; out: the head's own scores."""
+    BLOCKS_PER_TILE: tl.constexpr = BM // ROWS_PER_BLOCK
+    tl.debug_barrier()
+    row = tl.arange(0, BM)
+    j = tl.arange(0, CHUNK)
     block = block0 + tl.arange(0, BLOCKS_PER_TILE)
     for first in range(0, n_keys, CHUNK):
         at = (first + j)[:, None] * BM + row[None, :]
-        weight = tl.load(slot + at, mask=(first + j < seen)[:, None], other=float("-inf"))
-        share = tl.where(exists[None, :], tl.exp2(weight - all_keys[None, :]), 0.0)
+        weight = tl.load(slot + at, mask=(first + j < seen)[:, None], other=float("-inf")).to(tl.float32)
+        share = tl.where(exists[None, :], tl.exp2(weight - total[None, :]), 0.0)
         share = tl.max(tl.reshape(share, (CHUNK, BLOCKS_PER_TILE, ROWS_PER_BLOCK)), axis=2)
         share = tl.where((first + j)[:, None] <= (first_block + block)[None, :], share, float("-inf"))
         place = block.to(tl.int64)[None, :] * row_stride + (first + j)[:, None]
