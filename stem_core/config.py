@@ -45,9 +45,9 @@ class StemConfig:
     """Queries for each row of the mass estimator; its cost is 1 / (2 * mass_group) of dense attention's flops."""
     mass_rows: str = "mean"
     """A mass row is the "mean" of its queries, or a "sample": the last of them."""
-    bound_group: int = 4
+    bound_group: int = 2
     """Queries for each row of the bound estimator."""
-    bound_span: int = 8
+    bound_span: int = 16
     """Keys that share a bound; the estimator costs 2 / (bound_group * bound_span) of dense attention's flops."""
     dense_layers: int = 2
     """Leading layers that attend to everything."""
@@ -151,6 +151,6 @@ PRESETS: dict[str, StemConfig] = {
     "paper": StemConfig(schedule="paper", dense_below=DENSE_BELOW),
     "release": StemConfig(schedule="release", dense_below=DENSE_BELOW),
     "robust": StemConfig(
-        schedule="density", density=0.15, decay=1.0, estimator="bound", dense_tail=4, dense_below=DENSE_BELOW
+        schedule="density", density=0.18, decay=1.0, estimator="bound", dense_tail=4, dense_below=DENSE_BELOW
     ),
 }

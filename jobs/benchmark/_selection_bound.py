@@ -12,7 +12,7 @@ from kernels.bound_scores import bound_scores
 
 BLOCK = 128
 # (queries to a row, keys to a bound)
-SIZES = ((4, 16), (4, 8), (2, 16))
+SIZES = ((2, 16), (4, 8), (2, 32))
 
 
 def bound_case(q: Tensor, k: Tensor, group: int, span: int) -> tuple[Callable[[], Tensor], float, str]:

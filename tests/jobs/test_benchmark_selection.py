@@ -43,7 +43,7 @@ def test_every_case_is_checked_and_written(tmp_path: Path) -> None:
     names = [
         "OAM scores", "OAM scores, none above the diagonal", "block selection", "OAM scores + selection",
         "the same, last 8K chunk", "mass scores, groups of 8",
-        *(f"bound scores, groups of {group}, spans of {span}" for group, span in ((4, 16), (4, 8), (2, 16))),
+        *(f"bound scores, groups of {group}, spans of {span}" for group, span in _selection_bound.SIZES),
         "decode attention, 2 documents",
     ]  # fmt: skip
     assert list(rows) == [(0, "device copy, read + write"), *((2048, name) for name in names)]
@@ -90,9 +90,9 @@ def test_wrong_shares_and_wrong_decoding_get_no_figure(tmp_path: Path, monkeypat
     monkeypatch.setattr(benchmark, "mass_scores", lambda *args, **more: mass(*args, **more) * 1.1)
     monkeypatch.setattr(_selection_bound, "bound_scores", lambda *args, **more: bound(*args, **more) * 1.1)
     monkeypatch.setattr(benchmark, "decode_attention", lambda *args, **more: decode(*args, **more) * 1.1)
-    code, rows = run(tmp_path, "--lengths", "1024", "--groups", "4", "--only", "mass", "of 4, spans of 16", "decode")
+    code, rows = run(tmp_path, "--lengths", "1024", "--groups", "4", "--only", "mass", "of 2, spans of 16", "decode")
     assert code == 1
-    names = ["mass scores, groups of 4", "bound scores, groups of 4, spans of 16", "decode attention, 2 documents"]
+    names = ["mass scores, groups of 4", "bound scores, groups of 2, spans of 16", "decode attention, 2 documents"]
     assert [name for _, name in rows][1:] == names
     assert all("CHECK FAILED" in row["note"] and "ms" not in row for row in list(rows.values())[1:])
 
