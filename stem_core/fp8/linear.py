@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kernels.dispatch import on_its_gpu
 from kernels.quantize import QuantizedRows, quantize_rows
 from kernels.rows import FP8, choose_row_kernel
 
@@ -42,17 +41,8 @@ def scaled_linear(
         product = sums * rows.scales.view(-1, 1) * scale
         product = (product if bias is None else product + bias.float()).to(rows.dtype)
         return product.view(*rows.values.shape[:-1], weight.shape[0])
-    out = _product_on_gpu(rows.values.view(-1, K), weight, rows, scale, bias, fast_accumulation)
-    return out.view(*rows.values.shape[:-1], weight.shape[0])
-
-
-@on_its_gpu
-def _product_on_gpu(
-    values: Tensor, weight: Tensor, rows: QuantizedRows, scale: Tensor, bias: Tensor | None, fast_accumulation: bool
-) -> Tensor:
-    """torch._scaled_mm, which launches on the GPU that is current, wherever its operands are (torch 2.11)."""
-    return torch._scaled_mm(
-        values,
+    out = torch._scaled_mm(
+        rows.values.view(-1, K),
         weight.t(),
         scale_a=rows.scales.view(-1, 1),
         scale_b=scale,
@@ -60,6 +50,7 @@ def _product_on_gpu(
         out_dtype=rows.dtype,
         use_fast_accum=fast_accumulation,
     )
+    return out.view(*rows.values.shape[:-1], weight.shape[0])
 
 
 class Fp8Linear(nn.Module):
