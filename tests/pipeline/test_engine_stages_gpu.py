@@ -60,11 +60,10 @@ def test_two_stages_on_one_gpu_give_what_one_gives(folder: Path, precision: str)
 
 @two_gpus
 @pytest.mark.parametrize("load_format", ["auto", "dummy"])
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_two_gpus_give_what_one_gives(folder: Path, precision: str, load_format: str) -> None:
-    """The same kernels on the same shapes: token for token."""
-    config = config_of(folder, precision=precision, load_format=load_format)
-    engine = Engine(config_of(folder, precision=precision, load_format=load_format, gpus=2))
+def test_two_gpus_give_what_one_gives(folder: Path, load_format: str) -> None:
+    """The same kernels on the same shapes: token for token. In bf16: fp8 is refused (check_spread)."""
+    config = config_of(folder, precision="bf16", load_format=load_format)
+    engine = Engine(config_of(folder, precision="bf16", load_format=load_format, gpus=2))
     assert engine._runner.devices == (torch.device("cuda", 0), torch.device("cuda", 1))
     assert {tensor.device.index for tensor in engine._arena.tensors()} == {0, 1}
     assert engine.describe()["decode"] == "eager (layers on 2 GPUs)"
@@ -86,10 +85,9 @@ def test_the_arena_fills_both_gpus(folder: Path) -> None:
 
 
 @two_gpus
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_chunks_are_launched_without_waiting(folder: Path, precision: str) -> None:
+def test_chunks_are_launched_without_waiting(folder: Path) -> None:
     """So that the first GPU reads the next chunk while the second one reads this."""
-    engine = Engine(config_of(folder, precision=precision, gpus=2))
+    engine = Engine(config_of(folder, precision="bf16", gpus=2))
     engine.add(Request("a", prompts([5000])[0], 2))
     engine.step()
     torch.cuda.synchronize(0)
