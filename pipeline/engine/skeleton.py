@@ -51,10 +51,12 @@ def rooms(devices: Sequence[torch.device], reserve: int, total: int | None = Non
     total: memory of each device; None asks for what is free there. Stages on one device share what it has.
     """
 
+    host = host_memory()[0]  # asked once: it changes from moment to moment, and equal devices are to divide equally
+
     def free(device: torch.device) -> int:
         if total is not None:
             return total
-        return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory()[0]
+        return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host
 
     return [(free(device) - reserve) // list(devices).count(device) for device in devices]
 

@@ -7,7 +7,10 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +29,24 @@ def test_an_output_that_cannot_be_locked_is_one_line(
     monkeypatch.setattr(*((os, "open") if name == ".lock" else (lock.fcntl, "flock")), refuse)
     with pytest.raises(JobError, match="no locks available"):
         Store(str(tmp_path)).lock()
+
+
+@pytest.fixture(autouse=True)
+def one_call_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pyarrow's mock file system crashes when one thread reads a file that another writes. Single calls wait for each
+    other; what comes between them still races."""
+    turn = threading.RLock()
+
+    def waiting(method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def call(*args: Any) -> Any:
+            with turn:
+                return method(*args)
+
+        return call
+
+    for name in ("list", "read", "put", "delete"):
+        monkeypatch.setattr(Store, name, waiting(getattr(Store, name)))
 
 
 @pytest.fixture
