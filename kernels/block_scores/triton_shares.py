@@ -10,8 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-PROGRAMS_PER_MULTIPROCESSOR = 2
-
 
 @triton.jit
 def tile_of(tile, row_tiles, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCKS_PER_TILE: tl.constexpr):

@@ -26,6 +26,8 @@ from kernels.bound_scores import KeyBounds
 from kernels.sizes import ceil_div
 
 LOG2E = 1.4426950408889634
+# Below float16's largest value: a block so far above block 0 takes all of its row.
+MOST = tl.constexpr(60000.0)
 
 
 @triton.jit(do_not_specialize=["first_block", "key_tokens", "max_spans"])
@@ -106,7 +108,7 @@ def _walk(
         j = block + tl.arange(0, WIDTH)
         if block == 0:
             reference = tl.max(tl.where((j == 0)[None, :], most, float("-inf")), axis=1)
-        kept = (most - reference[:, None]).to(slot.dtype.element_ty)
+        kept = tl.minimum(most - reference[:, None], MOST).to(slot.dtype.element_ty)
         tl.store(slot + j[None, :] * BM + row[:, None], kept, mask=(j < last)[None, :])
         most = kept.to(tl.float32)  # a row's shares sum up to 1 only if they are of what is read back
         new_top = tl.maximum(top, tl.max(most, axis=1))
