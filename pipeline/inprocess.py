@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.errors import JobError, one_line
 from pipeline.given import TextReader
 from pipeline.loop import EngineBrokenError
-from pipeline.scheduler import Event, WorkerId
+from pipeline.pool import Event, WorkerId
 from pipeline.source import Document, DocumentReader
 from pipeline.worker import Worker, WorkerConfig
 

@@ -79,8 +79,9 @@ def _execute(
     from ray.exceptions import RayError
 
     from pipeline.cluster_size import ClusterSize
+    from pipeline.pool import EventKind
     from pipeline.ray_pool import RayPool, connected, divide, room_for, room_now
-    from pipeline.scheduler import EventKind, Limits, Scheduler, StopRequestedError
+    from pipeline.scheduler import Limits, Scheduler, StopRequestedError
 
     survey, config, begun = plan.survey, plan.survey.config, time.monotonic()
     manifest.save(store, config, survey.prints, state="running", documents=len(survey.catalogue))

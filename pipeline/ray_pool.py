@@ -20,7 +20,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from pipeline.errors import JobError, one_line, without_secrets
 from pipeline.imports import ROOT
 from pipeline.loop import EngineBrokenError
-from pipeline.scheduler import Event, WorkerId
+from pipeline.pool import Event, WorkerId
 from pipeline.source import Document
 from pipeline.worker import Worker, WorkerConfig
 

@@ -10,52 +10,15 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any
 
 from pipeline.errors import JobError
+from pipeline.pool import Event, Pool, WorkerId
 from pipeline.records import Row, new_row, utc_now
 from pipeline.source import Document
 
-WorkerId = int
-EventKind = Literal["started", "start_failed", "result", "failed", "hung", "died"]
 # What a document is blamed with when its worker is lost in this way while it holds nothing else.
 BLAME = {"died": "worker_died", "failed": "error", "hung": "timeout"}
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that a worker did.
-
-    started: it takes documents; `info` says how many. start_failed: it never will; `reason`. result: `row` of
-    `document_id`. failed: its engine broke; hung: it does not answer; died: the process is gone. `reason` says more.
-    """
-
-    kind: EventKind
-    worker: WorkerId
-    document_id: str = ""
-    row: Row | None = None
-    reason: str = ""
-    info: dict[str, Any] = field(default_factory=dict)
-
-
-class Pool(Protocol):
-    """Workers, wherever they run: Ray actors, or a simulation."""
-
-    def start(self) -> WorkerId:
-        """Begin to start a worker; an event tells when it is there."""
-        ...
-
-    def submit(self, worker: WorkerId, document: Document, careful: bool) -> None:
-        """Give a document to a started worker. careful: it is alone there, and is to use less memory at a time."""
-        ...
-
-    def wait(self, timeout: float) -> list[Event]:
-        """Events since the last call; waits up to `timeout` seconds for the first."""
-        ...
-
-    def kill(self, worker: WorkerId) -> None:
-        """End a worker; no more events come from it."""
-        ...
 
 
 @dataclass(frozen=True)

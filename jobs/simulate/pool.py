@@ -9,8 +9,8 @@ from typing import Any
 
 from jobs.simulate.cost import EngineCost
 from jobs.simulate.engine import SimulatedEngine
+from pipeline.pool import Event, WorkerId
 from pipeline.records import Row, new_row
-from pipeline.scheduler import Event, WorkerId
 from pipeline.source import Document
 
 BYTES_PER_TOKEN = 4

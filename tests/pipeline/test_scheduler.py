@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from pipeline.errors import JobError
+from pipeline.pool import Event
 from pipeline.records import Row, new_row
-from pipeline.scheduler import Event, Limits, Scheduler, StopRequestedError
+from pipeline.scheduler import Limits, Scheduler, StopRequestedError
 from pipeline.source import Document, Locator
 
 Behave = Callable[["Workers", int, Document], Event | None]
