@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.errors import JobError
-from pipeline.pool import Event, Pool, WorkerId
+from pipeline.pool import Event, EventKind, Pool, WorkerId
 from pipeline.records import Row, new_row, utc_now
 from pipeline.source import Document
 
