@@ -48,7 +48,7 @@ class StemConfig:
     bound_group: int = 2
     """Queries for each row of the bound estimator."""
     bound_span: int = 16
-    """Keys that share a bound; the estimator costs 2 / (bound_group * bound_span) of dense attention's flops."""
+    """Keys that share a bound; the estimator costs 1 / (bound_group * bound_span) of dense attention's flops."""
     dense_layers: int = 2
     """Leading layers that attend to everything."""
     dense_below: int = 0

@@ -142,7 +142,7 @@ def coarse_mass(q: Tensor, k: Tensor, v: Tensor, place: Place, config: StemConfi
 def pruned_mass(q: Tensor, k: Tensor, v: Tensor, place: Place, config: StemConfig) -> Tensor:
     """Mass scores of twice as many blocks as are kept, those of the highest bounds; the others come after all of them.
 
-    Bounds of long spans are cheap (a 64th of dense attention's flops in groups of 4), and with the rest out of the way
+    Bounds of long spans are cheap (a 64th of dense attention's flops in groups of 2), and with the rest out of the way
     mass is affordable in groups of 2: density / 2 of dense attention's. The softmax's total is exact here, as above.
     """
     coarse = product_bound(q, k, place, replace(config, bound_span=min(PRUNE_SPAN, config.block_size)))

@@ -62,6 +62,7 @@ def store_shares(
 
     slot: [seen, BM]; exists: bool [BM], which rows stand for a query; out: the head's own scores."""
     BLOCKS_PER_TILE: tl.constexpr = BM // ROWS_PER_BLOCK
+    # As in total_of_slot, for those who add up the rows' totals as they go.
     tl.debug_barrier()
     row = tl.arange(0, BM)
     j = tl.arange(0, CHUNK)
