@@ -69,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", "--density", type=float, default=0.25, help="Stem's share of blocks (0.25)")
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--dense-layers", type=int, default=2, help="Stem's leading dense layers (default: 2)")
+    parser.add_argument("--min-mass", type=float, default=0.0, metavar="X", help="Stem measures its retained mass, too")
     parser.add_argument("--chunk-tokens", type=int, default=EngineConfig.chunk_tokens)
     parser.add_argument("--max-live", type=int, default=16)
     parser.add_argument("--agreement-tokens", type=int, nargs="+", default=[1200, 2500, 5000, 8000], metavar="N")
@@ -171,13 +172,13 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _stem(arguments: argparse.Namespace) -> StemConfig:
-    common = {"block_size": arguments.block_size, "dense_layers": arguments.dense_layers}
+    common = {"block_size": arguments.block_size, "dense_layers": arguments.dense_layers, "min_mass": arguments.min_mass}
     try:
         if arguments.preset:
             return StemConfig.preset(arguments.preset, **common)
         return StemConfig(schedule="density", density=arguments.budget, **common)
     except ValueError as error:
-        raise JobError(f"--budget, --preset: {error}") from error
+        raise JobError(f"--budget, --preset, --min-mass: {error}") from error
 
 
 def _arms(arguments: argparse.Namespace, config: EngineConfig, stem: StemConfig) -> list[Arm]:
