@@ -81,11 +81,14 @@ def _scales(layer: int, q: Tensor, k: Tensor, v: Tensor, headroom: float) -> Hea
 
 def power_of_two_scale(peak: Tensor, headroom: float = HEADROOM) -> Tensor:
     """The least power of two that keeps headroom * peak within e4m3's 448; 1 for a head of zeros. float32."""
-    wanted = peak.double() * headroom / FP8_MAX
+    # On the host: torch.ldexp launches its kernel on the current GPU, whichever its arguments are on, and then it waits
+    # for none of the work that they and its result's memory come from (https://github.com/pytorch/pytorch/issues/189567).
+    wanted = peak.double().cpu() * headroom / FP8_MAX
     mantissa, exponent = torch.frexp(wanted)
     # frexp gives 0.5 <= mantissa < 1; a power of two itself is 0.5 * 2^exponent.
     exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
-    return torch.where(wanted > 0, torch.ldexp(torch.ones_like(wanted), exponent), 1.0).float().contiguous()
+    scale = torch.where(wanted > 0, torch.ldexp(torch.ones_like(wanted), exponent), 1.0)
+    return scale.float().to(peak.device)
 
 
 def to_dict(scales: dict[int, HeadScales]) -> dict[str, dict[str, list[int]]]:

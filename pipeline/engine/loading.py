@@ -14,7 +14,7 @@ from torch import nn
 
 from pipeline.engine.config import EngineConfig, EngineError
 from pipeline.engine.dummy import dummy_model
-from pipeline.engine.precision import Precision, check_spread, resolve_precision
+from pipeline.engine.precision import Precision, resolve_precision
 from pipeline.engine.skeleton import chunk_bytes, rooms, skeleton
 from pipeline.engine.stages import Placement, connect, move, place
 from stem_core.fp8 import Fp8Linear, prepare_quantized_config, quantize_linears
@@ -56,7 +56,6 @@ def load_model(config: EngineConfig, devices: Sequence[torch.device] | None = No
     devices = config.torch_devices() if devices is None else tuple(devices)
     hf_config = load_config(config)
     precision = resolve_precision(config.precision, devices[0], hf_config)
-    check_spread(precision, len({device for device in devices if device.type == "cuda"}))
     try:
         placement = None
         if len(devices) > 1:

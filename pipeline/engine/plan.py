@@ -11,7 +11,7 @@ import torch
 from pipeline.engine.arena import ALIGNMENT, aligned
 from pipeline.engine.config import EngineConfig, EngineError
 from pipeline.engine.loading import context_limit, load_config
-from pipeline.engine.precision import DTYPES, Precision, check_fp8_attention, check_spread, resolve_precision
+from pipeline.engine.precision import DTYPES, Precision, check_fp8_attention, resolve_precision
 from pipeline.engine.skeleton import chunk_bytes, host_memory, layer_shape, rooms, skeleton
 from pipeline.engine.stages import place, tensor_bytes
 
@@ -137,7 +137,7 @@ def fit_arena(config: EngineConfig, free_bytes: int, bytes_per_token: int, conte
     if tokens < ALIGNMENT:
         raise EngineError(
             f"{max(0, free_bytes) / GIB:.2f} GiB are left for KV at {bytes_per_token:,} bytes a token{on}: too little; "
-            f"use a smaller model or chunk_tokens, or {'more GPUs a worker' if where else 'precision fp8'}"
+            f"use a smaller model or chunk_tokens, {'more GPUs a worker, ' if where else ''}or precision fp8"
         )
     return tokens
 
@@ -188,7 +188,6 @@ def _estimate_split(config: EngineConfig, hf_config: Any, total_bytes: int | Non
     else:
         devices = tuple(torch.device("cuda", i) for i in range(config.gpus))
         precision = _precision_unseen(config.precision, hf_config)
-    check_spread(precision, config.gpus)
     model = skeleton(config, hf_config, precision)
     per_token = _bytes_per_token(config, hf_config, precision)
     reserve = chunk_bytes(config, hf_config, precision)

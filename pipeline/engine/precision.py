@@ -69,19 +69,6 @@ def resolve_precision(asked: str, device: torch.device, hf_config: Any) -> Preci
     return Precision("fp8", torch.float32 if device.type == "cpu" else torch.bfloat16)
 
 
-def check_spread(precision: Precision, gpus: int) -> None:
-    """Raise EngineError for a precision in which a model cannot be spread over several GPUs.
-
-    On two H100s and two H200s fp8 gave values that are not finite now and then, where one GPU, two stages on one GPU
-    and bf16 on two were right: until the cause is found it is refused, since wrong values need not be infinite ones.
-    """
-    if precision.fp8 and gpus > 1:
-        raise EngineError(
-            f"precision 'fp8' does not run on a model spread over {gpus} GPUs yet (it gave values that were not "
-            "finite): use bf16, or one GPU for each worker (gpus_per_worker 1)"
-        )
-
-
 def check_fp8_attention(shapes: dict[int, LayerShape], attention: StemConfig | None) -> None:
     """Raise EngineError for heads or blocks that the fp8 kernels cannot take, naming what to change."""
     for layer, shape in shapes.items():

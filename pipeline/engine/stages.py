@@ -124,13 +124,19 @@ def move(model: nn.Module, placement: Placement) -> None:
 
 
 def connect(model: nn.Module, placement: Placement) -> None:
-    """Hand activations from stage to stage: every part's tensors are brought to its device before it runs."""
+    """Hand activations from stage to stage: every part's tensors are brought to its device before it runs.
+
+    While it runs, its GPU is the current one: a few of torch's operations launch on the current GPU whichever their
+    arguments are on (torch.ldexp does, up to 2.13 at least), and read and write there out of turn.
+    """
     relay = Relay()
     model.register_forward_pre_hook(relay.begin)
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, device in placement.device_map().items():
         if name in modules:
-            modules[name].register_forward_pre_hook(relay.to(device), with_kwargs=True)
+            enter, leave = relay.to(device)
+            modules[name].register_forward_pre_hook(enter, with_kwargs=True)
+            modules[name].register_forward_hook(leave, always_call=True)
 
 
 class Relay:
@@ -144,17 +150,25 @@ class Relay:
         """A forward pass begins."""
         self._shared.clear()
 
-    def to(self, device: torch.device) -> Any:
-        """The hook of a part on `device`."""
+    def to(self, device: torch.device) -> tuple[Any, Any]:
+        """The hooks before and behind a part on `device`."""
+        before: list[int] = []
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             # Hidden states come first and are not seen again: nothing is to hold on to them.
             first = tuple(self._brought(value, device, shared=False) for value in args[:1])
             rest = tuple(self._brought(value, device, shared=True) for value in args[1:])
             named = {name: self._brought(value, device, name != "hidden_states") for name, value in kwargs.items()}
+            if device.type == "cuda":
+                before.append(torch.cuda.current_device())
+                torch.cuda.set_device(device)
             return (*first, *rest), named
 
-        return hook
+        def leave(*ignored: Any) -> None:
+            if before:
+                torch.cuda.set_device(before.pop())
+
+        return enter, leave
 
     def _brought(self, value: Any, device: torch.device, shared: bool) -> Any:
         """Tensors, in tuples and lists too, on `device`; anything else as it is: contexts and caches see to theirs."""

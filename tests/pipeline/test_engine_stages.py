@@ -23,8 +23,9 @@ from pipeline.engine.precision import Precision, resolve_precision
 from pipeline.engine.prefill import Prefill
 from pipeline.engine.runner import ModelRunner, load_runner
 from pipeline.engine.skeleton import skeleton
-from pipeline.engine.stages import Placement, balance, connect, place
+from pipeline.engine.stages import Placement, Relay, balance, connect, place
 from stem_core import StemConfig
+from stem_core.context import PromptGoesOn
 
 CPU = torch.device("cpu")
 SPARSE = {"schedule": "density", "density": 0.6, "dense_layers": 1, "sink_blocks": 1, "local_blocks": 1}
@@ -114,6 +115,32 @@ def test_tensors_are_handed_to_the_neighbour_once(tmp_path: Path) -> None:
     assert last == chunk | {(2, 0): 1}, "one token of the last hidden states goes to the output head"
     # Starts, lengths and slots of the documents too.
     assert decode == {(0, 1): 7, (1, 2): 7, (2, 0): 1}
+
+
+def test_a_parts_gpu_is_current_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the one before it afterwards, also when the part raises."""
+    current = [0]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: current.__setitem__(0, getattr(device, "index", device))
+    )
+    seen: list[int] = []
+
+    class Part(nn.Module):
+        def forward(self, fails: bool) -> None:
+            seen.append(current[0])
+            if fails:
+                raise PromptGoesOn
+
+    part = Part()
+    enter, leave = Relay().to(torch.device("cuda", 1))
+    part.register_forward_pre_hook(enter, with_kwargs=True)
+    part.register_forward_hook(leave, always_call=True)
+    part(fails=False)
+    assert (seen, current) == ([1], [0])
+    with pytest.raises(PromptGoesOn):
+        part(fails=True)
+    assert (seen, current) == ([1, 1], [0])
 
 
 @pytest.mark.parametrize("part", ["model.layers.1", "model.layers.2", "lm_head"])

@@ -12,6 +12,7 @@ from engine_models import prompts, run, save_model
 from pipeline.engine import Engine, EngineConfig, Request, Sampling
 from pipeline.engine.runner import load_runner
 from stem_core import StemConfig
+from stem_core.kv_scales import power_of_two_scale
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,10 +61,11 @@ def test_two_stages_on_one_gpu_give_what_one_gives(folder: Path, precision: str)
 
 @two_gpus
 @pytest.mark.parametrize("load_format", ["auto", "dummy"])
-def test_two_gpus_give_what_one_gives(folder: Path, load_format: str) -> None:
-    """The same kernels on the same shapes: token for token. In bf16: fp8 is refused (check_spread)."""
-    config = config_of(folder, precision="bf16", load_format=load_format)
-    engine = Engine(config_of(folder, precision="bf16", load_format=load_format, gpus=2))
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_two_gpus_give_what_one_gives(folder: Path, precision: str, load_format: str) -> None:
+    """The same kernels on the same shapes: token for token."""
+    config = config_of(folder, precision=precision, load_format=load_format)
+    engine = Engine(config_of(folder, precision=precision, load_format=load_format, gpus=2))
     assert engine._runner.devices == (torch.device("cuda", 0), torch.device("cuda", 1))
     assert {tensor.device.index for tensor in engine._arena.tensors()} == {0, 1}
     assert engine.describe()["decode"] == "eager (layers on 2 GPUs)"
@@ -85,9 +87,10 @@ def test_the_arena_fills_both_gpus(folder: Path) -> None:
 
 
 @two_gpus
-def test_chunks_are_launched_without_waiting(folder: Path) -> None:
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_chunks_are_launched_without_waiting(folder: Path, precision: str) -> None:
     """So that the first GPU reads the next chunk while the second one reads this."""
-    engine = Engine(config_of(folder, precision="bf16", gpus=2))
+    engine = Engine(config_of(folder, precision=precision, gpus=2))
     engine.add(Request("a", prompts([5000])[0], 2))
     engine.step()
     torch.cuda.synchronize(0)
@@ -100,3 +103,17 @@ def test_chunks_are_launched_without_waiting(folder: Path) -> None:
         torch.cuda.set_sync_debug_mode("default")
     assert run(engine, [])["a"].status == "ok"
     engine.close()
+
+
+@two_gpus
+def test_scales_wait_for_their_gpu() -> None:
+    """That of the layer, not the current one: torch.ldexp alone would read what is not there yet."""
+    wanted = torch.tensor([3.0, 0.7, 100.0, 0.0])
+    there = wanted.to("cuda:1")
+    peak = torch.full_like(there, float("nan"))
+    torch.cuda.synchronize(1)
+    with torch.cuda.device(1):
+        torch.cuda._sleep(1_000_000_000)
+    peak.copy_(there)
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(power_of_two_scale(peak).cpu(), power_of_two_scale(wanted))

@@ -172,7 +172,11 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _stem(arguments: argparse.Namespace) -> StemConfig:
-    common = {"block_size": arguments.block_size, "dense_layers": arguments.dense_layers, "min_mass": arguments.min_mass}
+    common = {
+        "block_size": arguments.block_size,
+        "dense_layers": arguments.dense_layers,
+        "min_mass": arguments.min_mass,
+    }
     try:
         if arguments.preset:
             return StemConfig.preset(arguments.preset, **common)
