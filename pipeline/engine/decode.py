@@ -1,8 +1,7 @@
-"""Decode: steps of the whole batch, as CUDA graphs where there is one GPU, and tokens read back behind them."""
+"""Decode: steps of the whole batch, as CUDA graphs on GPUs, and tokens read back behind them."""
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections import deque
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor
 from pipeline.engine.arena import Arena
 from pipeline.engine.batch import EMITTED, LENGTH, LIMIT, START, TOKEN, DecodeBatch
 from pipeline.engine.cache import DecodeCache
+from pipeline.engine.graphs import Graphs
 from pipeline.engine.runner import ModelRunner
 from stem_core.context import DecodeContext
 
@@ -47,42 +47,37 @@ class DecodeRunner:
         self._arena = arena
         self._batch = batch
         self._max_context = max_context
-        # A graph holds what one device does: a step over several devices is launched piece by piece.
-        spread = len(runner.devices) > 1
-        self._use_graphs = use_graphs = use_graphs and not spread
+        self._capturer = Graphs(runner.devices) if use_graphs else None
         self._warm: set[StepKey] = set()
         # None for a step that cannot be captured.
         self._graphs: dict[StepKey, torch.cuda.CUDAGraph | None] = {}
-        self._pool = torch.cuda.graph_pool_handle() if use_graphs else None
-        self._stream = torch.cuda.Stream() if use_graphs else None
-        eager = f"eager (layers on {len(runner.devices)} GPUs)" if spread else "eager"
-        self.mode = "cuda graphs" if use_graphs else eager
+        self.mode = "cuda graphs" if use_graphs else "eager"
 
     def run(self, key: StepKey) -> None:
         """One step of rows [0, key.rows): launched, not waited for.
 
         The first step of a key runs eagerly (kernels compile and handles are made), the second is captured.
         """
-        if not self._use_graphs or key not in self._warm:
+        if self._capturer is None or key not in self._warm:
             self._step(key)
             self._warm.add(key)
             return
         if key not in self._graphs:
-            self._graphs[key] = self._capture(key)
+            self._graphs[key] = self._capture(self._capturer, key)
         graph = self._graphs[key]
         if graph is None:
             self._step(key)
         else:
-            graph.replay()
+            self._capturer.replay(graph)
 
     @torch.inference_mode()
     def prepare(self) -> None:
         """Compile, and capture, every step that can come. All rows must be idle: only the scratch token is written."""
-        if self._use_graphs or self._runner.device.type == "cuda":
+        if self._capturer is not None or self._runner.device.type == "cuda":
             buckets = sorted({batch_bucket(rows, self._batch.rows) for rows in range(1, self._batch.rows + 1)})
             for key in [StepKey(rows, sampled) for sampled in (False, True) for rows in reversed(buckets)]:
                 self.run(key)
-                if self._use_graphs:
+                if self._capturer is not None:
                     self.run(key)
 
     def _step(self, key: StepKey) -> None:
@@ -101,37 +96,16 @@ class DecodeRunner:
         logits = self._runner.logits(ints[TOKEN][:, None], positions[:, None], cache, context, bounds)
         self._batch.advance(logits, 0, key.sampled)
 
-    def _capture(self, key: StepKey) -> torch.cuda.CUDAGraph | None:
-        """The captured step; None, and a warning, for a model whose step cannot be captured.
-
-        torch.cuda.graph() would also empty the allocator's cache at every capture. Garbage collection waits: it could
-        destroy CUDA objects of others in the midst of the capture.
-        """
-        assert self._stream is not None
-        assert self._pool is not None
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        collecting = gc.isenabled()
-        gc.disable()
+    def _capture(self, capturer: Graphs, key: StepKey) -> torch.cuda.CUDAGraph | None:
+        """The captured step; None, and a warning, for a model whose step cannot be captured."""
         try:
-            with torch.cuda.stream(self._stream):
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    self._step(key)
-                finally:
-                    graph.capture_end()
+            return capturer.capture(lambda: self._step(key))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            torch.cuda.synchronize()
             self.mode = f"eager for {key} at least (capture failed: {str(error).splitlines()[0]})"
             warnings.warn(f"decode steps {key} run without CUDA graphs: {error}", RuntimeWarning, stacklevel=2)
             return None
-        finally:
-            if collecting:
-                gc.enable()
-        torch.cuda.current_stream().wait_stream(self._stream)
-        return graph
 
 
 class Readback(Generic[Tag]):

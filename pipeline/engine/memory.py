@@ -103,13 +103,11 @@ def _reserve(
 ) -> int:
     """Bytes to keep free on a GPU: a chunk, what it keeps of a prompt's keys, and decoding.
 
-    Logits and decode steps are the first device's; steps over several devices are not captured.
+    Logits are the first device's.
     """
-    reserve = int(peak * RESERVE_FACTOR) + SLACK_BYTES
+    reserve = int(peak * RESERVE_FACTOR) + SLACK_BYTES + GRAPH_BYTES
     if device == runner.device:
         reserve += SAMPLING_COPIES * config.max_live * runner.vocabulary * 8
-    if len(runner.devices) == 1:
-        reserve += GRAPH_BYTES
     longest = min(context, max(1, (free - reserve) // runner.bytes_per_token(device)))
     # A prompt that outgrows a layer's window needs no summary there; the longest that does not, does.
     lengths = {longest, *(window for _, window in runner.layers if window is not None and window < longest)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from engine_models import prompts, run, save_model
 
 from pipeline.engine import Engine, EngineConfig, Request
 from pipeline.engine.decode import DecodeRunner, StepKey
+from pipeline.engine.graphs import Graphs
 
 NEW = 9
 
 
 class Cuda:
-    """Stands in for the parts of torch.cuda that DecodeRunner uses; a graph replays the step that it captured."""
+    """Stands in for the parts of torch.cuda that graphs use; a graph replays the step that it captured."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, failing: set[StepKey] | None = None) -> None:
         self.captured: list[StepKey] = []
@@ -57,10 +59,49 @@ class Cuda:
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
         monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-        monkeypatch.setattr(torch.cuda, "Stream", object)
-        monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
-        waiting = type("Current", (), {"wait_stream": lambda *_: None})
-        monkeypatch.setattr(torch.cuda, "current_stream", waiting)
+        Streams(monkeypatch)
+
+
+class Streams:
+    """Stands in for torch's streams and pools: `log` has what was done, in order, `current` the streams by device."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        self.current: dict[Any, Any] = {}
+        streams = self
+
+        class Stream:
+            def __init__(self, device: Any, name: str = "side") -> None:
+                self.device, self.name = device, f"{name} {device}"
+
+            def wait_stream(self, other: Stream) -> None:
+                streams.log.append(f"{self.name} waits for {other.name}")
+
+        @contextlib.contextmanager
+        def stream(wanted: Stream) -> Iterator[None]:
+            before = current_stream(wanted.device)
+            streams.current[wanted.device] = wanted
+            yield
+            streams.current[wanted.device] = before
+
+        @contextlib.contextmanager
+        def use_mem_pool(pool: str, device: Any) -> Iterator[None]:
+            streams.log.append(f"{device} takes from {pool}")
+            yield
+            streams.log.append(f"{device} takes from anywhere")
+
+        def current_stream(device: Any) -> Stream:
+            return self.current.setdefault(device, Stream(device, "default"))
+
+        for name, value in {
+            "Stream": Stream,
+            "stream": stream,
+            "current_stream": current_stream,
+            "device": contextlib.nullcontext,
+            "MemPool": lambda: "its pool",
+            "use_mem_pool": use_mem_pool,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
 
 
 def captured_engine(folder: Path) -> Engine:
@@ -107,3 +148,42 @@ def test_a_step_that_cannot_be_captured_runs_eagerly(folder: Path, monkeypatch: 
     assert {key.rows for key in cuda.replayed} == {1, 2}, "the others still replay"
     for name, completion in done.items():
         assert completion.token_ids == expected[name].token_ids
+
+
+def test_a_capture_holds_the_work_of_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one's stream belongs to it from its begin to its end; a replay waits for both, and both for it."""
+    streams = Streams(monkeypatch)
+
+    class Graph:
+        def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
+            streams.log.append("begin")
+
+        def capture_end(self) -> None:
+            streams.log.append("end")
+
+        def replay(self) -> None:
+            streams.log.append("replay")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    graphs = Graphs(["A", "B"])  # type: ignore[list-item]
+
+    def work() -> None:
+        assert [streams.current[device].name for device in ("A", "B")] == ["side A", "side B"]
+        streams.log.append("work")
+
+    graph = graphs.capture(work)
+    assert streams.log[:7] == [
+        "begin",
+        "side B waits for side A",
+        "B takes from its pool",
+        "work",
+        "side A waits for side B",
+        "B takes from anywhere",
+        "end",
+    ]
+    assert [streams.current[device].name for device in ("A", "B")] == ["default A", "default B"]
+    streams.log.clear()
+    graphs.replay(graph)
+    assert streams.log == ["default A waits for default B", "replay", "default B waits for default A"]

@@ -72,7 +72,7 @@ def test_three_devices_give_what_one_gives(architecture: str, tmp_path: Path) ->
         engine = Engine(config, runner)
         assert {tensor.device for tensor in engine._arena.tensors()} == set(chips(3))
         assert engine._batch.ints.device == chips(1)[0]
-        assert engine.describe()["decode"] == "eager (layers on 3 GPUs)"
+        assert engine.describe()["decode"] == "eager"
         assert engine.describe()["device"] == "meta:0, meta:1, meta:2"
         assert figures(run(engine, requests())) == expected
     assert {status for _, status, *_ in expected.values()} == {"ok"}
@@ -94,7 +94,7 @@ def hand_overs(runner: ModelRunner, config: EngineConfig) -> tuple[dict[tuple[in
     arena = runner.new_arena(512)
     prefill = Prefill(runner, arena, Extent(0, 128), prompts([100])[0], 8, 64)
     batch = DecodeBatch(2, runner.device)
-    decode = DecodeRunner(runner, arena, batch, 512, use_graphs=True)
+    decode = DecodeRunner(runner, arena, batch, 512, use_graphs=False)
     found = []
     for step in (prefill.step, prefill.step, lambda: decode.run(StepKey(2, sampled=False))):
         Devices.copies.clear()

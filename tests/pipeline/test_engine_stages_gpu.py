@@ -68,7 +68,7 @@ def test_two_gpus_give_what_one_gives(folder: Path, precision: str, load_format:
     engine = Engine(config_of(folder, precision=precision, load_format=load_format, gpus=2))
     assert engine._runner.devices == (torch.device("cuda", 0), torch.device("cuda", 1))
     assert {tensor.device.index for tensor in engine._arena.tensors()} == {0, 1}
-    assert engine.describe()["decode"] == "eager (layers on 2 GPUs)"
+    assert engine.describe()["decode"] == "cuda graphs"
     assert engine.describe()["gpu"].startswith("2 x ")
     assert torch.cuda.current_device() == 0
     found = tokens(engine)

@@ -86,9 +86,8 @@ def decode_by_batch(engine: Engine, lengths: Sequence[int], batches: Sequence[in
 
 
 def job(engine: Engine, lengths: Sequence[int], new_tokens: int, vocabulary: int) -> dict[str, Any]:
-    """The whole job: throughput, latencies, and how busy the GPU says it is."""
-    device = torch.device(engine.describe()["device"])
-    with Utilisation(device) as utilisation:
+    """The whole job: throughput, latencies, and how busy the GPUs say they are."""
+    with Utilisation([torch.device(name) for name in engine.describe()["device"].split(", ")]) as utilisation:
         seconds, done = run_documents(engine, random_prompts(lengths, vocabulary), new_tokens)
     new = sum(completion.output_tokens for completion in done)
     prompt = sum(completion.prompt_tokens for completion in done)
@@ -159,16 +158,16 @@ def union_length(spans: list[tuple[int, int]]) -> int:
 
 
 class Utilisation:
-    """Samples the driver's utilisation (share of time in which any kernel ran) in a thread; GPU only."""
+    """Samples the driver's utilisation (share of time in which any kernel ran) of all devices in a thread; GPUs only."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self._devices = devices
         self._samples: list[int] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> Utilisation:
-        if self._device.type == "cuda":
+        if self._devices[0].type == "cuda":
             self._thread.start()
         return self
 
@@ -184,6 +183,6 @@ class Utilisation:
     def _sample(self) -> None:
         while not self._stop.wait(UTILISATION_PERIOD):
             try:
-                self._samples.append(torch.cuda.utilization(self._device))
+                self._samples.extend(map(torch.cuda.utilization, self._devices))
             except Exception:  # nvidia-ml-py is missing or the driver does not answer: then there is no figure
                 return
