@@ -158,7 +158,7 @@ def union_length(spans: list[tuple[int, int]]) -> int:
 
 
 class Utilisation:
-    """Samples the driver's utilisation (share of time in which any kernel ran) of all devices in a thread; GPUs only."""
+    """Samples the utilisation (share of time in which any kernel ran) of all devices in a thread; GPUs only."""
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self._devices = devices
