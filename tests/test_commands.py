@@ -162,6 +162,7 @@ def begin(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in work:
         monkeypatch.setattr(name, reached)
     monkeypatch.setattr(EngineConfig, "torch_device", lambda self: torch.device("cpu"))
+    monkeypatch.setattr(EngineConfig, "torch_devices", lambda self: (torch.device("cpu"),) * self.gpus)
     for benchmark in ("attention", "selection"):
         monkeypatch.setattr(f"jobs.benchmark.{benchmark}.DEVICE", "cpu")
     with pytest.raises(WorkBeginsError):
