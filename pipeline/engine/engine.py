@@ -56,8 +56,9 @@ class Engine:
         try:
             self._decode.prepare()
         except torch.OutOfMemoryError as error:
+            where = ", ".join(map(str, self._devices))
             raise EngineError(
-                f"the decode steps of up to {config.max_live} documents do not fit {device} beside an arena of "
+                f"the decode steps of up to {config.max_live} documents do not fit {where} beside an arena of "
                 f"{self._plan.arena_tokens:,} tokens: lower max_live or arena_tokens"
             ) from error
         self._readback: Readback[list[tuple[int, Document]]] = Readback(config.max_live, self._lag + 1, device)

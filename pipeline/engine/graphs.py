@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import torch
 
@@ -28,7 +28,7 @@ class Graphs:
     def capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """The graph of what `work` launches, which must have run before. Nothing runs now.
 
-        Raises RuntimeError for work that cannot be captured.
+        Raises RuntimeError for work that cannot be captured, and what `work` raises; others can be captured afterwards.
 
         torch.cuda.graph() would also empty the allocator's cache at every capture, and knows one device. Garbage
         collection waits: it could destroy CUDA objects of others in the midst of the capture.
@@ -44,8 +44,10 @@ class Graphs:
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
                     self._capture(work)
-                finally:
                     graph.capture_end()
+                except BaseException:
+                    self._abandon(graph)
+                    raise
         except RuntimeError:
             self._synchronize()
             raise
@@ -65,6 +67,21 @@ class Graphs:
             work()
             for stream, _ in self._others:
                 main.wait_stream(stream)
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture whose work failed. What else fails now follows from that and is not told."""
+        main = self._streams[0]
+        torch.cuda.set_device(main.device)
+        with suppress(RuntimeError):
+            for stream, _ in self._others:
+                main.wait_stream(stream)
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            # torch gives up before it directs the device's allocations away from the pool again.
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(main.device.index, self._pool)
+            self._pool = torch.cuda.graph_pool_handle()
 
     def replay(self, graph: torch.cuda.CUDAGraph) -> None:
         """Launch a graph, behind what the current streams of all devices hold and before what they get next."""

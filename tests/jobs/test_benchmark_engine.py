@@ -72,6 +72,19 @@ def test_time_limit_skips_and_says_so(tmp_path: Path) -> None:
     ]
 
 
+def test_min_mass_is_measured(tmp_path: Path) -> None:
+    """What keeps less than all, which no sparse prefill does, is read densely."""
+    flags = ["--phases", "latency", "--arms", "stem", "--min-mass", "1", "--output", str(tmp_path)]
+    assert main([*FLAGS, *flags]) == 0
+    (point,) = json.loads((tmp_path / "engine.json").read_text())["engine"]["stem-fp32"]["latency"]
+    assert (point["attention"], point["density"]) == ("dense", 1.0)
+
+
+def test_what_runs_on_one_gpu_is_refused_on_several(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="--gpus-per-worker: baseline, profile, busy run on one GPU; leave them out"):
+        main([*FLAGS, "--gpus-per-worker", "2", "--output", str(tmp_path)])
+
+
 def test_agreement_on_the_trained_model() -> None:
     check = check_agreement("cpu", "fp32", [1000], 16)
     assert check["ok"]

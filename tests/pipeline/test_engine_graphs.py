@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from engine_models import prompts, run, save_model
+from graph_devices import GraphDevices
 
 from pipeline.engine import Engine, EngineConfig, Request
 from pipeline.engine.decode import DecodeRunner, StepKey
@@ -56,52 +55,8 @@ class Cuda:
             cuda.captured.append(key)
 
         monkeypatch.setattr(DecodeRunner, "_step", record)
+        GraphDevices(monkeypatch)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-        Streams(monkeypatch)
-
-
-class Streams:
-    """Stands in for torch's streams and pools: `log` has what was done, in order, `current` the streams by device."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.log: list[str] = []
-        self.current: dict[Any, Any] = {}
-        streams = self
-
-        class Stream:
-            def __init__(self, device: Any, name: str = "side") -> None:
-                self.device, self.name = device, f"{name} {device}"
-
-            def wait_stream(self, other: Stream) -> None:
-                streams.log.append(f"{self.name} waits for {other.name}")
-
-        @contextlib.contextmanager
-        def stream(wanted: Stream) -> Iterator[None]:
-            before = current_stream(wanted.device)
-            streams.current[wanted.device] = wanted
-            yield
-            streams.current[wanted.device] = before
-
-        @contextlib.contextmanager
-        def use_mem_pool(pool: str, device: Any) -> Iterator[None]:
-            streams.log.append(f"{device} takes from {pool}")
-            yield
-            streams.log.append(f"{device} takes from anywhere")
-
-        def current_stream(device: Any) -> Stream:
-            return self.current.setdefault(device, Stream(device, "default"))
-
-        for name, value in {
-            "Stream": Stream,
-            "stream": stream,
-            "current_stream": current_stream,
-            "device": contextlib.nullcontext,
-            "MemPool": lambda: "its pool",
-            "use_mem_pool": use_mem_pool,
-        }.items():
-            monkeypatch.setattr(torch.cuda, name, value)
 
 
 def captured_engine(folder: Path) -> Engine:
@@ -150,31 +105,24 @@ def test_a_step_that_cannot_be_captured_runs_eagerly(folder: Path, monkeypatch: 
         assert completion.token_ids == expected[name].token_ids
 
 
-def test_a_capture_holds_the_work_of_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def devices(monkeypatch: pytest.MonkeyPatch) -> GraphDevices:
+    found = GraphDevices(monkeypatch)
+    found.device = "A"
+    return found
+
+
+def test_a_capture_holds_the_work_of_all_devices(devices: GraphDevices) -> None:
     """The second one's stream belongs to it from its begin to its end; a replay waits for both, and both for it."""
-    streams = Streams(monkeypatch)
-
-    class Graph:
-        def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
-            streams.log.append("begin")
-
-        def capture_end(self) -> None:
-            streams.log.append("end")
-
-        def replay(self) -> None:
-            streams.log.append("replay")
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     graphs = Graphs(["A", "B"])  # type: ignore[list-item]
 
     def work() -> None:
-        assert [streams.current[device].name for device in ("A", "B")] == ["side A", "side B"]
-        streams.log.append("work")
+        assert [devices.current[device].name for device in ("A", "B")] == ["side A", "side B"]
+        assert devices.device == "A"
+        devices.log.append("work")
 
     graph = graphs.capture(work)
-    assert streams.log[:7] == [
+    assert devices.log == [
         "begin",
         "side B waits for side A",
         "B takes from its pool",
@@ -182,8 +130,33 @@ def test_a_capture_holds_the_work_of_all_devices(monkeypatch: pytest.MonkeyPatch
         "side A waits for side B",
         "B takes from anywhere",
         "end",
+        "default A waits for side A",
+        "default B waits for side B",
     ]
-    assert [streams.current[device].name for device in ("A", "B")] == ["default A", "default B"]
-    streams.log.clear()
+    assert [devices.current[device].name for device in ("A", "B")] == ["default A", "default B"]
+    devices.log.clear()
     graphs.replay(graph)
-    assert streams.log == ["default A waits for default B", "replay", "default B waits for default A"]
+    assert devices.log == ["default A waits for default B", "replay", "default B waits for default A"]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), KeyboardInterrupt()], ids=["memory", "interrupt"])
+@pytest.mark.parametrize("spoiled", [False, True], ids=["sound", "spoiled"])
+def test_a_failed_capture_tells_why_and_leaves_nothing_behind(
+    devices: GraphDevices, error: BaseException, spoiled: bool
+) -> None:
+    """spoiled: what failed also made the capture invalid, so that to end it fails too."""
+    graphs = Graphs(["A", "B"])  # type: ignore[list-item]
+
+    def work() -> None:
+        devices.device = "B"  # a part that is interrupted leaves its own GPU current
+        if spoiled:
+            devices.forked.add(object())  # type: ignore[arg-type]
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        graphs.capture(work)
+    assert caught.value is error
+    assert (devices.directed, devices.device, gc.isenabled()) == (None, "A", True)
+    assert [devices.current[device].name for device in ("A", "B")] == ["default A", "default B"]
+    graphs.replay(graphs.capture(lambda: None))
+    assert devices.log[-2] == "replay"

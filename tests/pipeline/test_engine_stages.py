@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from pipeline.engine.precision import Precision, resolve_precision
 from pipeline.engine.prefill import Prefill
 from pipeline.engine.runner import ModelRunner, load_runner
 from pipeline.engine.skeleton import skeleton
-from pipeline.engine.stages import Placement, Relay, balance, connect, place
+from pipeline.engine.stages import Placement, balance, connect, place
 from stem_core import StemConfig
 from stem_core.context import PromptGoesOn
 
@@ -133,9 +134,8 @@ def test_a_parts_gpu_is_current_while_it_runs(monkeypatch: pytest.MonkeyPatch) -
                 raise PromptGoesOn
 
     part = Part()
-    enter, leave = Relay().to(torch.device("cuda", 1))
-    part.register_forward_pre_hook(enter, with_kwargs=True)
-    part.register_forward_hook(leave, always_call=True)
+    placement = SimpleNamespace(device_map=lambda: {"0": torch.device("cuda", 1)})
+    connect(nn.Sequential(part), placement)  # type: ignore[arg-type]
     part(fails=False)
     assert (seen, current) == ([1], [0])
     with pytest.raises(PromptGoesOn):

@@ -98,6 +98,7 @@ def test_chunks_are_launched_without_waiting(folder: Path, precision: str) -> No
     torch.cuda.set_sync_debug_mode("error")
     try:
         engine.step()
+        assert torch.cuda.current_device() == 0, "after a chunk that ends in the last layer, on the other GPU"
         engine.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -9,7 +9,6 @@ Results are written to OUTPUT/engine.json after every phase.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,13 +20,13 @@ from typing import Any
 import torch
 
 from jobs.benchmark._shapes import ALIASES, SHAPES, shape_folder
-from jobs.benchmark._stamp import stamp
 from jobs.benchmark.engine.agreement import MODEL, check_agreement
 from jobs.benchmark.engine.baseline import Baseline, BaselinePoint, job_baseline
 from jobs.benchmark.engine.breakdown import profile_prefill
 from jobs.benchmark.engine.errors import measure_errors, real_prompt
 from jobs.benchmark.engine.phases import decode_by_batch, gpu_busy, job, latency, random_prompts, warm_up
-from jobs.benchmark.engine.report import plot, ratios, show
+from jobs.benchmark.engine.report import plot, show
+from jobs.benchmark.engine.run import Run
 from pipeline.engine import Engine, EngineConfig
 from pipeline.engine.config import PRECISIONS
 from pipeline.engine.loading import load_config, load_precision
@@ -35,6 +34,8 @@ from pipeline.errors import JobError
 from stem_core import StemConfig
 
 PHASES = ("agreement", "baseline", "latency", "profile", "job", "decode", "busy", "error")
+# generate runs on one GPU, and what a profile says of idle time holds for one.
+ONE_GPU = ("baseline", "profile", "busy")
 ATTENTIONS = ("stem", "dense")
 
 
@@ -69,7 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", "--density", type=float, default=0.25, help="Stem's share of blocks (0.25)")
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--dense-layers", type=int, default=2, help="Stem's leading dense layers (default: 2)")
-    parser.add_argument("--min-mass", type=float, default=0.0, metavar="X", help="Stem measures its retained mass, too")
+    parser.add_argument(
+        "--min-mass",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="Stem measures what it keeps, and reads densely again below",
+    )
     parser.add_argument("--chunk-tokens", type=int, default=EngineConfig.chunk_tokens)
     parser.add_argument("--max-live", type=int, default=16)
     parser.add_argument("--agreement-tokens", type=int, nargs="+", default=[1200, 2500, 5000, 8000], metavar="N")
@@ -86,55 +93,11 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-class Run:
-    """The results so far, and the file that holds them."""
-
-    def __init__(self, arguments: argparse.Namespace, config: EngineConfig) -> None:
-        self.arguments = arguments
-        self.folder = Path(arguments.output)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.begin = time.perf_counter()
-        self.results: dict[str, Any] = {
-            "shape": arguments.shape,
-            "stamp": stamp(config.torch_device(), arguments.commit),
-            "arguments": vars(arguments) | {},
-            "engine": {},
-            "skipped": [],
-            "failed": [],
-        }
-
-    def phase(self, name: str, what: Callable[[], None]) -> None:
-        """Run a phase if it was asked for and time is left; write what there is. What it raises is noted."""
-        kind = name.split(":")[0]
-        if kind not in self.arguments.phases:
-            return
-        elapsed = time.perf_counter() - self.begin
-        if elapsed > self.arguments.limit_seconds:
-            self.results["skipped"].append(f"{name}: {elapsed:.0f} s had passed")
-        else:
-            print(f"[{elapsed:6.1f} s] {name}", flush=True)
-            try:
-                what()
-            except torch.OutOfMemoryError as error:
-                self.results["skipped"].append(f"{name}: {str(error).splitlines()[0]}")
-            except Exception as error:  # the other phases' figures must not be lost with this one's
-                self.results["failed"].append(f"{name}: {type(error).__name__}: {error}")
-                print(f"{name} FAILED: {type(error).__name__}: {error}", flush=True)
-        self.write()
-
-    def write(self) -> None:
-        """engine.json, whole or not at all."""
-        self.results["seconds"] = time.perf_counter() - self.begin
-        self.results["ratios"] = ratios(self.results)
-        temporary = self.folder / "engine.json.tmp"
-        temporary.write_text(json.dumps(self.results, indent=1))
-        temporary.replace(self.folder / "engine.json")
-
-
 def main(arguments: argparse.Namespace) -> int:
     """Run all phases; 0, 2 if engine and generate do not agree, 1 if a phase failed."""
-    if arguments.gpus_per_worker > 1 and "baseline" in arguments.phases:
-        raise JobError("--gpus-per-worker: the phase baseline (generate) runs on one GPU; leave it out of --phases")
+    alone = [name for name in ONE_GPU if name in arguments.phases]
+    if arguments.gpus_per_worker > 1 and alone:
+        raise JobError(f"--gpus-per-worker: {', '.join(alone)} run on one GPU; leave them out of --phases")
     with tempfile.TemporaryDirectory() as scratch:
         folder = shape_folder(arguments.shape, Path(scratch) / "shape")
         config = EngineConfig(
