@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.errors import JobError
+from pipeline.pace import Pace, Shift
 from pipeline.pool import Event, EventKind, Pool, WorkerId
 from pipeline.records import Row, new_row, utc_now
 from pipeline.source import Document
@@ -65,6 +66,7 @@ class WorkerState:
     capacity: int = 0
     jobs: dict[str, Job] = field(default_factory=dict)
     alone: bool = False
+    shift: Shift = field(default_factory=Shift)
 
 
 class StopRequestedError(Exception):
@@ -110,6 +112,7 @@ class Scheduler:
         # than it is looked at: an entry that no longer holds is passed over when it comes up.
         self._room: list[tuple[int, WorkerId]] = []
         self._suspects: deque[Job] = deque()
+        self._pace = Pace()
         self._failed_starts = 0
         self._next_start = 0.0
         self.started: dict[WorkerId, dict[str, Any]] = {}
@@ -198,11 +201,15 @@ class Scheduler:
                 return
 
     def _takes(self, state: WorkerState, held: int) -> bool:
-        """Whether a worker takes another document: at most its share of what is left, and none that only waits there
-        when what is to come is less than a batch for each of the others.
+        """Whether a worker takes another document: at most its share of the work that is left, and none that only waits
+        there when what is to come is less than a batch for each of the others.
         """
-        share, batch = -(-self._left // len(self._workers)), state.capacity - self._limits.ahead
-        return held < share and (held < batch or self._to_come > batch * (len(self._workers) - 1))
+        batch = state.capacity - self._limits.ahead
+        if held >= batch and self._to_come <= batch * (len(self._workers) - 1):
+            return False
+        now = self._clock()
+        share = (self._left - self._pace.done(now, self.in_flight)) / len(self._workers)
+        return held - self._pace.done_by(state.shift, now, held) < share
 
     def _has_room(self, worker: WorkerId, state: WorkerState) -> None:
         """Enter a worker into the queue of those that take documents, if it does."""
@@ -213,6 +220,7 @@ class Scheduler:
         job.attempts += 1
         job.worker, job.sent_at = worker, self._clock()
         job.shared = bool(state.jobs)
+        self._pace.gets(state.shift, job.sent_at)
         for other in state.jobs.values():
             other.shared = True
         state.jobs[job.document.document_id] = self._out[job.document.document_id] = job
@@ -228,6 +236,7 @@ class Scheduler:
             del self._starting[event.worker]
             self._failed_starts = 0
             self.started[event.worker] = event.info
+            self._pace.joins(state.shift, self._clock())
             self._has_room(event.worker, state)
         elif event.kind == "start_failed":
             self._start_failed(event)
@@ -240,6 +249,7 @@ class Scheduler:
         job = state.jobs.pop(event.document_id)
         del self._out[event.document_id]
         state.alone = False
+        self._pace.ends(state.shift, self._clock(), len(state.jobs))
         self._has_room(event.worker, state)
         assert event.row is not None
         status = event.row["status"]
@@ -253,6 +263,8 @@ class Scheduler:
         """Give a worker up. What it held is tried again, each document alone, until one is lost alone too often."""
         self._pool.kill(worker)
         del self._workers[worker]
+        if state.capacity:
+            self._pace.leaves(state.shift, self._clock())
         jobs = list(state.jobs.values())
         for document_id in state.jobs:
             del self._out[document_id]

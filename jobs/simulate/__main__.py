@@ -64,6 +64,7 @@ def _parser() -> Parser:
     group.add_argument("--rows", metavar="DIR", help="fit an engine's times to a job's rows; else as on an H100")
     group.add_argument("--max-live", type=_count, default=8, metavar="N", help="decoded together (default: 8)")
     group.add_argument("--start-seconds", type=float, default=60.0, help="from a worker's start to its first document")
+    group.add_argument("--start-spread", type=float, default=0.0, help="each starts up to so much later (default: 0)")
     group.add_argument("--failures", type=float, default=0.0, help="workers that die in an hour, of all (default: 0)")
     group.add_argument("--driver-ms", type=float, default=0.0, help="the driver is busy so long with each document")
     parser.add_argument("--seed", type=int, default=0)
@@ -84,14 +85,16 @@ def _count(text: str) -> int:
 
 def _plans(options: argparse.Namespace) -> list[Plan]:
     cost = fit(options.rows, options.max_live) if options.rows else replace(H100, max_live=options.max_live)
-    if min(options.sigma, options.start_seconds, options.failures, options.driver_ms) < 0:
-        raise JobError("--sigma, --start-seconds, --failures and --driver-ms cannot be below 0")
+    times = (options.start_seconds, options.start_spread, options.driver_ms)
+    if min(options.sigma, options.failures, *times) < 0:
+        raise JobError("--sigma, --start-seconds, --start-spread, --failures and --driver-ms cannot be below 0")
     index, _, count = options.shard.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise JobError(f"--shard {options.shard}: expected i/n with i below n, as 0/4")
     common: dict[str, Any] = {
         "median": options.median, "sigma": options.sigma, "longest": options.longest, "new_tokens": options.new_tokens,
         "seed": options.seed, "failures": options.failures, "start_seconds": options.start_seconds,
+        "start_spread": options.start_spread,
         "driver_ms": options.driver_ms, "shard": (int(index), int(count)),
     }  # fmt: skip
     return [

@@ -20,7 +20,8 @@ CHARACTERS_PER_TOKEN = 4
 
 
 class SimulatedPool:
-    """Workers that start after `start_seconds`, and of which `failures` an hour die, any of them, at any time.
+    """Workers that start after `start_seconds` and up to `start_spread` more, each at random, and of which `failures`
+    an hour die, any of them, at any time.
 
     driver_seconds: the driver is busy so long with every event, besides; meanwhile others gather.
     busy: seconds of work of all engines. cpu: processor seconds of this simulation itself.
@@ -28,10 +29,10 @@ class SimulatedPool:
 
     def __init__(
         self, cost: EngineCost, new_tokens: int, *, start_seconds: float, failures: float, driver_seconds: float,
-        seed: int,
+        seed: int, start_spread: float = 0.0,
     ) -> None:  # fmt: skip
         self._cost, self._new_tokens = cost, new_tokens
-        self._start_seconds, self._driver_seconds = start_seconds, driver_seconds
+        self._start_seconds, self._start_spread, self._driver_seconds = start_seconds, start_spread, driver_seconds
         self._failures = failures / 3600
         self._chance = random.Random(seed)
         self._now = 0.0
@@ -61,7 +62,8 @@ class SimulatedPool:
         self._count += 1
         self._engines[self._count] = SimulatedEngine(self._cost, self._new_tokens)
         self._starting.add(self._count)
-        heapq.heappush(self._agenda, (self._now + self._start_seconds, self._count))
+        late = self._chance.uniform(0.0, self._start_spread) if self._start_spread else 0.0
+        heapq.heappush(self._agenda, (self._now + self._start_seconds + late, self._count))
         return self._count
 
     def submit(self, worker: WorkerId, document: Document, careful: bool) -> None:

@@ -26,8 +26,9 @@ from pipeline.store import Store
 
 @dataclass(frozen=True)
 class Plan:
-    """What to simulate. failures: deaths of workers in an hour, all together. driver_ms: the driver is busy so long
-    with each document, for Ray. output: folder for real rows; empty: rows are counted only. shard: (i, n).
+    """What to simulate. failures: deaths of workers in an hour, all together. start_spread: seconds, up to which each
+    worker starts later. driver_ms: the driver is busy so long with each document, for Ray. output: folder for real
+    rows; empty: rows are counted only. shard: (i, n).
     """
 
     workers: int
@@ -40,6 +41,7 @@ class Plan:
     seed: int = 0
     failures: float = 0.0
     start_seconds: float = 60.0
+    start_spread: float = 0.0
     driver_ms: float = 0.0
     shard: tuple[int, int] = (0, 1)
     output: str = ""
@@ -106,7 +108,7 @@ def simulate(plan: Plan) -> Outcome:
         listing = listing.select(in_shard(listing.ids.to_pylist(), *plan.shard))
     pool = SimulatedPool(
         plan.cost, plan.new_tokens, start_seconds=plan.start_seconds, failures=plan.failures,
-        driver_seconds=plan.driver_ms / 1000, seed=plan.seed,
+        driver_seconds=plan.driver_ms / 1000, seed=plan.seed, start_spread=plan.start_spread,
     )  # fmt: skip
     writer = _Writer(plan, pool)
     progress = Progress(len(listing), listing.total_bytes, stream=io.StringIO(), clock=pool.clock)
