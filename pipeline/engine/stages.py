@@ -127,7 +127,7 @@ def connect(model: nn.Module, placement: Placement) -> None:
     """Hand activations from stage to stage: every part's tensors are brought to its device before it runs.
 
     While it runs, its GPU is the current one: a few of torch's operations launch on the current GPU whichever their
-    arguments are on (torch.ldexp does, up to 2.13 at least), and read and write there out of turn.
+    arguments are on (torch.ldexp does in 2.11), and read and write there out of turn.
     """
     relay = Relay()
     model.register_forward_pre_hook(relay.begin)
