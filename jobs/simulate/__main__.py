@@ -94,8 +94,7 @@ def _plans(options: argparse.Namespace) -> list[Plan]:
     common: dict[str, Any] = {
         "median": options.median, "sigma": options.sigma, "longest": options.longest, "new_tokens": options.new_tokens,
         "seed": options.seed, "failures": options.failures, "start_seconds": options.start_seconds,
-        "start_spread": options.start_spread,
-        "driver_ms": options.driver_ms, "shard": (int(index), int(count)),
+        "start_spread": options.start_spread, "driver_ms": options.driver_ms, "shard": (int(index), int(count)),
     }  # fmt: skip
     return [
         Plan(w, n, cost, output=f"{options.output}/{w}-workers-{n}-documents" if options.output else "", **common)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,14 +52,15 @@ def rooms(devices: Sequence[torch.device], reserve: int, total: int | None = Non
     total: memory of each device; None asks for what is free there. Stages on one device share what it has.
     """
 
-    host = host_memory()[0]  # asked once: it changes from moment to moment, and equal devices are to divide equally
-
     def free(device: torch.device) -> int:
         if total is not None:
             return total
-        return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host
+        return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory()[0]
 
-    return [(free(device) - reserve) // list(devices).count(device) for device in devices]
+    stages = Counter(devices)
+    # Each device is asked once: what is free changes from moment to moment, and its stages are to share it equally.
+    shares = {device: (free(device) - reserve) // count for device, count in stages.items()}
+    return [shares[device] for device in devices]
 
 
 def host_memory() -> tuple[int, int]:
