@@ -35,9 +35,9 @@ def scaled_linear(
         raise ValueError(f"fp8 linears on a GPU need a bfloat16 model, got {rows.dtype}")
     K = rows.values.shape[-1]
     if not rows.values.is_cuda:
-        # Some CPU builds (torch 2.11) scale whole tensors only; the products are the same.
-        one = torch.ones((), device=scale.device)
-        sums = torch._scaled_mm(rows.values.view(-1, K), weight.t(), one, one, out_dtype=torch.float32)
+        # A float32 product of the same values: `torch._scaled_mm` depends on the CPU's instructions (with AMX one call
+        # took seconds), and some builds (torch 2.11) scale whole tensors only.
+        sums = rows.values.view(-1, K).float() @ weight.float().t()
         product = sums * rows.scales.view(-1, 1) * scale
         product = (product if bias is None else product + bias.float()).to(rows.dtype)
         return product.view(*rows.values.shape[:-1], weight.shape[0])

@@ -40,6 +40,18 @@ def test_linear_equals_its_dequantised_product(dtype, bias):
     assert relative(got, linear(x)) < 0.06
 
 
+@torch.no_grad()
+def test_on_a_cpu_no_product_depends_on_its_instructions(monkeypatch):
+    """`torch._scaled_mm` takes other paths, one of them seconds long, on CPUs with AMX."""
+
+    def refused(*args, **kwargs):
+        raise AssertionError("torch._scaled_mm on a CPU")
+
+    monkeypatch.setattr(torch, "_scaled_mm", refused)
+    model = quantize_linears(tiny("llama"))
+    assert model(prompt()).logits.isfinite().all()
+
+
 # family: (linears in fp8, norms that write fp8)
 FAMILIES = {
     "llama": (LINEARS, 2 * LAYERS),
