@@ -2,7 +2,8 @@
 
 Structure: a producer warp streams K and V blocks through shared memory by TMA; two consumer warpgroups own 64
 query rows each. A step issues S' = Q K'^T for the next block, then O += P V for the last one, and does the softmax
-of S' while P V is in flight. P stays in registers. The diagonal block goes first, so only a tile's prologue masks,
+of S' while P V is in flight. Both share a stage of the ring, (K', V), with one full and one empty barrier: separate
+rings for K and V cost 4% of the dense case. P stays in registers. The diagonal block goes first, so only a tile's prologue masks,
 and the running maximum is finite from the start. Rescaling O is skipped in warps where no row maximum grew (exact).
 
 What the compilers do to such code, and cost time to find out:
@@ -55,10 +56,12 @@ LOG2E = 1.4426950408889634
 @gluon.jit
 def produce(
     q_desc, k_desc, v_desc, indices, counts, q_s, k_s, v_s,
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, rows, lanes, row0, max_blocks,
+    q_full, q_empty, full, empty, rows, lanes, row0, max_blocks,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
 ):  # fmt: skip
-    """One warp: per tile the two halves of Q, then K and V block by block, the diagonal block first."""
+    """One warp: per tile the two halves of Q, then count + 1 steps: K of block j (j < count), V of block j - 1. The
+    diagonal block goes first."""
+    TILE: gl.constexpr = k_desc.block_type.nbytes  # of V too
     stage = 0
     phase = 1
     q_phase = 1
@@ -79,28 +82,34 @@ def produce(
                     q_desc, [n, head, row * 128 + half * 64, 0], q_full.index(half), q_s.index(half)
                 )
             q_phase ^= 1
+            # block and block1 are blocks j and j - 1; they start as different values: Triton finds what a loop carries by
+            # comparing handles.
             block = row0 + row
-            for j in range(count):
-                # Read early: the latency hides behind the waits below.
-                following = j if DENSE else gl.load(kept + j)
-                mbarrier.wait(k_empty.index(stage), phase)
-                mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(
-                    k_desc, [n, kv_head, block * 128, 0], k_full.index(stage), k_s.index(stage)
-                )
-                mbarrier.wait(v_empty.index(stage), phase)
-                mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(
-                    v_desc, [n, kv_head, block * 128, 0], v_full.index(stage), v_s.index(stage)
-                )
+            block1 = block + 0
+            for j in range(count + 1):
+                following = j if DENSE else gl.load(kept + j, mask=j < count, other=0)
+                mbarrier.wait(empty.index(stage), phase)
+                if (j == 0) | (j == count):
+                    mbarrier.expect(full.index(stage), TILE)
+                else:
+                    mbarrier.expect(full.index(stage), 2 * TILE)
+                if j < count:
+                    tma.async_copy_global_to_shared(
+                        k_desc, [n, kv_head, block * 128, 0], full.index(stage), k_s.index(stage)
+                    )
+                if j > 0:
+                    tma.async_copy_global_to_shared(
+                        v_desc, [n, kv_head, block1 * 128, 0], full.index(stage), v_s.index(stage)
+                    )
                 stage, phase = advance(stage, phase, STAGES)
+                block1 = block
                 block = following
 
 
 @gluon.jit
 def consume(
     WARPGROUP: gl.constexpr, o_desc, lse, counts, q_s, k_s, v_s, o_s,
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, rows, lanes, row0, n_queries, log2_scale,
+    q_full, q_empty, full, empty, rows, lanes, row0, n_queries, log2_scale,
     D: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
     WITH_LSE: gl.constexpr,
 ):  # fmt: skip
@@ -112,10 +121,8 @@ def consume(
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_row_layout: gl.constexpr = gl.SliceLayout(1, o_layout)
     key_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
-    k_stage = 0
-    k_phase = 0
-    v_stage = 0
-    v_phase = 0
+    stage = 0
+    phase = 0
     q_phase = 0
     q = q_s.index(WARPGROUP).reshape([64, D])
     no_scores = gl.zeros([64, 128], gl.float32, s_layout)
@@ -130,12 +137,12 @@ def consume(
             # has filled with zeros: they lie behind every query of the prompt.
             mbarrier.wait(q_full.index(WARPGROUP), q_phase)
             q_phase ^= 1
-            mbarrier.wait(k_full.index(k_stage), k_phase)
-            key = k_s.index(k_stage).reshape([128, D]).permute((1, 0))
+            mbarrier.wait(full.index(stage), phase)
+            key = k_s.index(stage).reshape([128, D]).permute((1, 0))
             s = warpgroup_mma(q, key, no_scores, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
-            mbarrier.arrive(k_empty.index(k_stage))
-            k_stage, k_phase = advance(k_stage, k_phase, STAGES)
+            mbarrier.arrive(empty.index(stage))
+            stage, phase = advance(stage, phase, STAGES)
             local = gl.arange(0, 64, row_layout) + opaque(WARPGROUP * 64)
             s = gl.where(local[:, None] >= gl.arange(0, 128, key_layout)[None, :], s, -float("inf"))
             m = row_max(s, row_layout)
@@ -143,15 +150,12 @@ def consume(
             total = row_sum_partial(weights)
             o = no_output
             p = gl.convert_layout(weights.to(dtype), p_layout)
-            mbarrier.wait(k_full.index(k_stage), k_phase, pred=count > 1)
-            for j in range(count - 1):
-                key = k_s.index(k_stage).reshape([128, D]).permute((1, 0))
+            mbarrier.wait(full.index(stage), phase)
+            for _ in range(count - 1):
+                key = k_s.index(stage).reshape([128, D]).permute((1, 0))
                 s = warpgroup_mma(q, key, no_scores, use_acc=False, is_async=True)
-                mbarrier.wait(v_full.index(v_stage), v_phase)
-                o_next = warpgroup_mma(p, v_s.index(v_stage).reshape([128, D]), o, is_async=True)
+                o_next = warpgroup_mma(p, v_s.index(stage).reshape([128, D]), o, is_async=True)
                 s = warpgroup_mma_wait(1, deps=[s])
-                mbarrier.arrive(k_empty.index(k_stage))
-                k_stage, k_phase = advance(k_stage, k_phase, STAGES)
                 m_next = growth_note(m, gl.maximum(m, row_max(s, row_layout)), WARPGROUP)
                 shrink = gl.exp2((m - m_next) * log2_scale)
                 m = m_next
@@ -159,17 +163,17 @@ def consume(
                 shrink_total = gl.convert_layout(shrink, gl.SliceLayout(1, total.type.layout))
                 total = total * shrink_total[:, None] + row_sum_partial(weights)
                 # This wait's spin loop also keeps ptxas from hoisting the wgmma wait above the softmax.
-                mbarrier.wait(k_full.index(k_stage), k_phase, pred=j < count - 2)
+                current = stage
+                stage, phase = advance(stage, phase, STAGES)
+                mbarrier.wait(full.index(stage), phase)
                 o = warpgroup_mma_wait(0, deps=[o_next])
-                mbarrier.arrive(v_empty.index(v_stage))
-                v_stage, v_phase = advance(v_stage, v_phase, STAGES)
+                mbarrier.arrive(empty.index(current))
                 if growth_seen(WARPGROUP) != 0:
                     o = o * gl.convert_layout(shrink, o_row_layout)[:, None]
                 p = gl.convert_layout(weights.to(dtype), p_layout)
             # Epilogue: the last P V, normalisation, output.
             mbarrier.arrive(q_empty.index(WARPGROUP))
-            mbarrier.wait(v_full.index(v_stage), v_phase)
-            o_next = warpgroup_mma(p, v_s.index(v_stage).reshape([128, D]), o, is_async=True)
+            o_next = warpgroup_mma(p, v_s.index(stage).reshape([128, D]), o, is_async=True)
             row_total = gl.convert_layout(gl.sum(total, axis=1), row_layout)
             if WITH_LSE:
                 query = row * 128 + WARPGROUP * 64 + gl.arange(0, 64, row_layout)
@@ -177,8 +181,8 @@ def consume(
                 gl.store(lse + flat_head.to(gl.int64) * n_queries + query, natural, mask=query < n_queries)
             inverse = gl.convert_layout(1.0 / row_total, o_row_layout)
             o = warpgroup_mma_wait(0, deps=[o_next])
-            mbarrier.arrive(v_empty.index(v_stage))
-            v_stage, v_phase = advance(v_stage, v_phase, STAGES)
+            mbarrier.arrive(empty.index(stage))
+            stage, phase = advance(stage, phase, STAGES)
             o = o * inverse[:, None]
             tma.store_wait(0)
             staged = o_s.index(WARPGROUP)
@@ -203,29 +207,24 @@ def block_sparse_attention_hopper(
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     for half in gl.static_range(2):
         mbarrier.init(q_full.index(half), count=1)
         mbarrier.init(q_empty.index(half), count=1)
     for stage in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(stage), count=1)
-        mbarrier.init(k_empty.index(stage), count=2)
-        mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(v_empty.index(stage), count=2)
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
     fence_async_shared()
     # The producer warp is padded to four: 12 warps with 168 registers at entry, then 240 / 240 / 24.
     gl.warp_specialize([
-        (consume, (0, o_desc, lse, counts, q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+        (consume, (0, o_desc, lse, counts, q_s, k_s, v_s, o_s, q_full, q_empty, full, empty,
                    rows, lanes, row0, n_queries, log2_scale,
                    D, KV_HEADS, GROUP, STAGES, DENSE, WITH_LSE)),
-        (consume, (1, o_desc, lse, counts, q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+        (consume, (1, o_desc, lse, counts, q_s, k_s, v_s, o_s, q_full, q_empty, full, empty,
                    rows, lanes, row0, n_queries, log2_scale,
                    D, KV_HEADS, GROUP, STAGES, DENSE, WITH_LSE)),
-        (produce, (q_desc, k_desc, v_desc, indices, counts, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty,
-                   v_full, v_empty, rows, lanes, row0, max_blocks, KV_HEADS, GROUP, STAGES, DENSE)),
+        (produce, (q_desc, k_desc, v_desc, indices, counts, q_s, k_s, v_s, q_full, q_empty, full, empty, rows, lanes, row0, max_blocks, KV_HEADS, GROUP, STAGES, DENSE)),
     ], [4, 1], [240, 24])  # fmt: skip
 
 

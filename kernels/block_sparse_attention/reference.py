@@ -23,7 +23,7 @@ def block_sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """See kernels.block_sparse_attention. Works a query block at a time on the keys that it keeps: no N x N tensor.
 
-    round_weights: what becomes of the unnormalised probabilities before they meet the values (fp8).
+    round_weights: what becomes of the unnormalised probabilities before they are summed and meet the values (fp8).
     Returns out [N, H, Lq, D] in q's dtype (a view of [N, Lq, H, D]) and lse float32 [N, H, Lq].
     """
     N, H, Lq, D = q.shape
@@ -97,8 +97,8 @@ def _softmax_attention(
     scores[..., -visible.shape[-1] :].masked_fill_(~visible, -torch.inf)
     largest = scores.amax(dim=-1, keepdim=True)
     weights = scores.sub_(largest).exp_()
-    total = weights.sum(dim=-1, keepdim=True)
     if round_weights is not None:
         weights = round_weights(weights)
+    total = weights.sum(dim=-1, keepdim=True)
     out = torch.matmul(weights, v.to(compute)) / total
     return out.to(q.dtype), (largest + total.log()).squeeze(-1).float()

@@ -103,8 +103,8 @@ def block_sparse_attention_fp8(
         adds must be finite (`kernels.fp8_heads.write_kv` writes zeros). Any strides with a contiguous last dimension.
     scales: what the operands are to be multiplied with, by head.
     selection, scale, window, return_lse: as for `kernels.block_sparse_attention`.
-    dtype: of the output. P is rounded to e4m3 too, times 2^8; products are summed in float32 (on Hopper the tensor
-        core keeps about 14 bits of a sum within one block of 128 keys: too few to see beside e4m3's 4).
+    dtype: of the output. P is rounded to e4m3 too, times 2^8. Products are summed on two levels: within one block of
+        up to 128 keys by the tensor core, which on Hopper keeps about 14 bits of such a sum, over the blocks in float32.
     Returns out [N, H, Lq, D] (memory laid out [N, Lq, H, D]) and with `return_lse` float32 [N, H, Lq].
     Raises ValueError for shapes or types that do not fit, or where fp8 cannot run.
     """

@@ -4,14 +4,19 @@ Roles and barriers as in kernels.block_sparse_attention.gluon, which also lists 
 exponentials of a block cost as much as its two matrix products, so the score tile is double buffered and the softmax
 runs one block ahead of the tensor cores. Step j of a tile, X_j being scores in the log2 domain less their maximum:
 
-    issue S_{j+1} = Q K_{j+1}^T and O += P_{j-1} V_{j-1}
-    the first half of P_j = exp2(X_j), while both products run
-    wait for them; the second half, interleaved with the row maximum of S_{j+1}, row sums and packing to fp8
+    issue P_{j-1} V_{j-1}, first half of D; meanwhile the first half of P_j = exp2(X_j)
+    wait, add it to O
+    issue the second half of D, P_{j-1} times ones, and S_{j+1} = Q K_{j+1}^T; meanwhile the second half of P_j
+    wait, add to O and to the row sums; row maximum of S_{j+1}, packing of P_j to fp8
     X_{j+1} = S_{j+1} * c - maximum
 
+Two-level sums: Hopper's fp8 tensor cores align what they add to the accumulator and keep about 14 bits of it, so a sum
+over a whole row of 32K positive values came out 57% too small. Each block's P V starts at zero and is added to O in
+float32 (the same multiply-add that rescales O). Both halves of D share the 32 registers of that partial sum, which a
+whole one would spill. The row sums are of P as rounded to e4m3 and cost no additions: a product with ones.
+
 A stage of the ring holds (K_{j+1}, V_{j-1}): one full and one empty barrier a step. P is scaled by 2^8 and stays in
-registers; its columns need no shuffle because V^T is stored with its keys permuted (kernels.fp8_heads). The products'
-sums are not promoted per block: that cost 5% and changed the error by nothing (4.27e-2 both ways).
+registers; its columns need no shuffle because V^T is stored with its keys permuted (kernels.fp8_heads).
 """
 
 from __future__ import annotations
@@ -33,25 +38,17 @@ from kernels.block_selection import BlockSelection
 from kernels.block_sparse_attention.descriptors import tma_strides
 from kernels.block_sparse_attention_fp8.step import (
     WEIGHT_BITS,
-    finish_sum,
-    half_sum_partial,
     halves,
-    issue_output,
+    issue_half,
     issue_scores,
+    issue_total,
     pack_fp8,
+    rescale,
     step,
+    weights_operand,
 )
 from kernels.fp8_heads import KEY_GROUP, HeadScales
-from kernels.gluon_common import (
-    advance,
-    count_turns,
-    growth_declare,
-    growth_note,
-    log2_approx,
-    opaque,
-    row_max,
-    tile_of,
-)
+from kernels.gluon_common import advance, count_turns, log2_approx, opaque, row_max, tile_of
 
 BLOCK = 128  # rows of a query block and of a key block
 HALF = 64  # query rows of one consumer warpgroup
@@ -118,21 +115,21 @@ def produce(
 
 @gluon.jit
 def consume(
-    WARPGROUP: gl.constexpr, o_desc, lse, counts, q_scale, k_scale, v_scale, q_s, k_s, v_s, o_s,
+    WARPGROUP: gl.constexpr, o_desc, lse, counts, q_scale, k_scale, v_scale, q_s, k_s, v_s, one_s, o_s,
     q_full, q_empty, full, empty, rows, lanes, row0, n_queries, log2_scale,
     D: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
     WITH_LSE: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: 64 query rows of every tile."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
+    h_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // 2, 32])
+    t_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
-    o_row_layout: gl.constexpr = gl.SliceLayout(1, o_layout)
     stage = 0
     phase = 0
     q_phase = 0
     q = q_s.index(WARPGROUP).reshape([64, D])
-    growth_declare(WARPGROUP)
+    ones = one_s.permute((1, 0))
     for turn in range(count_turns(rows, lanes, GROUP)):
         there, n, head, kv_head, row = tile_of(turn, rows, lanes, KV_HEADS, GROUP)
         if there:
@@ -150,51 +147,54 @@ def consume(
             s = gl.where(local[:, None] >= gl.arange(0, 128, gl.SliceLayout(0, s_layout))[None, :], s, -float("inf"))
             m = row_max(s, row_layout) * factor
             x_a, x_b = halves(s * factor - (m - WEIGHT_BITS)[:, None])
-            p_a = gl.exp2(x_a)
-            p_b = gl.exp2(x_b)
-            total = half_sum_partial(p_a) + half_sum_partial(p_b)
-            packed_a = pack_fp8(p_a)
-            packed_b = pack_fp8(p_b)
+            packed_a = pack_fp8(gl.exp2(x_a))
+            packed_b = pack_fp8(gl.exp2(x_b))
             shrink = gl.full([64], 1.0, gl.float32, row_layout)
-            o = gl.zeros([64, D], gl.float32, o_layout)
+            o_lo = gl.zeros([64, D // 2], gl.float32, h_layout)
+            o_hi = gl.zeros([64, D // 2], gl.float32, h_layout)
+            total = gl.zeros([64, 8], gl.float32, t_layout)
             mbarrier.wait(full.index(stage), phase)
             if count > 1:
                 s = warpgroup_mma_wait(0, deps=[issue_scores(q, k_s, stage, D, s_layout)])
                 mbarrier.arrive(empty.index(stage))
                 stage, phase = advance(stage, phase, STAGES)
-                m_next = growth_note(m, gl.maximum(m, row_max(s, row_layout) * factor), WARPGROUP)
+                m_next = gl.maximum(m, row_max(s, row_layout) * factor)
                 x = s * factor - (m_next - WEIGHT_BITS)[:, None]
                 shrink0 = shrink
                 shrink = gl.exp2(m - m_next)
                 m = m_next
-                grew0 = count * 0
                 mbarrier.wait(full.index(stage), phase)
                 for _ in range(count - 2):
-                    stage, phase, x, packed_a, packed_b, o, shrink0, grew0, shrink, m, total = step(
-                        q, k_s, v_s, full, empty, stage, phase, x, packed_a, packed_b, o, shrink0, grew0, shrink, m,
-                        total, factor, count, WARPGROUP, STAGES, D, s_layout, o_layout, True,
+                    stage, phase, x, packed_a, packed_b, o_lo, o_hi, total, shrink0, shrink, m = step(
+                        q, k_s, v_s, ones, full, empty, stage, phase, x, packed_a, packed_b, o_lo, o_hi, total,
+                        shrink0, shrink, m, factor, count, STAGES, D, s_layout, h_layout, t_layout, True,
                     )  # fmt: skip
-                stage, phase, x, packed_a, packed_b, o, shrink0, grew0, shrink, m, total = step(
-                    q, k_s, v_s, full, empty, stage, phase, x, packed_a, packed_b, o, shrink0, grew0, shrink, m,
-                    total, factor, count, WARPGROUP, STAGES, D, s_layout, o_layout, False,
+                stage, phase, x, packed_a, packed_b, o_lo, o_hi, total, shrink0, shrink, m = step(
+                    q, k_s, v_s, ones, full, empty, stage, phase, x, packed_a, packed_b, o_lo, o_hi, total,
+                    shrink0, shrink, m, factor, count, STAGES, D, s_layout, h_layout, t_layout, False,
                 )  # fmt: skip
             # The last block's P V, normalisation, output.
             mbarrier.arrive(q_empty.index(WARPGROUP))
-            o = o * gl.convert_layout(shrink, o_row_layout)[:, None]
-            o_next = issue_output(packed_a, packed_b, v_s, stage, o, D, o_layout)
-            row_total = finish_sum(total, row_layout)
+            p = weights_operand(packed_a, packed_b, h_layout)
+            lo = issue_half(p, v_s, stage, 0, D, h_layout)
+            hi = issue_half(p, v_s, stage, 1, D, h_layout)
+            sums = issue_total(p, ones, t_layout)
+            lo, hi, sums = warpgroup_mma_wait(0, deps=[lo, hi, sums])
+            mbarrier.arrive(empty.index(stage))
+            stage, phase = advance(stage, phase, STAGES)
+            # The 8 columns are equal: a maximum takes one of them.
+            row_total = gl.convert_layout(gl.max(rescale(total, shrink, sums), axis=1), row_layout)
             if WITH_LSE:
                 query = row * 128 + WARPGROUP * 64 + gl.arange(0, 64, row_layout)
                 natural = (m - WEIGHT_BITS + log2_approx(row_total)) * 0.6931471805599453
                 gl.store(lse + flat_head.to(gl.int64) * n_queries + query, natural, mask=query < n_queries)
-            inverse = gl.convert_layout(gl.load(v_scale + kv_head) / row_total, o_row_layout)
-            o = warpgroup_mma_wait(0, deps=[o_next])
-            mbarrier.arrive(empty.index(stage))
-            stage, phase = advance(stage, phase, STAGES)
-            o = o * inverse[:, None]
+            inverse = gl.convert_layout(gl.load(v_scale + kv_head) / row_total, gl.SliceLayout(1, h_layout))[:, None]
+            o_lo = rescale(o_lo, shrink, lo) * inverse
+            o_hi = rescale(o_hi, shrink, hi) * inverse
             tma.store_wait(0)
             staged = o_s.index(WARPGROUP)
-            staged.reshape([64, D]).store(o.to(o_desc.dtype))
+            staged.reshape([64, D]).slice(0, D // 2, dim=1).store(o_lo.to(o_desc.dtype))
+            staged.reshape([64, D]).slice(D // 2, D // 2, dim=1).store(o_hi.to(o_desc.dtype))
             fence_async_shared()
             tma.async_copy_shared_to_global(o_desc, [n, head, row * 128 + WARPGROUP * 64, 0], staged)
     tma.store_wait(0)
@@ -213,6 +213,10 @@ def block_sparse_attention_fp8_hopper(
     k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, 128, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, D, 128], v_desc.layout)
     o_s = gl.allocate_shared_memory(o_desc.dtype, [2, 1, 1, 64, D], o_desc.layout)
+    one_s = gl.allocate_shared_memory(k_desc.dtype, [8, 128], gl.NVMMASharedLayout(128, element_bitwidth=8, rank=2))
+    # 1.0 by its bits: ptxas 12.8 converts a constant to fp8 wrongly.
+    bits = gl.full([8, 128], 0x38, gl.int8, gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
+    one_s.store(bits.to(k_desc.dtype, bitcast=True))
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
@@ -226,9 +230,9 @@ def block_sparse_attention_fp8_hopper(
         mbarrier.init(empty.index(stage), count=2)
     fence_async_shared()
     gl.warp_specialize([
-        (consume, (0, o_desc, lse, counts, q_scale, k_scale, v_scale, q_s, k_s, v_s, o_s, q_full, q_empty, full, empty,
+        (consume, (0, o_desc, lse, counts, q_scale, k_scale, v_scale, q_s, k_s, v_s, one_s, o_s, q_full, q_empty, full, empty,
                    rows, lanes, row0, n_queries, log2_scale, D, KV_HEADS, GROUP, STAGES, DENSE, WITH_LSE)),
-        (consume, (1, o_desc, lse, counts, q_scale, k_scale, v_scale, q_s, k_s, v_s, o_s, q_full, q_empty, full, empty,
+        (consume, (1, o_desc, lse, counts, q_scale, k_scale, v_scale, q_s, k_s, v_s, one_s, o_s, q_full, q_empty, full, empty,
                    rows, lanes, row0, n_queries, log2_scale, D, KV_HEADS, GROUP, STAGES, DENSE, WITH_LSE)),
         (produce, (q_desc, k_desc, v_desc, indices, counts, q_s, k_s, v_s, q_full, q_empty, full, empty,
                    rows, lanes, row0, max_blocks, KV_HEADS, GROUP, STAGES, DENSE)),

@@ -31,7 +31,8 @@ def block_sparse_attention_fp8(
     window: int | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """See kernels.block_sparse_attention_fp8. Products and sums in float32; the sum of P is of P before rounding.
+    """See kernels.block_sparse_attention_fp8. Products and sums in float32. The sum that P is divided by is of P as
+    rounded: weights that nearly agree are all rounded the same way, and that would shift the output.
 
     The kernels differ in one point: they round P relative to the largest score so far, not to the row's.
     """

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""One step of the fp8 Hopper kernel's consumers, and its registers: P as four e4m3 in an int32, sums of half a tile.
+"""One step of the fp8 Hopper kernel's consumers, and its registers: P as four e4m3 in an int32, P V in halves of D.
 
 A wgmma accumulator register holds column 16g + 8j + 2t + e, t the lane modulo 4. The A operand of the next wgmma
 wants column 16g + 4t + 2j + e in its place: the order in which the values are stored (kernels.fp8_heads).
@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from kernels.gluon_common import advance, fence, growth_note, growth_seen, row_max
+from kernels.gluon_common import advance, fence, row_max
 
 WEIGHT_BITS = gl.constexpr(8.0)  # P times 2^8: e4m3 then covers 2^-17 .. 1 of the row's largest
 
@@ -23,25 +23,6 @@ def halves(x):
 @gluon.jit
 def join_halves(a, b):
     return gl.join(a, b).permute([0, 2, 1]).reshape([64, 128])
-
-
-@gluon.jit
-def half_sum_partial(p):
-    """[64, 64] -> [64, 4, 2]: sums within a thread only."""
-    return gl.sum(p.reshape([64, 8, 4, 2]), axis=1)
-
-
-@gluon.jit
-def scale_partial(total, factor):
-    """Partial sums of `half_sum_partial` times a factor [64] for each row."""
-    layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, total.type.layout))
-    return total * gl.expand_dims(gl.expand_dims(gl.convert_layout(factor, layout), 1), 2)
-
-
-@gluon.jit
-def finish_sum(total, LAYOUT: gl.constexpr):
-    """Partial sums -> [64]: over the two column parities and the four lanes of a row."""
-    return gl.convert_layout(gl.sum(gl.sum(total, axis=2), axis=1), LAYOUT)
 
 
 @gluon.jit
@@ -93,49 +74,74 @@ def issue_scores(q, k_s, stage, D: gl.constexpr, S_LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def issue_output(packed_a, packed_b, v_s, stage, o, D: gl.constexpr, O_LAYOUT: gl.constexpr):
+def weights_operand(packed_a, packed_b, H_LAYOUT: gl.constexpr):
     joined = join_halves(unpack_fp8(packed_a), unpack_fp8(packed_b))
-    p = gl.convert_layout(joined, gl.DotOperandLayout(0, O_LAYOUT, 4), assert_trivial=True)
-    return warpgroup_mma(p, v_s.index(stage).reshape([D, 128]).permute((1, 0)), o, is_async=True)
+    return gl.convert_layout(joined, gl.DotOperandLayout(0, H_LAYOUT, 4), assert_trivial=True)
+
+
+@gluon.jit
+def issue_half(p, v_s, stage, HALF: gl.constexpr, D: gl.constexpr, H_LAYOUT: gl.constexpr):
+    """P V of one block and one half of D: a sum of 128 keys that starts at zero."""
+    value = v_s.index(stage).reshape([D, 128]).slice(HALF * (D // 2), D // 2).permute((1, 0))
+    zero = gl.zeros([64, D // 2], gl.float32, H_LAYOUT)
+    return warpgroup_mma(p, value, zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def issue_total(p, ones, T_LAYOUT: gl.constexpr):
+    """P times ones: the row sums of P as it was rounded, in each of 8 columns."""
+    operand = gl.convert_layout(p, gl.DotOperandLayout(0, T_LAYOUT, 4), assert_trivial=True)
+    return warpgroup_mma(operand, ones, gl.zeros([64, 8], gl.float32, T_LAYOUT), use_acc=False, is_async=True)
+
+
+@gluon.jit
+def rescale(x, factor, more):
+    """Rows of x times factor [64], plus more: one multiply-add each (Triton 3.7 does not fuse them by itself)."""
+    return gl.fma(x, gl.convert_layout(factor, gl.SliceLayout(1, x.type.layout))[:, None].broadcast_to(x.shape), more)
 
 
 @gluon.jit
 def step(
-    q, k_s, v_s, full, empty, stage, phase, x, packed_a, packed_b, o, shrink0, grew0, shrink, m, total, factor, count,
-    WARPGROUP: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr,
-    MORE: gl.constexpr,
+    q, k_s, v_s, ones, full, empty, stage, phase, x, packed_a, packed_b, o_lo, o_hi, total, shrink0, shrink, m, factor,
+    count, STAGES: gl.constexpr, D: gl.constexpr, S_LAYOUT: gl.constexpr, H_LAYOUT: gl.constexpr,
+    T_LAYOUT: gl.constexpr, MORE: gl.constexpr,
 ):  # fmt: skip
-    """One block. shrink0 and grew0 belong to the block whose P is packed, shrink to the block whose scores are x.
-    MORE: there is a next block whose scores to compute."""
-    ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
-    if grew0 != 0:
-        o = o * gl.convert_layout(shrink0, O_ROWS)[:, None]
-    o_next = issue_output(packed_a, packed_b, v_s, stage, o, D, O_LAYOUT)
-    if MORE:
-        s = issue_scores(q, k_s, stage, D, S_LAYOUT)
+    """One block. shrink0 belongs to the block whose P is packed, shrink to the block whose scores are x.
+    MORE: there is a next block whose scores to compute.
+
+    P is packed only while no product is in flight: ptxas serialises every wgmma where registers that a later one reads
+    are written between the start and the end of an earlier one (C7513)."""
+    p = weights_operand(packed_a, packed_b, H_LAYOUT)
+    lo = issue_half(p, v_s, stage, 0, D, H_LAYOUT)
     fence(count)
     x_a, x_b = halves(x)
     p_a = gl.exp2(x_a)
-    total = scale_partial(total, shrink) + half_sum_partial(p_a)
+    fence(count)
+    lo = warpgroup_mma_wait(0, deps=[lo])
+    o_lo = rescale(o_lo, shrink0, lo)
+    packed_a = pack_fp8(p_a)
+    hi = issue_half(p, v_s, stage, 1, D, H_LAYOUT)
+    sums = issue_total(p, ones, T_LAYOUT)
+    if MORE:
+        s = issue_scores(q, k_s, stage, D, S_LAYOUT)
+    fence(count)
+    p_b = gl.exp2(x_b)
     current = stage
     stage, phase = advance(stage, phase, STAGES)
     mbarrier.wait(full.index(stage), phase)  # its spin loop keeps the wgmma wait below from being hoisted
     if MORE:
-        o, s = warpgroup_mma_wait(0, deps=[o_next, s])
+        hi, sums, s = warpgroup_mma_wait(0, deps=[hi, sums, s])
     else:
-        o = warpgroup_mma_wait(0, deps=[o_next])
+        hi, sums = warpgroup_mma_wait(0, deps=[hi, sums])
     mbarrier.arrive(empty.index(current))
-    grew0 = growth_seen(WARPGROUP)
+    o_hi = rescale(o_hi, shrink0, hi)
+    total = rescale(total, shrink0, sums)
     shrink0 = shrink
     if MORE:
-        m_next = growth_note(m, gl.maximum(m, row_max(s, ROWS) * factor), WARPGROUP)
+        m_next = gl.maximum(m, row_max(s, gl.SliceLayout(1, S_LAYOUT)) * factor)
         shrink = gl.exp2(m - m_next)
         m = m_next
-    p_b = gl.exp2(x_b)
-    total = total + half_sum_partial(p_b)
-    packed_a = pack_fp8(p_a)
     packed_b = pack_fp8(p_b)
     if MORE:
         x = s * factor - (m - WEIGHT_BITS)[:, None]
-    return stage, phase, x, packed_a, packed_b, o, shrink0, grew0, shrink, m, total
+    return stage, phase, x, packed_a, packed_b, o_lo, o_hi, total, shrink0, shrink, m

