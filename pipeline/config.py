@@ -7,13 +7,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from pipeline.errors import JobError, nearest, one_line
 from pipeline.options import checked, flag, option, short
+from stem_core.config import PRESETS, StemConfig
+from stem_core.estimators import ESTIMATORS, EstimatorSettings
 
-if TYPE_CHECKING:
-    from stem_core.config import StemConfig
+Config = TypeVar("Config")
 
 
 def stem_option(kind: str, meaning: str, choices: tuple[str, ...] = ()) -> Any:
@@ -21,7 +22,20 @@ def stem_option(kind: str, meaning: str, choices: tuple[str, ...] = ()) -> Any:
     return option(None, kind, meaning, choices=choices, group="attention", changes_output=True)
 
 
+def with_estimator_settings(config: type[Config]) -> type[Config]:
+    """Declares the estimators' own settings in `config`, behind `estimator`, as the estimators' files describe them."""
+    declared = {}
+    for name, kind in config.__annotations__.items():
+        declared[name] = kind
+        for item in fields(EstimatorSettings) if name == "estimator" else ():
+            declared[item.name] = f"{item.type} | None"
+            setattr(config, item.name, stem_option(str(item.type), item.metadata["meaning"], item.metadata["choices"]))
+    config.__annotations__ = declared
+    return config
+
+
 @dataclass(frozen=True)
+@with_estimator_settings
 class JobConfig:
     """A summarising job. Values are checked on construction; JobError says what is wrong and how to mend it."""
 
@@ -97,7 +111,7 @@ class JobConfig:
         "release",
         "str",
         "named Stem configuration",
-        choices=("paper", "release", "robust"),
+        choices=tuple(PRESETS),
         group="attention",
         changes_output=True,
     )
@@ -111,24 +125,16 @@ class JobConfig:
         changes_output=True,
     )
     block_size: int | None = stem_option("int", "tokens in a block")
-    stride: int | None = stem_option("int", "token stride of the sampled scores")
-    estimator: str | None = stem_option("str", "how blocks are scored", ("oam", "mass", "bound"))
     decay: float | None = stem_option("float", "last row's budget as a share of the first one's")
-    mass_group: int | None = stem_option("int", "queries for each row of the estimator mass")
-    mass_rows: str | None = stem_option(
-        "str", "a row of the estimator mass is the mean of its queries, or a sample", ("mean", "sample")
-    )
-    bound_group: int | None = stem_option("int", "queries for each row of the estimator bound")
-    bound_span: int | None = stem_option("int", "keys that share a bound, in the estimator bound")
     sink_blocks: int | None = stem_option("int", "leading blocks always kept")
     local_blocks: int | None = stem_option("int", "nearest blocks always kept")
-    value_weight: float | None = stem_option("float", "weight of the value term")
     min_mass: float | None = stem_option(
         "float", "documents of which sparse prefill keeps a smaller share of the attention mass are read again, densely"
     )
     dense_layers: int | None = stem_option("int", "leading layers that stay dense")
     dense_below: int | None = stem_option("int", "prompts of fewer tokens stay dense")
     dense_tail: int | None = stem_option("int", "blocks at the prompt's end that see everything")
+    estimator: str | None = stem_option("str", "how blocks are scored", tuple(ESTIMATORS))
 
     device: str = option(
         "auto",
@@ -232,8 +238,6 @@ class JobConfig:
         """The prefill's configuration, or None for dense. Raises JobError if its fields do not go together."""
         if self.attention == "dense":
             return None
-        from stem_core.config import StemConfig
-
         changes = {name: getattr(self, name) for name in STEM_OVERRIDES if getattr(self, name) is not None}
         if "budget" in changes:
             changes |= {"schedule": "density", "density": float(changes.pop("budget"))}

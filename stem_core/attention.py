@@ -17,7 +17,8 @@ from kernels.decode_attention_fp8 import decode_attention_fp8
 from kernels.fp8_heads import quantize_heads
 from stem_core.budget import PromptBudget
 from stem_core.config import StemConfig
-from stem_core.context import DecodeContext, KeyState, PrefillContext, PromptGoesOn, QuantizedKV, StemContext
+from stem_core.context import DecodeContext, PrefillContext, PromptGoesOn, QuantizedKV, StemContext
+from stem_core.estimators import KeyState
 from stem_core.policy import DENSE_BLOCK_SIZE, LayerPolicy, cutting_window
 from stem_core.retained import RetainedMass
 from stem_core.selection import new_key_state, stem_selection

@@ -5,18 +5,21 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from stem_core.estimators import ESTIMATORS, EstimatorSettings
+
 SCHEDULES = ("paper", "release", "density")
-ESTIMATORS = ("oam", "mass", "bound")
-MASS_ROWS = ("mean", "sample")
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
-class StemConfig:
+class StemConfig(EstimatorSettings):
     """How key blocks are scored, and how many of them each query block keeps.
+
+    Fields that one estimator alone reads are declared in its file, in stem_core/estimators.
 
     Sources: the Stem paper (arXiv 2603.06274) and the released implementation (Tencent/AngelSlim, commit 67394ce).
     Raises ValueError when a field is out of range.
@@ -28,27 +31,14 @@ class StemConfig:
     """Share of the causal blocks kept over the whole prompt, in (0, 1]; only with schedule "density"."""
     block_size: int = 128
     """Tokens in a query or key block."""
-    stride: int = 16
-    """Token stride of the antidiagonal sampling, and group length of the value term; divides block_size."""
     sink_blocks: int = 4
     """Leading key blocks that every row keeps."""
     local_blocks: int = 4
     """Nearest key blocks, the diagonal one included, that every row keeps."""
     decay: float = 0.7
     """Token Position Decay: the last row's budget as a share of the first one's; 1 is a uniform budget."""
-    value_weight: float = 0.2
-    """Weight of the value term in the output-aware metric (lambda in the paper)."""
     estimator: str = "oam"
-    """Block scores: "oam" is Stem's output-aware metric; ours are "mass", the attention mass of a few rows, and
-    "bound", what that could be at most by bounds of groups of keys."""
-    mass_group: int = 4
-    """Queries for each row of the mass estimator; its cost is 1 / (2 * mass_group) of dense attention's flops."""
-    mass_rows: str = "mean"
-    """A mass row is the "mean" of its queries, or a "sample": the last of them."""
-    bound_group: int = 2
-    """Queries for each row of the bound estimator."""
-    bound_span: int = 16
-    """Keys that share a bound; the estimator costs 1 / (bound_group * bound_span) of dense attention's flops."""
+    """How key blocks are scored: the name of an estimator (stem_core.estimators)."""
     dense_layers: int = 2
     """Leading layers that attend to everything."""
     dense_below: int = 0
@@ -63,8 +53,7 @@ class StemConfig:
     def __post_init__(self) -> None:
         self._check_types()
         _one_of("schedule", self.schedule, SCHEDULES)
-        _one_of("estimator", self.estimator, ESTIMATORS)
-        _one_of("mass_rows", self.mass_rows, MASS_ROWS)
+        _one_of("estimator", self.estimator, tuple(ESTIMATORS))
         _one_of("block_size", self.block_size, BLOCK_SIZES)
         if (self.schedule == "density") != (self.density is not None):
             raise ValueError(
@@ -73,16 +62,10 @@ class StemConfig:
             )
         _within("density", self.density, 0.0, 1.0, open_low=True)
         _within("decay", self.decay, 0.0, 1.0, open_low=True)
-        _within("value_weight", self.value_weight, 0.0, 100.0)
         _within("min_mass", self.min_mass, 0.0, 1.0)
-        for name in ("stride", "mass_group", "bound_group", "bound_span"):
-            value = getattr(self, name)
-            if value < 1 or self.block_size % value:
-                raise ValueError(f"{name} must divide block_size={self.block_size}, got {value}")
-        if self.estimator != "oam" and self.block_size > 128:
-            raise ValueError(
-                f"estimator {self.estimator!r} takes blocks of up to 128 tokens, got block_size={self.block_size}"
-            )
+        for field in fields(EstimatorSettings):
+            self._check_setting(field.name, getattr(self, field.name), field.metadata)
+        ESTIMATORS[self.estimator].check(self)
         _within("local_blocks", self.local_blocks, 1, 1 << 20)
         for name in ("sink_blocks", "dense_layers", "dense_below", "dense_tail"):
             _within(name, getattr(self, name), 0, 1 << 30)
@@ -95,6 +78,14 @@ class StemConfig:
             if number or (field.name == "density" and value is None) or type(value) is kind:
                 continue
             raise ValueError(f"{field.name} must be {kind.__name__}, got {value!r}")
+
+    def _check_setting(self, name: str, value: Any, rules: Mapping[str, Any]) -> None:
+        if rules["choices"]:
+            _one_of(name, value, rules["choices"])
+        if rules["low"] is not None:
+            _within(name, value, rules["low"], rules["high"])
+        if rules["divides_block"] and (value < 1 or self.block_size % value):
+            raise ValueError(f"{name} must divide block_size={self.block_size}, got {value}")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> StemConfig:
@@ -113,8 +104,9 @@ class StemConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain values that JSON and YAML can hold."""
-        return asdict(self)
+        """All fields as plain values that JSON and YAML can hold, those of single estimators last."""
+        values = asdict(self)
+        return {name: values[name] for name in (*StemConfig.__annotations__, *values)}
 
     def replace(self, **changes: Any) -> StemConfig:
         """A copy with `changes` applied, validated again."""

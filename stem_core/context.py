@@ -8,13 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kernels.block_scores import KeySummary
-from kernels.bound_scores import KeyBounds
 from kernels.fp8_heads import HeadScales
+from stem_core.estimators import KeyState
 from stem_core.retained import RetainedMass
-
-KeyState = KeySummary | KeyBounds
-"""What an estimator keeps of a prompt's keys between chunks."""
 
 
 class Copies:

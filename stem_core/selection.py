@@ -1,16 +1,19 @@
-"""Which key blocks each query block of a chunk keeps: an estimator's scores, cut off at the rows' budgets."""
+"""Which key blocks each query block of a chunk keeps: an estimator's scores, and a rule that cuts them off."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kernels.block_scores import KeySummary, key_sums_dtype, mass_scores, oam_scores
-from kernels.block_selection import BlockSelection, select_blocks
-from kernels.bound_scores import KeyBounds, bound_scores
+from kernels.block_selection import BlockSelection, choose_block_selection, select_blocks
+from kernels.dispatch import Choice
 from stem_core.budget import PromptBudget
 from stem_core.config import StemConfig
-from stem_core.context import KeyState, QuantizedKV
+from stem_core.context import QuantizedKV
+from stem_core.estimators import ESTIMATORS, Chunk, KeyState
 
 
 def new_key_state(
@@ -20,17 +23,7 @@ def new_key_state(
 
     k: [N, Hkv, any, D]; its shape, type and, without `device`, device are those of the prompt's keys.
     """
-    shape = k.shape[0], k.shape[1], prompt_tokens, k.shape[3]
-    device = k.device if device is None else device
-    if config.estimator == "oam":
-        return KeySummary.allocate(
-            *shape, block_size=config.block_size, stride=config.stride, device=device, dtype=key_sums_dtype(k)
-        )
-    if config.estimator == "bound":
-        return KeyBounds.allocate(
-            *shape, block_size=config.block_size, span=config.bound_span, device=device, dtype=k.dtype
-        )
-    return None
+    return ESTIMATORS[config.estimator].new_key_state(config, k, prompt_tokens, k.device if device is None else device)
 
 
 def stem_selection(
@@ -51,71 +44,43 @@ def stem_selection(
     Shapes as for `stem_core.attention.stem_prefill`. keys: of `new_key_state`, holds the earlier chunks' and is
     extended by this one's.
     """
-    scores = _block_scores(q, k, v, config, start, scale, keys, quantized, impl)
-    first, rows = start // config.block_size, scores.shape[2]
+    scores = ESTIMATORS[config.estimator].scores(Chunk(q, k, v, start, scale, keys, quantized, impl), config)
+    return selection_rule(config).keep(scores, config, budget, start // config.block_size, impl)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How scores become kept blocks.
+
+    keep: (scores as of Estimator.scores, config, the prompt's budget, query block of the scores' first row, impl) to
+        the selection. Heads and rows may keep different numbers of blocks, as long as every query block keeps at most
+        H times its budget (what the prompt's density says) and what it keeps depends on no other query block.
+    choose: its implementation for tensors on a device.
+    """
+
+    keep: Callable[[Tensor, StemConfig, PromptBudget, int, str], BlockSelection]
+    choose: Callable[[torch.device], Choice]
+
+
+def best_of_each_row(
+    scores: Tensor, config: StemConfig, budget: PromptBudget, first_row: int, impl: str = "auto"
+) -> BlockSelection:
+    """Each row of each head keeps sink, local and its highest scores, as many as its budget says."""
+    last_row = first_row + scores.shape[2]
     return select_blocks(
         scores,
-        budget.rows(first, first + rows, q.device),
-        first_row=first,
+        budget.rows(first_row, last_row, scores.device),
+        first_row=first_row,
         sink_blocks=config.sink_blocks,
         local_blocks=config.local_blocks,
-        max_blocks=budget.max_blocks(first, first + rows),
+        max_blocks=budget.max_blocks(first_row, last_row),
         impl=impl,
     )
 
 
-def _block_scores(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    config: StemConfig,
-    start: int,
-    scale: float | None,
-    keys: KeyState | None,
-    quantized: QuantizedKV | None,
-    impl: str,
-) -> Tensor:
-    """float32 [N, H, rows, n_keys]."""
-    # With keys in fp8, k and v are those of the chunk alone.
-    key_start = 0 if quantized is None else start
-    if config.estimator == "mass":
-        return mass_scores(
-            q,
-            k if quantized is None else quantized.k[None],
-            query_start=start,
-            block_size=config.block_size,
-            group=config.mass_group,
-            rows=config.mass_rows,
-            scale=scale,
-            scales=None if quantized is None else quantized.scales,
-            impl=impl,
-        )
-    if config.estimator == "bound":
-        assert keys is None or isinstance(keys, KeyBounds)
-        return bound_scores(
-            q,
-            k,
-            query_start=start,
-            block_size=config.block_size,
-            group=config.bound_group,
-            span=config.bound_span,
-            scale=scale,
-            bounds=keys,
-            key_start=key_start,
-            impl=impl,
-        )
-    assert keys is None or isinstance(keys, KeySummary)
-    return oam_scores(
-        q,
-        k,
-        v,
-        query_start=start,
-        block_size=config.block_size,
-        stride=config.stride,
-        value_weight=config.value_weight,
-        scale=scale,
-        summary=keys,
-        key_start=key_start,
-        fill_above=False,
-        impl=impl,
-    )
+RULES: dict[str, Rule] = {"rows": Rule(best_of_each_row, choose_block_selection)}
+
+
+def selection_rule(config: StemConfig) -> Rule:
+    """The rule that the config's estimator asks for."""
+    return RULES[ESTIMATORS[config.estimator].rule(config)]

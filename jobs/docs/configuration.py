@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from dataclasses import Field, fields
+from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
 import yaml
@@ -14,7 +14,8 @@ from jobs.docs.markdown import table
 from pipeline.config import STEM_OVERRIDES, JobConfig, flag, from_mapping
 from pipeline.manifest import READING
 from stem_core.budget import prompt_budget
-from stem_core.config import BLOCK_SIZES, DENSE_BELOW, ESTIMATORS, MASS_ROWS, PRESETS, SCHEDULES, StemConfig
+from stem_core.config import BLOCK_SIZES, DENSE_BELOW, PRESETS, SCHEDULES, StemConfig
+from stem_core.estimators import ESTIMATORS, EstimatorSettings
 
 REQUIRED = ("input", "output", "model")
 # Settings that decide whether a folder's results are of the same job, although they are no setting of the output.
@@ -42,9 +43,8 @@ GROUPS = {
 STEM_CHOICES: dict[str, tuple[Any, ...]] = {
     "schedule": SCHEDULES,
     "block_size": BLOCK_SIZES,
-    "estimator": ESTIMATORS,
-    "mass_rows": MASS_ROWS,
-}
+    "estimator": tuple(ESTIMATORS),
+} | {item.name: item.metadata["choices"] for item in fields(EstimatorSettings)}
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
 EXAMPLE = """\
 input: [reports/2024, reports/2025.parquet]
@@ -151,11 +151,17 @@ def _stem_section() -> str:
     named = tuple(f"`{name}`" for name in PRESETS)
     meanings = field_meanings()
     rows = []
-    for item in fields(StemConfig):
-        setting = "budget" if item.name in ("schedule", "density") else item.name
-        choices = ", ".join(f"`{choice}`" for choice in STEM_CHOICES.get(item.name, ()))
-        values = [_plain(getattr(preset, item.name)) for preset in PRESETS.values()]
-        rows.append((f"`{item.name}`", f"`{flag(setting)}`", *values, choices, meanings[item.name]))
+    for name in StemConfig().to_dict():
+        setting = "budget" if name in ("schedule", "density") else name
+        choices = ", ".join(f"`{choice}`" for choice in STEM_CHOICES.get(name, ()))
+        values = [_plain(getattr(preset, name)) for preset in PRESETS.values()]
+        rows.append((f"`{name}`", f"`{flag(setting)}`", *values, choices, meanings[name]))
+    estimators = []
+    for name, estimator in ESTIMATORS.items():
+        cost = f"{estimator.cost(StemConfig(estimator=name)):.2%}"
+        limits = str(estimator.largest_block), str(estimator.least_fp8_head)
+        estimators.append((f"`{name}`", estimator.meaning, cost, *limits))
+    header = ("estimator", "scores", "cost", "largest block", "smallest head in fp8")
     densities = []
     for length in LENGTHS:
         shares = [f"{prompt_budget(length, preset).density:.2f}" for preset in PRESETS.values()]
@@ -168,6 +174,11 @@ A preset is a named `StemConfig` (`stem_core/config.py`): `paper` follows the te
 its published code, and `robust` is ours. In Python: `StemConfig.preset("robust", block_size=64)`.
 
 {fields_table}
+
+Estimators ([what they compute](algorithm.md)); cost is their flops as a share of dense attention's, as they are set by
+default:
+
+{table(header, estimators)}
 
 `--budget 0.25` is `schedule` `density` with `density` 0.25. Below {DENSE_BELOW:,} tokens dense attention is
 faster, so the presets leave shorter prompts dense.
@@ -187,13 +198,15 @@ def _plain(value: Any) -> str:
 
 def field_meanings() -> dict[str, str]:
     """The strings below StemConfig's fields. Raises ValueError if a field has none."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(StemConfig))).body[0]
-    assert isinstance(tree, ast.ClassDef)
     found = {}
-    for statement, below in zip(tree.body, tree.body[1:], strict=False):
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+    for part in filter(is_dataclass, reversed(StemConfig.__mro__)):  # the estimators' fields come first
+        tree = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0]
+        assert isinstance(tree, ast.ClassDef)
+        for statement, below in zip(tree.body, tree.body[1:], strict=False):
+            if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
+                continue
             text = below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else None
             if not isinstance(text, str):
-                raise ValueError(f"StemConfig.{statement.target.id} has no string below it that says what it is")
+                raise ValueError(f"{part.__name__}.{statement.target.id} has no string below it that says what it is")
             found[statement.target.id] = " ".join(text.split())
     return found

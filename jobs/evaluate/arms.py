@@ -1,7 +1,7 @@
 """The arms of a comparison: how each chooses the key blocks that a prompt's rows keep.
 
 Every arm has a StemConfig for its budgets, so arms of one density keep the same number of blocks in every row. Stem and
-its parts, the presets and the mass estimator choose by the product's own code; only scores that no product has are made
+its parts, the presets and the estimators choose by the product's own code; only scores that no product has are made
 here (sink and window, random, the attention itself).
 """
 
@@ -19,18 +19,19 @@ from jobs.evaluate.scores import (
     Score,
     attention_mass,
     coarse_mass,
+    product_scores,
     pruned_mass,
     random_scores,
-    share_scores,
     shared_mass,
     window_scores,
 )
-from kernels.block_selection import BlockSelection, select_blocks
+from kernels.block_selection import BlockSelection
 from pipeline.errors import JobError, nearest
 from stem_core.attention import LayerPolicy
 from stem_core.budget import PromptBudget
-from stem_core.config import BLOCK_SIZES, StemConfig
-from stem_core.selection import stem_selection
+from stem_core.config import BLOCK_SIZES, PRESETS, StemConfig
+from stem_core.estimators import ESTIMATORS
+from stem_core.selection import best_of_each_row, stem_selection
 
 
 @dataclass(frozen=True)
@@ -72,19 +73,12 @@ class Arm:
         score = self.score
         if score is None and not self.shared_budget:
             return stem_selection(q, k, v, self.config, budget, start=place.start, scale=place.scale)
-        scores = (score or share_scores)(q, k, v, place, self.config).contiguous()
+        scores = (score or product_scores)(q, k, v, place, self.config).contiguous()
         first, rows = place.start // self.config.block_size, scores.shape[2]
-        budgets = budget.rows(first, first + rows, q.device)
         if self.shared_budget:
+            budgets = budget.rows(first, first + rows, q.device)
             return shared_budget_selection(scores, budgets, place, self.config, self.shared_budget)
-        return select_blocks(
-            scores,
-            budgets,
-            first_row=first,
-            sink_blocks=self.config.sink_blocks,
-            local_blocks=self.config.local_blocks,
-            max_blocks=budget.max_blocks(first, first + rows),
-        )
+        return best_of_each_row(scores, self.config, budget, first)
 
     def density(self, prompt_length: int, layers: int) -> tuple[float, float]:
         """Kept share of the causal blocks: in a sparse layer, and over all layers."""
@@ -96,10 +90,8 @@ class Arm:
 EQUAL_DENSITY: dict[str, tuple[dict[str, Any], Score | None]] = {
     "uniform": ({"decay": 1.0, "value_weight": 0.0}, None),
     "tpd": ({"value_weight": 0.0}, None),
-    "oam": ({"decay": 1.0}, None),
     "stem": ({}, None),
-    "mass": ({"decay": 1.0, "estimator": "mass"}, None),
-    "bound": ({"decay": 1.0, "estimator": "bound"}, None),
+    **{name: ({"decay": 1.0, "estimator": name}, None) for name in ESTIMATORS},
     "window": ({"decay": 1.0}, window_scores),
     "random": ({"decay": 1.0}, random_scores),
     "oracle": ({"decay": 1.0}, attention_mass),
@@ -108,7 +100,6 @@ EQUAL_DENSITY: dict[str, tuple[dict[str, Any], Score | None]] = {
     "shared_mass": ({"decay": 1.0, "estimator": "mass"}, shared_mass),
     "pruned_mass": ({"decay": 1.0, "estimator": "mass", "mass_group": 2}, pruned_mass),
 }
-PRESETS = ("paper", "release", "robust")
 ARMS = ("dense", *PRESETS, *EQUAL_DENSITY)
 USUAL_ARMS = tuple(name for name in ARMS if name not in ("coarse_mass", "shared_mass", "pruned_mass"))
 # Ideas beyond Stem, behind the name of a sparse arm, as "stem+mean" or "bound+adaptive+mean".
@@ -175,9 +166,12 @@ def _with_ideas(arm: Arm, ideas: Sequence[str]) -> Arm:
         raise JobError(f"--arms {arm.name}: of {', '.join(SHARED_BUDGETS)} an arm takes one")
     rule = rules[0] if rules else ""
     assert arm.config is not None
-    shares = arm.score is attention_mass or (arm.score is None and arm.config.estimator in ("mass", "bound"))
+    shares = arm.score is attention_mass or (arm.score is None and ESTIMATORS[arm.config.estimator].shares)
     if rule and not shares:
-        raise JobError(f"--arms {arm.name}: {rule} needs scores that are shares of attention: mass, bound or oracle")
+        known = [name for name, estimator in ESTIMATORS.items() if estimator.shares]
+        raise JobError(
+            f"--arms {arm.name}: {rule} needs scores that are shares of attention: {', '.join(known)} or oracle"
+        )
     return replace(arm, mean="mean" in ideas, shared_budget=rule)
 
 

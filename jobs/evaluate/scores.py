@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels.block_scores import mass_scores, oam_scores
-from kernels.bound_scores import bound_scores
 from stem_core.config import StemConfig
+from stem_core.estimators import ESTIMATORS, Chunk
 
 # One piece of attention weights in float32 may have this many entries.
 MASS_ENTRIES = 1 << 27
@@ -89,36 +88,11 @@ def block_shares(q: Tensor, k: Tensor, positions: Tensor, block_size: int, scale
     return torch.nn.functional.pad(share, (0, -known % block_size)).unflatten(-1, (-1, block_size)).sum(-1)
 
 
-def product_mass(q: Tensor, k: Tensor, place: Place, config: StemConfig) -> Tensor:
-    """The product's mass scores, float32 [N, H, rows, n_keys]."""
-    return mass_scores(
-        q,
-        k,
-        query_start=place.start,
-        block_size=config.block_size,
-        group=config.mass_group,
-        rows=config.mass_rows,
-        scale=place.scale,
-    )
-
-
-def product_bound(q: Tensor, k: Tensor, place: Place, config: StemConfig) -> Tensor:
-    """The product's bound scores, float32 [N, H, rows, n_keys]."""
-    return bound_scores(
-        q,
-        k,
-        query_start=place.start,
-        block_size=config.block_size,
-        group=config.bound_group,
-        span=config.bound_span,
-        scale=place.scale,
-    )
-
-
-def share_scores(q: Tensor, k: Tensor, v: Tensor, place: Place, config: StemConfig) -> Tensor:
-    """The scores of an estimator of the product whose scores are shares of attention: `mass` or `bound`."""
-    product = {"mass": product_mass, "bound": product_bound}[config.estimator]
-    return product(q, k, place, config)
+def product_scores(q: Tensor, k: Tensor, v: Tensor, place: Place, config: StemConfig) -> Tensor:
+    """The scores of the config's estimator, float32 [N, H, rows, n_keys]; -inf above the diagonal."""
+    scores = ESTIMATORS[config.estimator].scores(Chunk(q, k, v, place.start, place.scale), config)
+    above = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(place.start // config.block_size + 1)
+    return scores.masked_fill(above, -torch.inf)
 
 
 def coarse_mass(q: Tensor, k: Tensor, v: Tensor, place: Place, config: StemConfig) -> Tensor:
@@ -126,17 +100,8 @@ def coarse_mass(q: Tensor, k: Tensor, v: Tensor, place: Place, config: StemConfi
 
     What a first stage that halves the estimator's cost would choose, but for the softmax's total, which is exact here.
     """
-    coarse = oam_scores(
-        q,
-        k,
-        v,
-        query_start=place.start,
-        block_size=config.block_size,
-        stride=config.stride,
-        value_weight=0.0,
-        scale=place.scale,
-    )
-    return _in_front(coarse, product_mass(q, k, place, config), place, config, share=0.5)
+    coarse = product_scores(q, k, v, place, replace(config, estimator="oam", value_weight=0.0))
+    return _in_front(coarse, product_scores(q, k, v, place, config), place, config, share=0.5)
 
 
 def pruned_mass(q: Tensor, k: Tensor, v: Tensor, place: Place, config: StemConfig) -> Tensor:
@@ -145,9 +110,10 @@ def pruned_mass(q: Tensor, k: Tensor, v: Tensor, place: Place, config: StemConfi
     Bounds of long spans are cheap (a 64th of dense attention's flops in groups of 2), and with the rest out of the way
     mass is affordable in groups of 2: density / 2 of dense attention's. The softmax's total is exact here, as above.
     """
-    coarse = product_bound(q, k, place, replace(config, bound_span=min(PRUNE_SPAN, config.block_size)))
+    first = replace(config, estimator="bound", bound_span=min(PRUNE_SPAN, config.block_size))
+    coarse = product_scores(q, k, v, place, first)
     share = min(1.0, PRUNE_FACTOR * (config.density or 1.0))
-    return _in_front(coarse, product_mass(q, k, place, config), place, config, share)
+    return _in_front(coarse, product_scores(q, k, v, place, config), place, config, share)
 
 
 def _in_front(coarse: Tensor, fine: Tensor, place: Place, config: StemConfig, share: float) -> Tensor:
@@ -160,7 +126,7 @@ def _in_front(coarse: Tensor, fine: Tensor, place: Place, config: StemConfig, sh
 
 def shared_mass(q: Tensor, k: Tensor, v: Tensor, place: Place, config: StemConfig) -> Tensor:
     """Mass scores, the largest of the heads of a KV head for all of them: one selection serves the group's keys."""
-    scores = product_mass(q, k, place, config).unflatten(1, (k.shape[1], -1))
+    scores = product_scores(q, k, v, place, config).unflatten(1, (k.shape[1], -1))
     return scores.amax(2, keepdim=True).expand_as(scores).flatten(1, 2)
 
 

@@ -8,20 +8,19 @@ from typing import Any
 
 import torch
 
-from kernels.block_scores import choose_block_scores
-from kernels.block_selection import choose_block_selection
 from kernels.block_sparse_attention import choose_block_sparse_attention
 from kernels.block_sparse_attention_fp8 import choose_block_sparse_attention_fp8
-from kernels.bound_scores import choose_bound_scores
 from kernels.decode_attention import choose_decode_attention
 from kernels.decode_attention_fp8 import choose_decode_attention_fp8
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.runner import ModelRunner
 from pipeline.versions import versions
 from stem_core.config import StemConfig
+from stem_core.estimators import ESTIMATORS
 from stem_core.fp8 import describe_fp8
 from stem_core.fuse import describe_fusion
 from stem_core.policy import DENSE_BLOCK_SIZE
+from stem_core.selection import selection_rule
 
 
 def describe_engine(runner: ModelRunner, config: EngineConfig) -> dict[str, Any]:
@@ -68,9 +67,8 @@ def describe_kernels(runner: ModelRunner, attention: StemConfig | None) -> dict[
     decode = choose_decode_attention_fp8(q[0]) if runner.precision.fp8 else choose_decode_attention(q[0])
     chosen = {"prefill": kind + " and ".join(dict.fromkeys(prefill)), "decode": f"{kind}{decode}"}
     if attention is not None:
-        scores = choose_bound_scores(q) if attention.estimator == "bound" else choose_block_scores(q)
-        chosen["scores"] = f"{attention.estimator} {scores}"
-        chosen["selection"] = str(choose_block_selection(runner.device))
+        chosen["scores"] = f"{attention.estimator} {ESTIMATORS[attention.estimator].choose(q)}"
+        chosen["selection"] = str(selection_rule(attention).choose(runner.device))
     if runner.precision.fp8:
         fast = describe_fp8(runner.model)["fast_accumulation"]
         chosen["linears"] = f"fp8 with {'fast' if fast else 'precise'} accumulation"

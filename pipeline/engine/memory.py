@@ -16,7 +16,8 @@ from pipeline.engine.plan import GIB, HOST_SHARE, RESERVE_FACTOR, DevicePlan, Me
 from pipeline.engine.prefill import Prefill
 from pipeline.engine.runner import ModelRunner, load_runner
 from pipeline.engine.skeleton import SLACK_BYTES, host_memory
-from stem_core.context import KeyState, PrefillContext
+from stem_core.context import PrefillContext
+from stem_core.estimators import KeyState
 from stem_core.selection import new_key_state
 
 # The sort of top-p sampling holds about this many float64 copies of the logits of the whole batch.

@@ -13,11 +13,10 @@ from kernels.fp8_heads import FP8, fp8_obstacle
 from pipeline.engine.arena import LayerShape
 from pipeline.engine.config import EngineError
 from stem_core.config import StemConfig
+from stem_core.estimators import ESTIMATORS
 from stem_core.fp8 import Fp8Linear
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# What attention mass by fp8 keys needs: tensor cores sum 32 products of fp8 at a time.
-MASS_HEAD_DIM = 32
 
 
 @dataclass(frozen=True)
@@ -71,16 +70,18 @@ def resolve_precision(asked: str, device: torch.device, hf_config: Any) -> Preci
 
 def check_fp8_attention(shapes: dict[int, LayerShape], attention: StemConfig | None) -> None:
     """Raise EngineError for heads or blocks that the fp8 kernels cannot take, naming what to change."""
+    least = 1 if attention is None else ESTIMATORS[attention.estimator].least_fp8_head
     for layer, shape in shapes.items():
         if shape.head_dim != shape.value_dim:
             raise EngineError(
                 f"precision 'fp8' needs keys and values of one size, but layer {layer} has heads of {shape.head_dim} "
                 f"and {shape.value_dim}: use bf16"
             )
-        if attention is not None and attention.estimator == "mass" and shape.head_dim < MASS_HEAD_DIM:
+        if attention is not None and shape.head_dim < least:
+            others = [name for name, known in ESTIMATORS.items() if known.least_fp8_head <= shape.head_dim]
             raise EngineError(
-                f"precision 'fp8' takes estimator 'mass' with heads of at least {MASS_HEAD_DIM}, this model has heads "
-                f"of {shape.head_dim}: use estimator 'oam' or bf16"
+                f"precision 'fp8' takes estimator {attention.estimator!r} with heads of at least {least}, this model "
+                f"has heads of {shape.head_dim}: use bf16 or estimator {' or '.join(others)}"
             )
     obstacle = "" if attention is None else fp8_block_obstacle(attention)
     if obstacle:

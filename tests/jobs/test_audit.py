@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import stem_core.selection
 from jobs.audit.__main__ import main
 from jobs.audit.advice import recommend
 from jobs.audit.figures import Crossover, crossover, mean, share, unseen
@@ -28,6 +27,7 @@ from jobs.faults.corpus import write_model
 from pipeline.engine import Completion
 from pipeline.errors import JobError
 from pipeline.source import find_files, list_documents
+from stem_core.estimators import ESTIMATORS
 
 ROOT = Path(__file__).parents[2]
 READER = ROOT / "models" / "tiny-reader"
@@ -149,13 +149,13 @@ def test_a_selection_that_is_bad_on_purpose_agrees_less(tmp_path: Path, monkeypa
         return arm["token_agreement"]["mean"], arm["answer_kl"]["mean"]
 
     good = agreement("good")
-    right = stem_core.selection.bound_scores
+    right = ESTIMATORS["bound"].scores
 
     def upside_down(*args: Any, **kwargs: Any) -> torch.Tensor:
         scores = right(*args, **kwargs)
         return torch.where(scores.isfinite(), -scores, scores)
 
-    monkeypatch.setattr(stem_core.selection, "bound_scores", upside_down)
+    monkeypatch.setattr(ESTIMATORS["bound"], "scores", upside_down)
     bad = agreement("bad")
     assert good[0] > 0.9
     assert bad[0] < good[0] - 0.1

@@ -15,7 +15,7 @@ from jobs.evaluate.attention import Chunk, evaluation_attention
 from jobs.evaluate.beyond import mean_corrected
 from jobs.evaluate.engine_reader import engine_arms
 from jobs.evaluate.results import read_rows
-from jobs.evaluate.scores import product_mass
+from jobs.evaluate.scores import product_scores
 from kernels.block_selection import BlockSelection
 from kernels.block_sparse_attention import block_sparse_attention
 from pipeline.errors import JobError
@@ -121,7 +121,7 @@ def test_adaptive_keeps_the_same_estimated_share_everywhere() -> None:
     selection = chosen.select(q, k, v, place)
     assert selection is not None
     assert chosen.config is not None
-    scores = product_mass(q, k, place, chosen.config).masked_fill(~torch.ones(21, 21).tril().bool(), 0.0)
+    scores = product_scores(q, k, v, place, chosen.config).masked_fill(~torch.ones(21, 21).tril().bool(), 0.0)
     share = scores / scores.sum(-1, keepdim=True)
     mask = selection.to_mask(21)
     i, j = torch.arange(21)[:, None], torch.arange(21)
@@ -144,7 +144,7 @@ def test_a_threshold_is_the_same_everywhere() -> None:
     selection = chosen.select(q, k, v, place)
     assert selection is not None
     assert chosen.config is not None
-    scores, mask = product_mass(q, k, place, chosen.config), selection.to_mask(21)
+    scores, mask = product_scores(q, k, v, place, chosen.config), selection.to_mask(21)
     i, j = torch.arange(21)[:, None], torch.arange(21)
     free = (j >= 4) & (j <= i - 4)
     assert scores[mask & free].min() >= scores[~mask & free].max()
@@ -160,7 +160,7 @@ def test_heads_share_the_blocks_of_a_row() -> None:
     assert torch.equal(selection.counts.sum(1), uniform.counts.sum(1))
     assert not torch.equal(selection.counts, uniform.counts)
     assert chosen.config is not None
-    scores, mask = product_mass(q, k, place, chosen.config), selection.to_mask(21)
+    scores, mask = product_scores(q, k, v, place, chosen.config), selection.to_mask(21)
     i, j = torch.arange(21)[:, None], torch.arange(21)
     free = (j >= 4) & (j <= i - 4)
     kept = scores.masked_fill(~(mask & free), torch.inf).amin((1, 3))

@@ -31,7 +31,7 @@ from pipeline.engine import Engine, EngineConfig
 from pipeline.engine.config import PRECISIONS
 from pipeline.engine.loading import load_config, load_precision
 from pipeline.errors import JobError
-from stem_core import StemConfig
+from stem_core.config import PRESETS, StemConfig
 
 PHASES = ("agreement", "baseline", "latency", "profile", "job", "decode", "busy", "error")
 # generate runs on one GPU, and what a profile says of idle time holds for one.
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--latency-lengths", type=int, nargs="+", default=[131072, 65536, 32768], metavar="N")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 3, 4, 8], metavar="N")
     parser.add_argument("--baseline-steps", type=int, default=16, help="decode steps of generate to time, per length")
-    parser.add_argument("--preset", choices=("paper", "release", "robust"), help="instead of --budget")
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="instead of --budget")
     parser.add_argument("--budget", "--density", type=float, default=0.25, help="Stem's share of blocks (0.25)")
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--dense-layers", type=int, default=2, help="Stem's leading dense layers (default: 2)")

@@ -25,6 +25,7 @@ from pipeline.errors import JobError
 from pipeline.job import run
 from pipeline.records import utc_now
 from pipeline.sink import read_results
+from stem_core.config import PRESETS
 
 # What runs must have in common to stand in one table.
 SETTINGS = (
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--documents", type=int, default=192, help="best a multiple of workers x max-live (192)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768], metavar="N", help="prompts, in turn (32768)")
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--preset", default="release", choices=("paper", "release", "robust"))
+    parser.add_argument("--preset", default="release", choices=tuple(PRESETS))
     parser.add_argument("--budget", type=float, help="share of the blocks, instead of the preset's schedule")
     parser.add_argument("--chunk-tokens", type=int, default=EngineConfig.chunk_tokens)
     parser.add_argument("--max-live", type=int, default=8, help="documents that a worker decodes together (8)")

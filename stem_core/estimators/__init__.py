@@ -1,0 +1,19 @@
+"""The estimators, which score key blocks: a file each. What differs between them is asked of this table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stem_core.estimators.bound import Bound, BoundSettings
+from stem_core.estimators.mass import Mass, MassSettings
+from stem_core.estimators.oam import Oam, OamSettings
+from stem_core.estimators.protocol import Chunk, Estimator, KeyState
+
+__all__ = ["ESTIMATORS", "Chunk", "Estimator", "EstimatorSettings", "KeyState"]
+
+ESTIMATORS: dict[str, Estimator] = {estimator.name: estimator for estimator in (Oam(), Mass(), Bound())}
+
+
+@dataclass(frozen=True)
+class EstimatorSettings(BoundSettings, MassSettings, OamSettings):
+    """The fields of StemConfig that belong to one estimator each (the last base's come first)."""
