@@ -54,7 +54,7 @@ def plan_of(
 
 
 def measure_vllm(plan: dict[str, Any], python: str, path: str | None, log: Path, note: Note) -> None:
-    """Run the child; `note` gets each of its findings. Where the engine fails to start once more without compilation."""
+    """Run the child; `note` gets each of its findings. A vLLM that fails to start is tried without compilation."""
     started = again = False
 
     def noted(finding: dict[str, Any]) -> None:
