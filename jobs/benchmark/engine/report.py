@@ -138,7 +138,7 @@ def ratios(results: dict[str, Any]) -> dict[str, Any]:
 
 def show(results: dict[str, Any]) -> None:
     """Print what there is so far."""
-    console = Console(width=160)
+    console = Console(width=max(160, 22 * len(headings(results))))
     agreement = results.get("agreement", [])
     for check in agreement:
         console.print(_agreement(check), highlight=False)

@@ -86,7 +86,7 @@ class Peer:
         step = None
         if (new := self._plan["step_tokens"]) > 1:
             self._generate([prompt], new)
-            count = max(1, new - 17)
+            count = min(max(1, new - 17), len(self._steps) - 1)
             step = 1000 * (self._steps[-1] - self._steps[-1 - count]) / count
         say(
             "latency", prompt_tokens=len(prompt), first_token_seconds=min(times), all_seconds=times,
@@ -108,6 +108,7 @@ class Peer:
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+        self._steps.clear()
         begin = time.perf_counter()
         done = self._llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
         seconds = time.perf_counter() - begin
