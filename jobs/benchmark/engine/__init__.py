@@ -10,7 +10,6 @@ Results are written to OUTPUT/engine.json after every phase.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 
 from jobs.benchmark._shapes import ALIASES, SHAPES, shape_folder
+from jobs.benchmark.engine import vllm_peer
 from jobs.benchmark.engine.agreement import MODEL, check_agreement
 from jobs.benchmark.engine.baseline import Baseline, BaselinePoint, job_baseline
 from jobs.benchmark.engine.breakdown import profile_prefill
@@ -29,12 +29,9 @@ from jobs.benchmark.engine.errors import measure_errors, real_prompt
 from jobs.benchmark.engine.phases import decode_by_batch, gpu_busy, job, latency, random_prompts, warm_up
 from jobs.benchmark.engine.report import plot, show
 from jobs.benchmark.engine.run import Run
-from jobs.benchmark.engine.vllm_peer import PRECISIONS as VLLM_PRECISIONS
-from jobs.benchmark.engine.vllm_peer import measure_vllm, plan_of
 from pipeline.engine import Engine, EngineConfig
 from pipeline.engine.config import PRECISIONS
 from pipeline.engine.loading import load_config, load_precision
-from pipeline.engine.memory import release_memory
 from pipeline.errors import JobError
 from stem_core import StemConfig
 
@@ -88,11 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--error-tokens", type=int, default=16384, help="prompt of the phase error, random weights")
     parser.add_argument("--error-document", type=int, default=8000, help="the same for the trained model's document")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
-    parser.add_argument("--vllm-python", default=sys.executable, metavar="PATH", help="interpreter that has vLLM")
-    parser.add_argument("--vllm-path", metavar="DIR", help="folder before the PYTHONPATH of vLLM's process alone")
-    parser.add_argument("--vllm-chunk-tokens", type=int, default=16384, help="its max_num_batched_tokens (16384)")
-    parser.add_argument("--vllm-repeats", type=_positive, default=2, help="first tokens to time; the best counts (2)")
-    parser.add_argument("--vllm-seconds", type=float, default=600.0, help="for vLLM in each precision (600)")
+    vllm_peer.add_arguments(parser, _positive)
     parser.add_argument("--commit", default="", help="what is measured, where this is not a git checkout")
     parser.add_argument("--limit-seconds", type=float, default=3600.0, help="start no phase after this many seconds")
 
@@ -137,8 +130,9 @@ def main(arguments: argparse.Namespace) -> int:
             first = next(a for a in arms if a.config.precision == arm.config.precision) is arm
             _many_documents(run, arm, vocabulary, with_decode=first)
         for precision in dict.fromkeys(load_precision(arm.config).name for arm in arms):
-            if precision in VLLM_PRECISIONS:
-                _vllm(run, config, precision, vocabulary, Path(scratch) / f"vllm-{precision}")
+            if precision in vllm_peer.PRECISIONS:
+                lengths, place = _job_lengths(arguments), Path(scratch) / f"vllm-{precision}"
+                vllm_peer.run_phase(run, config, precision, lengths, vocabulary, place)
         _errors(run, config, stem, vocabulary)
     show(run.results)
     if not plot(run.results, run.folder / "engine.png"):
@@ -261,41 +255,6 @@ def _many_documents(run: Run, arm: Arm, vocabulary: int, with_decode: bool) -> N
                 run.phase(f"{name}: {arm.name}", lambda name=name: found.update({name: units[name]()}))  # type: ignore[misc]
 
     run.phase(f"{phases[0]}: {arm.name}", measure)
-
-
-def _vllm(run: Run, config: EngineConfig, precision: str, vocabulary: int, scratch: Path) -> None:
-    """The latencies and the job of the engine, by vLLM; each finding is printed and written as it comes."""
-    arguments = run.arguments
-
-    def measure() -> None:
-        release_memory(config.torch_device())
-        found = run.results["vllm"].setdefault(precision, {})
-        left = arguments.limit_seconds - (time.perf_counter() - run.begin)
-        plan = plan_of(
-            scratch, Path(config.model),
-            arguments.latency_lengths if "latency" in arguments.phases else [],
-            _job_lengths(arguments) if "job" in arguments.phases else [],
-            arguments.new_tokens, vocabulary,
-            precision=precision, max_context=config.max_context, max_live=arguments.max_live,
-            chunk_tokens=arguments.vllm_chunk_tokens, repeats=arguments.vllm_repeats,
-            seconds=min(arguments.vllm_seconds, left),
-        )  # fmt: skip
-
-        def note(finding: dict[str, Any]) -> None:
-            what = finding.pop("what")
-            if what in ("skipped", "failed"):
-                run.results[what].append(f"vllm: {precision}: {finding['reason']}")
-            elif what == "latency":
-                found.setdefault("latency", []).append(finding)
-            else:
-                found[what] = finding["reason"] if what == "missing" else finding
-            print(f"  vLLM {precision}, {what}: {finding}", flush=True)
-            run.write()
-
-        log = run.folder / f"vllm-{precision}.log"
-        measure_vllm(plan, arguments.vllm_python, arguments.vllm_path, log, note)
-
-    run.phase(f"vllm: {precision}", measure)
 
 
 def _errors(run: Run, config: EngineConfig, stem: StemConfig, vocabulary: int) -> None:

@@ -5,11 +5,14 @@ Needs vLLM importable by --vllm-python (this interpreter unless given), with --v
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
 import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,10 @@ from typing import Any
 import numpy as np
 
 from jobs.benchmark.engine.phases import random_prompts
+from jobs.benchmark.engine.run import Run
 from jobs.benchmark.engine.vllm_child import MARK
+from pipeline.engine import EngineConfig
+from pipeline.engine.memory import release_memory
 
 ROOT = Path(__file__).resolve().parents[3]
 CHILD = Path(__file__).with_name("vllm_child.py")
@@ -25,10 +31,59 @@ PRECISIONS = ("bf16", "fp8")  # of ours that vLLM is run in
 # The child looks at the clock between its measurements only.
 GRACE_SECONDS = 60.0
 MEMORY_SHARE = 0.92
-# With a config that names no end of sequence vLLM does not start; outputs ignore it.
+# Stop ids were taken out of the config; vLLM gets some, which outputs ignore, as they stand in any published one.
 STOPS = {"bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16"}
 
 Note = Callable[[dict[str, Any]], None]
+
+
+def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
+    """The flags of this phase."""
+    parser.add_argument("--vllm-python", default=sys.executable, metavar="PATH", help="interpreter that has vLLM")
+    parser.add_argument("--vllm-path", metavar="DIR", help="folder before the PYTHONPATH of vLLM's process alone")
+    parser.add_argument("--vllm-chunk-tokens", type=int, default=16384, help="its max_num_batched_tokens (16384)")
+    parser.add_argument("--vllm-repeats", type=positive, default=2, help="first tokens to time; the best counts (2)")
+    parser.add_argument("--vllm-seconds", type=float, default=600.0, help="for vLLM in each precision (600)")
+
+
+def run_phase(
+    run: Run, config: EngineConfig, precision: str, job: Sequence[int], vocabulary: int, scratch: Path
+) -> None:
+    """The latencies and the job of the engine, by vLLM; each finding is printed and written as it comes.
+
+    job: lengths of its documents, in their order. scratch: a folder for what vLLM reads.
+    """
+    arguments = run.arguments
+
+    def measure() -> None:
+        release_memory(config.torch_device())
+        found = run.results["vllm"].setdefault(precision, {})
+        left = arguments.limit_seconds - (time.perf_counter() - run.begin)
+        plan = plan_of(
+            scratch, Path(config.model),
+            arguments.latency_lengths if "latency" in arguments.phases else [],
+            job if "job" in arguments.phases else [],
+            arguments.new_tokens, vocabulary,
+            precision=precision, max_context=config.max_context, max_live=arguments.max_live,
+            chunk_tokens=arguments.vllm_chunk_tokens, repeats=arguments.vllm_repeats,
+            seconds=min(arguments.vllm_seconds, left),
+        )  # fmt: skip
+
+        def note(finding: dict[str, Any]) -> None:
+            what = finding.pop("what")
+            if what in ("skipped", "failed"):
+                run.results[what].append(f"vllm: {precision}: {finding['reason']}")
+            elif what == "latency":
+                found.setdefault("latency", []).append(finding)
+            else:
+                found[what] = finding["reason"] if what == "missing" else finding
+            print(f"  vLLM {precision}, {what}: {finding}", flush=True)
+            run.write()
+
+        log = run.folder / f"vllm-{precision}.log"
+        measure_vllm(plan, arguments.vllm_python, arguments.vllm_path, log, note)
+
+    run.phase(f"vllm: {precision}", measure)
 
 
 def plan_of(
