@@ -19,6 +19,10 @@ T = TypeVar("T")
 
 Impl = Literal["auto", "reference", "triton", "gluon"]
 IMPLS: tuple[str, ...] = ("auto", "reference", "triton", "gluon")
+# The next faster implementation: what a choice with a reason passed over.
+FASTER = {"reference": "triton", "triton": "gluon"}
+# Gluon is experimental and changes: (major, minor) of the Triton releases whose Hopper kernels ran correctly on a GPU.
+HOPPER_TRITON_VERSIONS = ((3, 6), (3, 7))
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,10 @@ class Choice:
 
     def __str__(self) -> str:
         return f"{self.impl} ({self.reason})" if self.reason else self.impl
+
+    def slower(self, operation: str) -> str:
+        """A sentence that says what is slower than it could be, and why; empty where nothing is."""
+        return f"{operation} runs on {self.impl}, not {FASTER[self.impl]}: {self.reason}" if self.reason else ""
 
 
 def check_impl(impl: str) -> None:
@@ -63,6 +71,18 @@ def triton_unavailable(device: torch.device) -> str:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return ""
     return f"Triton kernels need a CUDA device, got {device.type}"
+
+
+def hopper_unavailable(device: torch.device) -> str:
+    """Why Gluon kernels for Hopper cannot run on `device`, a GPU; empty if they can."""
+    capability = gpu.capability(device)
+    if capability[0] != 9:
+        return f"the Hopper path needs compute capability 9.x, got {capability[0]}.{capability[1]}"
+    version = triton_version() or ()
+    if version[:2] not in HOPPER_TRITON_VERSIONS:
+        tested = ", ".join(".".join(map(str, pair)) for pair in HOPPER_TRITON_VERSIONS)
+        return f"the Hopper path was tested with Triton {tested}, got {'.'.join(map(str, version)) or 'none'}"
+    return ""
 
 
 def choose_portable(op: str, device: torch.device, impl: str = "auto") -> Choice:

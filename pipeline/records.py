@@ -68,7 +68,7 @@ COLUMNS: tuple[Column, ...] = (
         pa.float32(),
         "least share of the attention mass that sparse prefill kept in a sampled block of rows, mean over its layers",
     ),
-    Column("kernel", _TEXT, "implementation that ran"),
+    Column("kernel", _TEXT, "implementation that ran; in brackets why not a faster one"),
     Column("queue_seconds", _REAL, "waiting in the worker for the tokeniser and the engine"),
     Column("load_seconds", _REAL, "reading the document from its source"),
     Column("tokenize_seconds", _REAL, "building the prompt and decoding the output"),

@@ -116,6 +116,7 @@ class Scheduler:
         self._failed_starts = 0
         self._next_start = 0.0
         self.started: dict[WorkerId, dict[str, Any]] = {}
+        self._told: set[str] = set()
 
     def run(self) -> None:
         """Work until every document has its row. Raises JobError if no worker starts, StopRequestedError on request."""
@@ -236,6 +237,10 @@ class Scheduler:
             del self._starting[event.worker]
             self._failed_starts = 0
             self.started[event.worker] = event.info
+            for line in event.info.get("engine", {}).get("slower", ()):
+                if line not in self._told:
+                    self._told.add(line)
+                    self._log(line)
             self._pace.joins(state.shift, self._clock())
             self._has_room(event.worker, state)
         elif event.kind == "start_failed":

@@ -33,6 +33,7 @@ SUMMARIZE = ("jobs.summarize", "--input", "reports/", "--output", "results/", "-
 # Where a command's work begins: all of its flags were read by then, and their values checked.
 WORK = {
     "jobs.audit": ("jobs.audit.__main__.run",),
+    "jobs.benchmark accumulation": ("jobs.benchmark.accumulation.linear_rows",),
     "jobs.benchmark attention": ("jobs.benchmark.attention._at_length",),
     "jobs.benchmark engine": ("jobs.benchmark.engine.Run",),
     "jobs.benchmark scaling": ("jobs.benchmark.scaling.prepare",),
@@ -56,6 +57,7 @@ RUN_BY = {
     ".ci/run": ".ci/run: make --no-print-directory lint",
     "jobs": "tests/test_commands.py: test_the_list_of_commands_names_each",
     "jobs.audit": "tests/jobs/test_audit.py: test_rows_figures_and_page_of_an_audit",
+    "jobs.benchmark accumulation": "tests/jobs/test_benchmark_accumulation.py: test_sums_and_logits_are_measured",
     "jobs.benchmark attention": "tests/jobs/test_benchmark_attention.py: test_every_case_of_ours",
     "jobs.benchmark engine": "tests/jobs/test_benchmark_engine.py: test_every_precision_has_its_arms_and_its_errors",
     "jobs.benchmark scaling": "tests/jobs/test_benchmark_scaling.py: test_real_jobs_of_one_and_two_workers",
@@ -163,7 +165,7 @@ def begin(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(name, reached)
     monkeypatch.setattr(EngineConfig, "torch_device", lambda self: torch.device("cpu"))
     monkeypatch.setattr(EngineConfig, "torch_devices", lambda self: (torch.device("cpu"),) * self.gpus)
-    for benchmark in ("attention", "selection"):
+    for benchmark in ("accumulation", "attention", "selection"):
         monkeypatch.setattr(f"jobs.benchmark.{benchmark}.DEVICE", "cpu")
     with pytest.raises(WorkBeginsError):
         main_of(module)(stood_in(arguments))

@@ -13,6 +13,7 @@ from pipeline.errors import JobError, nearest
 # exit code. Imported when asked for: a benchmark may need what another one does not.
 BENCHMARKS = {
     "attention": ("jobs.benchmark.attention", "run"),
+    "accumulation": ("jobs.benchmark.accumulation", "run"),
     "engine": ("jobs.benchmark.engine", "main"),
     "selection": ("jobs.benchmark.selection", "run"),
     "elementwise": ("jobs.benchmark.elementwise", "main"),
@@ -21,6 +22,7 @@ BENCHMARKS = {
 }
 ABOUT = {
     "attention": "one attention layer: dense baselines, FlexAttention, our kernels; from which length Stem is faster",
+    "accumulation": "what sums of fp8 products lose: linears, scores, decode attention; the logits of a model",
     "engine": "first token, decode, memory and a job of documents, beside Hugging Face generate",
     "selection": "choosing the blocks, and decode attention",
     "elementwise": "norms, activations, rotary embeddings, quantisation",

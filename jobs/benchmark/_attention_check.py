@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from jobs.benchmark._attention_fp8 import Fp8Layer
+from jobs.benchmark._row_errors import BLOCK
 from kernels.block_selection import BlockSelection
-
-BLOCK = 128
 
 
 def error_of(

@@ -12,7 +12,7 @@ from kernels.block_selection import BlockSelection
 from kernels.block_sparse_attention_fp8 import block_sparse_attention_fp8, choose_block_sparse_attention_fp8
 from kernels.block_sparse_attention_fp8.reference import round_weights
 from kernels.fp8_heads import FP8, FP8_MAX, KEY_GROUP, HeadScales, quantize_heads, write_kv
-from kernels.fp8_heads.reference import quantize
+from kernels.fp8_heads.reference import quantize, restore_keys
 
 HEADROOM = 16.0
 
@@ -66,6 +66,15 @@ class Fp8Layer:
         """The product's path: preparation, selection from the bf16 tensors, attention."""
         return lambda: self.attend(self.prepare(), select()), select()
 
+    def exact(self, head: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What the kernels read of a query head: q, k, v [L, D] in fp8 times their scales, as float64."""
+        kv_head = head // (self.q.shape[1] // self.k.shape[1])
+        k8, vt8 = self.arenas
+        v8 = restore_keys(vt8[kv_head]).mT
+        parts = (self.q8[0, head], self.scales.q[head]), (k8[kv_head], self.scales.k[kv_head])
+        q, k, v = (x.double() * scale for x, scale in (*parts, (v8, self.scales.v[kv_head])))
+        return q, k[: self.k.shape[2]], v[: self.k.shape[2]]
+
     def emulate(self, head: int, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
         """Attention of q [T, D] to k, v [K, D] of one head by the same roundings, in float32."""
         kv_head = head // (self.q.shape[1] // self.k.shape[1])
@@ -75,4 +84,5 @@ class Fp8Layer:
         )
         scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(hidden, -torch.inf)
         weights = (scores - scores.amax(-1, keepdim=True)).exp()
-        return (round_weights(weights) @ v / weights.sum(-1, keepdim=True)).double()
+        weights = round_weights(weights)
+        return (weights @ v / weights.sum(-1, keepdim=True)).double()

@@ -18,22 +18,25 @@ BLOCK = 128
 
 def mass_case(layer: Fp8Layer, group: int) -> tuple[Callable[[], Tensor], str]:
     """(call, what is wrong with it or ""): two heads' last rows against the same roundings in float64."""
-    k8 = layer.arenas[0][None]
-    call = partial(mass_scores, layer.q, k8, group=group, scales=layer.scales)
+    call = partial(mass_scores, layer.q, layer.arenas[0][None], group=group, scales=layer.scales)
     scores = call()
-    n, share, length = scores.shape[3], layer.q.shape[1] // layer.k.shape[1], layer.q.shape[2]
     for head in (0, layer.q.shape[1] - 1):
-        scale_q, scale_k = layer.scales.q[head], layer.scales.k[head // share]
-        rows = layer.q[0, head, -BLOCK:].float().unflatten(0, (-1, group)).mean(1)
-        rows = quantize(rows, scale_q).double() * scale_q
-        logits = rows @ (k8[0, head // share, :length].double() * scale_k).T * layer.q.shape[-1] ** -0.5
-        last = torch.arange(length - BLOCK + group - 1, length, group, device=rows.device)
-        logits.masked_fill_(torch.arange(length, device=rows.device) > last[:, None], -torch.inf)
-        wanted = logits.softmax(-1).unflatten(-1, (n, BLOCK)).sum(-1).amax(0)
+        wanted = true_mass(layer, group, head)
         error = float(((scores[0, head, -1].double() - wanted) / wanted).abs().max())
         if not error < 5e-2:  # a mean that rounds the other way moves its row by up to 6% of one of D products
             return call, f"mass head {head}: relative error {error:.1e}"
     return call, ""
+
+
+def true_mass(layer: Fp8Layer, group: int, head: int) -> Tensor:
+    """float64 [blocks]: the scores of the last query block of a head; the length is a multiple of BLOCK."""
+    length = layer.q.shape[2]
+    rows = layer.q[0, head, -BLOCK:].float().unflatten(0, (-1, group)).mean(1)
+    rows = quantize(rows, layer.scales.q[head]).double() * layer.scales.q[head]
+    logits = rows @ layer.exact(head)[1].mT * rows.shape[-1] ** -0.5
+    last = torch.arange(length - BLOCK + group - 1, length, group, device=rows.device)
+    logits.masked_fill_(torch.arange(length, device=rows.device) > last[:, None], -torch.inf)
+    return logits.softmax(-1).unflatten(-1, (-1, BLOCK)).sum(-1).amax(0)
 
 
 def decode_case(layer: Fp8Layer, q: Tensor, documents: int) -> tuple[Callable[[], Tensor], str]:

@@ -85,7 +85,10 @@ def capture(job: JobConfig, text: str) -> Capture:
         stem, prompt, tokens, grid, layers,
         [policy.density(len(prompt), window) for policy, window in runner.layers], plan.density,
         dense,
-        {"kernels": describe_kernels(runner, stem), "precision": runner.precision.name, "device": str(runner.device)},
+        {
+            "kernels": describe_kernels(runner, len(prompt)),
+            "precision": runner.precision.name, "device": str(runner.device),
+        },
     )  # fmt: skip
 
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import device
 from kernels.block_selection import BlockSelection
 from kernels.block_sparse_attention.descriptors import tma_obstacle
-from kernels.dispatch import Choice, check_impl, on_its_gpu, triton_unavailable, triton_version
+from kernels.dispatch import Choice, check_impl, hopper_unavailable, on_its_gpu, triton_unavailable
 
 __all__ = ["block_sparse_attention", "choose_block_sparse_attention"]
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
-# Gluon is experimental and changes: (major, minor) of the Triton releases whose Hopper kernel ran correctly on a GPU.
-HOPPER_TRITON_VERSIONS = ((3, 6),)
 
 
 def choose_block_sparse_attention(
@@ -50,13 +47,8 @@ def _hopper_obstacle(
     q: Tensor, k: Tensor | None, v: Tensor | None, block_size: int, query_start: int, window: int | None
 ) -> str:
     """Why the Hopper path cannot take this call; empty if it can."""
-    capability = device.capability(q.device)
-    version = triton_version()
-    if capability[0] != 9:
-        return f"the Hopper path needs compute capability 9.x, got {capability[0]}.{capability[1]}"
-    if version is None or version[:2] not in HOPPER_TRITON_VERSIONS:
-        tested = ", ".join(".".join(map(str, pair)) for pair in HOPPER_TRITON_VERSIONS)
-        return f"the Hopper path was tested with Triton {tested}, got {'.'.join(map(str, version or ()))}"
+    if missing := hopper_unavailable(q.device):
+        return missing
     if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] not in (64, 128):
         return f"the Hopper path takes bfloat16 and float16, D 64 and 128, got {q.dtype} and {q.shape[-1]}"
     if block_size != 128:

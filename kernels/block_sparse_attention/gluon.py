@@ -3,8 +3,9 @@
 Structure: a producer warp streams K and V blocks through shared memory by TMA; two consumer warpgroups own 64
 query rows each. A step issues S' = Q K'^T for the next block, then O += P V for the last one, and does the softmax
 of S' while P V is in flight. Both share a stage of the ring, (K', V), with one full and one empty barrier: separate
-rings for K and V cost 4% of the dense case. P stays in registers. The diagonal block goes first, so only a tile's prologue masks,
-and the running maximum is finite from the start. Rescaling O is skipped in warps where no row maximum grew (exact).
+rings for K and V cost 4% of the dense case. P stays in registers. The diagonal block goes first, so only a tile's
+prologue masks, and the running maximum is finite from the start. Rescaling O is skipped in warps where no row maximum
+grew (exact).
 
 What the compilers do to such code, and cost time to find out:
 - ptxas moves a wgmma wait up over independent arithmetic within a basic block (`deps=` and volatile asm do not stop
@@ -82,8 +83,8 @@ def produce(
                     q_desc, [n, head, row * 128 + half * 64, 0], q_full.index(half), q_s.index(half)
                 )
             q_phase ^= 1
-            # block and block1 are blocks j and j - 1; they start as different values: Triton finds what a loop carries by
-            # comparing handles.
+            # block and block1 are blocks j and j - 1; they start as different values: Triton finds what a loop carries
+            # by comparing handles.
             block = row0 + row
             block1 = block + 0
             for j in range(count + 1):
@@ -224,7 +225,8 @@ def block_sparse_attention_hopper(
         (consume, (1, o_desc, lse, counts, q_s, k_s, v_s, o_s, q_full, q_empty, full, empty,
                    rows, lanes, row0, n_queries, log2_scale,
                    D, KV_HEADS, GROUP, STAGES, DENSE, WITH_LSE)),
-        (produce, (q_desc, k_desc, v_desc, indices, counts, q_s, k_s, v_s, q_full, q_empty, full, empty, rows, lanes, row0, max_blocks, KV_HEADS, GROUP, STAGES, DENSE)),
+        (produce, (q_desc, k_desc, v_desc, indices, counts, q_s, k_s, v_s, q_full, q_empty, full, empty,
+                   rows, lanes, row0, max_blocks, KV_HEADS, GROUP, STAGES, DENSE)),
     ], [4, 1], [240, 24])  # fmt: skip
 
 

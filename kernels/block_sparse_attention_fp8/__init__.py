@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import device
 from kernels.block_selection import BlockSelection
-from kernels.block_sparse_attention import HOPPER_TRITON_VERSIONS
 from kernels.block_sparse_attention.descriptors import tma_obstacle
-from kernels.dispatch import Choice, check_impl, on_its_gpu, triton_unavailable, triton_version
+from kernels.dispatch import Choice, check_impl, hopper_unavailable, on_its_gpu, triton_unavailable
 from kernels.fp8_heads import FP8, KEY_GROUP, HeadScales, fp8_obstacle
 
 __all__ = ["block_sparse_attention_fp8", "choose_block_sparse_attention_fp8"]
@@ -59,13 +57,8 @@ def _hopper_obstacle(
     dtype: torch.dtype,
 ) -> str:
     """Why the Hopper path cannot take this call; empty if it can."""
-    capability = device.capability(q.device)
-    version = triton_version()
-    if capability[0] != 9:
-        return f"the Hopper path needs compute capability 9.x, got {capability[0]}.{capability[1]}"
-    if version is None or version[:2] not in HOPPER_TRITON_VERSIONS:
-        tested = ", ".join(".".join(map(str, pair)) for pair in HOPPER_TRITON_VERSIONS)
-        return f"the Hopper path was tested with Triton {tested}, got {'.'.join(map(str, version or ()))}"
+    if missing := hopper_unavailable(q.device):
+        return missing
     if q.shape[-1] not in (64, 128) or dtype not in (torch.bfloat16, torch.float16):
         return f"the Hopper path takes D 64 and 128 and gives bfloat16 or float16, got {q.shape[-1]} and {dtype}"
     if block_size != 128:
@@ -103,8 +96,8 @@ def block_sparse_attention_fp8(
         adds must be finite (`kernels.fp8_heads.write_kv` writes zeros). Any strides with a contiguous last dimension.
     scales: what the operands are to be multiplied with, by head.
     selection, scale, window, return_lse: as for `kernels.block_sparse_attention`.
-    dtype: of the output. P is rounded to e4m3 too, times 2^8. Products are summed on two levels: within one block of
-        up to 128 keys by the tensor core, which on Hopper keeps about 14 bits of such a sum, over the blocks in float32.
+    dtype: of the output. P is rounded to e4m3 too, times 2^8. Products are summed on two levels: up to 128 keys by the
+        tensor core, which on Hopper keeps about 14 bits of such a sum, and those sums in float32.
     Returns out [N, H, Lq, D] (memory laid out [N, Lq, H, D]) and with `return_lse` float32 [N, H, Lq].
     Raises ValueError for shapes or types that do not fit, or where fp8 cannot run.
     """

@@ -230,10 +230,12 @@ def block_sparse_attention_fp8_hopper(
         mbarrier.init(empty.index(stage), count=2)
     fence_async_shared()
     gl.warp_specialize([
-        (consume, (0, o_desc, lse, counts, q_scale, k_scale, v_scale, q_s, k_s, v_s, one_s, o_s, q_full, q_empty, full, empty,
-                   rows, lanes, row0, n_queries, log2_scale, D, KV_HEADS, GROUP, STAGES, DENSE, WITH_LSE)),
-        (consume, (1, o_desc, lse, counts, q_scale, k_scale, v_scale, q_s, k_s, v_s, one_s, o_s, q_full, q_empty, full, empty,
-                   rows, lanes, row0, n_queries, log2_scale, D, KV_HEADS, GROUP, STAGES, DENSE, WITH_LSE)),
+        (consume, (0, o_desc, lse, counts, q_scale, k_scale, v_scale, q_s, k_s, v_s, one_s, o_s,
+                   q_full, q_empty, full, empty, rows, lanes, row0, n_queries, log2_scale,
+                   D, KV_HEADS, GROUP, STAGES, DENSE, WITH_LSE)),
+        (consume, (1, o_desc, lse, counts, q_scale, k_scale, v_scale, q_s, k_s, v_s, one_s, o_s,
+                   q_full, q_empty, full, empty, rows, lanes, row0, n_queries, log2_scale,
+                   D, KV_HEADS, GROUP, STAGES, DENSE, WITH_LSE)),
         (produce, (q_desc, k_desc, v_desc, indices, counts, q_s, k_s, v_s, q_full, q_empty, full, empty,
                    rows, lanes, row0, max_blocks, KV_HEADS, GROUP, STAGES, DENSE)),
     ], [4, 1], [240, 24])  # fmt: skip

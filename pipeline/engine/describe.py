@@ -12,6 +12,7 @@ from kernels.block_sparse_attention import choose_block_sparse_attention
 from kernels.block_sparse_attention_fp8 import choose_block_sparse_attention_fp8
 from kernels.decode_attention import choose_decode_attention
 from kernels.decode_attention_fp8 import choose_decode_attention_fp8
+from kernels.dispatch import Choice
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.runner import ModelRunner
 from pipeline.versions import versions
@@ -19,7 +20,7 @@ from stem_core.config import StemConfig
 from stem_core.estimators import ESTIMATORS
 from stem_core.fp8 import describe_fp8
 from stem_core.fuse import describe_fusion
-from stem_core.policy import DENSE_BLOCK_SIZE
+from stem_core.policy import DENSE_BLOCK_SIZE, cutting_window
 from stem_core.selection import selection_rule
 
 
@@ -46,30 +47,62 @@ def _gpus(devices: Sequence[torch.device]) -> str:
     return " + ".join(name if count == 1 else f"{count} x {name}" for name, count in names.items())
 
 
-def describe_kernels(runner: ModelRunner, attention: StemConfig | None) -> dict[str, str]:
-    """Implementation of each operation on the runner's device, dtype and head size.
+def describe_kernels(runner: ModelRunner, prompt_tokens: int, dense: bool = False) -> dict[str, str]:
+    """Implementation of each operation on the runner's device, dtype and head size, for a prompt of so many tokens.
 
-    attention: the model's, or None for what runs on a prompt that is dense anyway. Where layers differ in their
-    implementation of prefill (dense ones beside sparse ones, sliding windows), all are named.
+    dense: no layer is sparse, whatever the model's attention says. Where layers differ in their implementation of
+    prefill (dense ones beside sparse ones, sliding windows), all are named.
     """
-    shape = next(iter(runner.shapes.values()))
-    q = torch.empty(1, 1, 1, shape.head_dim, dtype=runner.dtype, device=runner.device)
-    prefill = []
-    for policy, window in runner.layers:
-        sparse = attention is not None and policy.layer >= attention.dense_layers and window is None
-        block_size = attention.block_size if attention is not None and sparse else DENSE_BLOCK_SIZE
-        if runner.precision.fp8:
-            choice = choose_block_sparse_attention_fp8(q, block_size, window=window, dtype=runner.dtype)
-        else:
-            choice = choose_block_sparse_attention(q, block_size, window=window)
-        prefill.append(str(choice))
-    kind = "fp8 " if runner.precision.fp8 else ""
-    decode = choose_decode_attention_fp8(q[0]) if runner.precision.fp8 else choose_decode_attention(q[0])
-    chosen = {"prefill": kind + " and ".join(dict.fromkeys(prefill)), "decode": f"{kind}{decode}"}
-    if attention is not None:
-        chosen["scores"] = f"{attention.estimator} {ESTIMATORS[attention.estimator].choose(q)}"
-        chosen["selection"] = str(selection_rule(attention).choose(runner.device))
+    choices, stem = _choices(runner, prompt_tokens, dense)
+    kind = {"prefill": "fp8 ", "decode": "fp8 "} if runner.precision.fp8 else {}
+    if stem is not None:
+        kind["scores"] = f"{stem.estimator} "
+    chosen = {
+        name: kind.get(name, "") + " and ".join(dict.fromkeys(map(str, found))) for name, found in choices.items()
+    }
     if runner.precision.fp8:
         fast = describe_fp8(runner.model)["fast_accumulation"]
         chosen["linears"] = f"fp8 with {'fast' if fast else 'precise'} accumulation"
     return chosen
+
+
+def slower_paths(runner: ModelRunner, prompt_tokens: int) -> list[str]:
+    """A sentence for each operation that runs on a slower path than there is; nothing on a CPU."""
+    choices, _ = _choices(runner, prompt_tokens, dense=False)
+    sentences = [
+        choice.slower(name if len(found) == 1 else f"{name} of some layers")
+        for name, found in choices.items()
+        for choice in found
+    ]
+    return [sentence for sentence in sentences if sentence]
+
+
+def _choices(runner: ModelRunner, prompt_tokens: int, dense: bool) -> tuple[dict[str, list[Choice]], StemConfig | None]:
+    """The implementations of each operation, different ones once; and the attention of sparse layers, if there are any.
+
+    Windows and budgets are those of stem_core.policy, by which attention itself goes.
+    """
+    shape = next(iter(runner.shapes.values()))
+    q = torch.empty(1, 1, 1, shape.head_dim, dtype=runner.dtype, device=runner.device)
+    stem = None
+    layers: dict[tuple[int, int | None], None] = {}  # block size and window, in the order of the layers
+    for policy, window in runner.layers:
+        block_size = DENSE_BLOCK_SIZE
+        if not dense and policy.budget(prompt_tokens, window).budgets is not None:
+            assert policy.config is not None
+            stem, block_size = policy.config, policy.config.block_size
+        layers[block_size, cutting_window(prompt_tokens, window)] = None
+    if runner.precision.fp8:
+        prefill = [
+            choose_block_sparse_attention_fp8(q, block_size, window=window, dtype=runner.dtype)
+            for block_size, window in layers
+        ]
+        decode = choose_decode_attention_fp8(q[0])
+    else:
+        prefill = [choose_block_sparse_attention(q, block_size, window=window) for block_size, window in layers]
+        decode = choose_decode_attention(q[0])
+    choices = {"prefill": list(dict.fromkeys(prefill)), "decode": [decode]}
+    if stem is not None:
+        choices["scores"] = [ESTIMATORS[stem.estimator].choose(q)]
+        choices["selection"] = [selection_rule(stem).choose(runner.device)]
+    return choices, stem

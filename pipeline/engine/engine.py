@@ -20,7 +20,7 @@ from torch import Tensor
 from pipeline.engine.batch import IDLE, NOT_FINITE, DecodeBatch
 from pipeline.engine.config import Completion, EngineConfig, EngineError, Request, Status
 from pipeline.engine.decode import DecodeRunner, Readback, StepKey, batch_bucket
-from pipeline.engine.describe import describe_engine, describe_kernels
+from pipeline.engine.describe import describe_engine, describe_kernels, slower_paths
 from pipeline.engine.document import Document, WaitingLine, accept
 from pipeline.engine.loading import stop_token_ids
 from pipeline.engine.memory import allocate_arena, load_and_plan, release_memory
@@ -62,8 +62,6 @@ class Engine:
                 f"{self._plan.arena_tokens:,} tokens: lower max_live or arena_tokens"
             ) from error
         self._readback: Readback[list[tuple[int, Document]]] = Readback(config.max_live, self._lag + 1, device)
-        self._kernels = describe_kernels(self._runner, config.attention)
-        self._dense_kernels = describe_kernels(self._runner, None)
         self._waiting = WaitingLine()
         self._prefilling: Document | None = None
         self._live: dict[int, Document] = {}
@@ -91,10 +89,12 @@ class Engine:
         return self._plan
 
     def describe(self) -> dict[str, Any]:
-        """What runs here: device, precision, attention, kernels, decode mode, versions. dtype: of activations."""
+        """What runs here: device, precision, attention, kernels, decode mode, versions. dtype: of activations; kernels
+        and slower (sentences): for the longest prompts."""
         return describe_engine(self._runner, self.config) | {
             "chunk_tokens": self._chunk,
-            "kernels": self._kernels,
+            "kernels": describe_kernels(self._runner, self.max_context),
+            "slower": slower_paths(self._runner, self.max_context),
             "decode": self._decode.mode,
         }
 
@@ -266,8 +266,10 @@ class Engine:
         """Hand the document over as a completion and release what it holds."""
         self._meter.note_peak(self._current())
         self._release(document)
-        used = {"stem": self._kernels, "dense": self._dense_kernels}.get(document.plan.attention, {})
-        kernel = ", ".join(f"{name}: {chosen}" for name, chosen in used.items())
+        kernel = ""
+        if attention := document.plan.attention:
+            used = describe_kernels(self._runner, document.prompt_tokens, dense=attention == "dense")
+            kernel = ", ".join(f"{name}: {chosen}" for name, chosen in used.items())
         self._done.append(document.completion(status, error, finish_reason, kernel))
 
     def _release(self, document: Document) -> None:

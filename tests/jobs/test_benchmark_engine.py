@@ -81,7 +81,7 @@ def test_min_mass_is_measured(tmp_path: Path) -> None:
 
 
 def test_what_runs_on_one_gpu_is_refused_on_several(tmp_path: Path) -> None:
-    with pytest.raises(JobError, match="--gpus-per-worker: baseline, profile, busy run on one GPU; leave them out"):
+    with pytest.raises(JobError, match="baseline, profile, busy, vllm run on one GPU; leave them out"):
         main([*FLAGS, "--gpus-per-worker", "2", "--output", str(tmp_path)])
 
 

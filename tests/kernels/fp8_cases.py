@@ -151,8 +151,8 @@ def check_attention(case: Case, impl: str, device: str) -> None:
     true_out, true_lse = eager(q, k, v, visible, scale)
     reference, _ = run("reference")
     assert_no_worse(out, reference, true_out)
-    # A log-sum-exp is wrong by no more than its worst score, a score by the rounding of a sum of magnitudes; and its sum
-    # is of weights in e4m3, each wrong by up to 2^-4, which many of them even out.
+    # A log-sum-exp is wrong by no more than its worst score, a score by the rounding of a sum of magnitudes; and its
+    # sum is of weights in e4m3, each wrong by up to 2^-4, which many of them even out.
     heads_per_kv = q.shape[1] // k.shape[1]
     magnitude = (q.abs() @ k.abs().repeat_interleave(heads_per_kv, 1).mT) * scale
     magnitude = magnitude.masked_fill(~visible, 0).amax(-1)

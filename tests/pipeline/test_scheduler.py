@@ -33,6 +33,7 @@ class Workers:
         self.most_held = 0
         self.order: list[str] = []
         self.careful: list[str] = []
+        self.slower: list[str] = []
 
     def clock(self) -> float:
         return self.time
@@ -59,7 +60,7 @@ class Workers:
         events, later = [], []
         for worker in self.fresh:
             problem = next(self.starts, "")
-            info = {"max_live": self.max_live}
+            info = {"max_live": self.max_live, "engine": {"slower": self.slower}}
             if problem == "later":
                 later.append(worker)
             else:
@@ -102,6 +103,15 @@ def by_id(rows: list[Row]) -> dict[str, Row]:
 
 
 NAMES = [f"d{i}" for i in range(40)]
+
+
+def test_a_slower_path_is_told_once() -> None:
+    told: list[str] = []
+    pool = Workers(ok)
+    pool.slower = ["prefill runs on triton, not gluon: too old", "decode runs on reference, not triton: none"]
+    Scheduler(pool, map(document, NAMES), len(NAMES), Limits(workers=2), lambda *_: None, log=told.append).run()
+    assert pool.count == 2
+    assert told == pool.slower
 
 
 def test_documents_go_out_in_order_and_come_back_once() -> None:

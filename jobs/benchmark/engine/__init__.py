@@ -1,8 +1,9 @@
-"""Documents through the engine and through Hugging Face generate (sdpa, one at a time), in one run.
+"""Documents through the engine, through vLLM and through Hugging Face generate (sdpa, one at a time), in one run.
 
 First it asks whether both write the same tokens (bundled trained model, dense, greedy); if they do not, nothing is
 timed. Then, on random weights of the asked shape, for each arm (Stem or dense, in each precision): time to first token,
-what it consists of, decode steps, peak memory, documents an hour; and the error of each arm against dense bf16.
+what it consists of, decode steps, peak memory, documents an hour; the same documents through vLLM, in bf16 and fp8 as
+the arms are, where it is installed; and the error of each arm against dense bf16.
 Results are written to OUTPUT/engine.json after every phase.
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from jobs.benchmark._shapes import ALIASES, SHAPES, shape_folder
+from jobs.benchmark.engine import vllm_peer
 from jobs.benchmark.engine.agreement import MODEL, check_agreement
 from jobs.benchmark.engine.baseline import Baseline, BaselinePoint, job_baseline
 from jobs.benchmark.engine.breakdown import profile_prefill
@@ -33,9 +35,9 @@ from pipeline.engine.loading import load_config, load_precision
 from pipeline.errors import JobError
 from stem_core.config import PRESETS, StemConfig
 
-PHASES = ("agreement", "baseline", "latency", "profile", "job", "decode", "busy", "error")
-# generate runs on one GPU, and what a profile says of idle time holds for one.
-ONE_GPU = ("baseline", "profile", "busy")
+PHASES = ("agreement", "baseline", "latency", "profile", "job", "decode", "busy", "vllm", "error")
+# generate and vLLM run on one GPU, and what a profile says of idle time holds for one.
+ONE_GPU = ("baseline", "profile", "busy", "vllm")
 ATTENTIONS = ("stem", "dense")
 
 
@@ -83,6 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--error-tokens", type=int, default=16384, help="prompt of the phase error, random weights")
     parser.add_argument("--error-document", type=int, default=8000, help="the same for the trained model's document")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
+    vllm_peer.add_arguments(parser, _positive)
     parser.add_argument("--commit", default="", help="what is measured, where this is not a git checkout")
     parser.add_argument("--limit-seconds", type=float, default=3600.0, help="start no phase after this many seconds")
 
@@ -126,6 +129,10 @@ def main(arguments: argparse.Namespace) -> int:
         for arm in arms:
             first = next(a for a in arms if a.config.precision == arm.config.precision) is arm
             _many_documents(run, arm, vocabulary, with_decode=first)
+        for precision in dict.fromkeys(load_precision(arm.config).name for arm in arms):
+            if precision in vllm_peer.PRECISIONS:
+                lengths, place = _job_lengths(arguments), Path(scratch) / f"vllm-{precision}"
+                vllm_peer.run_phase(run, config, precision, lengths, vocabulary, place)
         _errors(run, config, stem, vocabulary)
     show(run.results)
     if not plot(run.results, run.folder / "engine.png"):

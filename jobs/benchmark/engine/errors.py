@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,8 +26,9 @@ DOCUMENTS = Path(__file__).parents[3] / "examples" / "documents"
 QUESTION = "List the key findings in order."
 # Positions whose logits are compared, spread evenly over the prompt; the last token is one of them.
 POSITIONS = 128
-# The reference first. (name, precision, sparse, fast accumulation)
-VARIANTS = (
+Variant = tuple[str, str, bool, bool]  # name, precision, sparse, fast accumulation
+# The reference first.
+VARIANTS: tuple[Variant, ...] = (
     ("dense bf16", "bf16", False, False),
     ("stem bf16", "bf16", True, False),
     ("dense fp8", "fp8", False, False),
@@ -50,7 +51,12 @@ class Trace:
 
 
 def measure_errors(
-    config: EngineConfig, prompt: np.ndarray, stem: StemConfig, note: Callable[[list[dict[str, Any]]], None]
+    config: EngineConfig,
+    prompt: np.ndarray,
+    stem: StemConfig | None,
+    note: Callable[[list[dict[str, Any]]], None],
+    variants: Sequence[Variant] = VARIANTS,
+    positions: int = POSITIONS,
 ) -> None:
     """Every variant on one prompt; `note` gets the list of all results so far after each. Waits for the device."""
     device = config.torch_device()
@@ -59,7 +65,7 @@ def measure_errors(
     wanted_logits = torch.empty(0)
     runner: ModelRunner | None = None
     loaded = None
-    for name, precision, sparse, fast in VARIANTS:
+    for name, precision, sparse, fast in variants:
         if loaded != (precision, fast):
             runner = None
             release_memory(device)
@@ -68,7 +74,7 @@ def measure_errors(
         assert runner is not None
         runner.attend(stem if sparse else None)
         trace, density = _run(runner, prompt, config.chunk_tokens, wanted)
-        logits = _logits(runner, trace, len(prompt))
+        logits = _logits(runner, trace, len(prompt), positions)
         if wanted is None:
             wanted, wanted_logits = trace, logits
             continue
@@ -130,22 +136,25 @@ def _tracing(runner: ModelRunner, trace: Trace, wanted: Trace | None) -> Iterato
 
 
 @torch.inference_mode()
-def _logits(runner: ModelRunner, trace: Trace, tokens: int) -> Tensor:
+def _logits(runner: ModelRunner, trace: Trace, tokens: int, count: int) -> Tensor:
     """float32 [positions, V]; the final norm's outputs are let go."""
-    positions = torch.linspace(0, tokens - 1, min(POSITIONS, tokens)).round().long()
+    positions = torch.linspace(0, tokens - 1, min(count, tokens)).round().long()
     rows = torch.cat(trace.last)[positions.to(trace.last[0].device)]
     trace.last = []
     return runner.model.get_output_embeddings()(rows).float()  # type: ignore[operator]
 
 
 def _compare_logits(logits: Tensor, wanted: Tensor) -> dict[str, Any]:
-    """KL(reference || variant) in nats, and how often both prefer the same token."""
+    """KL(reference || variant) in nats, how often both prefer the same token, and how much larger (below 0: smaller)
+    the variant's logits are along the reference's, both about their mean."""
     log_p, log_q = wanted.log_softmax(-1), logits.log_softmax(-1)
+    about = wanted - wanted.mean(-1, keepdim=True)
     divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
     return {
         "kl_last_token": float(divergence[-1]),
         "kl_mean": float(divergence.mean()),
         "kl_max": float(divergence.max()),
+        "logit_bias": float((logits * about).sum() / about.square().sum() - 1),
         "logit_error": float((logits - wanted).norm() / wanted.norm()),
         "same_token": float((logits.argmax(-1) == wanted.argmax(-1)).float().mean()),
         "positions": len(wanted),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ GIB = 2**30
 
 
 def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
-    """(what, Hugging Face, each arm in order), as far as it was measured."""
+    """Cells under headings(), as far as something was measured."""
     return [row for row in _all_rows(results) if any(row[1:])]
 
 
@@ -25,45 +26,80 @@ def _generate(results: dict[str, Any]) -> dict[int, dict[str, Any]]:
 
 
 def _lengths(results: dict[str, Any]) -> list[int]:
-    measured = {p["prompt_tokens"] for arm in results["engine"].values() for p in arm.get("latency", [])}
+    theirs = results.get("vllm", {}).values()
+    measured = {p["prompt_tokens"] for arm in (*results["engine"].values(), *theirs) for p in arm.get("latency", [])}
     return sorted(measured | set(_generate(results)))
 
 
+def headings(results: dict[str, Any]) -> list[str]:
+    """Of the columns of rows(): generate, vLLM in each precision, each arm, and how much faster than vLLM it is."""
+    theirs = [f"vLLM {precision}" for precision in results.get("vllm", {})]
+    return ["", "HF generate, sdpa", *theirs, *results["engine"], *(f"{arm} / vLLM" for arm in _compared(results))]
+
+
+def _compared(results: dict[str, Any]) -> list[str]:
+    """Arms in a precision in which vLLM has figures."""
+    return [name for name in results["engine"] if _peer(results, name).keys() & {"latency", "job"}]
+
+
+def _peer(results: dict[str, Any], arm: str) -> dict[str, Any]:
+    """vLLM in the precision of an arm, "stem-fp8" say."""
+    return results.get("vllm", {}).get(arm.rpartition("-")[2], {})
+
+
 def _all_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
-    arms = list(results["engine"].values())
-    generate = _generate(results)
+    arms, peers = list(results["engine"].values()), list(results.get("vllm", {}).values())
+    generate, factors = _generate(results), ratios(results)
     table: list[tuple[str, ...]] = []
+
+    def add(name: str, cells: list[str], vs_vllm: Callable[[dict[str, Any]], float | None] = lambda _: None) -> None:
+        """cells: of generate, vLLM and the arms; those of the arms alone may come alone."""
+        blank = [""] * (1 + len(peers) + len(arms) - len(cells))
+        table.append((name, *blank, *cells, *(_text(vs_vllm(factors[arm]), "{:.2f}x") for arm in _compared(results))))
+
+    def told(cells: list[str]) -> list[str]:
+        """With a word in the cells of a vLLM that is not there."""
+        here = ["not installed" if "missing" in peer else cells[i] for i, peer in enumerate(peers, 1)]
+        return [cells[0], *here, *cells[1 + len(peers) :]]
+
     for length in _lengths(results):
-        points = [generate.get(length, {}), *(_point(arm, length) for arm in arms)]
+        points = [generate.get(length, {}), *(_point(found, length) for found in (*peers, *arms))]
         name = f"{length:,} tokens"
         reference = points[0].get("first_token_seconds")
-        table.append(
-            (f"{name}: first token", *(_times(p.get("first_token_seconds"), reference, "{:.2f} s") for p in points))
+        add(
+            f"{name}: first token",
+            told([_times(point.get("first_token_seconds"), reference, "{:.2f} s") for point in points]),
+            lambda factor, length=length: factor.get("first_token_vs_vllm", {}).get(length),  # type: ignore[misc]
         )
-        table.append((f"{name}: density", *(_text(p.get("density"), "{:.3f}") for p in points)))
-        table.append((f"{name}: decode step", *(_text(p.get("decode_step_ms"), "{:.1f} ms") for p in points)))
-        table.append((f"{name}: peak memory", *(_text(_gib(p.get("peak_bytes")), "{:.1f} GiB") for p in points)))
+        add(f"{name}: density", [_text(point.get("density"), "{:.3f}") for point in points])
+        add(
+            f"{name}: decode step",
+            [_text(point.get("decode_step_ms"), "{:.1f} ms") for point in points],
+            lambda factor, length=length: factor.get("decode_step_vs_vllm", {}).get(length),  # type: ignore[misc]
+        )
+        add(f"{name}: peak memory", [_text(_gib(point.get("peak_bytes")), "{:.1f} GiB") for point in points])
     steps = {(p["documents"], p["prompt_tokens"]) for arm in arms for p in arm.get("decode", [])}
     for documents, length in sorted(steps):
         cells = [
             next((_text(p["step_ms"], "{:.1f} ms") for p in arm.get("decode", []) if _same(p, documents, length)), "")
             for arm in arms
         ]
-        table.append((f"decode step, {documents} x {length:,}", "", *cells))
-    jobs = [results.get("baseline", {}).get("job", {}), *(arm.get("job", {}) for arm in arms)]
-    reference = jobs[0].get("seconds")
-    table.append(("job: seconds", *(_times(j.get("seconds"), reference, "{:.1f} s") for j in jobs)))
-    table.append(("job: density", *(_text(j.get("density"), "{:.3f}") for j in jobs)))
-    table.append(("job: documents an hour", *(_text(j.get("documents_per_hour"), "{:.1f}") for j in jobs)))
-    table.append(("job: output tokens/s", *(_text(j.get("output_tokens_per_second"), "{:.1f}") for j in jobs)))
-    table.append(("job: GPU utilisation (driver)", *(_text(j.get("gpu_utilisation"), "{:.1%}") for j in jobs)))
+        add(f"decode step, {documents} x {length:,}", cells)
+    jobs = [results.get("baseline", {}).get("job", {}), *(found.get("job", {}) for found in (*peers, *arms))]
+    if any(jobs):
+        reference = jobs[0].get("seconds")
+        seconds = told([_times(j.get("seconds"), reference, "{:.1f} s") for j in jobs])
+        add("job: seconds", seconds, lambda factor: factor.get("job_vs_vllm"))
+    add("job: density", [_text(j.get("density"), "{:.3f}") for j in jobs])
+    add("job: documents an hour", [_text(j.get("documents_per_hour"), "{:.1f}") for j in jobs])
+    add("job: output tokens/s", [_text(j.get("output_tokens_per_second"), "{:.1f}") for j in jobs])
+    add("job: GPU utilisation (driver)", [_text(j.get("gpu_utilisation"), "{:.1%}") for j in jobs])
     busy = [arm.get("busy") or {} for arm in arms]
-    table.append(("GPU busy (profiler)", "", *(_text(b.get("busy_share"), "{:.1%}") for b in busy)))
+    add("GPU busy (profiler)", [_text(b.get("busy_share"), "{:.1%}") for b in busy])
     profiles = [arm.get("profile") or {} for arm in arms]
     for group in ("linears", "attention", "selection", "elementwise", "other"):
-        cells = [_text(p.get("groups_ms", {}).get(group), "{:.0f} ms") for p in profiles]
-        table.append((f"profile: {group}", "", *cells))
-    table.append(("profile: nothing runs", "", *(_text(p.get("gaps_ms"), "{:.0f} ms") for p in profiles)))
+        add(f"profile: {group}", [_text(p.get("groups_ms", {}).get(group), "{:.0f} ms") for p in profiles])
+    add("profile: nothing runs", [_text(p.get("gaps_ms"), "{:.0f} ms") for p in profiles])
     return table
 
 
@@ -72,7 +108,8 @@ def _same(point: dict[str, Any], documents: int, length: int) -> bool:
 
 
 def ratios(results: dict[str, Any]) -> dict[str, Any]:
-    """By arm, how many times faster than generate, and than the engine's own dense attention in 16 bits.
+    """By arm, how many times faster than generate, than the engine's own dense attention in 16 bits, and than vLLM in
+    the arm's precision.
 
     {arm: {"first_token_vs_generate": {length: x}, "first_token_vs_own_dense": ..., "job_vs_generate": x, ...}}
     """
@@ -81,17 +118,18 @@ def ratios(results: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, arm in results["engine"].items():
         ours = found[name] = {}
-        for label, point in (
-            ("first_token_vs_generate", lambda length: generate.get(length, {})),
-            ("first_token_vs_own_dense", lambda length: _point(own, length)),
+        peer = _peer(results, name)
+        for label, figure, point in (
+            ("first_token_vs_generate", "first_token_seconds", lambda length: generate.get(length, {})),
+            ("first_token_vs_own_dense", "first_token_seconds", lambda length: _point(own, length)),
+            ("first_token_vs_vllm", "first_token_seconds", lambda length, peer=peer: _point(peer, length)),
+            ("decode_step_vs_vllm", "decode_step_ms", lambda length, peer=peer: _point(peer, length)),
         ):
-            pairs = {
-                n: (point(n).get("first_token_seconds"), _point(arm, n).get("first_token_seconds"))
-                for n in _lengths(results)
-            }
+            pairs = {n: (point(n).get(figure), _point(arm, n).get(figure)) for n in _lengths(results)}  # type: ignore[operator]
             ours[label] = {n: theirs / mine for n, (theirs, mine) in pairs.items() if theirs and mine}
         seconds = arm.get("job", {}).get("seconds")
-        for label, other in (("job_vs_generate", results.get("baseline", {})), ("job_vs_own_dense", own)):
+        others = {"job_vs_generate": results.get("baseline", {}), "job_vs_own_dense": own, "job_vs_vllm": peer}
+        for label, other in others.items():
             theirs = other.get("job", {}).get("seconds")
             if seconds and theirs:
                 ours[label] = theirs / seconds
@@ -100,7 +138,7 @@ def ratios(results: dict[str, Any]) -> dict[str, Any]:
 
 def show(results: dict[str, Any]) -> None:
     """Print what there is so far."""
-    console = Console(width=160)
+    console = Console(width=max(160, 22 * len(headings(results))))
     agreement = results.get("agreement", [])
     for check in agreement:
         console.print(_agreement(check), highlight=False)
@@ -109,13 +147,15 @@ def show(results: dict[str, Any]) -> None:
         f"{results['shape']} on {stamp.get('gpu', stamp['device'])}, torch {stamp['torch']}, commit {stamp['commit']}"
     )
     table = Table(title=title, title_justify="left")
-    for heading in ("", "HF generate, sdpa", *results["engine"]):
+    for heading in headings(results):
         table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
     for row in rows(results):
         table.add_row(*row)
     console.print(table)
     if "job" in results.get("baseline", {}):
         console.print(f"HF job: {results['baseline']['job']['how']}", highlight=False)
+    for precision, found in results.get("vllm", {}).items():
+        console.print(f"vLLM {precision}: {_vllm(found)}", highlight=False)
     for model, errors in results.get("error", {}).items():
         console.print(f"against {errors['against']}, {model}, {errors['prompt_tokens']:,} tokens:", highlight=False)
         for variant in errors["variants"]:
@@ -136,20 +176,21 @@ def plot(results: dict[str, Any], path: Path) -> bool:
 
     baseline, arms = results.get("baseline", {}), results.get("engine", {})
     series = {"HF generate, sdpa": {p["prompt_tokens"]: p["first_token_seconds"] for p in baseline.get("points", [])}}
-    for arm, found in arms.items():
-        points = found.get("latency", [])
-        series[f"engine, {arm}"] = {p["prompt_tokens"]: p["first_token_seconds"] for p in points}
+    vllm = {f"vLLM {precision}": found for precision, found in results.get("vllm", {}).items()}
+    measured = vllm | {f"engine, {arm}": found for arm, found in arms.items()}
+    for name, found in measured.items():
+        series[name] = {p["prompt_tokens"]: p["first_token_seconds"] for p in found.get("latency", [])}
     lengths = sorted({length for values in series.values() for length in values})
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    width = 0.8 / len(series)
     for place, (name, values) in enumerate(series.items()):
-        spots = [i + 0.26 * place for i, length in enumerate(lengths) if length in values]
-        left.bar(spots, [values[length] for length in lengths if length in values], width=0.25, label=name)
-    left.set_xticks([i + 0.26 for i in range(len(lengths))], [f"{length // 1024}K" for length in lengths])
+        spots = [i + width * place for i, length in enumerate(lengths) if length in values]
+        left.bar(spots, [values[length] for length in lengths if length in values], width=width, label=name)
+    left.set_xticks([i + 0.4 for i in range(len(lengths))], [f"{length // 1024}K" for length in lengths])
     left.set_ylabel("seconds to first token")
     left.legend()
-    jobs = {"HF generate, sdpa": baseline.get("job", {})} | {
-        f"engine, {arm}": found.get("job", {}) for arm, found in arms.items()
-    }
+    jobs = {"HF generate, sdpa": baseline.get("job", {})}
+    jobs |= {name: found.get("job", {}) for name, found in measured.items()}
     jobs = {name: figures for name, figures in jobs.items() if figures}
     right.bar(list(jobs), [figures["documents_per_hour"] for figures in jobs.values()], width=0.5)
     right.set_ylabel("documents an hour")
@@ -169,6 +210,18 @@ def _agreement(check: dict[str, Any]) -> str:
         f"agreement with generate ({check['precision']}): {check['identical_share']:.2%} of {check['tokens']} tokens "
         f"stand before a parting; {len(partings)} of {check['documents']} documents part{gaps}"
         f"{'' if check['ok'] else ': these are NOT ties'}"
+    )
+
+
+def _vllm(found: dict[str, Any]) -> str:
+    about = found.get("about")
+    if about is None:
+        return found.get("missing", "no figures")
+    how = "without compilation and CUDA graphs" if about["eager"] else "compiled, CUDA graphs"
+    how += f"; first tokens are the best of {about['repeats']}"
+    return (
+        f"{about['vllm']}, torch {about['torch']}, chunks of {about['chunk_tokens']:,} tokens, room for "
+        f"{about['kv_tokens']:,}, {how}"
     )
 
 

@@ -29,6 +29,7 @@ class Run:
             "stamp": stamp(config.torch_device(), arguments.commit),
             "arguments": vars(arguments) | {},
             "engine": {},
+            "vllm": {},
             "skipped": [],
             "failed": [],
         }

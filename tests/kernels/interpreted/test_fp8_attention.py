@@ -5,6 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from jobs.benchmark._attention_cases import random_selection
+from jobs.benchmark._attention_fp8 import Fp8Layer
+from jobs.benchmark._row_errors import even_operands, problem_of, row_errors
+from kernels.block_sparse_attention_fp8 import block_sparse_attention_fp8
 from tests.kernels import fp8_cases as cases
 from tests.kernels.attention_cases import Case
 from tests.kernels.selection_cases import Decode, Scores
@@ -29,6 +33,22 @@ ATTENTION = [
 @pytest.mark.parametrize("case", ATTENTION, ids=str)
 def test_block_sparse_attention(case: Case, poisoned: None, rounding_to_nearest: None) -> None:
     cases.check_attention(case, "triton", "cpu")
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("density", [None, 0.5], ids=["dense", "50%"])
+def test_rows_that_see_a_thousand_keys(density: float | None, impl: str, rounding_to_nearest: None) -> None:
+    """Sums on two levels, past several of their turns: no block is lost or counted twice."""
+    layer = Fp8Layer(*even_operands(2, 1, 1285, 64, "cpu"))
+    q8, (k8, vt8) = layer.q8, layer.arenas
+    selection = None if density is None else random_selection(layer.q, density)
+    found = block_sparse_attention_fp8(
+        q8, k8[None], vt8[None], layer.scales, selection, dtype=FP32, return_lse=True, impl=impl
+    )
+    assert isinstance(found, tuple)
+    errors = row_errors(found[0], layer.exact, selection, lse=found[1])
+    assert [error.row for error in errors] == ([1023, 1284] if density is None else [1023])
+    assert problem_of(errors) == ""
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
