@@ -17,8 +17,11 @@ def count_turns(rows, lanes, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def tile_of(turn, rows, lanes, KV_HEADS: gl.constexpr, GROUP: gl.constexpr):
+def tile_of(turn, order, rows, lanes, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, ORDERED: gl.constexpr):
     """This CTA's tile in a turn -> (whether there is one, batch, query head, KV head, query block).
+
+    ORDERED: heads of a row keep different numbers of blocks; `order` (BlockSelection.order) then says which tiles of a
+    lane are longest.
 
     Lane by lane, so that the K and V of about one KV head are live in L2: with all heads of one query block adjacent
     the kernel is bound by DRAM at 128K tokens (489 against 619 TFLOP/s, the largest single effect measured). Inside a
@@ -37,7 +40,10 @@ def tile_of(turn, rows, lanes, KV_HEADS: gl.constexpr, GROUP: gl.constexpr):
     place = gl.where((lane + around) % 2 == 0, place, programs - 1 - place)
     tile = around * programs + place
     kv_head = lane % KV_HEADS
-    return tile < tiles, lane // KV_HEADS, kv_head * GROUP + tile % GROUP, kv_head, rows - 1 - tile // GROUP
+    there = tile < tiles
+    if ORDERED:
+        tile = gl.load(order + lane * tiles + tile, mask=there, other=0)
+    return there, lane // KV_HEADS, kv_head * GROUP + tile % GROUP, kv_head, rows - 1 - tile // GROUP
 
 
 @gluon.jit

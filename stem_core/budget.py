@@ -32,6 +32,8 @@ def row_budgets(n_blocks: int, config: StemConfig) -> np.ndarray:
         wanted = _paper(n_blocks, config)
     elif config.schedule == "release":
         wanted = _release(n_blocks, config)
+    elif config.schedule == "growing":
+        wanted = np.floor(config.base_blocks + config.growth * np.arange(n_blocks) + 1e-9).astype(np.int64)
     else:
         return _solve_density(n_blocks, config).astype(np.int32)
     return _with_forced(wanted, causal, config).astype(np.int32)

@@ -11,7 +11,7 @@ from typing import Any
 
 from stem_core.estimators import ESTIMATORS, EstimatorSettings
 
-SCHEDULES = ("paper", "release", "density")
+SCHEDULES = ("paper", "release", "growing", "density")
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 
@@ -26,9 +26,14 @@ class StemConfig(EstimatorSettings):
     """
 
     schedule: str = "release"
-    """Row budgets: "paper" and "release" are Stem's two published schedules, "density" solves for `density`."""
+    """Row budgets: "paper" and "release" are Stem's two published schedules; ours are "growing", `base_blocks` and a
+    share `growth` of the blocks before, and "density", which solves for `density`."""
     density: float | None = None
     """Share of the causal blocks kept over the whole prompt, in (0, 1]; only with schedule "density"."""
+    base_blocks: int = 40
+    """Blocks that every row of the schedule "growing" keeps: short prompts lose little or nothing."""
+    growth: float = 0.06
+    """Share of its causal blocks that a row of the schedule "growing" keeps besides."""
     block_size: int = 128
     """Tokens in a query or key block."""
     sink_blocks: int = 4
@@ -62,12 +67,13 @@ class StemConfig(EstimatorSettings):
             )
         _within("density", self.density, 0.0, 1.0, open_low=True)
         _within("decay", self.decay, 0.0, 1.0, open_low=True)
+        _within("growth", self.growth, 0.0, 1.0)
         _within("min_mass", self.min_mass, 0.0, 1.0)
         for field in fields(EstimatorSettings):
             self._check_setting(field.name, getattr(self, field.name), field.metadata)
         ESTIMATORS[self.estimator].check(self)
         _within("local_blocks", self.local_blocks, 1, 1 << 20)
-        for name in ("sink_blocks", "dense_layers", "dense_below", "dense_tail"):
+        for name in ("base_blocks", "sink_blocks", "dense_layers", "dense_below", "dense_tail"):
             _within(name, getattr(self, name), 0, 1 << 30)
 
     def _check_types(self) -> None:
@@ -89,7 +95,7 @@ class StemConfig(EstimatorSettings):
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> StemConfig:
-        """A named configuration with `changes` applied: "paper" and "release" are Stem's, "robust" is ours."""
+        """A named configuration with `changes` applied: "paper" and "release" are Stem's, the others ours."""
         if name not in PRESETS:
             raise ValueError(f"preset {name!r} is not known; use one of {', '.join(PRESETS)}{_nearest(name, PRESETS)}")
         return cls.from_dict(asdict(PRESETS[name]) | changes)
@@ -137,9 +143,12 @@ def _nearest(name: str, known: Any) -> str:
 # blocks of 128 (`python -m jobs.benchmark attention --crossover`). The release schedule drops nothing there anyway.
 DENSE_BELOW = 6144
 
+# "sampled" scores blocks by single queries, an eighth of all, and lets the heads of a row share its blocks: what loses
+# least on real models (docs/quality.md). Its end, where the question usually stands, sees everything.
 # "robust" keeps fewer blocks than faithful Stem at 25% and spends what that saves on an estimator that averages no key
 # away; and it lets the prompt's end, where the question stands, see everything.
 PRESETS: dict[str, StemConfig] = {
+    "sampled": StemConfig(schedule="growing", decay=1.0, estimator="sample", dense_tail=1, dense_below=DENSE_BELOW),
     "paper": StemConfig(schedule="paper", dense_below=DENSE_BELOW),
     "release": StemConfig(schedule="release", dense_below=DENSE_BELOW),
     "robust": StemConfig(

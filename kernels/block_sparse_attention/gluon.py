@@ -56,9 +56,10 @@ LOG2E = 1.4426950408889634
 
 @gluon.jit
 def produce(
-    q_desc, k_desc, v_desc, indices, counts, q_s, k_s, v_s,
+    q_desc, k_desc, v_desc, indices, counts, order, q_s, k_s, v_s,
     q_full, q_empty, full, empty, rows, lanes, row0, max_blocks,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
+    ORDERED: gl.constexpr,
 ):  # fmt: skip
     """One warp: per tile the two halves of Q, then count + 1 steps: K of block j (j < count), V of block j - 1. The
     diagonal block goes first."""
@@ -67,7 +68,7 @@ def produce(
     phase = 1
     q_phase = 1
     for turn in range(count_turns(rows, lanes, GROUP)):
-        there, n, head, kv_head, row = tile_of(turn, rows, lanes, KV_HEADS, GROUP)
+        there, n, head, kv_head, row = tile_of(turn, order, rows, lanes, KV_HEADS, GROUP, ORDERED)
         if there:
             if DENSE:
                 count = row0 + row + 1
@@ -109,10 +110,10 @@ def produce(
 
 @gluon.jit
 def consume(
-    WARPGROUP: gl.constexpr, o_desc, lse, counts, q_s, k_s, v_s, o_s,
+    WARPGROUP: gl.constexpr, o_desc, lse, counts, order, q_s, k_s, v_s, o_s,
     q_full, q_empty, full, empty, rows, lanes, row0, n_queries, log2_scale,
     D: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
-    WITH_LSE: gl.constexpr,
+    ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: 64 query rows of every tile."""
     dtype: gl.constexpr = o_desc.dtype
@@ -130,7 +131,7 @@ def consume(
     no_output = gl.zeros([64, D], gl.float32, o_layout)
     growth_declare(WARPGROUP)
     for turn in range(count_turns(rows, lanes, GROUP)):
-        there, n, head, kv_head, row = tile_of(turn, rows, lanes, KV_HEADS, GROUP)
+        there, n, head, kv_head, row = tile_of(turn, order, rows, lanes, KV_HEADS, GROUP, ORDERED)
         if there:
             flat_head = n * (KV_HEADS * GROUP) + head
             count = row0 + row + 1 if DENSE else gl.load(counts + (flat_head * rows + row))
@@ -196,9 +197,9 @@ def consume(
 # Lengths change from call to call: specialising on them (== 1, % 16 == 0) would only compile the kernel again.
 @gluon.jit(do_not_specialize=["rows", "lanes", "row0", "n_queries", "max_blocks"])
 def block_sparse_attention_hopper(
-    q_desc, k_desc, v_desc, o_desc, lse, indices, counts, rows, lanes, row0, n_queries, max_blocks, log2_scale,
+    q_desc, k_desc, v_desc, o_desc, lse, indices, counts, order, rows, lanes, row0, n_queries, max_blocks, log2_scale,
     D: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
-    WITH_LSE: gl.constexpr,
+    ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
 ):  # fmt: skip
     """Shared memory, barriers (full = data has landed, empty = both warpgroups are done with it), three roles."""
     q_s = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, 64, D], q_desc.layout)
@@ -219,14 +220,14 @@ def block_sparse_attention_hopper(
     fence_async_shared()
     # The producer warp is padded to four: 12 warps with 168 registers at entry, then 240 / 240 / 24.
     gl.warp_specialize([
-        (consume, (0, o_desc, lse, counts, q_s, k_s, v_s, o_s, q_full, q_empty, full, empty,
+        (consume, (0, o_desc, lse, counts, order, q_s, k_s, v_s, o_s, q_full, q_empty, full, empty,
                    rows, lanes, row0, n_queries, log2_scale,
-                   D, KV_HEADS, GROUP, STAGES, DENSE, WITH_LSE)),
-        (consume, (1, o_desc, lse, counts, q_s, k_s, v_s, o_s, q_full, q_empty, full, empty,
+                   D, KV_HEADS, GROUP, STAGES, DENSE, ORDERED, WITH_LSE)),
+        (consume, (1, o_desc, lse, counts, order, q_s, k_s, v_s, o_s, q_full, q_empty, full, empty,
                    rows, lanes, row0, n_queries, log2_scale,
-                   D, KV_HEADS, GROUP, STAGES, DENSE, WITH_LSE)),
-        (produce, (q_desc, k_desc, v_desc, indices, counts, q_s, k_s, v_s, q_full, q_empty, full, empty,
-                   rows, lanes, row0, max_blocks, KV_HEADS, GROUP, STAGES, DENSE)),
+                   D, KV_HEADS, GROUP, STAGES, DENSE, ORDERED, WITH_LSE)),
+        (produce, (q_desc, k_desc, v_desc, indices, counts, order, q_s, k_s, v_s, q_full, q_empty, full, empty,
+                   rows, lanes, row0, max_blocks, KV_HEADS, GROUP, STAGES, DENSE, ORDERED)),
     ], [4, 1], [240, 24])  # fmt: skip
 
 
@@ -256,6 +257,7 @@ def block_sparse_attention(
     unused = out if selection is None else selection.counts
     indices = unused if selection is None else selection.indices.contiguous()
     counts = unused if selection is None else selection.counts.contiguous()
+    order = None if selection is None else selection.order
     block_sparse_attention_hopper[(min(device.multiprocessors(q.device), N * H * rows),)](
         _descriptor(q, HALF),
         _descriptor(k[:, :, :known], BLOCK),
@@ -264,6 +266,7 @@ def block_sparse_attention(
         out if lse is None else lse,
         indices,
         counts,
+        counts if order is None else order,
         rows,
         N * kv_heads,
         query_start // BLOCK,
@@ -275,6 +278,7 @@ def block_sparse_attention(
         GROUP=H // kv_heads,
         STAGES=2 if D == 128 else 4,
         DENSE=selection is None,
+        ORDERED=order is not None,
         WITH_LSE=return_lse,
         num_warps=4,
     )

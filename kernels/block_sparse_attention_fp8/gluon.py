@@ -57,8 +57,10 @@ LOG2E = 1.4426950408889634
 
 @gluon.jit
 def produce(
-    q_desc, k_desc, v_desc, indices, counts, q_s, k_s, v_s, q_full, q_empty, full, empty, rows, lanes, row0, max_blocks,
+    q_desc, k_desc, v_desc, indices, counts, order, q_s, k_s, v_s, q_full, q_empty, full, empty,
+    rows, lanes, row0, max_blocks,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
+    ORDERED: gl.constexpr,
 ):  # fmt: skip
     """One warp: per tile the two halves of Q, then count + 2 steps: K of block j (j < count), V of block j - 2."""
     TILE: gl.constexpr = k_desc.block_type.nbytes  # of V^T too
@@ -66,7 +68,7 @@ def produce(
     phase = 1
     q_phase = 1
     for turn in range(count_turns(rows, lanes, GROUP)):
-        there, n, head, kv_head, row = tile_of(turn, rows, lanes, KV_HEADS, GROUP)
+        there, n, head, kv_head, row = tile_of(turn, order, rows, lanes, KV_HEADS, GROUP, ORDERED)
         if there:
             if DENSE:
                 count = row0 + row + 1
@@ -115,10 +117,10 @@ def produce(
 
 @gluon.jit
 def consume(
-    WARPGROUP: gl.constexpr, o_desc, lse, counts, q_scale, k_scale, v_scale, q_s, k_s, v_s, one_s, o_s,
+    WARPGROUP: gl.constexpr, o_desc, lse, counts, order, q_scale, k_scale, v_scale, q_s, k_s, v_s, one_s, o_s,
     q_full, q_empty, full, empty, rows, lanes, row0, n_queries, log2_scale,
     D: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
-    WITH_LSE: gl.constexpr,
+    ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: 64 query rows of every tile."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
@@ -131,7 +133,7 @@ def consume(
     q = q_s.index(WARPGROUP).reshape([64, D])
     ones = one_s.permute((1, 0))
     for turn in range(count_turns(rows, lanes, GROUP)):
-        there, n, head, kv_head, row = tile_of(turn, rows, lanes, KV_HEADS, GROUP)
+        there, n, head, kv_head, row = tile_of(turn, order, rows, lanes, KV_HEADS, GROUP, ORDERED)
         if there:
             flat_head = n * (KV_HEADS * GROUP) + head
             count = row0 + row + 1 if DENSE else gl.load(counts + (flat_head * rows + row))
@@ -203,10 +205,10 @@ def consume(
 # Lengths change from call to call: specialising on them (== 1, % 16 == 0) would only compile the kernel again.
 @gluon.jit(do_not_specialize=["rows", "lanes", "row0", "n_queries", "max_blocks"])
 def block_sparse_attention_fp8_hopper(
-    q_desc, k_desc, v_desc, o_desc, lse, indices, counts, q_scale, k_scale, v_scale,
+    q_desc, k_desc, v_desc, o_desc, lse, indices, counts, order, q_scale, k_scale, v_scale,
     rows, lanes, row0, n_queries, max_blocks, log2_scale,
     D: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
-    WITH_LSE: gl.constexpr,
+    ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
 ):  # fmt: skip
     """Shared memory, barriers (full = data has landed, empty = both warpgroups are done with it), three roles."""
     q_s = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, 64, D], q_desc.layout)
@@ -230,14 +232,14 @@ def block_sparse_attention_fp8_hopper(
         mbarrier.init(empty.index(stage), count=2)
     fence_async_shared()
     gl.warp_specialize([
-        (consume, (0, o_desc, lse, counts, q_scale, k_scale, v_scale, q_s, k_s, v_s, one_s, o_s,
+        (consume, (0, o_desc, lse, counts, order, q_scale, k_scale, v_scale, q_s, k_s, v_s, one_s, o_s,
                    q_full, q_empty, full, empty, rows, lanes, row0, n_queries, log2_scale,
-                   D, KV_HEADS, GROUP, STAGES, DENSE, WITH_LSE)),
-        (consume, (1, o_desc, lse, counts, q_scale, k_scale, v_scale, q_s, k_s, v_s, one_s, o_s,
+                   D, KV_HEADS, GROUP, STAGES, DENSE, ORDERED, WITH_LSE)),
+        (consume, (1, o_desc, lse, counts, order, q_scale, k_scale, v_scale, q_s, k_s, v_s, one_s, o_s,
                    q_full, q_empty, full, empty, rows, lanes, row0, n_queries, log2_scale,
-                   D, KV_HEADS, GROUP, STAGES, DENSE, WITH_LSE)),
-        (produce, (q_desc, k_desc, v_desc, indices, counts, q_s, k_s, v_s, q_full, q_empty, full, empty,
-                   rows, lanes, row0, max_blocks, KV_HEADS, GROUP, STAGES, DENSE)),
+                   D, KV_HEADS, GROUP, STAGES, DENSE, ORDERED, WITH_LSE)),
+        (produce, (q_desc, k_desc, v_desc, indices, counts, order, q_s, k_s, v_s, q_full, q_empty, full, empty,
+                   rows, lanes, row0, max_blocks, KV_HEADS, GROUP, STAGES, DENSE, ORDERED)),
     ], [4, 1], [240, 24])  # fmt: skip
 
 
@@ -270,6 +272,7 @@ def block_sparse_attention_fp8(
     unused = out if selection is None else selection.counts
     indices = unused if selection is None else selection.indices.contiguous()
     counts = unused if selection is None else selection.counts.contiguous()
+    order = None if selection is None else selection.order
     block_sparse_attention_fp8_hopper[(min(device.multiprocessors(q.device), N * H * rows),)](
         _descriptor(q, HALF, D),
         _descriptor(k[:, :, :known], BLOCK, D),
@@ -278,6 +281,7 @@ def block_sparse_attention_fp8(
         out if lse is None else lse,
         indices,
         counts,
+        counts if order is None else order,
         scales.q,
         scales.k,
         scales.v,
@@ -292,6 +296,7 @@ def block_sparse_attention_fp8(
         GROUP=H // kv_heads,
         STAGES=stages,
         DENSE=selection is None,
+        ORDERED=order is not None,
         WITH_LSE=return_lse,
         num_warps=4,
     )

@@ -17,6 +17,7 @@ from kernels.block_scores import KeySummary, key_sums_dtype, mass_scores, oam_sc
 from kernels.block_selection import BlockSelection, select_blocks
 from kernels.bound_scores import KeyBounds, bound_scores
 from kernels.decode_attention import decode_attention
+from kernels.sample_scores import sample_scores
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # float16 has the 11 significant bits of TF32.
@@ -82,7 +83,11 @@ def _worst(got: Tensor, wanted: Tensor) -> float:
     return float(_differences(got, wanted).max())
 
 
-SHARES = {"mass": mass, "bound": bound}
+def sample(case: Scores, q: Tensor, k: Tensor, impl: str, **kwargs: object) -> Tensor:
+    return sample_scores(q, k, block_size=case.block_size, every=case.group, impl=impl, **kwargs)  # type: ignore[arg-type]
+
+
+SHARES = {"mass": mass, "bound": bound, "sample": sample}
 
 # Largest relative error of an operand of OAM's matrix product: sums rounded to bfloat16; sums cut off to TF32, as
 # tensor cores take float32; three TF32 products, summed in float32.
@@ -128,7 +133,7 @@ def check_oam(case: Scores, impl: str, device: str) -> None:
 
 
 def check_shares(estimate: Callable[..., Tensor], case: Scores, impl: str, device: str) -> None:
-    """estimate: `mass` or `bound`."""
+    """estimate: `mass`, `bound` or `sample`."""
     q, k, _ = case.inputs(device)
     q_cpu, k_cpu = q.cpu(), k.cpu()
     wanted = estimate(case, q_cpu, k_cpu, "reference")
@@ -179,14 +184,14 @@ def check_causal(case: Scores, impl: str, device: str) -> None:
     """What comes later changes no earlier row, and batch neighbours change nothing."""
     q, k, v = case.inputs(device)
     B = case.block_size
-    before = (oam(case, q, k, v, impl), mass(case, q, k, impl), bound(case, q, k, impl))
+    before = (oam(case, q, k, v, impl), *(share(case, q, k, impl) for share in SHARES.values()))
     edge = case.length // B // 2 * B + 3
     changed = [x.clone() for x in (q, k, v)]
     for x in changed:
         x[:, :, edge:] *= -3
-    after = (oam(case, *changed, impl), mass(case, *changed[:2], impl), bound(case, *changed[:2], impl))  # type: ignore[arg-type]
+    after = (oam(case, *changed, impl), *(share(case, *changed[:2], impl) for share in SHARES.values()))
     last = q[-1:], k[-1:], v[-1:]
-    alone = (oam(case, *last, impl), mass(case, *last[:2], impl), bound(case, *last[:2], impl))
+    alone = (oam(case, *last, impl), *(share(case, *last[:2], impl) for share in SHARES.values()))
     for old, new, single in zip(before, after, alone, strict=True):
         assert torch.equal(old[:, :, : edge // B], new[:, :, : edge // B])
         assert not torch.equal(old, new)

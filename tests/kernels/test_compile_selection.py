@@ -17,6 +17,7 @@ from kernels.block_selection import triton as triton_selection
 from kernels.bound_scores import KeyBounds
 from kernels.bound_scores import triton as triton_bound
 from kernels.decode_attention import triton as triton_decode
+from kernels.sample_scores import triton as triton_sample
 from tests.kernels import offline
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -49,6 +50,11 @@ def mass(dtype: torch.dtype, head_dim: int) -> None:
 def mass_of_samples(dtype: torch.dtype, head_dim: int) -> None:
     q, k = prompt(dtype, head_dim)
     triton_mass.mass_scores(q, k, 0, 32, 8, "sample", 0.1)
+
+
+def sample(dtype: torch.dtype, head_dim: int) -> None:
+    q, k = prompt(dtype, head_dim)
+    triton_sample.sample_scores(q, k, 0, 128, 8, 0.1, None)
 
 
 def bound(dtype: torch.dtype, head_dim: int) -> None:
@@ -85,7 +91,8 @@ def check(launch: Callable[[], None], capability: tuple[int, int], spills: int, 
 @pytest.mark.parametrize("capability", [AMPERE, HOPPER], ids=["sm80", "sm90"])
 @pytest.mark.parametrize(("dtype", "head_dim"), TYPES, ids=str)
 @pytest.mark.parametrize(
-    ("launch", "kernels"), [(oam, 3), (mass, 1), (mass_of_samples, 1), (bound, 2), (decode, 2), (decode_one_kv_head, 2)]
+    ("launch", "kernels"),
+    [(oam, 3), (mass, 1), (mass_of_samples, 1), (bound, 2), (sample, 1), (decode, 2), (decode_one_kv_head, 2)],
 )
 def test_compiles(
     launch: Callable[[torch.dtype, int], None],

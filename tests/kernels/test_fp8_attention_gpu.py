@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kernels.block_scores import mass_scores
 from kernels.block_selection import BlockSelection
 from kernels.block_sparse_attention_fp8 import block_sparse_attention_fp8, choose_block_sparse_attention_fp8
 from kernels.fp8_heads import FP8, HeadScales, fp8_obstacle, quantize_heads, write_kv
+from kernels.sample_scores import sample_scores
 from tests.kernels import fp8_cases as cases
 from tests.kernels.attention_cases import Case
 from tests.kernels.selection_cases import Decode, Scores
@@ -82,7 +84,8 @@ def test_decode(case: Decode, poisoned: None) -> None:
     ids=str,
 )
 def test_mass_scores(case: Scores, poisoned: None) -> None:
-    cases.check_mass(case, "triton", "cuda")
+    cases.check_shares(mass_scores, case, "triton", "cuda")
+    cases.check_shares(sample_scores, case, "triton", "cuda")
 
 
 def test_oam_scores_by_chunks_of_keys(poisoned: None) -> None:

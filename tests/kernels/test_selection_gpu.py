@@ -28,10 +28,11 @@ def test_scores(case: Scores, poisoned: None) -> None:
     cases.check_oam(case, "triton", "cuda")
     cases.check_shares(cases.mass, case, "triton", "cuda")
     cases.check_shares(cases.bound, case, "triton", "cuda")
+    cases.check_shares(cases.sample, case, "triton", "cuda")
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 7])
-@pytest.mark.parametrize("estimator", ["oam", "mass", "bound"])
+@pytest.mark.parametrize("estimator", ["oam", "mass", "bound", "sample"])
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_chunks_change_nothing(estimator: str, blocks: int, dtype: torch.dtype, poisoned: None) -> None:
     cases.check_chunks(Scores(2900, dtype=dtype, **LARGE), "triton", "cuda", blocks, estimator)  # type: ignore[arg-type]

@@ -8,7 +8,9 @@ import torch
 from jobs.benchmark._attention_cases import random_selection
 from jobs.benchmark._attention_fp8 import Fp8Layer
 from jobs.benchmark._row_errors import even_operands, problem_of, row_errors
+from kernels.block_scores import mass_scores
 from kernels.block_sparse_attention_fp8 import block_sparse_attention_fp8
+from kernels.sample_scores import sample_scores
 from tests.kernels import fp8_cases as cases
 from tests.kernels.attention_cases import Case
 from tests.kernels.selection_cases import Decode, Scores
@@ -85,7 +87,8 @@ def test_decode(case: Decode, impl: str, poisoned: None, rounding_to_nearest: No
     ids=str,
 )
 def test_mass_scores(case: Scores, poisoned: None, rounding_to_nearest: None) -> None:
-    cases.check_mass(case, "triton", "cpu")
+    cases.check_shares(mass_scores, case, "triton", "cpu")
+    cases.check_shares(sample_scores, case, "triton", "cpu")
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])

@@ -27,11 +27,12 @@ def test_scores(case: Scores, impl: str, poisoned: None) -> None:
     cases.check_oam(case, impl, "cpu")
     cases.check_shares(cases.mass, case, impl, "cpu")
     cases.check_shares(cases.bound, case, impl, "cpu")
+    cases.check_shares(cases.sample, case, impl, "cpu")
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("blocks", [1, 2, 7])
-@pytest.mark.parametrize("estimator", ["oam", "mass", "bound"])
+@pytest.mark.parametrize("estimator", ["oam", "mass", "bound", "sample"])
 def test_chunks_change_nothing(estimator: str, blocks: int, impl: str, poisoned: None) -> None:
     case = Scores(150, heads=2, kv_heads=1, block_size=16, stride=4, group=2)
     cases.check_chunks(case, impl, "cpu", blocks, estimator)

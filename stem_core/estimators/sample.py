@@ -1,0 +1,57 @@
+"""The attention of single queries, a sample of each query block's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from stem_core.estimators.protocol import Chunk, Estimator, setting
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kernels.dispatch import Choice
+    from stem_core.config import StemConfig
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    sample_every: int = setting(8, "of so many queries, the estimator sample looks at one", divides_block=True)
+    """Of so many consecutive queries the sample estimator looks at one; its cost is 1 / (2 * sample_every) of dense
+    attention's flops."""
+
+
+class Sample(Estimator):
+    """See kernels.sample_scores.sample_scores; with keys in fp8 it reads those. Heads share the blocks of a row."""
+
+    name = "sample"
+    meaning = "the largest share of attention that any sampled query gives to each block"
+    shares = True
+    largest_block = 128
+    least_fp8_head = 32  # tensor cores sum 32 products of fp8 at a time
+
+    def cost(self, config: StemConfig) -> float:
+        """One product for each pair of a sampled query and a key; dense attention two for each pair of tokens."""
+        return 1 / (2 * config.sample_every)
+
+    def choose(self, q: Tensor) -> Choice:
+        from kernels.sample_scores import choose_sample_scores
+
+        return choose_sample_scores(q)
+
+    def scores(self, chunk: Chunk, config: StemConfig) -> Tensor:
+        from kernels.sample_scores import sample_scores
+
+        return sample_scores(
+            chunk.q,
+            chunk.k if chunk.quantized is None else chunk.quantized.k[None],
+            query_start=chunk.start,
+            block_size=config.block_size,
+            every=config.sample_every,
+            scale=chunk.scale,
+            scales=None if chunk.quantized is None else chunk.quantized.scales,
+            impl=chunk.impl,
+        )
+
+    def rule(self, config: StemConfig) -> str:
+        return "heads"
