@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import date
 from typing import Any, TypeVar, cast
 
 import pyarrow as pa
@@ -38,7 +39,8 @@ CAREFUL = 4
 class WorkerConfig:
     """All that a worker needs to know. threads: for torch on a CPU; 0 leaves its default. deadline: seconds; 0 none.
 
-    model_name: what the rows call the model. engine_factory: "module:name" of a callable EngineConfig -> engine.
+    model_name: what the rows call the model. today: the date for chat templates that print one.
+    engine_factory: "module:name" of a callable EngineConfig -> engine.
     """
 
     engine: EngineConfig
@@ -49,6 +51,7 @@ class WorkerConfig:
     text_column: str
     model_name: str
     config_hash: str
+    today: date
     template_args: Mapping[str, Any] | None = None
     kept: tuple[pa.Field, ...] = ()
     deadline: float = 0.0
@@ -85,7 +88,7 @@ class Worker:
         self._tokens = await loop.run_in_executor(
             self._reader, load_tokens, config.engine.model, config.engine.revision, config.engine.trust_remote_code
         )
-        self._builder = PromptBuilder(self._tokens, config.task, config.template_args)
+        self._builder = PromptBuilder(self._tokens, config.task, config.template_args, config.today)
         self._limit = engine.max_context - config.max_new_tokens
         if self._limit < 1:
             raise JobError(
