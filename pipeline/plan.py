@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from pipeline.store import Store
 class Survey:
     """A job's input and task, before the output is looked at.
 
-    today: the date for chat templates that print one: that on which the job was begun, where it goes on (make_plan).
+    today: the date for chat templates that print one; of a job that goes on, the one that it began with (make_plan).
     """
 
     config: JobConfig
@@ -36,7 +36,7 @@ class Survey:
     catalogue: Catalogue
     prints: dict[str, str]
     messages: tuple[str, ...]
-    today: date = field(default_factory=date.today)
+    today: date
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def survey_input(config: JobConfig) -> Survey:
         shard=config.shard_pair(),
     )
     result_schema(catalogue.kept)
-    return Survey(config, task, catalogue, prints, messages)
+    return Survey(config, task, catalogue, prints, messages, config.today())
 
 
 def make_plan(survey: Survey, store: Store) -> Plan:
@@ -84,7 +84,7 @@ def make_plan(survey: Survey, store: Store) -> Plan:
     if not part_names(store):
         return Plan(survey, survey.catalogue, 0, ())
     earlier, messages = _compare_with_earlier(survey.config, store, survey.prints)
-    if earlier is not None:
+    if earlier is not None and survey.config.prompt_date is None:
         survey = replace(survey, today=manifest.prompt_date(earlier))
     check_columns(store, result_schema(survey.catalogue.kept))
     rows = done_rows(store)
