@@ -107,6 +107,25 @@ def test_a_model_that_fails_on_its_first_prompt_says_so(tmp_path: Path, monkeypa
         load_runner(EngineConfig(str(folder), device="cpu"))
 
 
+def test_heads_are_the_reason_where_a_kernel_does_not_hold_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel fails first, in its own words."""
+
+    def does_not_fit(self: Qwen3MLP, x: Tensor) -> Tensor:
+        raise RuntimeError("out of resource: shared memory")
+
+    def too_large(shapes: dict[int, LayerShape], devices: dict[int, torch.device]) -> None:
+        assert shapes == {0: LayerShape(2, 16, 16)}, "of the layers that ran"
+        raise UnsupportedModelError("layer 0 has large heads")
+
+    folder = save_model(tmp_path, "qwen3")
+    monkeypatch.setattr(Qwen3MLP, "forward", does_not_fit)
+    monkeypatch.setattr("pipeline.engine.runner.check_head_sizes", too_large)
+    with pytest.raises(EngineError, match="layer 0 has large heads"):
+        load_runner(EngineConfig(str(folder), device="cpu"))
+
+
 # -- the self-check: models that no structure gives away
 
 
