@@ -7,7 +7,8 @@ that keeps more, or does not hand that on, would give wrong outputs, or fail, do
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +90,18 @@ def check_state(model: nn.Module, before: Mapping[str, Tensor]) -> None:
             f"{type(model).__name__} keeps a state in its modules ({', '.join(changed[:3])}), where the documents of a "
             "batch would change one another's; only models whose whole state is keys and values can run"
         )
+
+
+@contextmanager
+def named_failures(model: nn.Module) -> Iterator[None]:
+    """Inside, what the model's own code raises becomes an UnsupportedModelError; what is named already stays."""
+    try:
+        yield
+    except (ValueError, AttributeError, AssertionError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # models raise many kinds, Triton one of its own
+        reason = f"{type(error).__name__}: {error}"
+        raise UnsupportedModelError(f"{type(model).__name__} cannot read a prompt here ({reason})") from error
 
 
 def _listed(layers: list[int]) -> str:

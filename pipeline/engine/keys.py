@@ -35,14 +35,17 @@ def keys_problem(found: Mapping[str, Any]) -> str:
     extra = sorted(key for key in found["unexpected_keys"] if not HARMLESS.search(key))
     shapes = sorted(f"{key}: {list(stored)}, not {list(due)}" for key, stored, due in found["mismatched_keys"])
     kinds = {"missing": missing, "without a place in the model": extra, "of another shape": shapes}
-    told = [f"{len(names):,} {kind} ({_listed(names)})" for kind, names in kinds.items() if names]
-    if not told:
+    wrong = {kind: names for kind, names in kinds.items() if names}
+    if not wrong:
         return ""
+    # A worker's reason is cut at 500 characters, and the remedy stands at its end.
+    shown = SHOWN if len(wrong) == 1 else 1
+    told = [f"{len(names):,} {kind} ({_listed(names, shown)})" for kind, names in wrong.items()]
     return f"its weights are not those that its config describes: {'; '.join(told)}. {_remedy(missing, extra)}"
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + ", ..." * (len(names) > SHOWN)
+def _listed(names: list[str], shown: int = SHOWN) -> str:
+    return ", ".join(names[:shown]) + ", ..." * (len(names) > shown)
 
 
 def _remedy(missing: list[str], extra: list[str]) -> str:

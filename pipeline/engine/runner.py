@@ -11,7 +11,7 @@ from kernels.fp8_heads import HeadScales
 from pipeline.engine.arena import Arena, Fp8KVArena, KVArena, LayerShape
 from pipeline.engine.cache import EngineCache, ProbeCache
 from pipeline.engine.calibration import calibration_prompts
-from pipeline.engine.checks import check_head_sizes, check_layers, check_state, kept_tensors
+from pipeline.engine.checks import check_head_sizes, check_layers, check_state, kept_tensors, named_failures
 from pipeline.engine.config import EngineConfig, EngineError
 from pipeline.engine.loading import load_model
 from pipeline.engine.precision import check_fp8_attention, model_precision
@@ -113,13 +113,11 @@ class ModelRunner:
         context = PrefillContext(prompt_length=2)
         before = kept_tensors(self.model)
         try:
-            self.logits(ids, positions, cache, context, torch.full_like(ids[:, 0], 2))
-        except (ValueError, AttributeError, AssertionError, torch.OutOfMemoryError):
+            with named_failures(self.model):
+                self.logits(ids, positions, cache, context, torch.full_like(ids[:, 0], 2))
+        except UnsupportedModelError:
+            check_head_sizes(cache.shapes, cache.devices)  # a kernel that does not hold them says so in its own words
             raise
-        except Exception as error:  # models raise many kinds, Triton one of its own for what does not fit
-            check_head_sizes(cache.shapes, cache.devices)
-            reason = f"{type(error).__name__}: {error}"
-            raise UnsupportedModelError(f"{type(self.model).__name__} cannot read a prompt here ({reason})") from error
         check_layers(self.model, context.queries, cache.updates, tokens=2)
         check_state(self.model, before)
         check_head_sizes(cache.shapes, cache.devices)
@@ -137,7 +135,8 @@ def load_runner(config: EngineConfig, devices: Sequence[torch.device] | None = N
     try:
         runner = ModelRunner(model, config.attention, config.fuse)
         if not is_tested(runner):
-            self_check(runner)
+            with named_failures(model):
+                self_check(runner)
         return runner
     except (ValueError, AttributeError) as error:
         raise EngineError(f"model {config.model!r} cannot run here: {error}") from error

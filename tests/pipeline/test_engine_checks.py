@@ -107,6 +107,13 @@ def test_a_model_that_fails_on_its_first_prompt_says_so(tmp_path: Path, monkeypa
         load_runner(EngineConfig(str(folder), device="cpu"))
 
 
+def test_a_model_that_fails_the_self_check_with_an_error_says_so(tmp_path: Path) -> None:
+    """Positions are learned, and there are fewer than the check reads."""
+    folder = save(tmp_path, "GPT2Config", {"max_position_embeddings": 64})
+    with pytest.raises(EngineError, match=r"GPT2LMHeadModel cannot read a prompt here \(IndexError: index out of"):
+        load_runner(EngineConfig(folder, device="cpu"))
+
+
 def test_heads_are_the_reason_where_a_kernel_does_not_hold_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
