@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
+from pipeline import Summarizer
 from pipeline.config import JobConfig
 from pipeline.errors import DocumentError, JobError
 from pipeline.plan import describe_plan
@@ -257,3 +258,10 @@ def test_chat_templates_print_the_jobs_date(clock: str, monkeypatch: pytest.Monk
     message = [{"role": "user", "content": "the text"}]
     own = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     assert rendered == own, "as transformers itself renders it on that day"
+
+
+def test_a_worker_looks_at_its_tokenizer_before_it_loads_the_model(tmp_path: Path, model: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(model / name, tmp_path / name)
+    with pytest.raises(JobError, match="has no vocabulary"):
+        Summarizer(model=tmp_path, engine_factory="no_such_module:Engine").load()
