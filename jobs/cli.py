@@ -76,9 +76,14 @@ def _argument(rules: Any, default: Any) -> dict[str, Any]:
     if rules["choices"]:
         about["metavar"] = "{" + ",".join(rules["choices"]) + "}"
     else:
-        about["metavar"] = {"int": "N", "float": "X", "auto_int": "N|auto", "shard": "I/N", "map": "JSON"}.get(
-            rules["kind"], "TEXT"
-        )
+        about["metavar"] = {
+            "int": "N",
+            "float": "X",
+            "auto_int": "N|auto",
+            "shard": "I/N",
+            "date": "DATE",
+            "map": "JSON",
+        }.get(rules["kind"], "TEXT")
     return about
 
 

@@ -69,7 +69,7 @@ class Summarizer:
         self._config = _config(model, settings)
         task = make_task(self._config.task, self._config.question, self._config.prompt_file)
         nothing = Catalogue([], pa.array([], pa.large_string()), np.zeros((0, 5), np.int64), {}, [])
-        survey = Survey(self._config, task, nothing, {}, ())
+        survey = Survey(self._config, task, nothing, {}, (), self._config.today())
         # Every document can be in the engine at once, and Ray is not there to divide the cores.
         self._worker_config = make_worker_config(survey, self._config.device, 0, engine_factory, grace)
         self._lock = threading.Lock()

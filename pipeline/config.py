@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,6 +74,13 @@ class JobConfig:
         None,
         "map",
         'arguments of the model\'s chat template, as JSON: {"enable_thinking": false}',
+        group="prompt",
+        changes_output=True,
+    )
+    prompt_date: str | None = option(
+        None,
+        "date",
+        "today for chat templates that print the date; unset: the day on which the output was begun",
         group="prompt",
         changes_output=True,
     )
@@ -253,6 +261,10 @@ class JobConfig:
         index, _, count = self.shard.partition("/")
         return int(index), int(count)
 
+    def today(self) -> date:
+        """The date for prompts of a job that begins now."""
+        return date.fromisoformat(self.prompt_date) if self.prompt_date else date.today()
+
     def output_settings(self) -> dict[str, Any]:
         """The settings that can change an output, defaults filled in."""
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.metadata["changes_output"]}
@@ -260,8 +272,11 @@ class JobConfig:
         for name in (*STEM_OVERRIDES, "preset", "attention", "model"):
             values.pop(name, None)
         settings = stem.to_dict() if stem else None
+        # Results that are older than these settings are of the same job.
         if settings and not settings["min_mass"]:
-            del settings["min_mass"]  # results that are older than this setting are of the same job
+            del settings["min_mass"]
+        if self.prompt_date is None:
+            del values["prompt_date"]
         return values | {"stem": settings}
 
     def fingerprint(self) -> str:

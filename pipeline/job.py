@@ -55,7 +55,7 @@ def run(
         remove_rows(store, plan.repaired)
         messages += plan.messages
         if not len(plan.pending):
-            _note_finished(store, survey)
+            _note_finished(store, plan.survey)
             messages.append(f"nothing to do: all {len(survey.catalogue):,} documents have a row in {store.name}")
             return summarize_results(store, len(survey.catalogue), messages=tuple(messages))
         if plan.already:
@@ -69,7 +69,12 @@ def _note_finished(store: Store, survey: Survey) -> None:
     with contextlib.suppress(JobError):
         state = (manifest.load(store) or {}).get("state")
     if state != "finished":
-        manifest.save(store, survey.config, survey.prints, state="finished", documents=len(survey.catalogue))
+        _save_manifest(store, survey, "finished")
+
+
+def _save_manifest(store: Store, survey: Survey, state: str, **more: Any) -> None:
+    more |= {"state": state, "documents": len(survey.catalogue), "prompt_date": survey.today}
+    manifest.save(store, survey.config, survey.prints, **more)
 
 
 def _execute(
@@ -84,7 +89,7 @@ def _execute(
     from pipeline.scheduler import Limits, Scheduler, StopRequestedError
 
     survey, config, begun = plan.survey, plan.survey.config, time.monotonic()
-    manifest.save(store, config, survey.prints, state="running", documents=len(survey.catalogue))
+    _save_manifest(store, survey, "running")
     schema = result_schema(survey.catalogue.kept)
     progress = progress or Progress(len(plan.pending), plan.pending.total_bytes)
     metrics = JobMetrics(progress.message)
@@ -165,9 +170,7 @@ def _execute(
     if not stopped and config.compact and len(part_names(store)) > COMPACT_ABOVE:
         compact(store)
     state = "stopped" if stopped else "finished"
-    manifest.save(
-        store, config, survey.prints, state=state, documents=len(survey.catalogue), seconds=time.monotonic() - begun
-    )
+    _save_manifest(store, survey, state, seconds=time.monotonic() - begun)
     if stopped:
         messages.append("stopped; what was finished is written, the same command goes on from there")
         if sink.rows_to_replace:

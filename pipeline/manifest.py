@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, fields
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from pyarrow.fs import LocalFileSystem
 
+from pipeline.adapters import adapter_problem
 from pipeline.config import JobConfig
 from pipeline.errors import JobError, one_line
 from pipeline.prompts import Task
@@ -54,6 +56,9 @@ def model_fingerprint(model: str, revision: str | None, weights: bool = True, tr
 
 
 def _check_folder(folder: Path, model: str, weights: bool) -> None:
+    problem = adapter_problem(folder)
+    if problem:
+        raise JobError(f"--model {model}: {problem}")
     if not (folder / "config.json").is_file():
         raise JobError(f"--model {model}: no config.json there; expected a transformers model folder or a hub id")
     try:
@@ -132,11 +137,17 @@ def load(store: Store) -> dict[str, Any] | None:
         manifest = json.loads(data)
         if not isinstance(manifest["fingerprints"], dict) or manifest["format"] != FORMAT:
             raise ValueError("it is of another format")
+        prompt_date(manifest)
     except (ValueError, KeyError, TypeError) as error:
         raise JobError(
             f"--output {store.name}: {NAME} is damaged ({one_line(error, 100)}); --force writes a new one"
         ) from None
     return manifest
+
+
+def prompt_date(manifest: dict[str, Any]) -> date:
+    """The date that the earlier run's prompts tell; of runs older than this entry, the day of their last writing."""
+    return date.fromisoformat(manifest.get("prompt_date") or manifest["written_at"][:10])
 
 
 def check(old: dict[str, Any], new: dict[str, str], config: JobConfig, store: Store) -> list[str]:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pipeline.errors import JobError, nearest, one_line
 
 # What every number that is stored or sent on can hold.
 LARGEST = 2**53
-Kind = str  # "str" | "int" | "float" | "bool" | "list" | "map" | "auto_int" | "shard"
+Kind = str  # "str" | "int" | "float" | "bool" | "list" | "map" | "auto_int" | "shard" | "date"
 
 
 def option(
@@ -62,6 +63,8 @@ def checked(name: str, value: Any, rules: Mapping[str, Any], default: Any) -> An
         return None
     if kind == "list":
         return _name_list(name, value)
+    if kind == "date":
+        return _checked_date(name, value)
     if kind == "shard":
         return _checked_shard(name, value)
     if kind == "auto_int":
@@ -123,6 +126,14 @@ def _name_list(name: str, value: Any) -> tuple[str, ...]:
     if name == "keep_columns":
         items = [part.strip() for item in items for part in str(item).split(",") if part.strip()]
     return tuple(dict.fromkeys(_printable(name, str(item)) for item in items))
+
+
+def _checked_date(name: str, value: Any) -> str:
+    """In ISO form; YAML reads 2026-11-28 as a date."""
+    try:
+        return date.fromisoformat(str(value)).isoformat()
+    except ValueError:
+        raise JobError(f"{flag(name)} must be a date like 2026-11-28, got {short(value)}") from None
 
 
 def _checked_shard(name: str, value: Any) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,17 @@ from pipeline.store import Store
 
 @dataclass(frozen=True)
 class Survey:
-    """A job's input and task, before the output is looked at."""
+    """A job's input and task, before the output is looked at.
+
+    today: the date for chat templates that print one; of a job that goes on, the one that it began with (make_plan).
+    """
 
     config: JobConfig
     task: Task
     catalogue: Catalogue
     prints: dict[str, str]
     messages: tuple[str, ...]
+    today: date
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ def survey_input(config: JobConfig) -> Survey:
         shard=config.shard_pair(),
     )
     result_schema(catalogue.kept)
-    return Survey(config, task, catalogue, prints, messages)
+    return Survey(config, task, catalogue, prints, messages, config.today())
 
 
 def make_plan(survey: Survey, store: Store) -> Plan:
@@ -78,7 +83,9 @@ def make_plan(survey: Survey, store: Store) -> Plan:
     """
     if not part_names(store):
         return Plan(survey, survey.catalogue, 0, ())
-    messages = _compare_with_earlier(survey.config, store, survey.prints)
+    earlier, messages = _compare_with_earlier(survey.config, store, survey.prints)
+    if earlier is not None and survey.config.prompt_date is None:
+        survey = replace(survey, today=manifest.prompt_date(earlier))
     check_columns(store, result_schema(survey.catalogue.kept))
     rows = done_rows(store)
     stay, outdated, failed, gone, repaired = _sort_rows(survey, rows)
@@ -155,7 +162,10 @@ def _hash_now(reader: DocumentReader, document: Document) -> str | None:
     return None
 
 
-def _compare_with_earlier(config: JobConfig, store: Store, prints: dict[str, str]) -> list[str]:
+def _compare_with_earlier(
+    config: JobConfig, store: Store, prints: dict[str, str]
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """The earlier run's manifest (None only with --force), and what differs, in words."""
     if not config.resume:
         raise JobError(
             f"--output {store.name}: it holds results already; choose another folder, or leave out --no-resume to go on"
@@ -165,14 +175,14 @@ def _compare_with_earlier(config: JobConfig, store: Store, prints: dict[str, str
     except JobError:
         if not config.force:
             raise
-        return ["the earlier manifest is damaged; going on with --force"]
+        return None, ["the earlier manifest is damaged; going on with --force"]
     if old is None:
         if not config.force:
             raise JobError(
                 f"--output {store.name}: it holds part files but no {manifest.NAME}; choose another folder, or --force"
             )
-        return [f"the output has no {manifest.NAME}; going on with --force"]
-    return manifest.check(old, prints, config, store)
+        return None, [f"the output has no {manifest.NAME}; going on with --force"]
+    return old, manifest.check(old, prints, config, store)
 
 
 def make_worker_config(
@@ -192,6 +202,7 @@ def make_worker_config(
         text_column=config.text_column,
         model_name=safe_name(config.model),
         config_hash=config.fingerprint(),
+        today=survey.today,
         template_args=config.chat_template_args,
         kept=tuple(pa.field(field.name, field.type) for field in survey.catalogue.kept),
         deadline=config.deadline,
@@ -271,6 +282,7 @@ def _token_lines(config: JobConfig, plan: Plan) -> Iterator[str]:
             load_tokens(config.model, config.revision, config.trust_remote_code),
             plan.survey.task,
             config.chat_template_args,
+            plan.survey.today,
         )
         reader = DocumentReader(config.text_column, [])
         order = pending.order()

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -88,17 +89,22 @@ class PromptBuilder:
     from control token to control token, is tokenised together with the document and with control tokens switched off;
     the rest is tokenised as the template means it. That gives the same ids as tokenising the rendered whole, except
     that special strings inside the document are text.
+
+    today: the date for templates that print one; None asks the clock, once.
     """
 
-    def __init__(self, tokens: Tokens, task: Task, template_args: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, tokens: Tokens, task: Task, template_args: Mapping[str, Any] | None = None, today: date | None = None
+    ) -> None:
         self._tokens = tokens
         self._task = task
         self._args = dict(template_args or {})
+        self._today = today or date.today()
         self._frames = {False: self._frame(task.question), True: self._frame(task.merge_question)}
 
     def _frame(self, question: str) -> tuple[np.ndarray, str, str, np.ndarray]:
         message = user_message(self._task.template, question)
-        rendered = self._tokens.render_chat(message, self._args)
+        rendered = self._tokens.render_chat(message, self._args, self._today)
         before, mark, after = rendered.partition(MARK)
         if not mark or MARK in after:
             raise JobError(

@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from datetime import date, datetime, time
 from typing import Any
 
 import numpy as np
 
 from pipeline.errors import DocumentError, JobError, one_line
+
+# The function by which chat templates ask for the date, and the codes of its formats: %d, %-d, %B.
+CLOCK = "strftime_now"
+FORMAT_CODE = re.compile(r"%[-_0^#]?[A-Za-z]")
+TOKENIZER_FILES = "The model needs its tokenizer's files beside config.json: tokenizer.json with tokenizer_config.json"
 
 
 def load_tokens(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Tokens:
@@ -18,8 +24,13 @@ def load_tokens(model: str, revision: str | None = None, trust_remote_code: bool
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+        added = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        # Where there are no files, transformers makes an empty tokenizer of some types.
+        problem = "has no vocabulary" if added.issuperset(tokenizer.get_vocab().values()) else ""
     except Exception as error:  # transformers raises many kinds for a missing or damaged tokenizer
-        raise JobError(f"--model {model}: its tokenizer cannot be loaded: {one_line(error)}") from None
+        problem = f"cannot be loaded: {one_line(error)}"
+    if problem:
+        raise JobError(f"--model {model}: its tokenizer {problem}. {TOKENIZER_FILES}")
     return Tokens(tokenizer)
 
 
@@ -51,10 +62,10 @@ class Tokens:
         """Whether the model is a chat model."""
         return bool(getattr(self._tokenizer, "chat_template", None))
 
-    def render_chat(self, message: str, args: Mapping[str, Any]) -> str:
+    def render_chat(self, message: str, args: Mapping[str, Any], today: date) -> str:
         """The user message in the model's chat template, up to where the answer starts; as it is where there is none.
 
-        Raises JobError if the template fails.
+        today: what the template takes for the current date. Raises JobError if the template fails.
         """
         if not self.has_chat_template:
             if args:
@@ -62,6 +73,9 @@ class Tokens:
             return message
         messages = [{"role": "user", "content": message}]
         try:
+            template = self._tokenizer.get_chat_template(args.get("chat_template"))
+            if CLOCK in template:
+                args = {**args, "chat_template": dated(template, today)}
             return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **args)
         except Exception as error:  # templates raise Jinja errors of many kinds
             raise JobError(f"the model's chat template failed: {one_line(error)}") from None
@@ -158,6 +172,19 @@ class Tokens:
     def decode(self, ids: list[int]) -> str:
         """The text of generated tokens, control tokens left out."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def dated(template: str, today: date) -> str:
+    """A chat template whose strftime_now() tells the midnight of `today`, whenever it is rendered.
+
+    It begins with a macro of that name, which hides the function that transformers gives to templates.
+    """
+    moment = datetime.combine(today, time())
+    told = "".join(
+        f".replace({code!r}, {moment.strftime(code)!r})" for code in sorted(set(FORMAT_CODE.findall(template)))
+    )
+    # A block swallows the line break behind it, and nothing else.
+    return f"{{%- macro {CLOCK}(format) %}}{{{{ format{told} }}}}{{%- endmacro %}}\n{template}"
 
 
 def _common(part: np.ndarray, whole: np.ndarray) -> int:

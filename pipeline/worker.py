@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import date
 from typing import Any, TypeVar, cast
 
 import pyarrow as pa
 
 from pipeline.engine.config import EngineConfig, Request, Sampling
+from pipeline.engine.loading import load_config
 from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.imports import check_kernels
 from pipeline.loop import EngineBrokenError, EngineLike, EngineLoop
@@ -24,7 +26,7 @@ from pipeline.metrics import report_arena
 from pipeline.prompts import Prompt, PromptBuilder, Task
 from pipeline.records import Row, new_row, utc_now
 from pipeline.source import Document, DocumentReader, input_hash
-from pipeline.tokens import load_tokens
+from pipeline.tokens import Tokens, load_tokens
 
 T = TypeVar("T")
 # How long after its deadline a document may still hold the reader or the engine before the worker counts as hung. The
@@ -38,7 +40,8 @@ CAREFUL = 4
 class WorkerConfig:
     """All that a worker needs to know. threads: for torch on a CPU; 0 leaves its default. deadline: seconds; 0 none.
 
-    model_name: what the rows call the model. engine_factory: "module:name" of a callable EngineConfig -> engine.
+    model_name: what the rows call the model. today: the date for chat templates that print one.
+    engine_factory: "module:name" of a callable EngineConfig -> engine.
     """
 
     engine: EngineConfig
@@ -49,6 +52,7 @@ class WorkerConfig:
     text_column: str
     model_name: str
     config_hash: str
+    today: date
     template_args: Mapping[str, Any] | None = None
     kept: tuple[pa.Field, ...] = ()
     deadline: float = 0.0
@@ -78,14 +82,13 @@ class Worker:
     async def load(self) -> dict[str, Any]:
         """Load tokenizer and engine. Returns the engine's description. Raises what loading raises."""
         config = self._config
-        self._loop = EngineLoop(lambda: _build_engine(config))
-        # transformers' lazy imports are not safe in two threads at once, so the tokenizer waits for the engine.
-        engine = await asyncio.wrap_future(self._loop.ready)
         loop = asyncio.get_running_loop()
-        self._tokens = await loop.run_in_executor(
-            self._reader, load_tokens, config.engine.model, config.engine.revision, config.engine.trust_remote_code
-        )
-        self._builder = PromptBuilder(self._tokens, config.task, config.template_args)
+        # Before the engine: what is wrong there shows in a second. Not beside it: transformers' lazy imports
+        # are not safe in two threads at once.
+        self._tokens = await loop.run_in_executor(self._reader, _load_tokens, config.engine)
+        self._builder = PromptBuilder(self._tokens, config.task, config.template_args, config.today)
+        self._loop = EngineLoop(lambda: _build_engine(config))
+        engine = await asyncio.wrap_future(self._loop.ready)
         self._limit = engine.max_context - config.max_new_tokens
         if self._limit < 1:
             raise JobError(
@@ -266,6 +269,12 @@ def part_request(document_id: str, parts: int, index: int) -> str:
 def whole_request(document_id: str) -> str:
     """The request id of a whole document: its own id, and never what a part of another one is called."""
     return f"{document_id}#" if re.search(r"#\d+\.\d+#*$", document_id) else document_id
+
+
+def _load_tokens(config: EngineConfig) -> Tokens:
+    """The tokenizer of a model that is there. Raises JobError."""
+    load_config(config)
+    return load_tokens(config.model, config.revision, config.trust_remote_code)
 
 
 def _build_engine(config: WorkerConfig) -> EngineLike:

@@ -23,6 +23,23 @@ from stem_core.policy import DENSE_BLOCK_SIZE, LayerPolicy, cutting_window
 from stem_core.retained import RetainedMass
 from stem_core.selection import new_key_state, stem_selection
 
+# What models hand on to their attention besides, with no bearing on it: positions are encoded and the cache merged by
+# then, and the others are asked of the layers around it. Anything else might change what is to be computed.
+PASSED_OVER = frozenset(
+    {
+        "cache_position",
+        "is_causal",
+        "logits_to_keep",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
+
 
 def stem_prefill(
     q: Tensor,
@@ -56,6 +73,20 @@ def stem_prefill(
     out, lse = chunk.attend_with_lse(selection, start, chunk.end)
     chunk.measure(mass, lambda first, last: lse[:, :, first - start : last - start])
     return out
+
+
+def _refuse_unknown(others: dict[str, Any]) -> None:
+    for name, value in others.items():
+        given = value is not None and value is not False
+        if (given and name not in PASSED_OVER) or (name == "is_causal" and value is False):
+            raise ValueError(
+                f"the model asks its attention for {name}={_short(value)}, which our kernels do not compute, neither "
+                "sparse nor dense; use another model, or call it without that"
+            )
+
+
+def _short(value: Any) -> str:
+    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)[:80]
 
 
 @dataclass(frozen=True)
@@ -130,13 +161,14 @@ def attention_forward(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     stem_context: StemContext | None = None,
-    **kwargs: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers' AttentionInterface calls it, registered under the name "stem".
 
     query [N, H, Lq, D], key and value [N, Hkv, Lk, D]: positions encoded, cache merged. attention_mask is None, or bool
     [N, Lk] marking padding (see stem_core.patch). Returns ([N, Lq, H, D], None).
-    Raises RuntimeError for a module that `patch_model` has not seen, ValueError for what the kernels do not compute.
+    Raises RuntimeError for a module that `patch_model` has not seen, ValueError for what the kernels do not compute and
+    for any argument that is not known to leave the computation alone.
     """
     policy: LayerPolicy | None = getattr(module, "stem_policy", None)
     if policy is None:
@@ -146,6 +178,7 @@ def attention_forward(
     if softcap is not None or s_aux is not None:
         feature = "logit soft-capping" if softcap is not None else "attention sinks"
         raise ValueError(f"Stem attention does not compute {feature}; run this model with its own attention")
+    _refuse_unknown(others)
     if dropout:
         raise ValueError(f"Stem attention is for inference; got dropout={dropout}: call model.eval()")
 
@@ -190,7 +223,7 @@ def _prefill_chunk(
     scale: float | None,
     window: int | None,
 ) -> Tensor:
-    context.windows[policy.layer] = window
+    context.windows[policy.layer], context.queries[policy.layer] = window, q.shape[2]
     window = cutting_window(context.prompt_length, window)
     config = None if context.dense else policy.config
     budget = LayerPolicy(config, policy.layer).budget(context.prompt_length, window)

@@ -52,7 +52,8 @@ class PrefillContext:
     start: absolute position of the chunk's first token, a multiple of the block size.
     prompt_length: tokens in the whole prompt; budgets are keyed on it, so that chunking changes nothing.
     keys: what the estimator keeps of earlier chunks' keys, by layer, filled by the attention.
-    windows: sliding window by layer, None for none, as the model hands it to the attention, which notes it here.
+    windows, queries: by layer, the sliding window, None for none, and how many queries the model hands to the
+        attention, which notes them here.
     quantized: by layer, the document's keys and values in fp8, this chunk's included: the attention runs in fp8 then,
         and the keys and values that the model hands over are those of the chunk alone.
     last_layer: the attention layer that runs last, if a chunk that the prompt goes on behind may end there: its keys
@@ -65,6 +66,7 @@ class PrefillContext:
     start: int = 0
     keys: dict[int, KeyState] = field(default_factory=dict)
     windows: dict[int, int | None] = field(default_factory=dict)
+    queries: dict[int, int] = field(default_factory=dict)
     quantized: Mapping[int, QuantizedKV] = field(default_factory=dict)
     last_layer: int | None = None
     mass: RetainedMass | None = None

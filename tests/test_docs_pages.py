@@ -66,15 +66,17 @@ def strings() -> tuple[str, ...]:
     return tuple(found)
 
 
+CHECKED = re.findall(r"^\|.*\| `([^`]+)`(?:, .*)? \|$", text("docs/checks.md"), re.MULTILINE)
 FRAGMENTS = re.findall(r"^### `([^`]+)`$", text("docs/troubleshooting.md"), re.MULTILINE)
 
 
 def test_there_are_messages() -> None:
     assert len(FRAGMENTS) >= 20
+    assert len(CHECKED) >= 7
     assert len(set(FRAGMENTS)) == len(FRAGMENTS)
 
 
-@pytest.mark.parametrize("fragment", FRAGMENTS)
+@pytest.mark.parametrize("fragment", [*FRAGMENTS, *CHECKED])
 def test_a_quoted_message_is_in_the_code(fragment: str) -> None:
     if " " in fragment:
         assert any(fragment in string for string in strings())

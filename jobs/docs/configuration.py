@@ -29,6 +29,7 @@ TYPES = {
     "map": "mapping; JSON after the flag",
     "auto_int": "whole number or `auto`",
     "shard": "`i/n`",
+    "date": "date, `2026-11-28`",
 }
 GROUPS = {
     "data": "What is read, and where results go.",

@@ -129,6 +129,7 @@ first.
             "`fingerprints`",
             f"of {', '.join(manifest.DECIDING)} and input; all but the input's decide whether a job goes on",
         ),
+        ("`prompt_date`", "the date in prompts whose chat template prints one; that of the day on which the job began"),
         ("`config`", "all settings, without credentials"),
         ("`versions`", "of Python and the packages"),
     ],

@@ -129,7 +129,9 @@ def _noting(runner: ModelRunner, note: Note) -> Iterator[None]:
 
 
 def _prompt(job: JobConfig, tokens: Tokens, text: str, context: int) -> np.ndarray:
-    builder = PromptBuilder(tokens, make_task(job.task, job.question, job.prompt_file), job.chat_template_args)
+    builder = PromptBuilder(
+        tokens, make_task(job.task, job.question, job.prompt_file), job.chat_template_args, job.today()
+    )
     limit = min(context, job.max_context or context) - job.max_new_tokens
     try:
         return builder.build(text, limit, truncate=job.too_long == "truncate").ids.astype(np.int64)

@@ -6,6 +6,7 @@ Checked against transformers 5.17 and 5.23.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, NoReturn
 
 import torch
@@ -59,10 +60,12 @@ class ProbeCache(EngineCache):
     def __init__(self) -> None:
         super().__init__(seen=0)
         self.shapes: dict[int, LayerShape] = {}
+        self.updates: Counter[int] = Counter()
         self.devices: dict[int, torch.device] = {}
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """k [1, Hkv, L, D], v [1, Hkv, L, Dv], unchanged."""
+        self.updates[layer_idx] += 1
         self.shapes[layer_idx] = LayerShape(k.shape[1], k.shape[3], v.shape[3])
         self.devices[layer_idx] = k.device
         return k, v

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.adapters import MERGE, adapter_problem
 from pipeline.engine.config import EngineConfig, EngineError
 from pipeline.engine.dummy import dummy_model
+from pipeline.engine.keys import conversion_problem, keys_problem, load_report
 from pipeline.engine.precision import Precision, resolve_precision
 from pipeline.engine.skeleton import chunk_bytes, rooms, skeleton
 from pipeline.engine.stages import Placement, connect, move, place
@@ -32,6 +34,7 @@ def load_config(config: EngineConfig) -> Any:
     from transformers import AutoConfig
 
     _check_folder(config.model)
+    _check_hub(config)
     try:
         return AutoConfig.from_pretrained(
             config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
@@ -93,16 +96,28 @@ def _from_files(
     # Weights that are to be quantised come to host memory and go to their devices one by one, in fp8.
     to_quantize = precision.fp8 and not stored_fp8
     device_map = {"": device} if placement is None else placement.device_map()
-    with nullcontext() if placement is None else _unconnected():
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            config.model,
-            config=hf_config,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            dtype=precision.dtype,
-            use_safetensors=True,
-            device_map=device_map if device.type != "cpu" and not to_quantize else None,
-        )
+    auto: Any = AutoModelForCausalLM
+    with nullcontext() if placement is None else _unconnected(), load_report() as report:
+        try:
+            model, found = auto.from_pretrained(
+                config.model,
+                config=hf_config,
+                revision=config.revision,
+                trust_remote_code=config.trust_remote_code,
+                dtype=precision.dtype,
+                use_safetensors=True,
+                device_map=device_map if device.type != "cpu" and not to_quantize else None,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are named below
+            )
+        except RuntimeError as error:
+            problem = conversion_problem(report)
+            if not problem:
+                raise
+            raise ModelLoadError(f"model {config.model!r}: {problem}") from error
+    problem = keys_problem(found)
+    if problem:
+        raise ModelLoadError(f"model {config.model!r}: {problem}")
     if to_quantize:
         target = device if placement is None else placement.device_of
         quantize_linears(model, fast_accumulation=config.fp8_fast_accumulation, device=target)
@@ -166,6 +181,8 @@ def _check_folder(model: str) -> None:
     if path.exists():
         if not path.is_dir():
             raise ModelLoadError(f"model {model!r} is a file; give the folder that holds config.json")
+        if adapter_problem(path):
+            raise ModelLoadError(f"model {model!r}: {adapter_problem(path)}")
         config = path / "config.json"
         if not config.is_file():
             raise ModelLoadError(f"model folder {model!r} has no config.json")
@@ -175,6 +192,13 @@ def _check_folder(model: str) -> None:
             raise ModelLoadError(f"model folder {model!r}: config.json cannot be read: {error}") from error
     elif looks_local:
         raise ModelLoadError(f"model folder {model!r} does not exist")
+
+
+def _check_hub(config: EngineConfig) -> None:
+    from transformers.utils import find_adapter_config_file
+
+    if not Path(config.model).is_dir() and find_adapter_config_file(config.model, revision=config.revision):
+        raise ModelLoadError(f"model {config.model!r}: it holds an adapter, which is not read. {MERGE}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,15 +11,17 @@ from kernels.fp8_heads import HeadScales
 from pipeline.engine.arena import Arena, Fp8KVArena, KVArena, LayerShape
 from pipeline.engine.cache import EngineCache, ProbeCache
 from pipeline.engine.calibration import calibration_prompts
+from pipeline.engine.checks import check_head_sizes, check_layers, check_state, kept_tensors, named_failures
 from pipeline.engine.config import EngineConfig, EngineError
 from pipeline.engine.loading import load_model
 from pipeline.engine.precision import check_fp8_attention, model_precision
 from pipeline.engine.rope import prepare_rope
+from pipeline.engine.self_check import is_tested, self_check
 from stem_core.config import StemConfig
 from stem_core.context import PrefillContext, StemContext
 from stem_core.fuse import fuse_model
 from stem_core.kv_scales import calibrate
-from stem_core.patch import layer_policies, patch_model
+from stem_core.patch import UnsupportedModelError, layer_policies, patch_model
 from stem_core.policy import LayerPolicy
 
 
@@ -27,7 +29,8 @@ class ModelRunner:
     """A patched model on its device or devices, its elementwise operations fused (`fuse` as in EngineConfig).
 
     Raises stem_core's UnsupportedModelError or EngineError for a model whose attention or rotary embedding cannot run
-    here, UnsupportedCacheError for one that caches more than keys and values.
+    here, or that keeps more of a document than the engine does (pipeline.engine.checks), UnsupportedCacheError for one
+    that asks for it.
 
     device: of token ids and logits. devices: all of the model, in the order of its layers. layer_devices: by layer.
     precision: as the model was loaded. In fp8 attention and KV are in fp8 too.
@@ -108,7 +111,16 @@ class ModelRunner:
         ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
         positions = torch.arange(2, device=self.device)[None]
         context = PrefillContext(prompt_length=2)
-        self.logits(ids, positions, cache, context, torch.full_like(ids[:, 0], 2))
+        before = kept_tensors(self.model)
+        try:
+            with named_failures(self.model):
+                self.logits(ids, positions, cache, context, torch.full_like(ids[:, 0], 2))
+        except UnsupportedModelError:
+            check_head_sizes(cache.shapes, cache.devices)  # a kernel that does not hold them says so in its own words
+            raise
+        check_layers(self.model, context.queries, cache.updates, tokens=2)
+        check_state(self.model, before)
+        check_head_sizes(cache.shapes, cache.devices)
         policies = {policy.layer: policy for policy in layer_policies(self.model)}
         self.shapes: dict[int, LayerShape] = cache.shapes
         self.layer_devices: dict[int, torch.device] = cache.devices
@@ -121,6 +133,10 @@ def load_runner(config: EngineConfig, devices: Sequence[torch.device] | None = N
     """The model of `config` on its devices, or on the given ones. Raises EngineError (ModelLoadError for its files)."""
     model = load_model(config, devices)
     try:
-        return ModelRunner(model, config.attention, config.fuse)
+        runner = ModelRunner(model, config.attention, config.fuse)
+        if not is_tested(runner):
+            with named_failures(model):
+                self_check(runner)
+        return runner
     except (ValueError, AttributeError) as error:
         raise EngineError(f"model {config.model!r} cannot run here: {error}") from error

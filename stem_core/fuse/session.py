@@ -74,7 +74,7 @@ def trial_input(*shape: int, like: Tensor, scales: Sequence[float] = (1.0,), see
 def activations_like(model: nn.Module, module: nn.Module) -> Tensor:
     """An empty tensor with the dtype of the model's activations, on the device of `module`."""
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
-    return torch.empty(0, dtype=embedding.dtype, device=next(module.parameters()).device)
+    return torch.empty(0, dtype=embedding.dtype, device=next(module.parameters(), embedding).device)
 
 
 def row_error(got: Tensor, wanted: Tensor) -> float:

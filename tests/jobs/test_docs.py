@@ -138,7 +138,8 @@ def test_the_density_of_layers_is_the_mean_over_parts_by_tokens_and_null_without
 
 def test_the_manifest_has_the_keys_of_the_page(tmp_path: Path) -> None:
     config = JobConfig(input=("a",), output=str(tmp_path), model="m")
-    manifest.save(Store(str(tmp_path)), config, {"config": ""}, state="finished", documents=1, seconds=1.0)
+    more = {"state": "finished", "documents": 1, "seconds": 1.0, "prompt_date": config.today()}
+    manifest.save(Store(str(tmp_path)), config, {"config": ""}, **more)
     written = json.loads((tmp_path / manifest.NAME).read_text())
     section = pages()["results.md"].split("`manifest.json`:")[1].split("\n## ")[0]
     assert {line.split("`")[1] for line in lines_with(section, "| `")} == written.keys()

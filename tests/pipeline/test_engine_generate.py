@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 from engine_models import ARCHITECTURES, TINY_READER, generate, prompts, run, save_model
 
 from pipeline.engine import Engine, EngineConfig, Request
+from pipeline.engine.self_check import TESTED_TYPES
 
 NEW = 12
 LENGTHS = [300, 1, 127, 129, 64]
@@ -24,6 +26,12 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = save_model(tmp_path_factory.mktemp("model"), request.param)
     texts = prompts(LONGROPE_LENGTHS if request.param == "phi3_longrope" else LENGTHS)
     return folder, texts, [generate(folder, prompt, NEW) for prompt in texts]
+
+
+def test_these_are_the_tested_types() -> None:
+    """Every other type is checked when it is loaded: whoever adds one to the list adds it here."""
+    configs = [getattr(transformers, name) for family, (name, _) in ARCHITECTURES.items() if family != "gemma2"]
+    assert {config.model_type for config in configs} == TESTED_TYPES
 
 
 @pytest.mark.parametrize("documents", [1, 2, 3, 4, 5])
@@ -57,7 +65,6 @@ def test_fused_model_gives_the_same_tokens(model: Expected) -> None:
 
 
 def test_trained_model_on_a_report() -> None:
-    transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_READER)
     text = "The valve at Port Hale was replaced on day 412. " * 60
     ids = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -254,3 +256,27 @@ def test_the_python_interface_takes_settings_and_refuses_unknown_ones(tmp_path: 
     job(docs, out, model)
     report = run_job(input=docs, output=out, model=model, workers=1, max_new_tokens=8, device="cpu", flush_documents=3)
     assert report.documents == report.ok == 1
+
+
+@pytest.mark.parametrize(
+    ("entry", "began"), [("prompt_date", "2001-02-03"), ("written_at", "2001-02-03T04:05:06+00:00")]
+)
+def test_a_job_goes_on_with_the_date_of_its_beginning(
+    tmp_path: Path, out: Path, model: Path, entry: str, began: str
+) -> None:
+    """With a chat template that prints the date: here the number of the year, in as many words."""
+    dated = shutil.copytree(model, tmp_path / "model")
+    (dated / "chat_template.jinja").write_text("{{ 'day ' * strftime_now('%y')|int }}{{ messages[0].content }}")
+    docs = write(tmp_path / "docs", {"a": "some text", "b": "some text"})
+    job(docs, out, dated)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest.pop("prompt_date") == date.today().isoformat()
+    before = rows(out)
+    # As if the job had been begun in another year, by this version or an older one, and left off before b.
+    (out / "manifest.json").write_text(json.dumps(manifest | {entry: began}))
+    write(docs, {"a": "some text", "b": "some texts"})
+    job(docs, out, dated)
+    after = rows(out)
+    assert after["a"] == before["a"]
+    assert before["b"]["prompt_tokens"] - after["b"]["prompt_tokens"] > 20, "a word for each year since 2001"
+    assert json.loads((out / "manifest.json").read_text())["prompt_date"] == "2001-02-03"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,12 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
+from pipeline import Summarizer
+from pipeline.config import JobConfig
 from pipeline.errors import DocumentError, JobError
+from pipeline.plan import describe_plan
 from pipeline.prompts import PromptBuilder, Task, make_task, user_message
 from pipeline.tokens import Tokens, load_tokens
 
@@ -190,3 +196,72 @@ def test_a_damaged_tokenizer_is_a_job_error(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{not json")
     with pytest.raises(JobError, match="tokenizer cannot be loaded"):
         load_tokens(str(tmp_path))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "llama", "mistral", "gemma3_text", "gpt2", "cohere", "xglm"])
+@pytest.mark.parametrize("file", ["", "tokenizer.json", "tokenizer_config.json"])
+def test_a_model_without_a_vocabulary_is_a_job_error(tmp_path: Path, model_type: str, file: str) -> None:
+    """Of some types transformers makes a tokenizer that knows a few control tokens or none."""
+    contents = {
+        "tokenizer.json": {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}},
+        "tokenizer_config.json": {"added_tokens_decoder": {"7": {"content": "<tool_call>", "special": False}}},
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    if file:
+        (tmp_path / file).write_text(json.dumps(contents[file]))
+    message = r"tokenizer (has no vocabulary|cannot be loaded: .*)\. The model needs its tokenizer's files"
+    with pytest.raises(JobError, match=message):
+        load_tokens(str(tmp_path))
+
+
+def test_a_dry_run_without_a_tokenizer_is_one_error(tmp_path: Path, model: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(model / name, tmp_path / name)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.txt").write_text("some text")
+    config = JobConfig(model=str(tmp_path), input=(str(tmp_path / "docs"),), output=str(tmp_path / "out"))
+    with pytest.raises(JobError, match="has no vocabulary"):
+        list(describe_plan(config))
+
+
+DATE = date(2024, 7, 6)
+# As Llama 3, gpt-oss and Granite ask for the date: at once, behind a test, or inside a macro.
+CLOCKS = {
+    "at once": "{{ strftime_now('%d %b %Y, %-d %B, %A, %H:%M') }}|",
+    "if defined": "{% if strftime_now is defined %}\n  {% set day = strftime_now('%F') %}\n{% endif %}\n{{ day }}|",
+    "in a macro": "{%- macro head(plain) -%}Date: {{ strftime_now('%B %d, %Y') }}{%- endmacro -%}\n {{ head(true) }}|",
+    "put together": "{% set codes = '%' + 'd' %}{{ strftime_now(codes ~ ' %m') }}|{# %d #}",
+    "as a number": "{{ strftime_now('%Y')|int + 1 }}|",
+}
+PRINTED = {
+    "at once": "06 Jul 2024, 6 July, Saturday, 00:00",
+    "if defined": "2024-07-06",
+    "in a macro": "Date: July 06, 2024",
+    "put together": "06 07",
+    "as a number": "2025",
+}
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_chat_templates_print_the_jobs_date(clock: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Midnight(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime.combine(DATE, time())
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    chat = "\n<|bos|>{% for m in messages %}<|user|>{{ m.content }}{% endfor %}<|assistant|>"
+    tokenizer.chat_template = CLOCKS[clock] + chat
+    rendered = Tokens(tokenizer).render_chat("the text", {}, DATE)
+    assert rendered.partition("|")[0].strip() == PRINTED[clock]
+    monkeypatch.setattr(chat_template_utils, "datetime", Midnight)
+    message = [{"role": "user", "content": "the text"}]
+    own = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    assert rendered == own, "as transformers itself renders it on that day"
+
+
+def test_a_worker_looks_at_its_tokenizer_before_it_loads_the_model(tmp_path: Path, model: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(model / name, tmp_path / name)
+    with pytest.raises(JobError, match="has no vocabulary"):
+        Summarizer(model=tmp_path, engine_factory="no_such_module:Engine").load()

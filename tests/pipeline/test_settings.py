@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import manifest
+from pipeline import Summarizer, manifest
 from pipeline.config import JobConfig
 from pipeline.errors import JobError
 from pipeline.progress import Progress
@@ -91,11 +92,23 @@ def test_credentials_stay_out_of_names_and_manifest(tmp_path: Path) -> None:
         ({"input": ()}, "--input is missing"),
         ({"top_p": 0}, "--top-p must be above 0"),
         ({"shard": "1/x"}, "--shard must be i/n"),
+        ({"prompt_date": "tomorrow"}, "--prompt-date must be a date like 2026-11-28, got 'tomorrow'"),
     ],
 )
 def test_wrong_values_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(JobError, match=message):
         config(**settings)
+
+
+def test_the_date_of_prompts_is_a_setting() -> None:
+    """For workers that start on other days without a manifest: Ray Data's, or those of several outputs."""
+    assert config().today() == date.today()
+    dated = config(prompt_date=date(2024, 7, 6))
+    assert (dated.prompt_date, dated.today()) == ("2024-07-06", date(2024, 7, 6))
+    assert dated.fingerprint() != config().fingerprint()
+    assert "prompt_date" not in config().output_settings(), "jobs that are older than the setting go on"
+    with Summarizer(model="models/tiny-reader", prompt_date="2024-07-06") as summarizer:
+        assert summarizer._worker_config.today == dated.today()
 
 
 def test_the_task_counts_by_question_and_template(tmp_path: Path) -> None:

@@ -270,6 +270,14 @@ def test_what_differs_keeps_its_own_forward_and_says_why(path, name, kind, repla
     torch.testing.assert_close(model(prompt()).logits, own, atol=1e-4, rtol=1e-4)
 
 
+def test_a_norm_without_weights_keeps_its_own_forward():
+    model = tiny("llama")
+    model.model.norm = _named("BareRMSNorm", nn.RMSNorm)(64, elementwise_affine=False)
+    fuse_model(model)
+    (skipped,) = [fusion for fusion in fusions(model) if fusion.reason]
+    assert (skipped.module, skipped.reason) == ("model.norm", "it has other parameters than a weight of one dimension")
+
+
 def _named(name: str, base: type) -> type:
     return type(name, (base,), {})
 

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stem_core import DecodeContext, PrefillContext, StemConfig, patch_model, unpatch_model
+from stem_core.attention import attention_forward
 from stem_core.patch import UnsupportedModelError
 
 VOCAB = 97
@@ -115,6 +116,41 @@ def test_attention_without_patch_says_so():
     del model.model.layers[1].self_attn.stem_policy
     with pytest.raises(RuntimeError, match=r"call stem_core\.patch_model"):
         model(prompt())
+
+
+OFF = {"position_bias": None, "indices": None, "s_aux": None, "softcap": None, "use_sinks": False}
+PASSED = {
+    "position_ids": torch.arange(4)[None],
+    "use_cache": True,
+    "is_causal": True,
+    "cache_position": torch.arange(4),
+}
+CHANGES = {
+    "s_aux": torch.zeros(4),
+    "softcap": 30.0,
+    "sinks": torch.zeros(4),
+    "position_bias": torch.zeros(1, 4, 4, 4),
+    "indices": torch.zeros(1, 4, 2, dtype=torch.int64),
+    "block_indices": torch.zeros(1, 4, 2, dtype=torch.int64),
+    "cu_seq_lens_q": torch.tensor([0, 2, 4]),
+    "max_length_q": 2,
+    "head_mask": torch.ones(4),
+    "is_causal": False,
+    "chunk_size": 2,
+    "a_feature_of_tomorrow": True,
+}
+
+
+@pytest.mark.parametrize("context", [None, PrefillContext(prompt_length=4)])
+@pytest.mark.parametrize("name", CHANGES)
+def test_arguments_that_change_the_computation_are_refused(name, context):
+    module = patch_model(tiny("llama"), None).model.layers[1].self_attn
+    q, k = torch.zeros(1, 4, 4, 16), torch.zeros(1, 2, 4, 16)
+    known = OFF | PASSED
+    attention_forward(module, q, k, k, None, stem_context=context, **known)
+    feature = {"s_aux": "attention sinks", "softcap": "soft-capping"}.get(name, f"its attention for {name}=")
+    with pytest.raises(ValueError, match=feature):
+        attention_forward(module, q, k, k, None, stem_context=context, **(known | {name: CHANGES[name]}))
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])

@@ -1,0 +1,95 @@
+"""Whether a checkpoint holds the weights of its model, no fewer and no others.
+
+transformers gives random values to weights that a checkpoint lacks, passes over those that the model lacks, and says so
+in the log alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from pipeline.adapters import MERGE
+
+# Names that may be in a checkpoint without a place in the model, since nothing would be computed with them. Those that
+# transformers lists with a model's class (_keys_to_ignore_on_load_unexpected) do not get here.
+HARMLESS = re.compile(
+    r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$"  # computed from the config
+    r"|self_attn\.([kv]_proj\.)?([qkv]_scale|output_scale)$"  # of a cache in fp8: ours are measured when a model loads
+    r"|(^|\.)mtp(_layers)?\."  # heads that guess further tokens, which nothing here asks
+)
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "module.")
+SCALES = re.compile(r"(scale|scale_inv|scales|zero_point|zeros|_packed|absmax|SCB)$")
+SHOWN = 3
+
+
+def keys_problem(found: Mapping[str, Any]) -> str:
+    """What is wrong with the weights that were found, with names, and how to mend it; empty if nothing is.
+
+    found: transformers' loading info, whose mismatched_keys are (name, shape in the checkpoint, in the model).
+    """
+    missing = sorted(found["missing_keys"])
+    extra = sorted(key for key in found["unexpected_keys"] if not HARMLESS.search(key))
+    shapes = sorted(f"{key}: {list(stored)}, not {list(due)}" for key, stored, due in found["mismatched_keys"])
+    kinds = {"missing": missing, "without a place in the model": extra, "of another shape": shapes}
+    wrong = {kind: names for kind, names in kinds.items() if names}
+    if not wrong:
+        return ""
+    # A worker's reason is cut at 500 characters, and the remedy stands at its end.
+    shown = SHOWN if len(wrong) == 1 else 1
+    told = [f"{len(names):,} {kind} ({_listed(names, shown)})" for kind, names in wrong.items()]
+    return f"its weights are not those that its config describes: {'; '.join(told)}. {_remedy(missing, extra)}"
+
+
+def _listed(names: list[str], shown: int = SHOWN) -> str:
+    return ", ".join(names[:shown]) + ", ..." * (len(names) > shown)
+
+
+def _remedy(missing: list[str], extra: list[str]) -> str:
+    if any(".lora_" in key or ".base_layer." in key for key in extra):
+        return MERGE
+    wrapper = next((name for name in WRAPPERS if any(f".{name}" in f".{key}" for key in extra)), "")
+    if wrapper and missing:
+        return f"They were saved from inside a wrapper ({wrapper[:-1]}): save the model in it with save_pretrained()"
+    if any(SCALES.search(key) for key in extra):
+        return (
+            "Without their scales quantised weights are wrong, and those of mixture-of-experts layers are not read: "
+            "use the checkpoint in bf16, with precision fp8 to make it smaller"
+        )
+    if missing == ["lm_head.weight"]:
+        return "If this model's output head is its embedding, set tie_word_embeddings to true in config.json"
+    return "Use the whole checkpoint and the config.json that belongs to it, or save the model anew (save_pretrained)"
+
+
+@contextmanager
+def load_report() -> Iterator[list[str]]:
+    """Inside, transformers' table of keys goes into the list instead of the log: our error says it in one line."""
+    found: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if "LOAD REPORT" not in text:
+            return True
+        found.append(text)
+        return False
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(keep)
+    try:
+        yield found
+    finally:
+        logger.removeFilter(keep)
+
+
+def conversion_problem(report: list[str]) -> str:
+    """The weights that transformers could not put together from a checkpoint's parts; empty if it says of none."""
+    names = [line.split()[0] for text in report for line in text.splitlines() if "| CONVERSION" in line]
+    if not names:
+        return ""
+    return (
+        f"{len(names):,} weights cannot be put together from its parts ({_listed(names)}): some are missing, or of "
+        f"another shape. {_remedy([], [])}"
+    )

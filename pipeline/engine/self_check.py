@@ -1,0 +1,123 @@
+"""Two short documents, read whole and alone, then in chunks and together: the model must give the same both times."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.engine.arena import Extent, aligned
+from pipeline.engine.cache import DecodeCache, EngineCache, PrefillCache
+from stem_core.context import DecodeContext, PrefillContext, StemContext
+from stem_core.patch import UnsupportedModelError
+from stem_core.policy import DENSE_BLOCK_SIZE
+
+if TYPE_CHECKING:
+    from pipeline.engine.runner import ModelRunner
+
+# Model types that the tests compare with transformers' own generate, in batches and in chunks
+# (tests/pipeline/test_engine_generate.py). All others are checked when they are loaded.
+TESTED_TYPES = frozenset({"gemma3_text", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe"})
+# One document of two chunks, of which the second is so short that what it forgets of the first shows in the logits, and
+# two documents of less than a chunk, its neighbours in turn.
+LENGTHS = (DENSE_BLOCK_SIZE + 2, 70, 70)
+STEPS = 3
+# Largest differences of logits, as shares of their size: where the shapes of matrices differ, so that sums are rounded
+# otherwise (by precision; fp8's and 16 bits' is the second), and where only the neighbour's tokens do.
+ROUNDING = {"fp32": 0.01}
+COARSE = 0.1
+NEIGHBOUR = 0.02
+
+
+def is_tested(runner: ModelRunner) -> bool:
+    """Whether the model is of a tested type, and in transformers' own code."""
+    model: Any = runner.model
+    return model.config.model_type in TESTED_TYPES and type(model).__module__.startswith("transformers.")
+
+
+@torch.inference_mode()
+def self_check(runner: ModelRunner) -> None:
+    """Raise UnsupportedModelError for a model whose logits depend on chunks or on other documents."""
+    trial = _Trial(runner)
+    limit = ROUNDING.get(runner.precision.name, COARSE)
+    alone = [trial.read_and_write([number], whole=True)[0] for number in (0, 1)]
+    pair = trial.read_and_write([0, 1], whole=False)
+    other = trial.read_and_write([0, 2], whole=False)[0]
+    problem = ""
+    if any(difference(got[0], expected[0]) > limit for got, expected in zip(pair, alone, strict=True)):
+        problem = "gives other logits for a prompt that is read in chunks than for the whole"
+    elif _usual(pair[0], other) > NEIGHBOUR or any(_usual(*both) > limit for both in zip(pair, alone, strict=True)):
+        problem = "gives other logits for documents together than for each alone"
+    if problem:
+        model: Any = runner.model
+        raise UnsupportedModelError(
+            f"{type(model).__name__} (model type {model.config.model_type}) {problem}: it keeps more of a document "
+            "than keys and values; use another model"
+        )
+
+
+def _usual(got: list[Tensor], expected: list[Tensor]) -> float:
+    """The median over tokens: a mixture of experts may take another expert for one of them where two are as good."""
+    return float(np.median([difference(*both) for both in zip(got[1:], expected[1:], strict=True)]))
+
+
+def difference(got: Tensor, expected: Tensor) -> float:
+    """Norm of the difference of logits, as a share of the norm of the expected ones about their mean."""
+    got, expected = got.double(), expected.double()
+    return float((got - expected).norm() / (expected - expected.mean()).norm())
+
+
+class _Trial:
+    """The documents, whose outputs are given, too, in an arena of their own."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        generator = np.random.default_rng(0)
+        # Ordinary tokens: special ones stand at either end of a vocabulary.
+        low, high = runner.vocabulary // 8, max(runner.vocabulary // 2, 2)
+        ids = [generator.integers(low, high, size=length + STEPS) for length in LENGTHS]
+        self._runner = runner
+        self._ids = [torch.as_tensor(row, device=runner.device) for row in ids]
+        size = aligned(LENGTHS[0] + STEPS)
+        self._extents = [Extent(0, size), Extent(size, size), Extent(size, size)]
+        self._arena = runner.new_arena(2 * size)
+
+    def read_and_write(self, numbers: list[int], whole: bool) -> list[list[Tensor]]:
+        """Logits [V] of each document behind its prompt, read whole or in chunks, and behind each token of its output.
+
+        numbers: of the documents, which are read one after the other and write together.
+        """
+        logits = [[self._prefill(n, LENGTHS[n] if whole else DENSE_BLOCK_SIZE)] for n in numbers]
+        for step in range(STEPS):
+            for row, found in zip(self._decode(numbers, step), logits, strict=True):
+                found.append(row)
+        return logits
+
+    def _prefill(self, number: int, chunk: int) -> Tensor:
+        extent, length = self._extents[number], LENGTHS[number]
+        context = PrefillContext(prompt_length=length, quantized=self._arena.quantized(extent), dense=True)
+        for start in range(0, length, chunk):
+            context.start, end = start, min(start + chunk, length)
+            cache = PrefillCache(self._arena, extent, seen=start)
+            positions = torch.arange(start, end, device=self._runner.device)[None]
+            logits = self._call(self._ids[number][None, start:end], positions, cache, context)
+        return logits[0]
+
+    def _decode(self, numbers: list[int], step: int) -> Tensor:
+        """[documents, V] behind token number `step` of the outputs."""
+        device = self._runner.device
+        positions = torch.tensor([LENGTHS[n] + step for n in numbers], device=device)
+        starts = torch.tensor([self._extents[n].start for n in numbers], device=device)
+        tokens = torch.stack([self._ids[n][LENGTHS[n] + step] for n in numbers])
+        context = DecodeContext(
+            starts=starts,
+            lengths=(positions + 1).to(torch.int32),
+            max_length=LENGTHS[0] + STEPS,
+            quantized=self._arena.quantized(),
+        )
+        return self._call(tokens[:, None], positions[:, None], DecodeCache(self._arena, starts + positions), context)
+
+    def _call(self, ids: Tensor, positions: Tensor, cache: EngineCache, context: StemContext) -> Tensor:
+        bounds = torch.full_like(ids[:, 0], LENGTHS[0] + STEPS)
+        return self._runner.logits(ids, positions, cache, context, bounds)
