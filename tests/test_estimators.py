@@ -21,8 +21,11 @@ from pipeline.config import STEM_OVERRIDES
 from pipeline.engine import Engine, EngineConfig, Request
 from pipeline.engine.memory import key_state_bytes
 from stem_core import PromptBudget, StemConfig, patch_model
+from stem_core.attention import stem_prefill
+from stem_core.budget import prompt_budget
 from stem_core.estimators import ESTIMATORS, Chunk, Estimator, EstimatorSettings
-from stem_core.selection import RULES, Rule
+from stem_core.estimators.mass import Mass
+from stem_core.selection import HEAD_CAP, HEAD_FLOOR, RULES, Rule, stem_selection
 from tests.pipeline.engine_models import last_logits, prompts, run, save_model
 
 ROOT = Path(__file__).parents[1]
@@ -198,3 +201,69 @@ def test_an_entry_in_the_table_is_all_that_a_new_estimator_takes(tmp_path: Path,
     assert (sparse - dense).abs().max() > 0.1, "sparse prefill must show, or this test shows nothing"
     with pytest.raises(ValueError, match="estimator 'toy' takes blocks of up to 16 tokens, got block_size=32"):
         stem.replace(block_size=32)
+
+
+class SharedMass(Mass):
+    """Attention mass whose heads share a query block's budget."""
+
+    name = "shared"
+
+    def rule(self, config: StemConfig) -> str:
+        return "heads"
+
+
+def uneven_heads(length: int) -> list[Tensor]:
+    """q, k, v of 4 and 2 heads; a head's queries are the sharper, the higher its number."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, length, 16, generator=generator) for heads in (4, 2, 2))
+    return [q * torch.tensor([0.1, 0.5, 2.0, 6.0])[:, None, None], k, v]
+
+
+@pytest.mark.parametrize("schedule", ["release", "density"])
+def test_heads_share_budgets_by_mass(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ESTIMATORS, "shared", SharedMass())
+    config = StemConfig(
+        schedule=schedule, density=0.2 if schedule == "density" else None, block_size=16, estimator="shared",
+        sink_blocks=1, local_blocks=2, dense_tail=2,
+    )  # fmt: skip
+    length, n = 1900, 119
+    q, k, v = uneven_heads(length)
+    budget = prompt_budget(length, config)
+    assert budget.budgets is not None
+    whole = stem_selection(q, k, v, config, budget)
+    budgets, causal = torch.tensor(budget.budgets), torch.arange(1, n + 1)
+    assert torch.equal(whole.counts.sum(1)[0], 4 * budgets)
+    assert whole.density() == pytest.approx(budget.density)
+    assert (whole.counts >= (HEAD_FLOOR * budgets).ceil()).all()
+    assert (whole.counts <= (HEAD_CAP * budgets).ceil().minimum(causal)).all()
+    assert (whole.counts[:, :, -2:] == causal[-2:]).all(), "the dense tail"
+    sparse = whole.counts[0, :, budgets < causal].double().mean(1)
+    assert sparse[3] > 2 * sparse[0], "every row of a sharp head has blocks of its own; those of a dull one are alike"
+    kept = whole.to_mask(n)
+    assert (kept.sum(-1) == whole.counts).all()
+
+    assert whole.order is not None
+    assert torch.equal(whole.order.sort(-1).values, torch.arange(2 * n).expand(1, 2, -1))
+    sizes = whole.counts.view(1, 2, 2, n).flip(-1).transpose(2, 3).flatten(2).gather(-1, whole.order.long())
+    assert (sizes.diff() <= 0).all()
+
+    for start in range(0, length, 7 * 16):
+        end = min(length, start + 7 * 16)
+        part = stem_selection(q[:, :, start:end], k[:, :, :end], v[:, :, :end], config, budget, start=start)
+        rows = slice(start // 16, -(-end // 16))
+        assert torch.equal(part.to_mask(n), kept[:, :, rows]), f"chunk at {start}"
+
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    def error(chosen: StemConfig) -> float:
+        return float((stem_prefill(q, k, v, chosen, budget) - dense).norm() / dense.norm())
+
+    assert error(config) < error(config.replace(estimator="mass"))
+
+
+def test_scores_that_do_not_compare_are_not_shared_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(ESTIMATORS["oam"]), "rule", lambda self, config: "heads")
+    q, k, v = uneven_heads(200)
+    config = StemConfig(schedule="density", density=0.5, block_size=16)
+    with pytest.raises(AssertionError, match="other scores do not compare across heads"):
+        stem_selection(q, k, v, config, prompt_budget(200, config))

@@ -21,6 +21,7 @@ from jobs.benchmark._attention_fp8 import Fp8Layer
 from jobs.benchmark._measure import isolated_ms, table, write_json
 from jobs.benchmark._selection_bound import SIZES, bound_case
 from jobs.benchmark._selection_fp8 import decode_case, mass_case
+from jobs.benchmark._selection_heads import heads_cases
 from jobs.benchmark._stamp import stamp
 from kernels.block_scores import KeySummary, key_sums_dtype, mass_scores, oam_scores
 from kernels.block_selection import BlockSelection, select_blocks
@@ -134,6 +135,8 @@ def prefill_rows(args: argparse.Namespace, length: int, copy: float) -> list[dic
         ("the same, last 8K chunk", last_chunk, {}),
     ]
     rows = [timed(length, name, call, args.idle, bad, copy, **more) for name, call, more in cases if chosen(args, name)]
+    for name, call, bad in heads_cases(scores, budgets, args.kv_heads) if chosen(args, "budgets shared") else ():
+        rows.append(timed(length, name, call, args.idle, bad, copy))
     for group in args.groups:
         name = f"mass scores, groups of {group}"
         if not chosen(args, name):

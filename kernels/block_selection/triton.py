@@ -27,21 +27,21 @@ REGISTERS_WIDE = 128
 
 
 @triton.jit
-def _to_order(x):
+def to_order(x):
     """Integers in the order of the floats x; -0 and +0 are one."""
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
 
 
 @triton.jit
-def _from_order(order):
+def from_order(order):
     magnitude = tl.abs(order)
     return tl.where(order < 0, magnitude | -0x80000000, magnitude).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _count_from(x, pivot):
-    """How many of x [WIDTH] are >= pivot; NaN is not."""
+def hits_from(x, pivot):
+    """1.0 where x >= pivot, else 0.0; NaN is not. Floats, since a GPU adds them at twice the rate of integers."""
     if INTERPRETED:
         hits = (x >= pivot).to(tl.float32)
     else:
@@ -49,8 +49,14 @@ def _count_from(x, pivot):
         hits = tl.inline_asm_elementwise(
             "set.ge.f32.f32 $0, $1, $2;", "=f,f,f", [x, pivot], dtype=tl.float32, is_pure=True, pack=1
         )
-    # Floats inside a thread (a GPU adds them at twice the rate of integers), integers between threads.
-    in_thread = tl.sum(tl.reshape(hits, (x.shape[0] // 32, 32)), axis=0)
+    return hits
+
+
+@triton.jit
+def _count_from(x, pivot):
+    """How many of x [WIDTH] are >= pivot; NaN is not."""
+    # Floats inside a thread, integers between threads.
+    in_thread = tl.sum(tl.reshape(hits_from(x, pivot), (x.shape[0] // 32, 32)), axis=0)
     return tl.sum(in_thread.to(tl.int32), axis=0)
 
 
@@ -66,8 +72,8 @@ def _search(x, keep, n):
 
     Returns (threshold, count): x >= threshold holds count times, count = keep; or count > keep, and then those above
     the threshold are fewer than keep. NaN scores are never kept: count may fall short of keep then."""
-    low = _to_order(tl.min(x, axis=0))
-    high = _to_order(tl.max(x, axis=0))
+    low = to_order(tl.min(x, axis=0))
+    high = to_order(tl.max(x, axis=0))
     # Invariant: at least keep scores are >= low (above_low of them), fewer than keep are > high (above_high).
     above_low = n
     above_high = n * 0
@@ -76,13 +82,13 @@ def _search(x, keep, n):
     logit_keep = _logit(keep, n)
     halve = n < 0
     while (above_low > keep) & (low < high):
-        least = _from_order(low)
+        least = from_order(low)
         share = (logit_low - logit_keep) / (logit_low - logit_high)
-        guess = _to_order(least + (_from_order(high) - least) * share)
+        guess = to_order(least + (from_order(high) - least) * share)
         # Half way, rounded up, without overflow. Between infinities a guess may be anything: it is clamped.
         half = (low | high) - ((low ^ high) >> 1)
         middle = tl.where(halve, half, tl.minimum(tl.maximum(guess, low + 1), high))
-        count = _count_from(x, _from_order(middle))
+        count = _count_from(x, from_order(middle))
         before = above_low - above_high
         logit_count = _logit(count, n)
         if count >= keep:
@@ -94,7 +100,7 @@ def _search(x, keep, n):
             above_high = count
             logit_high = logit_count
         halve = ((above_low - above_high) * 2 > before) & (halve == 0)
-    threshold = _from_order(low)
+    threshold = from_order(low)
     if above_low == n:
         # Not counted yet; scores that are NaN make it less.
         above_low = _count_from(x, threshold)
@@ -171,9 +177,9 @@ def _select_row(
         tl.store(counts, forced + taken)
 
 
-@triton.jit(do_not_specialize=["H", "rows", "first_row", "sink_blocks", "local_blocks", "max_blocks"])
+@triton.jit(do_not_specialize=["stride_budget", "H", "rows", "first_row", "sink_blocks", "local_blocks", "max_blocks"])
 def select_kernel(
-    scores, budgets, indices, counts, stride_n, stride_h, stride_row, H, rows, first_row,
+    scores, budgets, indices, counts, stride_n, stride_h, stride_row, stride_budget, H, rows, first_row,
     sink_blocks, local_blocks, max_blocks, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Program (p, n * H + h): a row, the longest first: they take the most steps. Short rows use a narrower tile."""
@@ -182,7 +188,7 @@ def select_kernel(
     i = first_row + row
     place = head.to(tl.int64) * rows + row
     scores += (head // H).to(tl.int64) * stride_n + (head % H).to(tl.int64) * stride_h + row.to(tl.int64) * stride_row
-    budgets += row
+    budgets += head.to(tl.int64) * stride_budget + row
     indices += place * max_blocks
     counts += place
     if i < WIDTH // 4:
@@ -204,8 +210,8 @@ def select_blocks(
     counts = torch.empty(N, H, rows, dtype=torch.int32, device=scores.device)
     width = max(512, power_of_2(first_row + rows))
     select_kernel[(rows, N * H)](
-        scores, budgets, indices, counts, *scores.stride()[:3], H, rows, first_row,
-        sink_blocks, local_blocks, max_blocks, WIDTH=width, num_warps=max(1, min(16, width // 1024)),
+        scores, budgets.contiguous(), indices, counts, *scores.stride()[:3], rows if budgets.ndim == 3 else 0, H, rows,
+        first_row, sink_blocks, local_blocks, max_blocks, WIDTH=width, num_warps=max(1, min(16, width // 1024)),
         maxnreg=REGISTERS if width <= 1024 else REGISTERS_WIDE,
     )  # fmt: skip
     return BlockSelection(indices, counts)

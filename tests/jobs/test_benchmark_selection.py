@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import jobs.benchmark.selection as benchmark
-from jobs.benchmark import _selection_bound
+from jobs.benchmark import _selection_bound, _selection_heads
 from jobs.benchmark.__main__ import main
 from kernels.block_scores import oam_scores
-from kernels.block_selection import BlockSelection, select_blocks
+from kernels.block_selection import BlockSelection, select_blocks, share_budgets
 from pipeline.errors import JobError
 
 SHAPE = ["--heads", "2", "--kv-heads", "1", "--head-dim", "32", "--documents", "2"]
@@ -42,7 +42,8 @@ def test_every_case_is_checked_and_written(tmp_path: Path) -> None:
     assert code == 0, rows
     names = [
         "OAM scores", "OAM scores, none above the diagonal", "block selection", "OAM scores + selection",
-        "the same, last 8K chunk", "mass scores, groups of 8",
+        "the same, last 8K chunk", "budgets shared among heads", "budgets shared, selection, order",
+        "mass scores, groups of 8",
         *(f"bound scores, groups of {group}, spans of {span}" for group, span in _selection_bound.SIZES),
         "decode attention, 2 documents",
     ]  # fmt: skip
@@ -83,6 +84,19 @@ def test_a_wrong_selection_gets_no_figure(tmp_path: Path, monkeypatch: pytest.Mo
     code, rows = run(tmp_path, "--lengths", "4096", "--only", "OAM scores")
     assert code == 1
     assert "CHECK FAILED: selection of head 1" in rows[4096, "OAM scores"]["note"]
+
+
+def test_wrongly_shared_budgets_get_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def off(*args: Any, **kwargs: Any) -> Tensor:
+        counts = share_budgets(*args, **kwargs)
+        if kwargs.get("impl") != "reference":
+            counts[0, 1, -1] += 1
+        return counts
+
+    monkeypatch.setattr(_selection_heads, "share_budgets", off)
+    code, rows = run(tmp_path, "--lengths", "4096", "--only", "budgets shared")
+    assert code == 1
+    assert "CHECK FAILED: shared budgets of row 31" in rows[4096, "budgets shared among heads"]["note"]
 
 
 def test_wrong_shares_and_wrong_decoding_get_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -262,6 +262,20 @@ def check_selection(kind: str, rows: int, first_row: int, impl: str, device: str
         assert_same(BlockSelection(got.indices.cpu(), got.counts.cpu()), wanted)
 
 
+def check_selection_by_heads(impl: str, device: str) -> None:
+    """Budgets for each head select what every head selects alone with its own."""
+    generator = torch.Generator().manual_seed(2)
+    scores = torch.randn(2, 3, 17, 40, generator=generator).to(device)
+    # Every second of them, as a slice is not contiguous.
+    budgets = torch.randint(1, 40, (2, 3, 34), dtype=torch.int32, generator=generator).to(device)[..., ::2]
+    got = select_blocks(scores, budgets, first_row=23, max_blocks=40, impl=impl)
+    for n in range(2):
+        for h in range(3):
+            alone = select_blocks(scores[n : n + 1, h : h + 1], budgets[n, h], first_row=23, max_blocks=40, impl=impl)
+            assert_same(BlockSelection(got.indices[n : n + 1, h : h + 1], got.counts[n : n + 1, h : h + 1]), alone)
+    assert len(got.counts.unique()) > 10
+
+
 def check_selection_of_nan(impl: str, device: str) -> None:
     """A NaN score is kept by forced blocks and full rows only, and a row that lacks others keeps fewer: as the
     reference does. Rows of a wider tensor, at an odd stride."""

@@ -14,6 +14,7 @@ import torch
 from kernels.block_scores import KeySummary, triton_mass
 from kernels.block_scores import triton as triton_oam
 from kernels.block_selection import triton as triton_selection
+from kernels.block_selection import triton_share
 from kernels.bound_scores import KeyBounds
 from kernels.bound_scores import triton as triton_bound
 from kernels.decode_attention import triton as triton_decode
@@ -73,7 +74,7 @@ def decode_one_kv_head(dtype: torch.dtype, head_dim: int) -> None:
     triton_decode.decode_attention(q, arena, arena, starts, lengths, 1 << 17, 1.0, None)
 
 
-def check(launch: Callable[[], None], capability: tuple[int, int], spills: int, kernels: int) -> None:
+def check(launch: Callable[[], object], capability: tuple[int, int], spills: int, kernels: int) -> None:
     reports = offline.compile_reports(launch, capability)
     assert len(reports) == kernels
     for report in reports:
@@ -102,3 +103,13 @@ def test_compiles(
 def test_selection_compiles(n_keys: int, capability: tuple[int, int]) -> None:
     scores, budgets = torch.empty(1, 32, 8, n_keys), torch.empty(8, dtype=torch.int32)
     check(lambda: triton_selection.select_blocks(scores, budgets, n_keys - 8, 4, 4, 300) and None, capability, 0, 1)
+
+
+@pytest.mark.parametrize("capability", [AMPERE, HOPPER], ids=["sm80", "sm90"])
+@pytest.mark.parametrize(
+    ("heads", "n_keys"), [(32, 1024), (32, 8192), *([(28, 2048), (8, 8192), (64, 8192), (128, 1024)] if FULL else [])]
+)
+def test_shared_budgets_compile(heads: int, n_keys: int, capability: tuple[int, int]) -> None:
+    """16 warps have 128 registers each; without spills."""
+    scores, budgets = torch.empty(1, heads, 8, n_keys), torch.empty(8, dtype=torch.int32)
+    check(lambda: triton_share.share_budgets(scores, budgets, n_keys - 8, 4, 4, 0.2, 4.0), capability, 0, 1)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.block_scores import KeySummary, mass_scores, oam_scores
-from kernels.block_selection import select_blocks
+from kernels.block_selection import select_blocks, share_budgets
 from kernels.block_sparse_attention import block_sparse_attention
 from kernels.bound_scores import KeyBounds, bound_scores
 from kernels.decode_attention import decode_attention
@@ -200,3 +200,26 @@ def test_chunks_out_of_order_are_refused():
     bounds = KeyBounds.allocate(1, 2, 64, 8, block_size=16, span=4, device=q.device, dtype=k.dtype)
     with pytest.raises(ValueError, match=r"bounds holds 0 blocks.*pass the chunks of a prompt in order"):
         bound_scores(q[:, :, 32:], k, query_start=32, block_size=16, span=4, bounds=bounds)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scores": torch.zeros(1, 2, 3, 3).double()}, "scores must be float32"),
+        ({"first_row": 2}, "3 rows from 2 need at least 5 key blocks, got 4"),
+        ({"budgets": torch.ones(1, 2, 3, dtype=torch.int32)}, r"budgets must be int32 \[3\]"),
+        ({"budgets": torch.ones(3)}, "got torch.float32"),
+        ({"local_blocks": 0}, "local_blocks >= 1 are needed, got 4, 0"),
+        ({"floor": 1.5}, "got floor=1.5, cap=4.0"),
+        ({"cap": 0.9}, "got floor=0.2, cap=0.9"),
+    ],
+)
+def test_what_cannot_be_shared_is_named(changes, message):
+    given = {"scores": torch.zeros(1, 2, 3, 4), "budgets": torch.ones(3, dtype=torch.int32), "floor": 0.2, "cap": 4.0}
+    with pytest.raises(ValueError, match=message):
+        share_budgets(**given | changes)
+
+
+def test_budgets_of_heads_must_fit_the_scores():
+    with pytest.raises(ValueError, match=r"int32 \[3\] or \[1, 2, 3\], got torch.int32 \(2, 3\)"):
+        select_blocks(torch.zeros(1, 2, 3, 4), torch.ones(2, 3, dtype=torch.int32), max_blocks=3)

@@ -56,6 +56,10 @@ def test_selection(kind: str, rows: int, first_row: int, poisoned: None) -> None
     cases.check_selection(kind, rows, first_row, "triton", "cuda")
 
 
+def test_budgets_for_each_head(poisoned: None) -> None:
+    cases.check_selection_by_heads("triton", "cuda")
+
+
 @pytest.mark.parametrize(
     "case",
     [

@@ -6,18 +6,20 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from kernels import gluon_common
+from kernels.block_selection import tile_order
 
 PROGRAMS = 132  # multiprocessors of an H100
 TILE_COST = 2.5  # prologue and epilogue, in blocks
 
 
 def tiles_of_programs(
-    monkeypatch: pytest.MonkeyPatch, rows: int, batch: int, kv_heads: int, group: int
+    monkeypatch: pytest.MonkeyPatch, rows: int, batch: int, kv_heads: int, group: int, most: int = PROGRAMS
 ) -> list[list[tuple[int, int, int]]]:
     """For each program (batch, head, query block) of its tiles, in order."""
-    programs = min(PROGRAMS, batch * kv_heads * group * rows)
+    programs = min(most, batch * kv_heads * group * rows)
     lanes = batch * kv_heads
     program = SimpleNamespace(id=0)
     language = SimpleNamespace(
@@ -55,3 +57,22 @@ def test_loads_are_even(monkeypatch: pytest.MonkeyPatch, tokens: int, density: f
         sum(min(row + 1, max(8, math.ceil(density * (row + 1)))) + TILE_COST for _, _, row in load) for load in loads
     ]
     assert max(costs) <= 1.03 * sum(costs) / len(costs)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 33])
+@pytest.mark.parametrize(("batch", "kv_heads", "group"), [(1, 8, 4), (1, 4, 7), (2, 3, 5), (1, 32, 1)])
+def test_the_order_by_counts(monkeypatch: pytest.MonkeyPatch, rows: int, batch: int, kv_heads: int, group: int) -> None:
+    """Every tile of a KV head once, counted as tile_of does, the largest first and ties as they came."""
+    [load] = tiles_of_programs(monkeypatch, rows, batch, kv_heads, group, most=1)
+    counts = torch.randint(1, 9, (batch, kv_heads * group, rows), generator=torch.Generator().manual_seed(rows))
+    order = tile_order(counts.int(), kv_heads)
+    assert order.dtype == torch.int32
+    assert order.shape == (batch, kv_heads, group * rows)
+    for lane, tiles in enumerate(order.flatten(0, 1).tolist()):
+        size = [int(counts[tile]) for tile in load[lane * group * rows : (lane + 1) * group * rows]]
+        assert tiles == sorted(range(group * rows), key=lambda tile: -size[tile])
+
+
+def test_heads_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match="H a multiple of 3 KV heads"):
+        tile_order(torch.ones(1, 4, 2, dtype=torch.int32), 3)

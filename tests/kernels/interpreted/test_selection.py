@@ -64,6 +64,11 @@ def test_nan_is_never_selected(impl: str, poisoned: None) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_budgets_for_each_head(impl: str, poisoned: None) -> None:
+    cases.check_selection_by_heads(impl, "cpu")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(
     "case",
     [
