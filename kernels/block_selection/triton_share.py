@@ -1,10 +1,10 @@
 # mypy: disable-error-code="no-untyped-def"
 """Budgets shared among the heads of a query block in Triton: a program finds one row's threshold for all its heads.
 
-It is bisected over the floats in their order, nearly a logarithmic scale of shares: every step counts each head's scores
-at or above a pivot, within its bounds, and the search stops when exactly as many are left as are wanted (shares of random
-logits, 32 heads and 256 to 8192 blocks: 16 to 29 steps), never after more than 32. What 32 heads have in a thousand
-columns stays in registers; further columns are read again in each step, from L2.
+It is bisected over the floats in their order, nearly a logarithmic scale of shares: every step counts each head's
+scores at or above a pivot, within its bounds, and the search stops when exactly as many are left as are wanted (shares
+of random logits, 32 heads and 256 to 8192 blocks: 16 to 29 steps), never after more than 32. What 32 heads have in a
+thousand columns stays in registers; further columns are read again in each step, from L2.
 """
 
 from __future__ import annotations
