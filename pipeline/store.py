@@ -70,7 +70,7 @@ class Store:
 
     def list(self, prefix: str = "", suffix: str = "") -> list[str]:
         """Names of files in the folder, sorted; none if there is no folder."""
-        with self._told("cannot be listed"):
+        with self.told("cannot be listed"):
             infos = self._filesystem.get_file_info(FileSelector(self._root, allow_not_found=True))
         names = (info.base_name for info in infos if info.type == FileType.File)
         return sorted(name for name in names if name.startswith(prefix) and name.endswith(suffix))
@@ -79,27 +79,21 @@ class Store:
         """A file to read from. Raises OSError (FileNotFoundError if it is not there) or ArrowException."""
         return self._filesystem.open_input_file(self.path(name))
 
-    @contextlib.contextmanager
-    def opened(self, name: str) -> Iterator[pa.NativeFile]:
-        """`open` for the time of a with-block, whose OSErrors and ArrowExceptions become JobErrors."""
-        with self._told(f"{name} cannot be read"), self.open(name) as file:
-            yield file
-
     def read(self, name: str) -> bytes | None:
         """A file's bytes, or None if there is no such file."""
-        with self._told(f"{name} cannot be read"):
+        with self.told(f"{name} cannot be read"):
             try:
                 with self.open(name) as file:
                     return file.read()
             except FileNotFoundError:
                 return None
 
-    def write(self, name: str, data: bytes | pa.Buffer) -> None:
+    def write(self, name: str, data: bytes) -> None:
         """Write a file; whoever looks sees all of it or nothing."""
         self.check_lock()
         self.put(name, data)
 
-    def put(self, name: str, data: bytes | pa.Buffer) -> None:
+    def put(self, name: str, data: bytes) -> None:
         """`write` for the lock's own files."""
         try:
             self._put(name, data)
@@ -109,7 +103,7 @@ class Store:
                 "and the same command goes on once this is mended"
             ) from None
 
-    def _put(self, name: str, data: bytes | pa.Buffer) -> None:
+    def _put(self, name: str, data: bytes) -> None:
         if self.remote:
             with self._filesystem.open_output_stream(self.path(name), compression=None) as stream:
                 stream.write(data)
@@ -131,13 +125,13 @@ class Store:
     def rename(self, name: str, new_name: str) -> None:
         """Give a file another name; in an object store a copy, then a removal."""
         self.check_lock()
-        with self._told(f"{name} cannot be renamed"):
+        with self.told(f"{name} cannot be renamed"):
             self._filesystem.move(self.path(name), self.path(new_name))
 
     def delete(self, name: str) -> None:
         """Remove a file if it is there."""
         self.check_lock()
-        with self._told(f"{name} cannot be removed"), contextlib.suppress(FileNotFoundError):
+        with self.told(f"{name} cannot be removed"), contextlib.suppress(FileNotFoundError):
             self._filesystem.delete_file(self.path(name))
 
     def clear_temporary(self) -> None:
@@ -165,7 +159,8 @@ class Store:
             self.unlock()
 
     @contextlib.contextmanager
-    def _told(self, what: str) -> Iterator[None]:
+    def told(self, what: str) -> Iterator[None]:
+        """OSErrors and ArrowExceptions of a with-block become JobErrors that say what cannot be done."""
         try:
             yield
         except (OSError, pa.ArrowException) as error:
