@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 from pipeline import manifest
 from pipeline.config import JobConfig
 from pipeline.errors import DocumentError, JobError, one_line
+from pipeline.kept import PROMOTE
 from pipeline.prompts import Task, make_task
-from pipeline.records import result_schema
-from pipeline.sink import PART, PROMOTE, done_rows, part_names
+from pipeline.records import NAMES, result_schema
+from pipeline.sink import PART, done_rows, part_names
 from pipeline.source import Catalogue, Document, DocumentReader, find_files, input_hash, list_documents
 from pipeline.source.files import directly_in, safe_name
 from pipeline.store import Store
@@ -99,12 +100,13 @@ def make_plan(survey: Survey, store: Store) -> Plan:
 
 
 def check_columns(store: Store, schema: pa.Schema) -> None:
-    """Raise JobError if rows of `schema` and those that are there do not go into one table."""
+    """Raise JobError if rows of `schema` and those that are there do not go into one table; kept columns always do."""
+    schema = pa.schema([field for field in schema if field.name in NAMES])
     for name in part_names(store):
-        with store.opened(name) as file:
+        with store.told(f"{name} cannot be read"), store.open(name) as file:
             found = pq.read_schema(file)
         try:
-            pa.unify_schemas([found, schema], promote_options=PROMOTE)
+            pa.unify_schemas([pa.schema([f for f in found if f.name in NAMES]), schema], promote_options=PROMOTE)
         except pa.ArrowException as error:
             what = f"{name} has columns of other types than new rows would: {one_line(error)}"
             raise JobError(f"--output {store.name}: {what}; choose another output") from None

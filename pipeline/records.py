@@ -85,6 +85,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("config_hash", _TEXT, "fingerprint of all settings that can change an output"),
     Column("input_stamp", _TEXT, "size and time of change of the input file, and the document's place in it"),
     Column("input_hash", _TEXT, "of the text and kept columns as they were read; null if they could not be"),
+    Column("kept_error", _TEXT, "kept columns that are null though the document has a value, and why; null if none is"),
     Column("started_at", _TIME, "UTC"),
     Column("finished_at", _TIME, "UTC"),
 )
@@ -132,24 +133,16 @@ def valid_text(text: str) -> str:
 
 
 def to_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
-    """Rows as a table of `schema`.
-
-    A row that does not fit the schema (a kept column of another type, say) becomes an error row, so that it cannot take
-    its neighbours with it.
-    """
+    """Rows as a table of `schema`. Kept columns are arrays of one value in a row, or not there."""
+    known = pa.schema([field for field in schema if field.name in NAMES])
     clean = [
-        {key: valid_text(value) if isinstance(value, str) else value for key, value in row.items()} for row in rows
+        {name: valid_text(value) if isinstance(value, str) else value for name, value in row.items() if name in NAMES}
+        for row in rows
     ]
-    try:
-        return pa.Table.from_pylist(clean, schema=schema)
-    except (pa.ArrowException, UnicodeError, TypeError, ValueError, OverflowError):
-        return pa.concat_tables([_single(row, schema) for row in clean]) if clean else schema.empty_table()
-
-
-def _single(row: Row, schema: pa.Schema) -> pa.Table:
-    try:
-        return pa.Table.from_pylist([row], schema=schema)
-    except (pa.ArrowException, UnicodeError, TypeError, ValueError, OverflowError) as error:
-        message = f"its row does not fit the result schema: {error}"
-        bad = new_row(row["document_id"], row["source"], "error", valid_text(" ".join(message.split()))[:500])
-        return pa.Table.from_pylist([bad | {"attempts": row["attempts"]}], schema=schema)
+    table = pa.Table.from_pylist(clean, schema=known)
+    for field in schema:
+        if field.name not in NAMES:
+            null = pa.nulls(1, field.type)
+            values = pa.chunked_array([row.get(field.name, null) for row in rows], field.type)
+            table = table.append_column(field, values)
+    return table

@@ -18,6 +18,7 @@ import pyarrow as pa
 from pipeline.engine.config import EngineConfig, Request, Sampling
 from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.imports import check_kernels
+from pipeline.kept import Kept
 from pipeline.loop import EngineBrokenError, EngineLike, EngineLoop
 from pipeline.meter import Meter
 from pipeline.metrics import report_arena
@@ -118,7 +119,7 @@ class Worker:
         if careful:
             meter.chunk_tokens = max(1, self._config.engine.chunk_tokens // CAREFUL)
         self._first = self._first or begin
-        kept: dict[str, Any] = {}
+        kept = Kept()
         values: dict[str, Any] = {}
         limit = asyncio.timeout(self._config.deadline or None)
         try:
@@ -139,7 +140,7 @@ class Worker:
         elif meter.requests:  # other parts of a document of which one failed
             self._loop.abort(meter.requests)
         self._last = time.perf_counter()
-        row = new_row(document.document_id, document.source, **values) | meter.columns() | kept
+        row = new_row(document.document_id, document.source, **values) | meter.columns() | kept.row()
         return row | {
             "total_seconds": self._last - begin,
             "worker": self._name,
@@ -152,8 +153,8 @@ class Worker:
             "finished_at": utc_now(),
         }
 
-    async def _read(self, document: Document, meter: Meter) -> tuple[str, dict[str, Any]]:
-        def read() -> tuple[str, dict[str, Any]]:
+    async def _read(self, document: Document, meter: Meter) -> tuple[str, Kept]:
+        def read() -> tuple[str, Kept]:
             text, kept = self._documents.read(document)
             meter.input_hash = input_hash(text, kept)
             return text, kept

@@ -26,6 +26,8 @@ KINDS = {
     ".txt": "text", ".md": "text",
 }  # fmt: skip
 _WILDCARD = re.compile(r"[*?\[]")
+# What Spark and Delta keep beside the files of a table: unfinished writes, logs, checkpoints.
+BESIDE = ("_temporary", "_delta_log", "_spark_metadata")
 
 
 @dataclass(frozen=True)
@@ -172,9 +174,12 @@ def _walk(filesystem: FileSystem, base: str) -> Iterator[Found]:
         yield from _walk_folder(base)
         return
     for info in filesystem.get_file_info(FileSelector(base, recursive=True)):
-        hidden = any(part.startswith(".") for part in info.path[len(base) :].split("/"))
-        if info.type == FileType.File and not hidden:
+        if info.type == FileType.File and not any(map(_hidden, info.path[len(base) :].split("/"))):
             yield Found(info.path, info.size, info.mtime_ns or 0)
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name in BESIDE
 
 
 def _walk_folder(base: str) -> Iterator[Found]:
@@ -188,7 +193,7 @@ def _walk_folder(base: str) -> Iterator[Found]:
             continue
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name.startswith("."):
+                if _hidden(entry.name):
                     continue
                 path = f"{folder}/{entry.name}"
                 try:
