@@ -22,7 +22,7 @@ from jobs.cli import Parser, add_job_flags, run_main
 from pipeline.config import JobConfig, read_job_file
 from pipeline.errors import JobError, one_line, without_secrets
 from pipeline.imports import ROOT
-from pipeline.source.files import has_credentials, is_remote, safe_name
+from pipeline.location import has_credentials, is_uri, safe_name
 
 # What is uploaded: our packages and nothing else of the checkout (Ray refuses a working folder of more than 100 MiB).
 PACKAGES = ("jobs", "kernels", "pipeline", "stem_core")
@@ -76,7 +76,7 @@ def absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _absolute(location: str) -> str:
-    return location if is_remote(location) else str(Path(location).expanduser().absolute())
+    return location if is_uri(location) else str(Path(location).expanduser().absolute())
 
 
 def to_flags(values: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from jobs.cli import Parser, add_job_flags, job_config, run_main, this_python
 from pipeline.config import JobConfig, flag
 from pipeline.errors import JobError
-from pipeline.source.files import is_remote
+from pipeline.location import is_uri
 from pipeline.summary import JobReport, rows_for_table
 
 
@@ -49,7 +49,7 @@ def _interrupt(number: int, frame: object) -> None:
 def refuse_unpacked_paths(config: JobConfig) -> None:
     """Raise JobError for a relative output inside a submitted job: its working folder is a temporary copy."""
     inside = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and "/working_dir_files/" in str(Path.cwd())
-    if inside and not is_remote(config.output) and not Path(config.output).is_absolute():
+    if inside and not is_uri(config.output) and not Path(config.output).is_absolute():
         raise JobError(
             f"{flag('output')} {config.output}: a submitted job runs in a temporary copy of the working folder; "
             "give an absolute path that the cluster can reach, or a URI"

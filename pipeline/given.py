@@ -12,10 +12,10 @@ import pyarrow as pa
 from pipeline.config import JobConfig
 from pipeline.errors import JobError
 from pipeline.kept import Kept, keep
+from pipeline.location import is_remote
 from pipeline.options import short
 from pipeline.records import valid_text
 from pipeline.source import Document, DocumentReader, Locator, SourceFile, find_files, list_documents
-from pipeline.source.files import is_remote
 from pipeline.source.texts import checked_text
 
 Texts = str | Path | Iterable[Any] | Mapping[Any, Any]

@@ -12,11 +12,12 @@ from pyarrow.fs import LocalFileSystem
 
 from pipeline.config import JobConfig
 from pipeline.errors import JobError, one_line
+from pipeline.location import open_filesystem, safe_name
 from pipeline.options import short
 from pipeline.prompts import Task
 from pipeline.records import utc_now
 from pipeline.seal import json_seal
-from pipeline.source.files import SourceFile, content_stamp, open_filesystem, safe_name
+from pipeline.source.files import SourceFile, content_stamp
 from pipeline.store import Store
 from pipeline.versions import job_versions
 

@@ -23,8 +23,8 @@ import pyarrow as pa
 from pyarrow.fs import FileSelector, FileSystem, FileType
 
 from pipeline.errors import JobError, one_line
+from pipeline.location import is_remote, open_filesystem, safe_name, split_location
 from pipeline.lock import ClaimLock, FolderLock, Lock
-from pipeline.source.files import is_remote, open_filesystem, safe_name, split_location
 
 TEMPORARY, PROBE = ".tmp", "probe-"
 

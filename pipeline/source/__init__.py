@@ -10,8 +10,9 @@ import pyarrow as pa
 
 from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.kept import Kept, keep
+from pipeline.location import open_filesystem
 from pipeline.source.catalogue import Catalogue, CatalogueBuilder, Document, Locator, in_shard
-from pipeline.source.files import SourceFile, find_files, open_filesystem
+from pipeline.source.files import SourceFile, find_files
 from pipeline.source.ids import id_name, id_texts, json_id
 from pipeline.source.jsonl import JsonlReader, list_jsonl
 from pipeline.source.parquet import ParquetReader, list_parquet

@@ -7,8 +7,9 @@ from typing import Any, BinaryIO
 
 from pipeline.errors import DocumentError, one_line
 from pipeline.kept import json_type
+from pipeline.location import open_filesystem
 from pipeline.source.catalogue import CatalogueBuilder, Locator
-from pipeline.source.files import SourceFile, open_filesystem
+from pipeline.source.files import SourceFile
 from pipeline.source.ids import id_name, json_id
 from pipeline.source.streams import MOST_BYTES, lines, open_stream, stream_errors
 

@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import DocumentError, one_line
 from pipeline.kept import storable
+from pipeline.location import open_filesystem
 from pipeline.source.catalogue import CatalogueBuilder, Locator
-from pipeline.source.files import SourceFile, open_filesystem
+from pipeline.source.files import SourceFile
 from pipeline.source.ids import id_name, id_texts
 from pipeline.source.streams import MOST_BYTES
 
