@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import manifest
+from pipeline.answering import stop_signals
 from pipeline.config import JobConfig, from_mapping
 from pipeline.errors import JobError, one_line
 from pipeline.imports import check_kernels
@@ -234,7 +235,10 @@ def _write_unreadable(pending: Catalogue, sink: Sink, progress: Progress) -> Cat
 
 
 class _StopFlag(contextlib.AbstractContextManager["_StopFlag"]):
-    """Set by SIGTERM or SIGINT; a second SIGINT interrupts at once. Outside the main thread it is never set."""
+    """Set by SIGTERM, SIGINT or SIGHUP (unless that is ignored: nohup); a second SIGINT interrupts at once.
+
+    Outside the main thread it is never set.
+    """
 
     def __init__(self) -> None:
         self._set = False
@@ -245,7 +249,7 @@ class _StopFlag(contextlib.AbstractContextManager["_StopFlag"]):
 
     def __enter__(self) -> _StopFlag:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in stop_signals():
                 self._before[number] = signal.signal(number, self._handle)
         return self
 

@@ -14,6 +14,7 @@ from urllib.parse import quote, unquote
 
 from pyarrow.fs import FileSystem, LocalFileSystem
 
+from pipeline.answering import answering
 from pipeline.errors import JobError, one_line, without_secrets
 
 WILDCARD = re.compile(r"[*?\[]")
@@ -104,7 +105,7 @@ def _pattern(path: str) -> str:
 
 @lru_cache(maxsize=16)
 def _opened(uri: str) -> tuple[FileSystem, str]:
-    return FileSystem.from_uri(uri)
+    return answering(True, FileSystem.from_uri, uri)
 
 
 def open_filesystem(uri: str) -> FileSystem:

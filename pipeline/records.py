@@ -45,7 +45,11 @@ COLUMNS: tuple[Column, ...] = (
         "attempts", pa.int32(), "times the document was given to a worker; 0 if the source already refused it", False
     ),
     Column("output", _TEXT, "the generated text; null unless ok"),
-    Column("finish_reason", _TEXT, "stop (end-of-sequence token) or length (max_new_tokens); null unless ok"),
+    Column(
+        "finish_reason",
+        _TEXT,
+        "stop (end-of-sequence token) or length (cut off at max_new_tokens, or a part was); null unless ok",
+    ),
     Column("prompt_tokens", _INT, "tokens of the prompt; all parts together where it was processed in parts"),
     Column("output_tokens", _INT, "tokens generated; all parts together where it was processed in parts"),
     Column("truncated_tokens", _INT, "tokens cut from the document's middle to make it fit"),
@@ -116,6 +120,11 @@ def new_row(document_id: str, source: str, status: str, error: str = "", **value
     if unknown:
         raise KeyError(sorted(unknown))
     return row | values
+
+
+def is_cut(row: Row) -> bool:
+    """Whether a row's output ends where --max-new-tokens cut it off."""
+    return row["status"] == "ok" and row["finish_reason"] == "length"
 
 
 def utc_now() -> datetime:

@@ -141,8 +141,7 @@ def read_part(store: Store, name: str, columns: Sequence[str] | None = None) -> 
 
     Raises OSError or ArrowException.
     """
-    with store.open(name) as file:
-        return _decoded(file.readall(), columns)
+    return _decoded(store.read_all(name), columns)
 
 
 def _decoded(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:

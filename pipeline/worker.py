@@ -194,6 +194,7 @@ class Worker:
         for index, result in enumerate(results):
             if result["status"] != "ok":
                 return result | {"error": f"part {index + 1} of {len(parts)}: {result['error']}"}
+        cut = any(result["finish_reason"] == "length" for result in results)
         joined = "\n\n".join(result["output"] for result in results)
         if not joined.strip():
             raise DocumentError(f"none of its {len(parts)} parts gave any output to merge")
@@ -204,8 +205,10 @@ class Worker:
                 raise DocumentError(
                     f"the outputs of its {len(parts)} parts do not fit the context either", "too_long"
                 ) from None
-            return await self._map_reduce(document_id, joined, meter, merging=True)
-        return await self._run(whole_request(document_id), prompt, meter)
+            merged = await self._map_reduce(document_id, joined, meter, merging=True)
+        else:
+            merged = await self._run(whole_request(document_id), prompt, meter)
+        return merged | {"finish_reason": "length"} if cut and merged["status"] == "ok" else merged
 
     async def _prompt(self, meter: Meter, text: str, *, truncate: bool = False, merging: bool = False) -> Prompt:
         def build() -> Prompt:

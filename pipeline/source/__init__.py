@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.answering import answering
 from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.kept import Kept, keep
 from pipeline.location import open_filesystem
@@ -53,12 +54,12 @@ def list_documents(
         raise JobError(f"--keep-columns {keep_columns[0]}: text files have no columns")
     for file in files:
         builder.start_file(file)
-        if file.kind == "parquet":
-            list_parquet(file, builder, exact)
-        elif file.kind == "text":
-            builder.add(file.label, 0, file.size, file.size)
-        else:
-            list_jsonl(file, builder)
+        try:
+            answering(bool(file.filesystem), _list_file, file, builder, exact)
+        except Exception as error:
+            if not file.filesystem:
+                raise
+            builder.add_broken_file(f"cannot be read: {one_line(error)}")  # filesystems of fsspec raise what they like
     builder.refuse_unknown_columns()
     catalogue = builder.build()
     if not len(catalogue):
@@ -68,6 +69,15 @@ def list_documents(
         raise JobError(f"no input file can be read; the first: {first.source}: {first.error}")
     index, count = shard
     return catalogue if count == 1 else catalogue.select(in_shard(catalogue.ids.to_pylist(), index, count))
+
+
+def _list_file(file: SourceFile, builder: CatalogueBuilder, exact_sizes: bool) -> None:
+    if file.kind == "parquet":
+        list_parquet(file, builder, exact_sizes)
+    elif file.kind == "text":
+        builder.add(file.label, 0, file.size, file.size)
+    else:
+        list_jsonl(file, builder)
 
 
 class DocumentReader:

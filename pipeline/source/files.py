@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from pyarrow import ArrowException
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
+from pipeline.answering import answering
 from pipeline.errors import JobError, one_line
 from pipeline.location import WILDCARD, is_remote, open_filesystem, printed, safe_name, split_location
 from pipeline.records import valid_text
@@ -63,8 +63,10 @@ def find_files(locations: tuple[str, ...]) -> tuple[list[SourceFile], list[str]]
     ignored: list[str] = []
     for location in locations:
         try:
-            files, passed = _find(location)
-        except (ArrowException, OSError) as error:
+            files, passed = answering(is_remote(location), _find, location)
+        except JobError:
+            raise
+        except Exception as error:  # filesystems of fsspec raise what they like
             raise JobError(f"--input {safe_name(location)}: cannot be listed: {one_line(error)}") from None
         if not files:
             what = f"only files of other kinds ({', '.join(sorted(passed)[:3])})" if passed else "no files"

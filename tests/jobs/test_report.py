@@ -332,7 +332,7 @@ def bad_arguments(name: str, tmp_path: Path) -> list[object]:
     other.mkdir()
     (other / "a.txt").write_text("text")
     typed = write(tmp_path / "typed", [], state=None)
-    columns: dict[str, Any] = dict.fromkeys(("document_id", "source", "status", "error", "attempts", "output"), ["a"])
+    columns: dict[str, Any] = {key: ["a"] for key in ("document_id", "source", "status", "error", "attempts", "output")}
     pq.write_table(pa.table(columns | {"status": [[1]]}), typed / "part-000000-x.parquet")
     damaged = write(tmp_path / "damaged", [ok_row("a", 900, 0)])
     part = next(damaged.glob("part-*"))
