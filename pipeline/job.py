@@ -81,6 +81,7 @@ def _execute(
 
     from pipeline.cluster_size import ClusterSize
     from pipeline.pool import EventKind
+    from pipeline.pulse import pulse
     from pipeline.ray_pool import RayPool, connected, divide, room_for, room_now
     from pipeline.scheduler import Limits, Scheduler, StopRequestedError
 
@@ -106,6 +107,7 @@ def _execute(
 
     def tick() -> None:
         sink.tick()
+        heart.check()
         progress.workers(scheduler.live, scheduler.starting, scheduler.in_flight)
         progress.tick()
         metrics.tick(scheduler.waiting, scheduler.in_flight, scheduler.live, scheduler.starting)
@@ -124,6 +126,7 @@ def _execute(
             with connected(config.ray_address) as cluster, _StopFlag() as flag:
                 share = divide(cluster, config.device, config.workers, len(left), config.gpus_per_worker)
                 worker_config = make_worker_config(survey, share.device, share.threads, engine_factory, grace)
+                heart = pulse(cluster.local)
                 pool = RayPool(worker_config, share, local=cluster.local)
                 limits = Limits(
                     workers=share.workers,
@@ -159,7 +162,7 @@ def _execute(
                     except StopRequestedError:
                         stopped = True
         sink.flush()
-    except RayError as error:
+    except (RayError, ConnectionError) as error:  # the latter of Ray's client
         raise JobError(f"Ray failed: {one_line(error, 300)}; what was finished is written, run it again") from None
     finally:
         progress.finish()

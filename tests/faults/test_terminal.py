@@ -178,9 +178,6 @@ def test_calls_that_were_interrupted_are_left_behind() -> None:
 
 def test_hugging_faces_store_without_a_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    code = (
-        "from jobs import summarize\nfrom jobs.cli import run_main\nimport sys\nrun_main(summarize.main, sys.argv[1:])"
-    )
     flags = ["--input", "hf://datasets/some/thing", "--output", "/tmp/none", "--model", "models/tiny-reader"]
     with program(SUMMARIZE, *flags, stdout=subprocess.DEVNULL) as process:
         _, err = process.communicate(timeout=120)
