@@ -249,11 +249,9 @@ def describe_plan(config: JobConfig) -> Iterator[str]:
 def id_rule(config: JobConfig, catalogue: Catalogue) -> str:
     """Where ids come from, with an example."""
     example = catalogue.document(0).document_id if len(catalogue) else "-"
-    rule = (
-        f"column {config.id_column}"
-        if config.id_column
-        else "column id or document_id if there is one, else file name and row"
-    )
+    unset = "column id or document_id if there is one, else file name and row"
+    rules = {None: unset, "": "file name and row"}
+    rule = rules.get(config.id_column, f"column {config.id_column}")
     return f"{rule}; e.g. {example!r}"
 
 
@@ -276,10 +274,10 @@ def _token_lines(config: JobConfig, plan: Plan) -> Iterator[str]:
             config.chat_template_args,
         )
         reader = DocumentReader(config.text_column, [])
-        order = pending.order()
+        readable = [position for position in pending.order().tolist() if position not in pending.errors]
         tokens = sampled = 0
-        for position in order[:: max(1, len(order) // 8)][:8]:
-            document = pending.document(int(position))
+        for position in readable[:: max(1, len(readable) // 8)][:8]:
+            document = pending.document(position)
             with contextlib.suppress(DocumentError):
                 text = reader.read(document)[0][:200_000]
                 tokens += len(builder.build(text, 1 << 40).ids)

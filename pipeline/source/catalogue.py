@@ -205,15 +205,27 @@ def refuse_duplicates(catalogue: Catalogue) -> None:
     twice = pc.filter(counts.field("values"), pc.greater(counts.field("counts"), 1))
     if not len(twice):
         return
-    named = []
+    named, by_place = [], True
     for value in twice[:3].to_pylist():
         positions = np.flatnonzero(pc.equal(catalogue.ids, value).to_numpy(zero_copy_only=False))[:3]
         named.append(f"{value!r} ({', '.join(catalogue.document(int(p)).source for p in positions)})")
+        by_place &= all(_is_place(catalogue, int(p), value) for p in positions)
     more = f" and {len(twice) - 3} more" if len(twice) > 3 else ""
-    raise JobError(
-        f"{len(twice)} document ids occur more than once: {'; '.join(named)}{more}; "
-        "remove the repeats or name a column of unique ids with --id-column"
+    mend = (
+        "these files have the same name in several inputs: give the folder above them as the one --input, so that ids "
+        "have its subfolders, or run a job for each"
+        if by_place
+        else "remove the repeats, name a column of unique ids with --id-column, or give --id-column '' for ids of file "
+        "name and row"
     )
+    raise JobError(f"{len(twice)} document ids occur more than once: {'; '.join(named)}{more}; {mend}")
+
+
+def _is_place(catalogue: Catalogue, position: int, document_id: str) -> bool:
+    """Whether an id is made of its file's name."""
+    file_index, number = (int(x) for x in catalogue.columns[position, [0, 4]])
+    label = valid_text(catalogue.files[file_index].label)
+    return document_id in (label, f"{label}:{number}")
 
 
 def in_shard(ids: Iterable[str], index: int, count: int) -> np.ndarray:

@@ -55,7 +55,7 @@ class Found(NamedTuple):
 
 
 def find_files(locations: tuple[str, ...]) -> tuple[list[SourceFile], list[str]]:
-    """All files that the inputs name, and the names of files that were passed over for their suffix.
+    """All files that the inputs name, each once, and the names of files that were passed over for their suffix.
 
     Raises JobError for an input that does not exist, cannot be listed or holds no documents.
     """
@@ -73,7 +73,7 @@ def find_files(locations: tuple[str, ...]) -> tuple[list[SourceFile], list[str]]
             raise JobError(f"--input {safe_name(location)}: holds {what}; expected {', '.join(KINDS)}")
         found += files
         ignored += passed
-    return found, ignored
+    return list({file.name: file for file in reversed(found)}.values())[::-1], ignored
 
 
 def directly_in(file: SourceFile, folder: str) -> bool:

@@ -144,6 +144,44 @@ def test_duplicate_ids_are_refused_with_ids_and_places(tmp_path: Path) -> None:
     assert "'y'" not in str(raised.value)
 
 
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "text"])
+def test_files_of_one_name_in_two_folders_are_told_what_helps(tmp_path: Path, kind: str) -> None:
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        if kind == "parquet":
+            pq.write_table(pa.table({"text": [folder]}), tmp_path / folder / "a.parquet")
+        elif kind == "jsonl":
+            (tmp_path / folder / "a.jsonl").write_bytes(lines([{"text": folder}]))
+        else:
+            (tmp_path / folder / "a.txt").write_text(folder)
+    with pytest.raises(JobError, match="have the same name in several inputs: give the folder above them") as told:
+        listed(tmp_path / "x", tmp_path / "y")
+    assert "--id-column" not in str(told.value)
+    assert sorted(text for text, _ in read_all(listed(tmp_path)).values()) == ["x", "y"], "which is what it says"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_an_id_column_that_repeats_can_be_switched_off(tmp_path: Path, kind: str) -> None:
+    rows = [{"id": "same", "text": "one"}, {"id": "same", "text": "two"}]
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    else:
+        (tmp_path / "a.jsonl").write_bytes(lines(rows))
+    with pytest.raises(JobError, match="or give --id-column '' for ids of file name and row"):
+        listed(tmp_path)
+    found = {name: text for name, (text, _) in read_all(listed(tmp_path, id_column="")).items()}
+    first = 0 if kind == "parquet" else 1
+    assert found == {f"a.{kind}:{first}": "one", f"a.{kind}:{first + 1}": "two"}
+
+
+def test_a_file_that_two_inputs_name_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.txt").write_text("one")
+    (tmp_path / "b.txt").write_text("two")
+    files, _ = find_files((str(tmp_path), str(tmp_path / "sub"), f"{tmp_path}/*.txt", f"file://{tmp_path}/b.txt"))
+    assert [file.label for file in files] == ["b.txt", "sub/a.txt"]
+
+
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
 @pytest.mark.parametrize("option", ["text_column", "id_column", "keep_columns"])
 def test_a_missing_column_names_those_that_are_there(tmp_path: Path, kind: str, option: str) -> None:
