@@ -59,7 +59,7 @@ def find_files(locations: tuple[str, ...]) -> tuple[list[SourceFile], list[str]]
 
     Raises JobError for an input that does not exist, cannot be listed or holds no documents.
     """
-    found: list[SourceFile] = []
+    found: dict[str, SourceFile] = {}
     ignored: list[str] = []
     for location in locations:
         try:
@@ -71,9 +71,10 @@ def find_files(locations: tuple[str, ...]) -> tuple[list[SourceFile], list[str]]
         if not files:
             what = f"only files of other kinds ({', '.join(sorted(passed)[:3])})" if passed else "no files"
             raise JobError(f"--input {safe_name(location)}: holds {what}; expected {', '.join(KINDS)}")
-        found += files
+        for file in files:
+            found.setdefault(file.name, file)
         ignored += passed
-    return list({file.name: file for file in reversed(found)}.values())[::-1], ignored
+    return list(found.values()), ignored
 
 
 def directly_in(file: SourceFile, folder: str) -> bool:
