@@ -36,7 +36,7 @@ def id_texts(column: pa.Array) -> list[tuple[str, str]]:
     if pa.types.is_dictionary(column.type):
         texts = [*id_texts(column.dictionary), ("", "null")]
         return [texts[-1 if index is None else index] for index in column.indices.to_pylist()]
-    if pa.types.is_nested(column.type):
+    if pa.types.is_nested(column.type) or pa.types.is_boolean(column.type):
         return [("", f"{column.type}")] * len(column)
     return [_id_text(column, number) for number in range(len(column))]
 
