@@ -84,8 +84,8 @@ def _batches(opened: pa.NativeFile, about: pq.FileMetaData, group: int, columns:
     whole = about.row_group(group).total_byte_size <= WHOLE_BYTES
     schema = about.schema.to_arrow_schema()
     texts = [name for name in columns if _is_binary(_plain(schema.field(name).type))]
-    options: dict[str, Any] = {"read_dictionary": texts} if whole else {"buffer_size": 1 << 20}
-    parquet = pq.ParquetFile(opened, metadata=about, pre_buffer=False, **options)
+    options: dict[str, Any] = {"read_dictionary": texts} if whole else {"buffer_size": 8 << 20}
+    parquet = pq.ParquetFile(opened, metadata=about, pre_buffer=whole, **options)
     return parquet.iter_batches(_BATCH_ROWS if whole else 1, row_groups=[group], columns=columns, use_threads=False)
 
 
