@@ -72,7 +72,9 @@ def cast(values: pa.Array, kind: pa.DataType) -> pa.Array:
     """`values` in another type. Raises one of VALUE_ERRORS where something would be lost."""
     if values.type == kind:
         return values
-    return as_text(values).cast(kind) if _is_text(kind) else values.cast(kind)
+    if _is_text(kind) or (_is_bytes(kind) and not _is_bytes(values.type)):
+        values = as_text(values)
+    return values.cast(kind)
 
 
 def as_text(values: pa.Array | pa.ChunkedArray) -> pa.Array:
@@ -170,6 +172,10 @@ def _with_type(table: pa.Table, name: str, kind: pa.DataType) -> pa.Table:
     values = table[name].combine_chunks()
     values = pa.concat_arrays(values.chunks) if isinstance(values, pa.ChunkedArray) else values
     return table.set_column(table.column_names.index(name), pa.field(name, kind), cast(values, kind))
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
 
 
 def _is_text(kind: pa.DataType) -> bool:

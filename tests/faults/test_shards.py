@@ -155,6 +155,7 @@ NUMBERS = {
     "string and view": (strings("a"), strings("b", kind=pa.string_view()), ["a", "b"]),
     "string and dictionary": (strings("a"), strings("b").dictionary_encode(), ["a", "b"]),
     "number and text": (pa.array([1]), strings("b"), ["1", "b"]),
+    "bytes and text": (pa.array([b"\xff"]), strings("b"), [b"\xff", b"b"]),
     "list and text": (pa.array([[1, 2]]), strings("b"), ["[1, 2]", "b"]),
     "exact and inexact": (pa.array([Decimal("0.10")]), pa.array([0.5]), ["0.10", "0.5"]),
     "struct of more": (pa.array([{"a": 1}]), pa.array([{"a": 2, "b": 3}]), [{"a": 1, "b": None}, {"a": 2, "b": 3}]),
@@ -173,6 +174,13 @@ def test_kept_columns_of_other_types_here_and_there(tmp_path: Path, name: str) -
     values = [found[name].columns["v"][0].as_py() for name in ("a", "b", "c", "d", "e.txt")]
     assert values == [*expected, None, None, None]
     assert not any(item.problem for item in found.values())
+
+
+def test_the_order_of_files_does_not_matter_to_what_is_kept(tmp_path: Path) -> None:
+    for number, values in enumerate((pa.array([1]), strings("b"), pa.array([b"\xff"], pa.large_binary()))):
+        parquet(tmp_path / f"{number}.parquet", id=[str(number)], text=["x"], v=values)
+    found = kept(listed(tmp_path, keep_columns=("v",)))
+    assert [found[name].columns["v"][0].as_py() for name in "012"] == [b"1", b"b", b"\xff"]
 
 
 def test_json_values_beside_those_of_parquet(tmp_path: Path) -> None:

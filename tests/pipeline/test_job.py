@@ -71,7 +71,12 @@ def test_every_document_has_a_full_row(tmp_path: Path, out: Path, model: Path) -
     assert set(row) == {*NAMES, "n"}
     assert (row["output"], row["n"], row["attempts"], row["status"]) == ("the answer", 13, 1, "ok")
     assert row["source"].endswith("docs.jsonl line 14")
-    filled = set(NAMES) - {"truncated_tokens", "kept_error", "density_by_layer", "retained_mass"}  # the last of sparse prefill
+    filled = set(NAMES) - {
+        "truncated_tokens",
+        "kept_error",
+        "density_by_layer",
+        "retained_mass",
+    }
     assert not [name for name in filled if row[name] is None]
     assert row["tokenize_seconds"] + row["prefill_seconds"] + row["decode_seconds"] <= row["total_seconds"]
     assert row["started_at"].utcoffset().total_seconds() == 0
