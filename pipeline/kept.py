@@ -141,8 +141,10 @@ def common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType:
     kinds = (one, other)
     if all(map(pa.types.is_integer, kinds)) and pa.uint64() in kinds and any(map(pa.types.is_signed_integer, kinds)):
         return _WHOLE_NUMBER
-    if any(map(pa.types.is_decimal, kinds)) and any(map(pa.types.is_floating, kinds)):
-        return pa.string()
+    if any(map(pa.types.is_decimal, kinds)):
+        if any(map(pa.types.is_floating, kinds)):
+            return pa.string()
+        kinds = tuple(_WHOLE_NUMBER if pa.types.is_integer(kind) else kind for kind in kinds)
     try:
         schemas = [pa.schema([("values", kind)]) for kind in kinds]
         return pa.unify_schemas(schemas, promote_options=PROMOTE).field(0).type

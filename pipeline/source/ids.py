@@ -43,11 +43,11 @@ def id_texts(column: pa.Array) -> list[tuple[str, str]]:
 
 def _id_text(column: pa.Array, number: int) -> tuple[str, str]:
     try:
-        value = column[number].as_py()
+        value: Any = _spelled(column, number) if "[ns" in str(column.type) else column[number].as_py()
     except UnicodeDecodeError:
         return "", "not valid UTF-8"
-    except (ValueError, OverflowError):  # times that Python has no object for
-        value = column.slice(number, 1).cast(pa.string())[0].as_py()
+    except (ValueError, OverflowError):
+        value = _spelled(column, number)
     if value is None:
         return "", "null"
     if isinstance(value, bytes):
@@ -56,6 +56,11 @@ def _id_text(column: pa.Array, number: int) -> tuple[str, str]:
         except UnicodeDecodeError:
             value = value.hex()
     return _checked(str(value))
+
+
+def _spelled(column: pa.Array, number: int) -> str | None:
+    """A value as text, of times that Python has no object for."""
+    return column.slice(number, 1).cast(pa.string())[0].as_py()
 
 
 def _checked(text: str) -> tuple[str, str]:

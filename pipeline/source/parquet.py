@@ -86,7 +86,20 @@ def _batches(opened: pa.NativeFile, about: pq.FileMetaData, group: int, columns:
     texts = [name for name in columns if _is_binary(_plain(schema.field(name).type))]
     options: dict[str, Any] = {"read_dictionary": texts} if whole else {"buffer_size": 8 << 20}
     parquet = pq.ParquetFile(opened, metadata=about, pre_buffer=whole, **options)
-    return parquet.iter_batches(_BATCH_ROWS if whole else 1, row_groups=[group], columns=columns, use_threads=False)
+    rows = _BATCH_ROWS if whole else 1
+    for batch in parquet.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False):
+        for column in batch.columns:
+            _check_indices(column)
+        yield batch
+
+
+def _check_indices(column: pa.Array) -> None:
+    """Raise ArrowInvalid for what a damaged file refers to and does not hold."""
+    if pa.types.is_dictionary(column.type):
+        found = pc.min_max(column.indices)
+        low, high = found["min"].as_py(), found["max"].as_py()
+        if low is not None and (low < 0 or high >= len(column.dictionary)):
+            raise pa.ArrowInvalid(f"a row refers to value {high} of {len(column.dictionary)}")
 
 
 def _column_problem(schema: pa.Schema, name: str) -> str:

@@ -127,6 +127,7 @@ IDS = {
     "bytes": (pa.array([b"\xff\x00" * 8], pa.binary(16)), "ff00" * 8),
     "date": (pa.array([2**31 - 1], pa.int32()).cast(pa.date32()), "<value out of range: 2147483647>"),
     "time": (pa.array([1], pa.timestamp("us")), "1970-01-01 00:00:00.000001"),
+    "nanoseconds": (pa.array([1], pa.time64("ns")), "00:00:00.000000001"),
 }
 
 
@@ -155,6 +156,7 @@ NUMBERS = {
     "string and view": (strings("a"), strings("b", kind=pa.string_view()), ["a", "b"]),
     "string and dictionary": (strings("a"), strings("b").dictionary_encode(), ["a", "b"]),
     "number and text": (pa.array([1]), strings("b"), ["1", "b"]),
+    "whole and decimal": (pa.array([2**63 - 1]), pa.array([Decimal("0.10")]), [Decimal(2**63 - 1), Decimal("0.10")]),
     "bytes and text": (pa.array([b"\xff"]), strings("b"), [b"\xff", b"b"]),
     "list and text": (pa.array([[1, 2]]), strings("b"), ["[1, 2]", "b"]),
     "exact and inexact": (pa.array([Decimal("0.10")]), pa.array([0.5]), ["0.10", "0.5"]),
