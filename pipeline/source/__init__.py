@@ -91,7 +91,16 @@ class DocumentReader:
 
     def read(self, document: Document) -> tuple[str, Kept]:
         """The text and the kept columns. Raises DocumentError with what is wrong with the document."""
-        at = document.locator
+        try:
+            return answering(bool(document.locator.filesystem), self._read, document.locator)
+        except DocumentError:
+            raise
+        except Exception as error:  # filesystems of fsspec raise what they like
+            if not document.locator.filesystem:
+                raise
+            raise DocumentError(f"cannot be read: {one_line(error)}") from None
+
+    def _read(self, at: Locator) -> tuple[str, Kept]:
         if at.kind == "text":
             return checked_text(_read_file(at)), keep({}, self._kept)
         values: dict[str, Any] = self._parquet.read(at) if at.kind == "parquet" else self._jsonl.read(at)

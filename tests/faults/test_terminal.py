@@ -21,13 +21,14 @@ from jobs.cli import run_main
 from jobs.summarize import main, show
 from pipeline import manifest
 from pipeline.answering import answering, left_behind, stop_signals
-from pipeline.errors import JobError, visible
+from pipeline.errors import DocumentError, JobError, visible
 from pipeline.imports import ROOT
+from pipeline.location import open_filesystem
 from pipeline.lock import FolderLock
 from pipeline.progress import Progress
 from pipeline.records import new_row, result_schema
 from pipeline.sink import Sink
-from pipeline.source import find_files
+from pipeline.source import DocumentReader, find_files, list_documents
 from pipeline.store import Store
 from pipeline.summary import summarize_results
 
@@ -270,3 +271,21 @@ def test_inputs_that_raise_anything_are_one_line(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("pipeline.source.files._find", fails)
     with pytest.raises(JobError, match=r"cannot be listed: no network \\x1b"):
         find_files(("mock:///x",))
+
+
+def test_a_store_that_raises_anything_while_a_document_is_read_costs_that_document(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files = open_filesystem("mock:///odd/docs")
+    files.create_dir("odd/docs", recursive=True)
+    with files.open_output_stream("odd/docs/a.txt") as stream:
+        stream.write(b"fine")
+    document = list_documents(find_files(("mock:///odd/docs",))[0]).document(0)
+
+    def fails(uri: str) -> Any:
+        raise ZeroDivisionError("the client's own\nmistake")
+
+    assert DocumentReader("text", []).read(document)[0] == "fine"
+    monkeypatch.setattr("pipeline.source.open_filesystem", fails)
+    with pytest.raises(DocumentError, match="cannot be read: the client's own mistake"):
+        DocumentReader("text", []).read(document)
