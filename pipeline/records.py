@@ -142,16 +142,35 @@ def valid_text(text: str) -> str:
 
 
 def to_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
-    """Rows as a table of `schema`. Kept columns are arrays of one value in a row, or not there."""
+    """Rows as a table of `schema`. Kept columns are arrays of one value in a row, or not there.
+
+    A row that does not fit the schema (an engine gave a value of another type) becomes an error row, so that it cannot
+    take its neighbours with it.
+    """
     known = pa.schema([field for field in schema if field.name in NAMES])
     clean = [
         {name: valid_text(value) if isinstance(value, str) else value for name, value in row.items() if name in NAMES}
         for row in rows
     ]
-    table = pa.Table.from_pylist(clean, schema=known)
+    try:
+        table = pa.Table.from_pylist(clean, schema=known)
+    except _MISFITS:
+        table = pa.concat_tables([_single(row, known) for row in clean])
     for field in schema:
         if field.name not in NAMES:
             null = pa.nulls(1, field.type)
             values = pa.chunked_array([row.get(field.name, null) for row in rows], field.type)
             table = table.append_column(field, values)
     return table
+
+
+_MISFITS = (pa.ArrowException, UnicodeError, TypeError, ValueError, OverflowError)
+
+
+def _single(row: Row, schema: pa.Schema) -> pa.Table:
+    try:
+        return pa.Table.from_pylist([row], schema=schema)
+    except _MISFITS as error:
+        message = f"its row does not fit the result schema: {error}"
+        bad = new_row(row["document_id"], row["source"], "error", valid_text(" ".join(message.split()))[:500])
+        return pa.Table.from_pylist([bad | {"attempts": row["attempts"]}], schema=schema)

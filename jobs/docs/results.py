@@ -25,7 +25,7 @@ NULL_WHEN: dict[str, tuple[str, ...]] = {
     "nothing was measured: without `--min-mass`, or dense from the start": ("retained_mass",),
     "no token was generated": ("time_to_first_token",),
     "the kept values are as they were": ("kept_error",),
-    "only in rows of an earlier version": ("input_stamp", "finished_at"),
+    "only in a row that did not fit the columns": ("input_stamp", "finished_at"),
 }  # fmt: skip
 TYPES = {
     "string": "text", "double": "float64", "float": "float32", "timestamp[us, tz=UTC]": "timestamp (µs, UTC)",
@@ -103,7 +103,8 @@ a wider number, or text (JSON of nested values). A value that does not go into i
 When a document fails early, columns of later stages have no value. "No worker made the row": the listing of the
 input already found the document unreadable, or the row stands for a document that was lost with its worker.
 "The engine gave nothing back": the document failed before, its prompt did not fit the context, or it ran out of
-time; then it did not start on the prompt either, and generated no token.
+time; then it did not start on the prompt either, and generated no token. A row that does not fit the columns,
+because an engine gave a value of another type, is replaced by an `error` row in which all others are null.
 
 Where a document was processed in parts, seconds and tokens are sums over its parts, `density` and `density_by_layer`
 are means by prompt tokens, `peak_gpu_bytes` their largest, `retained_mass` their least, and `time_to_first_token`

@@ -81,6 +81,15 @@ def test_kept_values_are_written_as_they_are(tmp_path: Path) -> None:
     assert table["c"]["output"] == "lone \\ud800 surrogate"
 
 
+def test_a_row_that_does_not_fit_costs_no_neighbour(tmp_path: Path) -> None:
+    _, sink = make(tmp_path, 2)
+    sink.add(row("a", output="fine"))
+    sink.add(row("b", attempts=2, prompt_tokens="many"))
+    table = {item["document_id"]: item for item in read_results(tmp_path).to_pylist()}
+    assert [(table[name]["status"], table[name]["attempts"]) for name in "ab"] == [("ok", 0), ("error", 2)]
+    assert "does not fit the result schema" in table["b"]["error"]
+
+
 def test_kept_columns_must_not_hide_result_columns() -> None:
     with pytest.raises(JobError, match="--keep-columns status"):
         result_schema([pa.field("status", pa.string())])
