@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
+import io
 import json
+import os
 import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pipeline.answering import left_behind
 from pipeline.config import JobConfig, flag, read_job_file
 from pipeline.errors import JobError, nearest
 from pipeline.imports import WrongPackageError, check_kernels
@@ -123,17 +128,69 @@ def this_python() -> str:
 
 def run_main(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> NoReturn:
     """Call `main` with the command line; exit with its code, 1 after a user error (one line), 130 if interrupted."""
+    sys.stdout, sys.stderr = (stream or io.StringIO() for stream in (sys.stdout, sys.stderr))  # >&- leaves None
     try:
         check_kernels()
         code = main(sys.argv[1:] if arguments is None else arguments)
     except (JobError, WrongPackageError) as error:
-        print(f"error: {error}", file=sys.stderr)
         code = 1
+        _tell(f"error: {error}")
+    except OSError as error:
+        if not _of_output(error):
+            raise
+        code = _lost(error)
     except (KeyboardInterrupt, SystemExit) as ended:
         # Ray's own way to take a SIGTERM, while it starts and when it is gone again, is to exit with its number.
         if isinstance(ended, SystemExit) and ended.code != signal.SIGTERM:
             raise
-        print("stopped", file=sys.stderr)
         code = 130
-    sys.stdout.flush()
+        _tell("stopped")
+    code = _flushed(code)
+    if left_behind():
+        os._exit(code)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """What a with-block prints may go into a pipe that nobody reads, onto a full disk or a closed terminal."""
+    try:
+        yield
+    except OSError as error:
+        if not _of_output(error):
+            raise
+        _to_nowhere()
+
+
+def _of_output(error: OSError) -> bool:
+    """Whether it is standard output that cannot be written to."""
+    return error.filename is None and error.errno in (None, errno.EPIPE, errno.ENOSPC, errno.EIO)
+
+
+def _flushed(code: int) -> int:
+    """`code` once what was printed is out; if it cannot go out, that of `_lost` in place of 0."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        return code or _lost(error)
+    return code
+
+
+def _lost(error: OSError) -> int:
+    """The exit code where standard output cannot be written to: 1, or 0 if its reader had enough."""
+    _to_nowhere()
+    if isinstance(error, BrokenPipeError):
+        return 0
+    _tell(f"error: standard output cannot be written to: {error.strerror}")
+    return 1
+
+
+def _to_nowhere() -> None:
+    """Standard output from now on, so that Python's own last flush does not fail."""
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:  # noqa: PTH123
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+def _tell(text: str) -> None:
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)

@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.cli import Parser, add_job_flags, run_main
+from jobs.cli import Parser, add_job_flags, run_main, unheard
 from pipeline.config import JobConfig, read_job_file
 from pipeline.errors import JobError, one_line, without_secrets
 from pipeline.imports import ROOT
-from pipeline.source.files import has_credentials, is_remote, safe_name
+from pipeline.location import has_credentials, is_uri, safe_name
 
 # What is uploaded: our packages and nothing else of the checkout (Ray refuses a working folder of more than 100 MiB).
 PACKAGES = ("jobs", "kernels", "pipeline", "stem_core")
@@ -76,7 +76,7 @@ def absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _absolute(location: str) -> str:
-    return location if is_remote(location) else str(Path(location).expanduser().absolute())
+    return location if is_uri(location) else str(Path(location).expanduser().absolute())
 
 
 def to_flags(values: dict[str, Any]) -> list[str]:
@@ -143,8 +143,7 @@ def follow(client: Any, job: str) -> int:
         client.stop_job(job)
         print(f"stopping {job}", file=sys.stderr)
         return 130
-    sys.stdout.write(client.get_job_logs(job)[printed:])
-    sys.stdout.flush()
+    _print(client.get_job_logs(job)[printed:])
     info = client.get_job_info(job)
     if status == "STOPPED":
         return 130
@@ -162,9 +161,14 @@ async def _print_log(client: Any, job: str, printed: int) -> int:
         fresh = text[max(0, printed - seen) :]
         seen += len(text)
         printed = max(printed, seen)
-        sys.stdout.write(fresh)
-        sys.stdout.flush()
+        _print(fresh)
     return printed
+
+
+def _print(text: str) -> None:
+    with unheard():  # the exit code is the job's, whoever reads its log
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -12,10 +12,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.cli import Parser, add_job_flags, job_config, run_main, this_python
+from jobs.cli import Parser, add_job_flags, job_config, run_main, this_python, unheard
+from pipeline.answering import stop_signals
 from pipeline.config import JobConfig, flag
-from pipeline.errors import JobError
-from pipeline.source.files import is_remote
+from pipeline.errors import JobError, visible
+from pipeline.location import is_uri
 from pipeline.summary import JobReport, rows_for_table
 
 
@@ -28,18 +29,25 @@ def main(arguments: Sequence[str]) -> int:
     add_job_flags(parser)
     config = job_config(parser.parse_args(arguments))
     refuse_unpacked_paths(config)
-    signal.signal(signal.SIGTERM, _interrupt)  # until the job has its own way to stop
+    for number in stop_signals():  # until the job has its own way to stop
+        signal.signal(number, _interrupt)
     if config.dry_run:
         from pipeline.plan import describe_plan
 
         for line in describe_plan(config):
-            print(line, flush=True)
+            print(visible(line), flush=True)
         return 0
     from pipeline.job import run
 
     report = run(config)
-    show(report)
+    with unheard():  # what became of the documents is in the rows, and in the exit code
+        show(report)
+        sys.stdout.flush()
     return report.exit_code
+
+
+def _broken_pipe() -> None:
+    raise BrokenPipeError
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -49,7 +57,7 @@ def _interrupt(number: int, frame: object) -> None:
 def refuse_unpacked_paths(config: JobConfig) -> None:
     """Raise JobError for a relative output inside a submitted job: its working folder is a temporary copy."""
     inside = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and "/working_dir_files/" in str(Path.cwd())
-    if inside and not is_remote(config.output) and not Path(config.output).is_absolute():
+    if inside and not is_uri(config.output) and not Path(config.output).is_absolute():
         raise JobError(
             f"{flag('output')} {config.output}: a submitted job runs in a temporary copy of the working folder; "
             "give an absolute path that the cluster can reach, or a URI"
@@ -60,24 +68,30 @@ def show(report: JobReport) -> None:
     """Print the report as a table."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console(width=None if sys.stdout.isatty() else 120)
+    console.on_broken_pipe = _broken_pipe  # type: ignore[method-assign]  # its own way is to exit with 1
     for message in report.messages:
-        console.print(message, markup=False, highlight=False)
+        console.print(visible(message), markup=False, highlight=False)
     table = Table(show_header=False, title="stemline", title_justify="left")
     for what, figure in rows_for_table(report):
-        table.add_row(what, figure)
+        table.add_row(what, Text(visible(figure)))
     console.print(table)
     for document_id, status, error in report.first_errors:
-        console.print(f"{status}: {document_id}: {error}", markup=False, highlight=False)
+        console.print(visible(f"{status}: {document_id}: {error}"), markup=False, highlight=False)
     if report.counts:
         python = this_python()
         look = f"look at it: {python} -m jobs.report {shlex.quote(report.output)}"
-        console.print(look, markup=False, highlight=False, soft_wrap=True)
+        console.print(visible(look), markup=False, highlight=False, soft_wrap=True)
         columns = "['document_id', 'status', 'output']"
         code = f"from pipeline import read_results; print(read_results({report.output!r}, {columns}).to_pandas())"
         line = f'{python} -c "{code}"'
-        console.print("read them: " + line, markup=False, highlight=False, soft_wrap=True)
+        console.print(visible("read them: " + line), markup=False, highlight=False, soft_wrap=True)
+    if report.cut:
+        verb = "output is" if report.cut == 1 else "outputs are"
+        told = f"{report.cut:,} {verb} cut off at --max-new-tokens: finish_reason is length, though the status is ok"
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

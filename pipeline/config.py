@@ -48,7 +48,7 @@ class JobConfig:
     id_column: str | None = option(
         None,
         "str",
-        "column that holds the id; unset: `id` or `document_id` if there is one, else file name and row",
+        "column that holds the id; unset: `id` or `document_id` if there is one; else, and if empty: file name and row",
         group="data",
     )
     keep_columns: tuple[str, ...] = option((), "list", "columns of the input to copy into the results", group="data")

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 from pipeline.redact import without_secrets
+
+# Unicode's control and format characters, ends of lines, and halves of characters: they command a terminal, or turn the
+# direction of writing.
+_COMMANDS = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 class JobError(Exception):
@@ -33,7 +38,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException | str, limit: int = 500) -> str:
-    """An error's text on one line of at most `limit` characters, without secrets."""
+    """An error's text on one line of at most `limit` characters, without secrets and commands to a terminal."""
     text = str(error) or type(error).__name__
-    text = without_secrets(" ".join(text.split()))
+    text = visible(without_secrets(" ".join(text.split())))
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def visible(text: str) -> str:
+    """`text` without what commands a terminal or turns the direction of writing: such characters as \\x1b."""
+    if text.isprintable():
+        return text
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) in _COMMANDS and c != "\n" else c for c in text)

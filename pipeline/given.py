@@ -11,10 +11,12 @@ import pyarrow as pa
 
 from pipeline.config import JobConfig
 from pipeline.errors import JobError
+from pipeline.kept import Kept, keep
+from pipeline.location import is_remote
 from pipeline.options import short
 from pipeline.records import valid_text
 from pipeline.source import Document, DocumentReader, Locator, SourceFile, find_files, list_documents
-from pipeline.source.files import is_remote
+from pipeline.source.texts import checked_text
 
 Texts = str | Path | Iterable[Any] | Mapping[Any, Any]
 _MEMORY = Locator("", "", "memory", 0, 0)
@@ -30,10 +32,10 @@ class TextDocument(Document):
 class TextReader(DocumentReader):
     """Reads documents by locator, or takes the text that they bring along."""
 
-    def read(self, document: Document) -> tuple[str, dict[str, Any]]:
+    def read(self, document: Document) -> tuple[str, Kept]:
         """The text and the kept columns. Raises DocumentError with what is wrong with the document."""
         if isinstance(document, TextDocument):
-            return self._checked(document.text), dict.fromkeys(field.name for field in self._kept)
+            return checked_text(document.text), keep({}, self._kept)
         return super().read(document)
 
 

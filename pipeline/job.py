@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import manifest
+from pipeline.answering import stop_signals
 from pipeline.config import JobConfig, from_mapping
 from pipeline.errors import JobError, one_line
 from pipeline.imports import check_kernels
@@ -85,6 +86,7 @@ def _execute(
 
     from pipeline.cluster_size import ClusterSize
     from pipeline.pool import EventKind
+    from pipeline.pulse import pulse
     from pipeline.ray_pool import RayPool, connected, divide, room_for, room_now
     from pipeline.scheduler import Limits, Scheduler, StopRequestedError
 
@@ -110,6 +112,7 @@ def _execute(
 
     def tick() -> None:
         sink.tick()
+        heart.check()
         progress.workers(scheduler.live, scheduler.starting, scheduler.in_flight)
         progress.tick()
         metrics.tick(scheduler.waiting, scheduler.in_flight, scheduler.live, scheduler.starting)
@@ -128,6 +131,7 @@ def _execute(
             with connected(config.ray_address) as cluster, _StopFlag() as flag:
                 share = divide(cluster, config.device, config.workers, len(left), config.gpus_per_worker)
                 worker_config = make_worker_config(survey, share.device, share.threads, engine_factory, grace)
+                heart = pulse(cluster.local)
                 pool = RayPool(worker_config, share, local=cluster.local)
                 limits = Limits(
                     workers=share.workers,
@@ -163,7 +167,7 @@ def _execute(
                     except StopRequestedError:
                         stopped = True
         sink.flush()
-    except RayError as error:
+    except (RayError, ConnectionError) as error:  # the latter of Ray's client
         raise JobError(f"Ray failed: {one_line(error, 300)}; what was finished is written, run it again") from None
     finally:
         progress.finish()
@@ -237,7 +241,10 @@ def _write_unreadable(pending: Catalogue, sink: Sink, progress: Progress) -> Cat
 
 
 class _StopFlag(contextlib.AbstractContextManager["_StopFlag"]):
-    """Set by SIGTERM or SIGINT; a second SIGINT interrupts at once. Outside the main thread it is never set."""
+    """Set by SIGTERM, SIGINT or SIGHUP (unless that is ignored: nohup); a second SIGINT interrupts at once.
+
+    Outside the main thread it is never set.
+    """
 
     def __init__(self) -> None:
         self._set = False
@@ -248,7 +255,7 @@ class _StopFlag(contextlib.AbstractContextManager["_StopFlag"]):
 
     def __enter__(self) -> _StopFlag:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in stop_signals():
                 self._before[number] = signal.signal(number, self._handle)
         return self
 

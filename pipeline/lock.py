@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import secrets
 import socket
+import stat
 import threading
 import time
 from functools import partial
@@ -58,10 +60,17 @@ class FolderLock:
 
     def acquire(self) -> None:
         """Keep other jobs out. Raises JobError if one is in, or the file cannot be written."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = os.open(self._path, flags, 0o644)
         except OSError as error:
+            if error.errno == errno.ELOOP:  # what it leads to would be written over
+                raise JobError(f"--output {self._name}: {FILE} in it is a link; remove it") from None
             raise JobError(f"--output {self._name}: {FILE} cannot be written: {one_line(error)}") from None
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
+            os.close(descriptor)
+            raise JobError(f"--output {self._name}: {FILE} in it is no ordinary file; remove it")
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -14,9 +14,12 @@ from pyarrow.fs import LocalFileSystem
 from pipeline.adapters import adapter_problem
 from pipeline.config import JobConfig
 from pipeline.errors import JobError, one_line
+from pipeline.location import open_filesystem, safe_name
+from pipeline.options import short
 from pipeline.prompts import Task
 from pipeline.records import utc_now
-from pipeline.source.files import SourceFile, content_stamp, open_filesystem, safe_name
+from pipeline.seal import json_seal
+from pipeline.source.files import SourceFile, content_stamp
 from pipeline.store import Store
 from pipeline.versions import job_versions
 
@@ -26,6 +29,10 @@ FORMAT = 2
 CONTENT_BYTES = 1 << 30
 # A changed file is no other job: the documents that changed in it are done again.
 DECIDING = ("config", "model", "prompt", "reading")
+TYPES: dict[str, Any] = {
+    "fingerprints": dict, "config": dict, "versions": dict, "state": str, "written_at": str, "documents": int,
+    "seconds": (int, float),
+}  # fmt: skip
 READING = ("text_column", "id_column", "keep_columns", "shard")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MODEL_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".bin", ".py")
@@ -135,10 +142,9 @@ def load(store: Store) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads(data)
-        if not isinstance(manifest["fingerprints"], dict) or manifest["format"] != FORMAT:
-            raise ValueError("it is of another format")
+        _check_values(manifest)
         prompt_date(manifest)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise JobError(
             f"--output {store.name}: {NAME} is damaged ({one_line(error, 100)}); --force writes a new one"
         ) from None
@@ -148,6 +154,25 @@ def load(store: Store) -> dict[str, Any] | None:
 def prompt_date(manifest: dict[str, Any]) -> date:
     """The date that the earlier run's prompts tell; of runs older than this entry, the day of their last writing."""
     return date.fromisoformat(manifest.get("prompt_date") or manifest["written_at"][:10])
+
+
+def _check_values(manifest: Any) -> None:
+    """Raise ValueError for what no job wrote. Earlier versions wrote no seal."""
+    if not isinstance(manifest, dict):
+        raise ValueError(f"expected a JSON object, got {type(manifest).__name__}")
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"its format is {short(manifest.get('format'))}, expected {FORMAT}")
+    for name, kind in TYPES.items():
+        if name in manifest and not isinstance(manifest[name], kind):
+            raise ValueError(f"its {name} is {short(manifest[name])}")
+    if not isinstance(manifest.get("fingerprints"), dict):
+        raise ValueError("it has no fingerprints")
+    if "seal" in manifest and manifest["seal"] != json_seal(_unsealed(manifest)):
+        raise ValueError("its content is not what its seal says")
+
+
+def _unsealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in manifest.items() if name != "seal"}
 
 
 def check(old: dict[str, Any], new: dict[str, str], config: JobConfig, store: Store) -> list[str]:
@@ -185,4 +210,5 @@ def save(store: Store, config: JobConfig, prints: dict[str, str], **more: Any) -
         "versions": job_versions(),
         **more,
     }
-    store.write(NAME, json.dumps(manifest, indent=2, default=str).encode())
+    manifest = json.loads(json.dumps(manifest, default=str))
+    store.write(NAME, json.dumps(manifest | {"seal": json_seal(manifest)}, indent=2).encode())

@@ -16,11 +16,13 @@ import pyarrow.parquet as pq
 from pipeline import manifest
 from pipeline.config import JobConfig
 from pipeline.errors import DocumentError, JobError, one_line
+from pipeline.kept import PROMOTE
+from pipeline.location import safe_name
 from pipeline.prompts import Task, make_task
-from pipeline.records import result_schema
-from pipeline.sink import PART, PROMOTE, done_rows, part_names
+from pipeline.records import NAMES, result_schema
+from pipeline.sink import PART, done_rows, part_names
 from pipeline.source import Catalogue, Document, DocumentReader, find_files, input_hash, list_documents
-from pipeline.source.files import directly_in, safe_name
+from pipeline.source.files import directly_in
 from pipeline.store import Store
 
 
@@ -106,12 +108,13 @@ def make_plan(survey: Survey, store: Store) -> Plan:
 
 
 def check_columns(store: Store, schema: pa.Schema) -> None:
-    """Raise JobError if rows of `schema` and those that are there do not go into one table."""
+    """Raise JobError if rows of `schema` and those that are there do not go into one table; kept columns always do."""
+    schema = pa.schema([field for field in schema if field.name in NAMES])
     for name in part_names(store):
-        with store.opened(name) as file:
+        with store.told(f"{name} cannot be read"), store.open(name) as file:
             found = pq.read_schema(file)
         try:
-            pa.unify_schemas([found, schema], promote_options=PROMOTE)
+            pa.unify_schemas([pa.schema([f for f in found if f.name in NAMES]), schema], promote_options=PROMOTE)
         except pa.ArrowException as error:
             what = f"{name} has columns of other types than new rows would: {one_line(error)}"
             raise JobError(f"--output {store.name}: {what}; choose another output") from None
@@ -257,11 +260,9 @@ def describe_plan(config: JobConfig) -> Iterator[str]:
 def id_rule(config: JobConfig, catalogue: Catalogue) -> str:
     """Where ids come from, with an example."""
     example = catalogue.document(0).document_id if len(catalogue) else "-"
-    rule = (
-        f"column {config.id_column}"
-        if config.id_column
-        else "column id or document_id if there is one, else file name and row"
-    )
+    unset = "column id or document_id if there is one, else file name and row"
+    rules = {None: unset, "": "file name and row"}
+    rule = rules.get(config.id_column, f"column {config.id_column}")
     return f"{rule}; e.g. {example!r}"
 
 
@@ -285,10 +286,10 @@ def _token_lines(config: JobConfig, plan: Plan) -> Iterator[str]:
             plan.survey.today,
         )
         reader = DocumentReader(config.text_column, [])
-        order = pending.order()
+        readable = [position for position in pending.order().tolist() if position not in pending.errors]
         tokens = sampled = 0
-        for position in order[:: max(1, len(order) // 8)][:8]:
-            document = pending.document(int(position))
+        for position in readable[:: max(1, len(readable) // 8)][:8]:
+            document = pending.document(position)
             with contextlib.suppress(DocumentError):
                 text = reader.read(document)[0][:200_000]
                 tokens += len(builder.build(text, 1 << 40).ids)

@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-from pipeline.records import Row
+from pipeline.errors import visible
+from pipeline.records import Row, is_cut
 
 LOG_EVERY = 30.0
 TERMINAL_EVERY = 0.5
@@ -34,7 +35,7 @@ class Progress:
         self._terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self._clock = clock
         self._begun = self._told = clock()
-        self._done = self._failed = self._tokens = 0
+        self._done = self._failed = self._cut = self._tokens = 0
         self._live = self._starting = self._held = 0
         self._ready = self._shown = False
 
@@ -42,6 +43,7 @@ class Progress:
         """Count a finished document."""
         self._done += 1
         self._failed += row["status"] != "ok"
+        self._cut += is_cut(row)
         self._tokens += (row["prompt_tokens"] or 0) + (row["output_tokens"] or 0)
         self._bytes_left -= size_bytes
         self._bytes_worked += size_bytes if row["prompt_tokens"] else 0
@@ -63,7 +65,7 @@ class Progress:
 
     def message(self, text: str) -> None:
         """A line of its own."""
-        self._write(("\r\x1b[2K" if self._terminal else "") + text + "\n")
+        self._write(("\r\x1b[2K" if self._terminal else "") + visible(text) + "\n")
         self._shown = False
 
     def finish(self) -> None:
@@ -83,6 +85,8 @@ class Progress:
             parts += [(5, f"{self._tokens:,} tokens"), (4, f"{self._tokens / seconds:,.0f} tokens/s")]
         if self._failed:
             parts.append((1, f"{self._failed:,} failed"))
+        if self._cut:
+            parts.append((3, f"{self._cut:,} cut off"))
         if self._starting and self._ready:
             parts.append((3, f"{self._live} of {self._live + self._starting} workers ready"))
         elif self._starting:

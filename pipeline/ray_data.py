@@ -15,6 +15,7 @@ import pyarrow as pa
 from pipeline.api import Summarizer
 from pipeline.errors import JobError
 from pipeline.given import Given, TextDocument, text_document
+from pipeline.kept import Kept
 from pipeline.options import short
 from pipeline.records import NAMES, result_schema
 from pipeline.source import input_hash
@@ -100,7 +101,7 @@ class StemlineStage:
 def _text_id(text: Any) -> str:
     if isinstance(text, bytes):
         text = text.decode(errors="replace")
-    return input_hash(text.encode(errors="replace").decode() if isinstance(text, str) else repr(text), {})
+    return input_hash(text.encode(errors="replace").decode() if isinstance(text, str) else repr(text), Kept())
 
 
 def _values(batch: Any, name: str) -> list[Any]:

@@ -59,11 +59,18 @@ def connected(address: str | None) -> Iterator[Cluster]:
     local = address == "local"
     with _local_environment() if local else contextlib.nullcontext():
         if local:
+            # What Ray prints when one of its parts ends, with pages of its log, pipeline.pulse says in a line. It is
+            # how Ray's own debugger quiets it.
+            ray._private.worker._worker_logs_enabled = False
             options |= {"include_dashboard": False, "object_store_memory": 128 << 20, "dashboard_host": "127.0.0.1"}
         try:
             ray.init(**options)
-        except (ConnectionError, RayError, RuntimeError, ValueError, OSError) as error:
-            raise JobError(f"Ray at {without_secrets(address)!r} cannot be reached: {one_line(error, 300)}") from None
+        except Exception as error:  # Ray raises bare Exceptions, too: "The current node timed out during startup"
+            ray.shutdown()  # it may have come half the way
+            what = "does not start here" if local else f"at {without_secrets(address)!r} cannot be reached"
+            raise JobError(
+                f"Ray {what}: {one_line(error, 300)}; what is finished is written, run the same command again"
+            ) from None
         try:
             yield _describe(local)
         finally:

@@ -45,7 +45,11 @@ COLUMNS: tuple[Column, ...] = (
         "attempts", pa.int32(), "times the document was given to a worker; 0 if the source already refused it", False
     ),
     Column("output", _TEXT, "the generated text; null unless ok"),
-    Column("finish_reason", _TEXT, "stop (end-of-sequence token) or length (max_new_tokens); null unless ok"),
+    Column(
+        "finish_reason",
+        _TEXT,
+        "stop (end-of-sequence token) or length (cut off at max_new_tokens, or a part was); null unless ok",
+    ),
     Column("prompt_tokens", _INT, "tokens of the prompt; all parts together where it was processed in parts"),
     Column("output_tokens", _INT, "tokens generated; all parts together where it was processed in parts"),
     Column("truncated_tokens", _INT, "tokens cut from the document's middle to make it fit"),
@@ -85,6 +89,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("config_hash", _TEXT, "fingerprint of all settings that can change an output"),
     Column("input_stamp", _TEXT, "size and time of change of the input file, and the document's place in it"),
     Column("input_hash", _TEXT, "of the text and kept columns as they were read; null if they could not be"),
+    Column("kept_error", _TEXT, "kept columns that are null though the document has a value, and why; null if none is"),
     Column("started_at", _TIME, "UTC"),
     Column("finished_at", _TIME, "UTC"),
 )
@@ -117,6 +122,11 @@ def new_row(document_id: str, source: str, status: str, error: str = "", **value
     return row | values
 
 
+def is_cut(row: Row) -> bool:
+    """Whether a row's output ends where --max-new-tokens cut it off."""
+    return row["status"] == "ok" and row["finish_reason"] == "length"
+
+
 def utc_now() -> datetime:
     """The present, in UTC."""
     return datetime.now(UTC)
@@ -132,24 +142,35 @@ def valid_text(text: str) -> str:
 
 
 def to_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
-    """Rows as a table of `schema`.
+    """Rows as a table of `schema`. Kept columns are arrays of one value in a row, or not there.
 
-    A row that does not fit the schema (a kept column of another type, say) becomes an error row, so that it cannot take
-    its neighbours with it.
+    A row that does not fit the schema (an engine gave a value of another type) becomes an error row, so that it cannot
+    take its neighbours with it.
     """
+    known = pa.schema([field for field in schema if field.name in NAMES])
     clean = [
-        {key: valid_text(value) if isinstance(value, str) else value for key, value in row.items()} for row in rows
+        {name: valid_text(value) if isinstance(value, str) else value for name, value in row.items() if name in NAMES}
+        for row in rows
     ]
     try:
-        return pa.Table.from_pylist(clean, schema=schema)
-    except (pa.ArrowException, UnicodeError, TypeError, ValueError, OverflowError):
-        return pa.concat_tables([_single(row, schema) for row in clean]) if clean else schema.empty_table()
+        table = pa.Table.from_pylist(clean, schema=known)
+    except _MISFITS:
+        table = pa.concat_tables([_single(row, known) for row in clean])
+    for field in schema:
+        if field.name not in NAMES:
+            null = pa.nulls(1, field.type)
+            values = pa.chunked_array([row.get(field.name, null) for row in rows], field.type)
+            table = table.append_column(field, values)
+    return table
+
+
+_MISFITS = (pa.ArrowException, UnicodeError, TypeError, ValueError, OverflowError)
 
 
 def _single(row: Row, schema: pa.Schema) -> pa.Table:
     try:
         return pa.Table.from_pylist([row], schema=schema)
-    except (pa.ArrowException, UnicodeError, TypeError, ValueError, OverflowError) as error:
+    except _MISFITS as error:
         message = f"its row does not fit the result schema: {error}"
         bad = new_row(row["document_id"], row["source"], "error", valid_text(" ".join(message.split()))[:500])
         return pa.Table.from_pylist([bad | {"attempts": row["attempts"]}], schema=schema)

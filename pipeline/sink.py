@@ -19,7 +19,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import JobError, one_line
+from pipeline.kept import concat
 from pipeline.records import COLUMNS, Row, to_table
+from pipeline.seal import seal_problem, sealed
 from pipeline.store import Store
 
 PREFIX, SUFFIX = "part-", ".parquet"
@@ -31,8 +33,8 @@ COMPACT_ABOVE = 100
 # Putting rows in the place of old ones writes whole parts again. After that the driver writes nothing for so many times
 # as long as it took, so that it has time for the workers.
 REST = 10
-# Parts of several runs may differ in their columns, or in the width of a number.
-PROMOTE = "permissive"
+# What parts of every version have.
+REQUIRED = ("output", *(column.name for column in COLUMNS if not column.nullable))
 
 
 class Sink:
@@ -108,9 +110,9 @@ class Sink:
             self._store.write(self._part, encode(table))
             self._next, self._part = self._next + 1, ""
             return
-        old = pq.read_table(pa.BufferReader(data))
+        old = _decoded(data)
         gone = pc.is_in(old["document_id"], value_set=table["document_id"].combine_chunks())
-        new = pa.concat_tables([old.filter(pc.invert(gone)), table], promote_options=PROMOTE)
+        new = concat([old.filter(pc.invert(gone)), table])
         self._store.write(place, encode(new))
         now = self._clock()
         self._rests_until = max(self._rests_until, now) + REST * (now - begun)
@@ -121,28 +123,44 @@ def _places(store: Store, ids: Sequence[str]) -> dict[str, str]:
     places: dict[str, str] = {}
     wanted = pa.array(ids, pa.string())
     for name in part_names(store) if ids else ():
-        with store.opened(name) as file:
-            column = pq.ParquetFile(file).read(["document_id"])["document_id"]
+        with store.told(f"{name} cannot be read"):
+            column = read_part(store, name, ["document_id"])["document_id"]
         places |= dict.fromkeys(column.filter(pc.is_in(column, value_set=wanted)).to_pylist(), name)
     return places
 
 
-def encode(table: pa.Table) -> pa.Buffer:
+def encode(table: pa.Table) -> bytes:
     """A table as the bytes of a Parquet file."""
     stream = pa.BufferOutputStream()
     pq.write_table(table, stream, compression="zstd", write_page_checksum=True)
-    return stream.getvalue()
+    return sealed(stream.getvalue().to_pybytes())
+
+
+def read_part(store: Store, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """A part's rows, or those of `columns` that it has. All of the file is read and compared with its checksums.
+
+    Raises OSError or ArrowException.
+    """
+    return _decoded(store.read_all(name), columns)
+
+
+def _decoded(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
+    """`read_part` for the bytes of a part."""
+    problem = seal_problem(data)
+    if problem:
+        raise OSError(problem)
+    parquet = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+    names = parquet.schema_arrow.names
+    lacking = [name for name in REQUIRED if name not in names]
+    if lacking and problem is None:  # an earlier version, whose checksums do not cover the names of columns
+        raise OSError(f"it has no column {lacking[0]}")
+    return parquet.read([name for name in columns if name in names] if columns is not None else None)
 
 
 def damage(store: Store, name: str) -> str:
     """What is wrong with a part file, all of it read and its checksums compared; empty if nothing is."""
     try:
-        with store.open(name) as file:
-            parquet = pq.ParquetFile(file, page_checksum_verification=True)
-            if "document_id" not in parquet.schema_arrow.names:
-                return "it has no column document_id"
-            for group in range(parquet.num_row_groups):
-                parquet.read_row_group(group)
+        read_part(store, name)
     except (OSError, pa.ArrowException) as error:
         return one_line(error, 120)
     return ""
@@ -205,7 +223,7 @@ def read_columns(store: Store, columns: Sequence[str]) -> pa.Table:
     types = {name: next((column.type for column in COLUMNS if column.name == name), pa.string()) for name in columns}
     if not tables:
         return pa.table({name: pa.array([], kind) for name, kind in types.items()})
-    table = pa.concat_tables(tables, promote_options=PROMOTE)
+    table = concat(tables)
     for name in columns:
         if name not in table.column_names:
             table = table.append_column(name, pa.nulls(len(table), types[name]))
@@ -222,16 +240,15 @@ def _tables(store: Store, columns: Sequence[str] | None) -> list[pa.Table]:
         try:
             tables = []
             for name in part_names(store):
-                with store.open(name) as file:
-                    parquet = pq.ParquetFile(file)
-                    # Parts of an earlier version may lack a column.
-                    present = set(parquet.schema_arrow.names)
-                    tables.append(parquet.read([c for c in columns if c in present] if columns else None))
+                tables.append(read_part(store, name, columns))
             return tables
         except (OSError, pa.ArrowException) as error:
             if last:
                 what = "went away while it was read" if isinstance(error, FileNotFoundError) else "cannot be read"
-                raise JobError(f"{store.name}: {name} {what}: {one_line(error)}") from None
+                raise JobError(
+                    f"{store.name}: {name} {what}: {one_line(error)}; the job's command, run again, sets damaged parts "
+                    "aside and does their documents anew"
+                ) from None
     raise AssertionError
 
 
@@ -259,7 +276,7 @@ def compact(store: Store) -> int:
     for name in [*part_names(store), ""]:
         info, bytes_ = None, 0
         if name:
-            with store.opened(name) as file:
+            with store.told(f"{name} cannot be read"), store.open(name) as file:
                 info, bytes_ = pq.read_metadata(file), file.size()
         if group and (info is None or rows + info.num_rows > COMPACT_ROWS or size + bytes_ > COMPACT_BYTES):
             _merge(store, group)
@@ -272,10 +289,13 @@ def compact(store: Store) -> int:
 def _merge(store: Store, names: list[str]) -> None:
     if len(names) < 2:
         return
-    tables = [pq.read_table(pa.BufferReader(store.read(name))) for name in names]
+    tables = []
+    for name in names:
+        with store.told(f"{name} cannot be read"):
+            tables.append(read_part(store, name))
     merged = f"{names[0].removesuffix(SUFFIX).rpartition('-')[0]}-{secrets.token_hex(4)}{SUFFIX}"
     store.write(JOURNAL, json.dumps({"merged": merged, "replaced": names}).encode())
-    store.write(merged, encode(pa.concat_tables(tables, promote_options=PROMOTE)))
+    store.write(merged, encode(concat(tables)))
     for name in names:
         store.delete(name)
     store.delete(JOURNAL)
@@ -294,4 +314,4 @@ def read_results(output: str | Path | Iterable[str | Path], columns: Sequence[st
         if not found:
             raise JobError(f"{store.name} holds no results (no {PREFIX}*{SUFFIX} files)")
         tables += found
-    return pa.concat_tables(tables, promote_options=PROMOTE)
+    return concat(tables)

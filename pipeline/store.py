@@ -16,16 +16,19 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pyarrow as pa
 from pyarrow.fs import FileSelector, FileSystem, FileType
 
+from pipeline.answering import answering
 from pipeline.errors import JobError, one_line
+from pipeline.location import is_remote, open_filesystem, safe_name, split_location
 from pipeline.lock import ClaimLock, FolderLock, Lock
-from pipeline.source.files import is_remote, open_filesystem, safe_name, split_location
 
+T = TypeVar("T")
 TEMPORARY, PROBE = ".tmp", "probe-"
 
 
@@ -43,11 +46,11 @@ class Store:
     def create(self) -> None:
         """Make the folder. Raises JobError if that cannot be done or it cannot be written to."""
         try:
-            self._filesystem.create_dir(self._root, recursive=True)
+            self._answering(self._filesystem.create_dir, self._root)
             probe = f"{PROBE}{secrets.token_hex(4)}{TEMPORARY}"
             self._put(probe, b"")
             with contextlib.suppress(FileNotFoundError):  # a job that holds the lock clears temporary files
-                self._filesystem.delete_file(self.path(probe))
+                self._answering(self._filesystem.delete_file, self.path(probe))
         except (OSError, pa.ArrowException) as error:
             raise JobError(f"--output {self.name}: cannot be written: {one_line(error)}") from None
 
@@ -70,36 +73,38 @@ class Store:
 
     def list(self, prefix: str = "", suffix: str = "") -> list[str]:
         """Names of files in the folder, sorted; none if there is no folder."""
-        with self._told("cannot be listed"):
-            infos = self._filesystem.get_file_info(FileSelector(self._root, allow_not_found=True))
+        with self.told("cannot be listed"):
+            infos = self._answering(self._filesystem.get_file_info, FileSelector(self._root, allow_not_found=True))
         names = (info.base_name for info in infos if info.type == FileType.File)
         return sorted(name for name in names if name.startswith(prefix) and name.endswith(suffix))
 
     def open(self, name: str) -> pa.NativeFile:
         """A file to read from. Raises OSError (FileNotFoundError if it is not there) or ArrowException."""
-        return self._filesystem.open_input_file(self.path(name))
+        return self._answering(self._filesystem.open_input_file, self.path(name))
 
-    @contextlib.contextmanager
-    def opened(self, name: str) -> Iterator[pa.NativeFile]:
-        """`open` for the time of a with-block, whose OSErrors and ArrowExceptions become JobErrors."""
-        with self._told(f"{name} cannot be read"), self.open(name) as file:
-            yield file
+    def read_all(self, name: str) -> bytes:
+        """A file's bytes. Raises OSError (FileNotFoundError if it is not there) or ArrowException."""
+
+        def read() -> bytes:
+            with self._filesystem.open_input_file(self.path(name)) as file:
+                return file.readall()
+
+        return self._answering(read)
 
     def read(self, name: str) -> bytes | None:
         """A file's bytes, or None if there is no such file."""
-        with self._told(f"{name} cannot be read"):
+        with self.told(f"{name} cannot be read"):
             try:
-                with self.open(name) as file:
-                    return file.read()
+                return self.read_all(name)
             except FileNotFoundError:
                 return None
 
-    def write(self, name: str, data: bytes | pa.Buffer) -> None:
+    def write(self, name: str, data: bytes) -> None:
         """Write a file; whoever looks sees all of it or nothing."""
         self.check_lock()
         self.put(name, data)
 
-    def put(self, name: str, data: bytes | pa.Buffer) -> None:
+    def put(self, name: str, data: bytes) -> None:
         """`write` for the lock's own files."""
         try:
             self._put(name, data)
@@ -109,10 +114,9 @@ class Store:
                 "and the same command goes on once this is mended"
             ) from None
 
-    def _put(self, name: str, data: bytes | pa.Buffer) -> None:
+    def _put(self, name: str, data: bytes) -> None:
         if self.remote:
-            with self._filesystem.open_output_stream(self.path(name), compression=None) as stream:
-                stream.write(data)
+            self._answering(self._put_object, name, data)
             return
         folder = Path(self._root)
         temporary = folder / f".{name}.{secrets.token_hex(4)}{TEMPORARY}"
@@ -128,17 +132,21 @@ class Store:
             raise
         _sync_folder(folder)
 
+    def _put_object(self, name: str, data: bytes) -> None:
+        with self._filesystem.open_output_stream(self.path(name), compression=None) as stream:
+            stream.write(data)
+
     def rename(self, name: str, new_name: str) -> None:
         """Give a file another name; in an object store a copy, then a removal."""
         self.check_lock()
-        with self._told(f"{name} cannot be renamed"):
-            self._filesystem.move(self.path(name), self.path(new_name))
+        with self.told(f"{name} cannot be renamed"):
+            self._answering(self._filesystem.move, self.path(name), self.path(new_name))
 
     def delete(self, name: str) -> None:
         """Remove a file if it is there."""
         self.check_lock()
-        with self._told(f"{name} cannot be removed"), contextlib.suppress(FileNotFoundError):
-            self._filesystem.delete_file(self.path(name))
+        with self.told(f"{name} cannot be removed"), contextlib.suppress(FileNotFoundError):
+            self._answering(self._filesystem.delete_file, self.path(name))
 
     def clear_temporary(self) -> None:
         """Remove what an interrupted write left. Only under the lock."""
@@ -164,8 +172,17 @@ class Store:
         finally:
             self.unlock()
 
+    def _answering(self, call: Callable[..., T], *arguments: Any) -> T:
+        try:
+            return answering(self.remote, call, *arguments)
+        except (OSError, pa.ArrowException):
+            raise
+        except Exception as error:  # filesystems of fsspec raise what they like
+            raise OSError(one_line(error)) from None
+
     @contextlib.contextmanager
-    def _told(self, what: str) -> Iterator[None]:
+    def told(self, what: str) -> Iterator[None]:
+        """OSErrors and ArrowExceptions of a with-block become JobErrors that say what cannot be done."""
         try:
             yield
         except (OSError, pa.ArrowException) as error:

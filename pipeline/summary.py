@@ -14,7 +14,7 @@ from pipeline.store import Store
 
 _COLUMNS = (
     "status", "error", "document_id", "prompt_tokens", "output_tokens", "time_to_first_token", "decode_seconds",
-    "density", "attention", "attention_reason", "truncated_tokens", "parts",
+    "density", "attention", "attention_reason", "truncated_tokens", "parts", "finish_reason",
 )  # fmt: skip
 
 
@@ -24,7 +24,8 @@ class JobReport:
 
     counts: documents by status. ttft: (p50, p95) seconds over documents that are ok, None without any.
     decode_rate: output tokens a second of one document while it decodes. density: mean over sparse documents.
-    why_dense: of one of the documents that were to run sparse and did not, empty without any.
+    why_dense: of one of the documents that were to run sparse and did not, empty without any. truncated: documents
+    that were cut to fit; cut: those whose outputs end at --max-new-tokens.
     seconds, done_now: of this run alone; seconds from the first dispatch to the last row. stats: see pipeline.job.
     """
 
@@ -39,6 +40,7 @@ class JobReport:
     density: float | None = None
     why_dense: str = ""
     truncated: int = 0
+    cut: int = 0
     in_parts: int = 0
     files: int = 0
     first_errors: tuple[tuple[str, str, str], ...] = ()
@@ -93,6 +95,7 @@ def summarize_results(store: Store, documents: int, **run: Any) -> JobReport:
         density=float(np.nanmean(density[sparse])) if sparse.any() else None,
         why_dense=next((why for why, stem in zip(reasons, sparse, strict=True) if why and not stem), ""),
         truncated=int((_numbers(done, "truncated_tokens") > 0).sum()),
+        cut=done["finish_reason"].to_pylist().count("length"),
         in_parts=int((_numbers(done, "parts") > 1).sum()),
         files=len(part_names(store)),
         first_errors=tuple((row["document_id"], row["status"], row["error"]) for row in bad),
@@ -111,6 +114,9 @@ def rows_for_table(report: JobReport) -> list[tuple[str, str]]:
     lines = [("documents ok", f"{report.ok:,} of {report.documents:,}"), ("documents failed", failed or "0")]
     if missing > 0:
         lines.append(("documents without a row", f"{missing:,}; run the same command again to go on"))
+    if report.cut:
+        what = f"{report.cut:,} of {report.ok:,} end at --max-new-tokens; raise it for another output folder"
+        lines.append(("outputs cut off", what))
     lines.append(("tokens", f"{report.prompt_tokens:,} in prompts, {report.output_tokens:,} generated"))
     if report.ttft:
         lines.append(("time to first token", f"p50 {report.ttft[0]:.3f} s, p95 {report.ttft[1]:.3f} s"))

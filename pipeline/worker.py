@@ -20,6 +20,7 @@ from pipeline.engine.config import EngineConfig, Request, Sampling
 from pipeline.engine.loading import load_config
 from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.imports import check_kernels
+from pipeline.kept import Kept
 from pipeline.loop import EngineBrokenError, EngineLike, EngineLoop
 from pipeline.meter import Meter
 from pipeline.metrics import report_arena
@@ -121,7 +122,7 @@ class Worker:
         if careful:
             meter.chunk_tokens = max(1, self._config.engine.chunk_tokens // CAREFUL)
         self._first = self._first or begin
-        kept: dict[str, Any] = {}
+        kept = Kept()
         values: dict[str, Any] = {}
         limit = asyncio.timeout(self._config.deadline or None)
         try:
@@ -142,7 +143,7 @@ class Worker:
         elif meter.requests:  # other parts of a document of which one failed
             self._loop.abort(meter.requests)
         self._last = time.perf_counter()
-        row = new_row(document.document_id, document.source, **values) | meter.columns() | kept
+        row = new_row(document.document_id, document.source, **values) | meter.columns() | kept.row()
         return row | {
             "total_seconds": self._last - begin,
             "worker": self._name,
@@ -155,8 +156,8 @@ class Worker:
             "finished_at": utc_now(),
         }
 
-    async def _read(self, document: Document, meter: Meter) -> tuple[str, dict[str, Any]]:
-        def read() -> tuple[str, dict[str, Any]]:
+    async def _read(self, document: Document, meter: Meter) -> tuple[str, Kept]:
+        def read() -> tuple[str, Kept]:
             text, kept = self._documents.read(document)
             meter.input_hash = input_hash(text, kept)
             return text, kept
@@ -196,6 +197,7 @@ class Worker:
         for index, result in enumerate(results):
             if result["status"] != "ok":
                 return result | {"error": f"part {index + 1} of {len(parts)}: {result['error']}"}
+        cut = any(result["finish_reason"] == "length" for result in results)
         joined = "\n\n".join(result["output"] for result in results)
         if not joined.strip():
             raise DocumentError(f"none of its {len(parts)} parts gave any output to merge")
@@ -206,8 +208,10 @@ class Worker:
                 raise DocumentError(
                     f"the outputs of its {len(parts)} parts do not fit the context either", "too_long"
                 ) from None
-            return await self._map_reduce(document_id, joined, meter, merging=True)
-        return await self._run(whole_request(document_id), prompt, meter)
+            merged = await self._map_reduce(document_id, joined, meter, merging=True)
+        else:
+            merged = await self._run(whole_request(document_id), prompt, meter)
+        return merged | {"finish_reason": "length"} if cut and merged["status"] == "ok" else merged
 
     async def _prompt(self, meter: Meter, text: str, *, truncate: bool = False, merging: bool = False) -> Prompt:
         def build() -> Prompt:

@@ -26,7 +26,7 @@ from jobs.cli import run_main
 from jobs.page.charts import graph_objects
 from jobs.page.terminal import print_sections
 from pipeline.errors import without_secrets
-from pipeline.source.files import safe_name
+from pipeline.location import safe_name
 from pipeline.tokens import load_tokens
 
 

@@ -24,6 +24,7 @@ NULL_WHEN: dict[str, tuple[str, ...]] = {
     "`attention` is not stem": ("density_by_layer",),
     "nothing was measured: without `--min-mass`, or dense from the start": ("retained_mass",),
     "no token was generated": ("time_to_first_token",),
+    "the kept values are as they were": ("kept_error",),
     "only in a row that did not fit the columns": ("input_stamp", "finished_at"),
 }  # fmt: skip
 TYPES = {
@@ -63,7 +64,7 @@ def _column(column: Column) -> tuple[str, ...]:
 def _files() -> list[tuple[str, str]]:
     part = f"{sink.PREFIX}NNNNNN-xxxxxxxx{sink.SUFFIX}"
     return [
-        (f"`{part}`", "the rows: a running number and random digits; zstd, with page checksums"),
+        (f"`{part}`", "the rows: a running number and random digits; zstd, with checksums of pages and a hash of all"),
         (f"`{manifest.NAME}`", "what the rows were made from (below)"),
         (
             f"`{lock.FILE}`",
@@ -76,7 +77,7 @@ def _files() -> list[tuple[str, str]]:
         ),
         (f"`{sink.JOURNAL}`", "there while part files are merged: which ones the merged file replaces"),
         (f"`.*{store.TEMPORARY}`", "a write under way, or one that a crash left; the next job removes it"),
-        (f"`*{sink.SUFFIX}.damaged`", "a part whose checksums were wrong; its documents are done again"),
+        (f"`*{sink.SUFFIX}.damaged`", "a part whose checksums or hash were wrong; its documents are done again"),
         ("`report.html`", "the page of `python -m jobs.report`, if it was asked for"),
     ]
 
@@ -95,13 +96,15 @@ changes.
 """
 _COLUMNS = """
 The columns of `--keep-columns` follow, with the types of the input; they are null where the document could not be
-read or has no such value. Meanings are also in the files, in each column's metadata.
+read or has no such value. Where files have different types for a column, it has one that holds the values of all:
+a wider number, or text (JSON of nested values). A value that does not go into it all the same is null, and
+`kept_error` says so; the output stays. Meanings are also in the files, in each column's metadata.
 
 When a document fails early, columns of later stages have no value. "No worker made the row": the listing of the
 input already found the document unreadable, or the row stands for a document that was lost with its worker.
 "The engine gave nothing back": the document failed before, its prompt did not fit the context, or it ran out of
 time; then it did not start on the prompt either, and generated no token. A row that does not fit the columns,
-because a kept value is of another type, is replaced by an `error` row in which every column that may be null is null.
+because an engine gave a value of another type, is replaced by an `error` row in which all others are null.
 
 Where a document was processed in parts, seconds and tokens are sums over its parts, `density` and `density_by_layer`
 are means by prompt tokens, `peak_gpu_bytes` their largest, `retained_mass` their least, and `time_to_first_token`
@@ -132,6 +135,7 @@ first.
         ("`prompt_date`", "the date in prompts whose chat template prints one; that of the day on which the job began"),
         ("`config`", "all settings, without credentials"),
         ("`versions`", "of Python and the packages"),
+        ("`seal`", "a hash of the rest: a file that was damaged or edited is refused, unless by `--force`"),
     ],
 )
 _READING = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import random
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,17 +11,19 @@ from typing import Any
 
 import jobs.faults
 from jobs.cli import Parser, run_main
-from jobs.faults import runs, table
+from jobs.faults import blows, runs, table
 from jobs.faults.corpus import READER
 
 # Several engines may share a GPU; what a job needs for LIVE documents of the tables' lengths.
 ARENA_TOKENS = 16_384
-DOCUMENTS = {"kills": 10_000, "restarts": 12_000, "soak": 400_000}
+DOCUMENTS = {"kills": 10_000, "restarts": 12_000, "soak": 400_000, "blows": 10_000}
 ABOUT = {
     "table": "each fault once, on a small job of its own",
     "kills": "workers and driver killed while many documents are done",
     "restarts": "the driver killed at random moments of a small job",
     "soak": "memory over a long time",
+    "blows": "worker, driver, raylet and control service killed in turn while many documents are done",
+    "flips": "single bits flipped in the files of a finished job",
     "bucket": "the demo in an object store, killed and resumed",
     "determinism": "the share of outputs that stay the same in other company",
 }
@@ -50,6 +53,10 @@ def _parser() -> Parser:
         command.add_argument("--folder", type=Path, help="empty folder for documents and results (default: temporary)")
         if name == "bucket":
             continue
+        if name == "flips":
+            command.add_argument("--seed", type=int, default=0)
+            command.add_argument("--times", type=int, default=10_000)
+            continue
         command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         command.add_argument(
             "--model", type=Path, help="model folder (default: a small random one; on a GPU, the bundled one)"
@@ -67,6 +74,8 @@ def _parser() -> Parser:
             command.add_argument("--driver-every", type=float, default=60.0, help="seconds")
         if name == "restarts":
             command.add_argument("--times", type=int, default=20)
+        if name == "blows":
+            command.add_argument("--times", type=int, default=6, help="kills of each of the four")
         if name == "soak":
             command.add_argument("--minutes", type=float, default=60.0)
     return parser
@@ -77,6 +86,8 @@ def _run(options: argparse.Namespace, folder: Path) -> int:
         from jobs.faults.bucket import bucket
 
         return bucket(folder)
+    if options.what == "flips":
+        return _flips(options, folder)
     job: dict[str, Any] = {"model": options.model, "device": options.device}
     if options.device == "cuda":
         # The small random model's heads are narrower than the GPU kernels take.
@@ -85,6 +96,8 @@ def _run(options: argparse.Namespace, folder: Path) -> int:
         return _table(options, folder, job)
     if options.what == "soak":
         return _soak(options, folder, job)
+    if options.what == "blows":
+        return _blows(options, folder, job)
     if options.what == "kills":
         outcome = runs.kills(
             folder, documents=options.documents, workers=options.workers, seed=options.seed,
@@ -104,6 +117,28 @@ def _table(options: argparse.Namespace, folder: Path, job: dict[str, Any]) -> in
     tried = table.table(folder, faults, at_once=options.at_once, limit=options.limit, **job)
     print(f"\n{table.markdown(tried)}")
     return 2 if any(one.problem for one in tried) else 0
+
+
+def _flips(options: argparse.Namespace, folder: Path) -> int:
+    from jobs.faults.flips import flips
+
+    found = flips(folder, options.times, options.seed)
+    for (place, what), number in sorted(found.items()):
+        print(f"{place:10} {what:10} {number:,}")
+    return 2 if any(what == "silent" for _, what in found) else 0
+
+
+def _blows(options: argparse.Namespace, folder: Path, job: dict[str, Any]) -> int:
+    victims = list(blows.VICTIMS) * options.times
+    random.Random(options.seed).shuffle(victims)
+    struck, count = blows.blows(
+        folder, victims, documents=options.documents, workers=options.workers, seed=options.seed, **job
+    )
+    problems = [blow.problem for blow in struck if blow.problem]
+    slowest = max((blow.seconds for blow in struck if blow.victim in ("raylet", "gcs")), default=0.0)
+    print(f"kills {len(struck)}, documents {count.documents:,}, rows lost {count.lost}, doubled {count.doubled}")
+    print(f"not as it should be {len(problems)}, longest from a kill of Ray to the driver's end {slowest:.0f} s")
+    return 2 if problems or not count.exact else 0
 
 
 def _show(outcome: runs.Outcome) -> int:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from jobs.page.blocks import Block, KeyFigures, Prose, Section, SideBySide, Table
+from pipeline.errors import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 FILE_WIDTH = 120
-COMMANDS = ("Cc", "Cf", "Cs")  # Unicode's control and format characters, and halves of such
 
 
 def print_sections(title: str, subtitle: str, sections: Sequence[Section], stream: TextIO) -> None:
@@ -29,11 +28,6 @@ def print_sections(title: str, subtitle: str, sections: Sequence[Section], strea
         console.print(visible(section.title), style="bold")
         for block in section.blocks:
             _print(console, block)
-
-
-def visible(text: str) -> str:
-    """`text` without what commands a terminal or turns the direction of writing: such characters as \\x1b."""
-    return "".join(repr(c)[1:-1] if unicodedata.category(c) in COMMANDS and c != "\n" else c for c in text)
 
 
 def _print(console: Console, block: Block) -> None:

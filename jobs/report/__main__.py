@@ -10,7 +10,6 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TextIO
 
 from jobs.cli import Parser, run_main
@@ -21,8 +20,8 @@ from jobs.report.overview import subtitle
 from jobs.report.results import Run, load_runs
 from jobs.report.sections import sections
 from pipeline.errors import JobError
+from pipeline.location import split_name
 from pipeline.records import utc_now
-from pipeline.source.files import is_remote
 from pipeline.store import Store
 
 
@@ -55,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         _print_report(given.format, runs, measures, sys.stdout)
         return 0
     else:
-        folder, name = _split(to)
+        folder, name = split_name(to)
     text = io.StringIO()
     _print_report(given.format, runs, measures, text)
     print(f"written: {_write(folder, name, text.getvalue())}")
@@ -80,15 +79,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _split(to: str) -> tuple[str, str]:
-    """(folder, file name) of --to."""
-    if not is_remote(to):
-        return str(Path(to).parent), Path(to).name
-    base, mark, query = to.partition("?")
-    folder, _, name = base.rpartition("/")
-    return folder + mark + query, name
 
 
 def _write(folder: str, name: str, text: str) -> str:

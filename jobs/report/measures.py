@@ -52,6 +52,7 @@ def measure(run: Run, edges: Sequence[int]) -> Measures:
         "failed": found - counts["ok"],
         "tried_again": int((run.numbers("attempts") > 1).sum()),
         "truncated": int((run.numbers("truncated_tokens") > 0).sum()),
+        "cut_off": run.texts("finish_reason").count("length"),
         "in_parts": int((run.numbers("parts") > 1).sum()),
         "prompt_tokens": _total(run.numbers("prompt_tokens")[run.ok]),
         "output_tokens": _total(run.numbers("output_tokens")[run.ok]),

@@ -59,6 +59,7 @@ def key_figures(run: Measures) -> list[KeyFigure]:
         KeyFigure("GPU memory, peak", binary_bytes(run["peak_gpu_bytes"])) if run["peak_gpu_bytes"] else None,
         KeyFigure("tried more than once", count(run["tried_again"], "documents")) if run["tried_again"] else None,
         KeyFigure("cut in the middle", count(run["truncated"], "documents")) if run["truncated"] else None,
+        KeyFigure("outputs cut off", count(run["cut_off"]), "at --max-new-tokens", "bad") if run["cut_off"] else None,
         KeyFigure("done in parts", count(run["in_parts"], "documents")) if run["in_parts"] else None,
     ]  # fmt: skip
     return [item for item in figures if item is not None]

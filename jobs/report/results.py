@@ -18,7 +18,7 @@ from pipeline.records import COLUMNS
 from pipeline.sink import part_names, read_columns
 from pipeline.store import Store
 
-_UNUSED = ("output", "finish_reason", "config_hash", "input_stamp", "input_hash")
+_UNUSED = ("output", "config_hash", "input_stamp", "input_hash")
 NAMES = tuple(column.name for column in COLUMNS if column.name not in _UNUSED)
 _TYPES = {column.name: column.type for column in COLUMNS}
 

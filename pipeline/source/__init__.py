@@ -8,12 +8,17 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.answering import answering
 from pipeline.errors import DocumentError, JobError, one_line
-from pipeline.records import valid_text
+from pipeline.kept import Kept, keep
+from pipeline.location import open_filesystem
 from pipeline.source.catalogue import Catalogue, CatalogueBuilder, Document, Locator, in_shard
-from pipeline.source.files import SourceFile, find_files, open_filesystem
-from pipeline.source.jsonl import JsonlReader, id_name, list_jsonl
+from pipeline.source.files import SourceFile, find_files
+from pipeline.source.ids import id_name, id_texts, json_id
+from pipeline.source.jsonl import JsonlReader, list_jsonl
 from pipeline.source.parquet import ParquetReader, list_parquet
+from pipeline.source.streams import MOST_BYTES
+from pipeline.source.texts import checked_text
 
 __all__ = [
     "Catalogue",
@@ -40,7 +45,8 @@ def list_documents(
 ) -> Catalogue:
     """All documents of `files`, or one stable share (i, n) of them.
 
-    Raises JobError: missing column (the message lists what there is), ids that occur twice, nothing readable at all.
+    What is wrong with one file costs that file's documents. Raises JobError for a column that none has (the message
+    lists what there is), ids that occur twice, nothing readable at all.
     """
     builder = CatalogueBuilder(text_column, id_column, keep_columns)
     exact = sum(file.size for file in files if file.kind == "parquet") <= EXACT_SIZES_BYTES
@@ -48,12 +54,13 @@ def list_documents(
         raise JobError(f"--keep-columns {keep_columns[0]}: text files have no columns")
     for file in files:
         builder.start_file(file)
-        if file.kind == "parquet":
-            list_parquet(file, builder, exact)
-        elif file.kind == "text":
-            builder.add(file.label, 0, file.size, file.size)
-        else:
-            list_jsonl(file, builder)
+        try:
+            answering(bool(file.filesystem), _list_file, file, builder, exact)
+        except Exception as error:
+            if not file.filesystem:
+                raise
+            builder.add_broken_file(f"cannot be read: {one_line(error)}")  # filesystems of fsspec raise what they like
+    builder.refuse_unknown_columns()
     catalogue = builder.build()
     if not len(catalogue):
         raise JobError(f"the input holds no documents: {len(files)} files, none with a line or row")
@@ -62,6 +69,15 @@ def list_documents(
         raise JobError(f"no input file can be read; the first: {first.source}: {first.error}")
     index, count = shard
     return catalogue if count == 1 else catalogue.select(in_shard(catalogue.ids.to_pylist(), index, count))
+
+
+def _list_file(file: SourceFile, builder: CatalogueBuilder, exact_sizes: bool) -> None:
+    if file.kind == "parquet":
+        list_parquet(file, builder, exact_sizes)
+    elif file.kind == "text":
+        builder.add(file.label, 0, file.size, file.size)
+    else:
+        list_jsonl(file, builder)
 
 
 class DocumentReader:
@@ -73,69 +89,63 @@ class DocumentReader:
         self._jsonl = JsonlReader()
         self._parquet = ParquetReader((text_column, *(field.name for field in kept)))
 
-    def read(self, document: Document) -> tuple[str, dict[str, Any]]:
+    def read(self, document: Document) -> tuple[str, Kept]:
         """The text and the kept columns. Raises DocumentError with what is wrong with the document."""
-        at = document.locator
+        try:
+            return answering(bool(document.locator.filesystem), self._read, document.locator)
+        except DocumentError:
+            raise
+        except Exception as error:  # filesystems of fsspec raise what they like
+            if not document.locator.filesystem:
+                raise
+            raise DocumentError(f"cannot be read: {one_line(error)}") from None
+
+    def _read(self, at: Locator) -> tuple[str, Kept]:
         if at.kind == "text":
-            return self._checked(self._read_file(at)), dict.fromkeys(field.name for field in self._kept)
-        values = self._parquet.read(at) if at.kind == "parquet" else self._jsonl.read(at)
+            return checked_text(_read_file(at)), keep({}, self._kept)
+        values: dict[str, Any] = self._parquet.read(at) if at.kind == "parquet" else self._jsonl.read(at)
         _refuse_another(values, at)
         if self._text_column not in values:
             raise DocumentError(f"it has no {self._text_column!r}; found: {', '.join(map(str, values))}")
-        kept = {field.name: _kept_value(values.get(field.name), field.type, at.kind) for field in self._kept}
-        return self._checked(values[self._text_column]), kept
+        return checked_text(_python(values[self._text_column])), keep(values, self._kept)
 
-    def _read_file(self, at: Locator) -> bytes:
-        try:
-            with open_filesystem(at.filesystem).open_input_file(at.path) as file:
-                return file.read()
-        except (OSError, pa.ArrowException) as error:
-            raise DocumentError(f"cannot be read: {one_line(error)}") from None
 
-    def _checked(self, value: Any) -> str:
-        if isinstance(value, bytes):
-            try:
-                value = value.decode().removeprefix("\ufeff")
-            except UnicodeDecodeError as error:
-                raise DocumentError(
-                    f"invalid UTF-8 at byte {error.start}: {error.reason}; save the text as UTF-8"
-                ) from None
-        if value is None:
-            raise DocumentError("its text is null")
-        if not isinstance(value, str):
-            raise DocumentError(f"its text is {type(value).__name__}, expected a string")
-        if not value:
-            raise DocumentError("its text is empty (0 bytes)")
-        if value.isspace():
-            raise DocumentError(f"its text is blank ({len(value)} characters of white space)")
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise DocumentError(
-                f"its text has a lone surrogate at character {error.start}; no UTF-8 can hold it"
-            ) from None
+def _read_file(at: Locator) -> bytes:
+    try:
+        with open_filesystem(at.filesystem).open_input_file(at.path) as file:
+            data = file.read(MOST_BYTES + 1)
+    except (OSError, pa.ArrowException) as error:
+        raise DocumentError(f"cannot be read: {one_line(error)}") from None
+    if len(data) > MOST_BYTES:
+        raise DocumentError(f"its text has more than {MOST_BYTES:,} bytes; no more are read")
+    return data
+
+
+def _python(value: Any) -> Any:
+    """A text as Python knows it; in an array one that is not valid UTF-8 comes as its bytes."""
+    if not isinstance(value, pa.Array):
         return value
+    value = value.storage if isinstance(value, pa.ExtensionArray) else value
+    try:
+        return value[0].as_py()
+    except UnicodeDecodeError:
+        return value.cast(pa.large_binary())[0].as_py()
 
 
 def _refuse_another(values: dict[str, Any], at: Locator) -> None:
     """Raise DocumentError if another document stands in a document's place since its file was listed."""
     name = id_name(values, at.id_column)
-    found = valid_text(str(values.get(name))) if name else at.listed_id
-    if at.listed_id not in ("", found):
+    value = values.get(name) if name else None
+    found = id_texts(value)[0][0] if isinstance(value, pa.Array) else json_id(value)[0]
+    if name and at.listed_id not in ("", found):
         raise DocumentError(
             f"its file was written to after it was listed: {found!r} stands in its place; run the job again"
         )
 
 
-def input_hash(text: str, kept: dict[str, Any]) -> str:
+def input_hash(text: str, kept: Kept) -> str:
     """16 hex digits over what a row depends on of its document: the text and the kept columns."""
     digest = hashlib.blake2b(text.encode(), digest_size=8)
-    if kept:
-        digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
+    if kept.plain:
+        digest.update(json.dumps(kept.plain, sort_keys=True, default=str).encode())
     return digest.hexdigest()
-
-
-def _kept_value(value: Any, kind: pa.DataType, source_kind: str) -> Any:
-    if source_kind != "parquet" and pa.types.is_string(kind) and value is not None and not isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    return value

@@ -12,9 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import JobError, one_line
+from pipeline.kept import common_type
 from pipeline.records import valid_text
 from pipeline.source.files import SourceFile
 from pipeline.source.streams import MOST_BYTES
+
+MOST_NAMES = 100
 
 
 @dataclass(frozen=True)
@@ -133,9 +136,10 @@ class CatalogueBuilder:
         self.id_column = id_column
         self.keep_columns = keep_columns
         self.files: list[SourceFile] = []
-        self.kept: dict[str, pa.DataType] = {}
-        self.kept_from: dict[str, str] = {}
         self.broken_files = 0
+        self._kept: dict[str, pa.DataType] = {}
+        self._columns: dict[str, None] = {}  # of all files, as far as people need to be told
+        self._wanted = {text_column, *([id_column] if id_column else []), *keep_columns}
         self._ids: list[str] = []
         self._values = array("q")
         self._errors: dict[int, str] = {}
@@ -162,25 +166,37 @@ class CatalogueBuilder:
         label = self.files[-1].label
         self.add(label if number < 0 else f"{label}:{number}", 0, 0, 0, number, reason)
 
+    def saw(self, names: Iterable[str]) -> None:
+        """Note which columns the current file, or a line of it, has."""
+        for name in names:
+            if name not in self._columns and (name in self._wanted or len(self._columns) < MOST_NAMES):
+                self._columns[name] = None
+
     def keep(self, name: str, kind: pa.DataType) -> None:
-        """Record the type of a kept column. Raises JobError if another file has another type."""
-        file = self.files[-1].name
-        if self.kept.setdefault(name, kind) != kind:
-            raise JobError(
-                f"--keep-columns {name}: {self.kept[name]} in {self.kept_from[name]}, but {kind} in {file}; "
-                "one type is needed"
-            )
-        self.kept_from.setdefault(name, file)
+        """Note the type of a kept column in the current file."""
+        self._kept[name] = common_type(self._kept.get(name, pa.null()), kind)
+
+    def refuse_unknown_columns(self) -> None:
+        """Raise JobError for a column that no file has, if any file has columns at all."""
+        wanted = [("--text-column", self.text_column), ("--id-column", self.id_column)]
+        for flag, name in wanted + [("--keep-columns", name) for name in self.keep_columns]:
+            if name and self._columns and name not in self._columns:
+                found = ", ".join(list(self._columns)[:MOST_NAMES])
+                raise JobError(f"{flag} {name}: no file or line of the input has it; found: {found}")
 
     def build(self) -> Catalogue:
         """The catalogue. Raises JobError if ids occur twice."""
         columns = np.frombuffer(self._values, dtype=np.int64).reshape(-1, 5).copy()
         ids = pa.array(self._ids, pa.large_string())
         self._ids = []
-        kept = [pa.field(name, self.kept[name]) for name in self.keep_columns if name in self.kept]
+        kept = [pa.field(name, self._type_of(name)) for name in self.keep_columns]
         catalogue = Catalogue(self.files, ids, columns, self._errors, kept, self.id_column)
         refuse_duplicates(catalogue)
         return catalogue
+
+    def _type_of(self, name: str) -> pa.DataType:
+        kind = self._kept.get(name, pa.null())
+        return pa.string() if pa.types.is_null(kind) else kind
 
 
 def refuse_duplicates(catalogue: Catalogue) -> None:
@@ -189,15 +205,27 @@ def refuse_duplicates(catalogue: Catalogue) -> None:
     twice = pc.filter(counts.field("values"), pc.greater(counts.field("counts"), 1))
     if not len(twice):
         return
-    named = []
+    named, by_place = [], True
     for value in twice[:3].to_pylist():
         positions = np.flatnonzero(pc.equal(catalogue.ids, value).to_numpy(zero_copy_only=False))[:3]
         named.append(f"{value!r} ({', '.join(catalogue.document(int(p)).source for p in positions)})")
+        by_place &= all(_is_place(catalogue, int(p), value) for p in positions)
     more = f" and {len(twice) - 3} more" if len(twice) > 3 else ""
-    raise JobError(
-        f"{len(twice)} document ids occur more than once: {'; '.join(named)}{more}; "
-        "remove the repeats or name a column of unique ids with --id-column"
+    mend = (
+        "these files have the same name in several inputs: give the folder above them as the one --input, so that ids "
+        "have its subfolders, or run a job for each"
+        if by_place
+        else "remove the repeats, name a column of unique ids with --id-column, or give --id-column '' for ids of file "
+        "name and row"
     )
+    raise JobError(f"{len(twice)} document ids occur more than once: {'; '.join(named)}{more}; {mend}")
+
+
+def _is_place(catalogue: Catalogue, position: int, document_id: str) -> bool:
+    """Whether an id is made of its file's name."""
+    file_index, number = (int(x) for x in catalogue.columns[position, [0, 4]])
+    label = valid_text(catalogue.files[file_index].label)
+    return document_id in (label, f"{label}:{number}")
 
 
 def in_shard(ids: Iterable[str], index: int, count: int) -> np.ndarray:

@@ -8,14 +8,14 @@ import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from pyarrow import ArrowException
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
-from pipeline.errors import JobError, one_line, without_secrets
+from pipeline.answering import answering
+from pipeline.errors import JobError, one_line
+from pipeline.location import WILDCARD, is_remote, open_filesystem, printed, safe_name, split_location
 from pipeline.records import valid_text
 
 KINDS = {
@@ -25,7 +25,8 @@ KINDS = {
     ".jsonl.zst": "jsonl.zst", ".ndjson.zst": "jsonl.zst",
     ".txt": "text", ".md": "text",
 }  # fmt: skip
-_WILDCARD = re.compile(r"[*?\[]")
+# What Spark and Delta keep beside the files of a table: unfinished writes, logs, checkpoints.
+BESIDE = ("_temporary", "_delta_log", "_spark_metadata")
 
 
 @dataclass(frozen=True)
@@ -53,85 +54,34 @@ class Found(NamedTuple):
     modified_ns: int
 
 
-@lru_cache(maxsize=16)
-def open_filesystem(uri: str) -> FileSystem:
-    """The filesystem of SourceFile.filesystem."""
-    return FileSystem.from_uri(uri)[0] if uri else LocalFileSystem()
-
-
-def is_remote(location: str) -> bool:
-    """Whether a location names an object store or another URI rather than a path."""
-    return "://" in location and not location.startswith("file://")
-
-
-def split_location(location: str) -> tuple[str, str, str]:
-    """(filesystem URI or "", path or pattern inside it, prefix that makes such a path a name again).
-
-    Raises JobError if the URI cannot be understood.
-    """
-    if location.startswith("file://"):
-        location = location.removeprefix("file://")
-    if not is_remote(location):
-        return "", str(Path(location).expanduser().absolute()), ""
-    scheme, _, rest = location.partition("://")
-    pattern = rest
-    wild = _WILDCARD.search(rest.partition("?")[0])
-    query = ""
-    if "?" in rest:  # a query holds the endpoint or region; a "?" wildcard is not available in URIs
-        pattern, _, query = rest.partition("?")
-    base = pattern[: wild.start()].rpartition("/")[0] if wild else pattern
-    uri = f"{scheme}://{base}" + (f"?{query}" if query else "")
-    try:
-        _, path = FileSystem.from_uri(uri)
-    except (ArrowException, OSError, ValueError, NotImplementedError) as error:
-        raise JobError(f"{safe_name(location)}: cannot be opened: {one_line(error)}") from None
-    tail = pattern[len(base) :] if wild else ""
-    return uri, path + tail, scheme + "://"
-
-
-def safe_name(location: str) -> str:
-    """A location without credentials and query, for messages and rows."""
-    if not is_remote(location):
-        return location
-    scheme, _, rest = location.partition("://")
-    rest = rest.partition("?")[0]
-    place, slash, path = rest.partition("/")
-    if ":" in place and "@" not in place:  # a secret may hold a slash
-        return f"{scheme}://{rest.rpartition('@')[2]}"
-    return f"{scheme}://{place.rpartition('@')[2]}{slash}{path}"
-
-
-def has_credentials(location: str) -> bool:
-    """Whether a URI holds a user name or key."""
-    return is_remote(location) and without_secrets(location) != location
-
-
 def find_files(locations: tuple[str, ...]) -> tuple[list[SourceFile], list[str]]:
-    """All files that the inputs name, and the names of files that were passed over for their suffix.
+    """All files that the inputs name, each once, and the names of files that were passed over for their suffix.
 
     Raises JobError for an input that does not exist, cannot be listed or holds no documents.
     """
-    found: list[SourceFile] = []
+    found: dict[str, SourceFile] = {}
     ignored: list[str] = []
     for location in locations:
         try:
-            files, passed = _find(location)
-        except (ArrowException, OSError) as error:
+            files, passed = answering(is_remote(location), _find, location)
+        except JobError:
+            raise
+        except Exception as error:  # filesystems of fsspec raise what they like
             raise JobError(f"--input {safe_name(location)}: cannot be listed: {one_line(error)}") from None
         if not files:
             what = f"only files of other kinds ({', '.join(sorted(passed)[:3])})" if passed else "no files"
             raise JobError(f"--input {safe_name(location)}: holds {what}; expected {', '.join(KINDS)}")
-        found += files
+        for file in files:
+            found.setdefault(file.name, file)
         ignored += passed
-    return found, ignored
+    return list(found.values()), ignored
 
 
 def directly_in(file: SourceFile, folder: str) -> bool:
     """Whether a file stands in a folder, itself and not below it, by whatever way each is reached."""
-    there, place = file.name.rpartition("/")[0], safe_name(folder).removeprefix("file://").rstrip("/")
     if is_remote(folder) or file.filesystem:
-        return there == place
-    return os.path.realpath(there) == os.path.realpath(Path(place).expanduser())
+        return file.name.rpartition("/")[0] == safe_name(folder).rstrip("/")
+    return os.path.realpath(Path(file.path).parent) == os.path.realpath(split_location(folder).path)
 
 
 def _find(location: str) -> tuple[list[SourceFile], list[str]]:
@@ -146,8 +96,8 @@ def _find(location: str) -> tuple[list[SourceFile], list[str]]:
         return [_source_file(uri, item, info.base_name, prefix, kind)], []
     if info.type == FileType.Directory:
         base, wanted = path.rstrip("/"), None
-    elif _WILDCARD.search(path):
-        base = path[: _WILDCARD.search(path).start()].rpartition("/")[0]  # type: ignore[union-attr]
+    elif WILDCARD.search(path):
+        base = path[: WILDCARD.search(path).start()].rpartition("/")[0]  # type: ignore[union-attr]
         wanted = re.compile(glob_regex(path))
         if filesystem.get_file_info(base).type != FileType.Directory:
             raise JobError(f"--input {safe_name(location)}: the folder {base} does not exist")
@@ -172,9 +122,12 @@ def _walk(filesystem: FileSystem, base: str) -> Iterator[Found]:
         yield from _walk_folder(base)
         return
     for info in filesystem.get_file_info(FileSelector(base, recursive=True)):
-        hidden = any(part.startswith(".") for part in info.path[len(base) :].split("/"))
-        if info.type == FileType.File and not hidden:
+        if info.type == FileType.File and not any(map(_hidden, info.path[len(base) :].split("/"))):
             yield Found(info.path, info.size, info.mtime_ns or 0)
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name in BESIDE
 
 
 def _walk_folder(base: str) -> Iterator[Found]:
@@ -188,7 +141,7 @@ def _walk_folder(base: str) -> Iterator[Found]:
             continue
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name.startswith("."):
+                if _hidden(entry.name):
                     continue
                 path = f"{folder}/{entry.name}"
                 try:
@@ -230,7 +183,7 @@ def glob_regex(pattern: str) -> str:
 
 
 def _source_file(uri: str, found: Found, label: str, prefix: str, kind: str) -> SourceFile:
-    return SourceFile(uri, found.path, label, prefix + found.path, kind, found.size, found.modified_ns)
+    return SourceFile(uri, found.path, label, printed(prefix, found.path), kind, found.size, found.modified_ns)
 
 
 _WHOLE = 8 << 20

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container
 from typing import Any, BinaryIO
 
-import pyarrow as pa
-
-from pipeline.errors import DocumentError, JobError, one_line
+from pipeline.errors import DocumentError, one_line
+from pipeline.kept import json_type
+from pipeline.location import open_filesystem
 from pipeline.source.catalogue import CatalogueBuilder, Locator
-from pipeline.source.files import SourceFile, open_filesystem
+from pipeline.source.files import SourceFile
+from pipeline.source.ids import id_name, json_id
 from pipeline.source.streams import MOST_BYTES, lines, open_stream, stream_errors
-
-DEFAULT_IDS = ("id", "document_id")
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
@@ -32,12 +30,8 @@ def parse_line(line: bytes) -> dict[str, Any]:
 
 
 def list_jsonl(file: SourceFile, builder: CatalogueBuilder) -> None:
-    """Add a file's lines. Broken lines become documents with an error.
-
-    Raises JobError if no line has the text column or a line lacks the id column that was asked for by name.
-    """
-    offset, number, objects, texts = 0, 0, 0, 0
-    columns: dict[str, None] = {}
+    """Add a file's lines. Broken lines become documents with an error."""
+    offset, number = 0, 0
     kept: dict[str, set[type]] = {name: set() for name in builder.keep_columns}
     try:
         with open_stream(open_filesystem(file.filesystem), file.path, file.kind) as stream:
@@ -52,61 +46,30 @@ def list_jsonl(file: SourceFile, builder: CatalogueBuilder) -> None:
                     continue
                 try:
                     value = parse_line(line)
-                except DocumentError as error:
-                    builder.add(fallback, start, len(line), 0, number, f"line {number}: {error}")
-                    continue
-                objects += 1
-                if len(columns) < 100:
-                    columns |= dict.fromkeys(value)
-                text = value.get(builder.text_column)
-                texts += builder.text_column in value
-                for name, kinds in kept.items():
-                    kinds.add(type(value.get(name)))
-                size = len(text) if isinstance(text, str) else 0
-                try:
-                    builder.add(_line_id(value, builder, fallback), start, len(line), size, number)
+                    builder.saw(value)
+                    for name in kept.keys() & value.keys():
+                        kept[name].add(type(value[name]))
+                    text = value.get(builder.text_column)
+                    size = len(text) if isinstance(text, str) else 0
+                    builder.add(_line_id(value, builder.id_column) or fallback, start, len(line), size, number)
                 except DocumentError as error:
                     builder.add(fallback, start, len(line), 0, number, f"line {number}: {error}")
     except stream_errors() as error:
         builder.add_broken_file(f"the file breaks off after line {number}: {one_line(error)}", number + 1)
-    if objects and not texts:
-        raise JobError(
-            f"--text-column {builder.text_column}: no line of {file.name} has it; found: {', '.join(columns)}"
-        )
-    if builder.id_column and objects and builder.id_column not in columns:
-        raise JobError(f"--id-column {builder.id_column}: no line of {file.name} has it; found: {', '.join(columns)}")
     for name, kinds in kept.items():
-        if objects and name not in columns:
-            raise JobError(f"--keep-columns {name}: no line of {file.name} has it; found: {', '.join(columns)}")
-        if objects:
-            builder.keep(name, _arrow_type(kinds - {type(None)}))
+        if kinds:
+            builder.keep(name, json_type(kinds))
 
 
-def id_name(names: Container[str], id_column: str | None) -> str | None:
-    """Which of a line's or file's columns holds the id; None if it gets one from its place."""
-    return id_column or next((name for name in DEFAULT_IDS if name in names), None)
-
-
-def _line_id(value: dict[str, Any], builder: CatalogueBuilder, fallback: str) -> str:
-    name = id_name(value, builder.id_column)
+def _line_id(value: dict[str, Any], id_column: str | None) -> str:
+    """The id in a line, empty if lines have none. Raises DocumentError for what is none."""
+    name = id_name(value, id_column)
     if name is None:
-        return fallback
-    document_id = value.get(name)
-    if document_id is None or isinstance(document_id, dict | list | bool) or document_id == "":
-        raise DocumentError(f"its id ({name}) is {json.dumps(document_id)[:60]}, expected text or a number")
-    return str(document_id)
-
-
-def _arrow_type(kinds: set[type]) -> pa.DataType:
-    if kinds <= {str}:
-        return pa.string()
-    if kinds == {bool}:
-        return pa.bool_()
-    if kinds == {int}:
-        return pa.int64()
-    if kinds <= {int, float}:
-        return pa.float64()
-    return pa.string()  # mixed or nested values are kept as JSON text
+        return ""
+    text, wrong = json_id(value.get(name))
+    if wrong:
+        raise DocumentError(f"its id ({name}) is {wrong}, expected text or a number")
+    return text
 
 
 class JsonlReader:
@@ -117,6 +80,8 @@ class JsonlReader:
 
     def read(self, at: Locator) -> dict[str, Any]:
         """The object on the line at a locator. Raises DocumentError."""
+        if at.length > MOST_BYTES:
+            raise DocumentError(f"its line has {at.length:,} bytes; at most {MOST_BYTES:,} are read")
         try:
             line = self._plain(at) if at.kind == "jsonl" else self._compressed(at)
         except stream_errors() as error:

@@ -1,4 +1,8 @@
-"""Parquet: listing from ids and sizes alone, reading by row group and row."""
+"""Parquet: listing from ids and sizes alone, reading by row group and row.
+
+Memory is bounded by what a file holds once it is decompressed, not by what its values come to: texts are read as
+dictionaries, so that one that a thousand rows refer to is there once. Of a large row group one row at a time is read.
+"""
 
 from __future__ import annotations
 
@@ -10,159 +14,216 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.errors import DocumentError, JobError, one_line
+from pipeline.errors import DocumentError, one_line
+from pipeline.kept import storable
+from pipeline.location import open_filesystem
 from pipeline.source.catalogue import CatalogueBuilder, Locator
-from pipeline.source.files import SourceFile, open_filesystem
-from pipeline.source.jsonl import id_name
+from pipeline.source.files import SourceFile
+from pipeline.source.ids import id_name, id_texts
 from pipeline.source.streams import MOST_BYTES
 
-_BATCH_BYTES = 64 << 20
-_CACHE_BYTES = 512 << 20
+# A row group of up to so many bytes is read as a whole.
+WHOLE_BYTES = 128 << 20
+_CACHE_BYTES = 256 << 20
+_BATCH_ROWS = 65536
 _READ_ERRORS = (OSError, pa.ArrowException, ValueError)
 
 
 def list_parquet(file: SourceFile, builder: CatalogueBuilder, exact_sizes: bool) -> None:
-    """Add a file's rows. exact_sizes: measure each text (reads the text column), else take the row group's mean.
-
-    Raises JobError for a missing column or one of the wrong type.
-    """
+    """Add a file's rows. exact_sizes: measure each text (reads the text column), else take the row group's mean."""
     try:
-        with pq.ParquetFile(open_filesystem(file.filesystem).open_input_file(file.path)) as parquet:
-            _list(parquet, file, builder, exact_sizes)
+        with open_filesystem(file.filesystem).open_input_file(file.path) as opened:
+            about = pq.read_metadata(opened)
+            if about.num_rows:
+                _list(opened, about, file, builder, exact_sizes)
     except _READ_ERRORS as error:
         builder.add_broken_file(f"not a readable Parquet file: {one_line(error)}")
 
 
-def _list(parquet: pq.ParquetFile, file: SourceFile, builder: CatalogueBuilder, exact_sizes: bool) -> None:
-    schema = parquet.schema_arrow
-    _need(schema, builder.text_column, "--text-column", file)
-    if not _is_text(schema.field(builder.text_column).type):
-        kind = schema.field(builder.text_column).type
-        raise JobError(f"--text-column {builder.text_column}: it is {kind} in {file.name}, expected text")
-    for name in builder.keep_columns:
-        _need(schema, name, "--keep-columns", file)
-        kind = schema.field(name).type
-        builder.keep(name, kind.value_type if pa.types.is_dictionary(kind) else kind)
+def _list(
+    opened: pa.NativeFile, about: pq.FileMetaData, file: SourceFile, builder: CatalogueBuilder, exact_sizes: bool
+) -> None:
+    schema = about.schema.to_arrow_schema()
+    builder.saw(schema.names)
     id_column = id_name(schema.names, builder.id_column)
-    if id_column:
-        _need(schema, id_column, "--id-column", file)
-    row = 0
-    for group in range(parquet.num_row_groups):
-        row = _list_group(parquet, group, row, id_column, file, builder, exact_sizes)
-
-
-def _list_group(
-    parquet: pq.ParquetFile, group: int, row: int, id_column: str | None,
-    file: SourceFile, builder: CatalogueBuilder, exact_sizes: bool,
-) -> int:  # fmt: skip
-    mean = _mean_bytes(parquet, group)
-    columns = ([id_column] if id_column else []) + ([builder.text_column] if exact_sizes else [])
-    inside = 0
-    for count, batch in _batches(parquet, group, list(dict.fromkeys(columns)), mean):
-        sizes = _sizes(batch.column(builder.text_column)) if exact_sizes else [mean] * count
-        ids = _values(batch.column(id_column)) if id_column else [None] * count
-        for size, document_id in zip(sizes, ids, strict=True):
-            fallback = f"{file.label}:{row}"
-            if not id_column:
-                builder.add(fallback, group, inside, size, row)
-            elif document_id is None or document_id == "" or isinstance(document_id, bytes | dict | list):
-                shown = "not valid UTF-8" if isinstance(document_id, bytes) else repr(document_id)[:60]
-                builder.add(fallback, group, inside, 0, row, f"row {row}: its id ({id_column}) is {shown}")
-            else:
-                builder.add(str(document_id), group, inside, size, row)
-            row, inside = row + 1, inside + 1
-    return row
-
-
-def _batches(
-    parquet: pq.ParquetFile, group: int, columns: list[str], mean: int
-) -> Iterator[tuple[int, pa.RecordBatch]]:
-    if not columns:
-        yield parquet.metadata.row_group(group).num_rows, pa.record_batch([])
+    problem = _text_problem(schema, builder.text_column) or (id_column and _column_problem(schema, id_column))
+    if problem:
+        builder.add_broken_file(f"{problem}; its {about.num_rows:,} rows are not read")
         return
-    rows = max(1, min(65536, _BATCH_BYTES // max(mean, 1)))
-    for batch in parquet.iter_batches(batch_size=rows, row_groups=[group], columns=columns):
-        yield len(batch), batch
+    for name in builder.keep_columns:
+        if schema.names.count(name) == 1:
+            builder.keep(name, storable(schema.field(name).type))
+    columns = ([id_column] if id_column else []) + ([builder.text_column] if exact_sizes else [])
+    row = 0
+    for group in range(about.num_row_groups):
+        mean, inside = _mean_bytes(about, group), 0
+        for count, batch in _listed(opened, about, group, list(dict.fromkeys(columns))):
+            sizes = _sizes(batch.column(builder.text_column)) if exact_sizes else [mean] * count
+            ids = id_texts(batch.column(id_column)) if id_column else [("", "")] * count
+            for size, (document_id, wrong) in zip(sizes, ids, strict=True):
+                if wrong:
+                    what = f"row {row}: its id ({id_column}) is {wrong}, expected text or a number"
+                    builder.add(f"{file.label}:{row}", group, inside, 0, row, what)
+                else:
+                    builder.add(document_id or f"{file.label}:{row}", group, inside, size, row)
+                row, inside = row + 1, inside + 1
 
 
-def _need(schema: pa.Schema, name: str, flag: str, file: SourceFile) -> None:
-    if name not in schema.names:
-        raise JobError(f"{flag} {name}: {file.name} has no such column; found: {', '.join(schema.names)}")
-    if schema.names.count(name) > 1:
-        raise JobError(f"{flag} {name}: {file.name} has {schema.names.count(name)} columns of that name; rename them")
+def _listed(
+    opened: pa.NativeFile, about: pq.FileMetaData, group: int, columns: list[str]
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    if columns:
+        for batch in _batches(opened, about, group, columns):
+            yield len(batch), batch
+    else:
+        yield about.row_group(group).num_rows, pa.record_batch([])
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    tests = (
-        pa.types.is_string,
-        pa.types.is_large_string,
-        pa.types.is_string_view,
-        pa.types.is_binary,
-        pa.types.is_large_binary,
+def _batches(opened: pa.NativeFile, about: pq.FileMetaData, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Some columns of a row group. What a dictionary holds all at once, or else each row by itself."""
+    whole = about.row_group(group).total_byte_size <= WHOLE_BYTES
+    schema = about.schema.to_arrow_schema()
+    texts = [name for name in columns if _is_binary(_plain(schema.field(name).type))]
+    options: dict[str, Any] = {"read_dictionary": texts} if whole else {"buffer_size": 8 << 20}
+    parquet = pq.ParquetFile(opened, metadata=about, pre_buffer=whole, **options)
+    rows = _BATCH_ROWS if whole else 1
+    for batch in parquet.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False):
+        for column in batch.columns:
+            _check_indices(column)
+        yield batch
+
+
+def _check_indices(column: pa.Array) -> None:
+    """Raise ArrowInvalid for what a damaged file refers to and does not hold."""
+    if pa.types.is_dictionary(column.type):
+        found = pc.min_max(column.indices)
+        low, high = found["min"].as_py(), found["max"].as_py()
+        if low is not None and (low < 0 or high >= len(column.dictionary)):
+            raise pa.ArrowInvalid(f"a row refers to value {high} of {len(column.dictionary)}")
+
+
+def _column_problem(schema: pa.Schema, name: str) -> str:
+    count = schema.names.count(name)
+    if not count:
+        return f"it has no column {name!r}; found: {', '.join(schema.names)}"
+    return f"it has {count} columns of the name {name!r}; rename them" if count > 1 else ""
+
+
+def _text_problem(schema: pa.Schema, name: str) -> str:
+    problem = _column_problem(schema, name)
+    if problem:
+        return problem
+    kind = schema.field(name).type
+    fits = _is_binary(_plain(kind)) or pa.types.is_null(kind)
+    return "" if fits else f"its column {name!r} is {kind}, expected text"
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """What a dictionary or an extension consists of."""
+    kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return (
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_fixed_size_binary(kind)
+        or kind in (pa.string_view(), pa.binary_view())
     )
-    return any(test(kind) for test in tests)
 
 
-def _mean_bytes(parquet: pq.ParquetFile, group: int) -> int:
+def _mean_bytes(about: pq.FileMetaData, group: int) -> int:
     """Bytes of a row, all columns together: what a footer says of one column ends the process if it is damaged."""
-    about = parquet.metadata.row_group(group)
-    return max(0, min(about.total_byte_size // max(about.num_rows, 1), MOST_BYTES))
+    described = about.row_group(group)
+    return max(0, min(described.total_byte_size // max(described.num_rows, 1), MOST_BYTES))
 
 
 def _sizes(texts: pa.Array) -> list[int]:
+    """Bytes of each text, 0 for null."""
+    if isinstance(texts, pa.ExtensionArray):
+        texts = texts.storage
     if pa.types.is_dictionary(texts.type):
-        texts = texts.dictionary_decode()
-    if not pa.types.is_binary(texts.type):
-        texts = texts.cast(pa.large_binary())
-    return pc.fill_null(pc.binary_length(texts), 0).to_pylist()
-
-
-def _values(column: pa.Array) -> list[Any]:
-    """Python values; a string that is not valid UTF-8 comes as its bytes."""
-    try:
-        return column.to_pylist()
-    except ValueError:  # UnicodeDecodeError is one
-        return [_value(item) for item in column]
-
-
-def _value(item: pa.Scalar) -> Any:
-    try:
-        return item.as_py()
-    except UnicodeDecodeError:
-        return item.cast(pa.large_binary()).as_py()
-    except ValueError:  # nanoseconds, which only pandas has an object for
-        return item.value
+        sizes = pa.array(_sizes(texts.dictionary), pa.int64()).take(texts.indices)
+    elif pa.types.is_null(texts.type):
+        return [0] * len(texts)
+    else:
+        sizes = pc.binary_length(texts.cast(pa.large_binary()))
+    return pc.fill_null(sizes, 0).to_pylist()
 
 
 class ParquetReader:
-    """Reads rows; the last row groups stay in memory, up to 512 MiB."""
+    """Reads rows. The last row groups stay in memory, up to 256 MiB; in a large one it goes on from row to row."""
 
     def __init__(self, columns: tuple[str, ...]) -> None:
         self._columns = list(dict.fromkeys(columns))
         self._groups: OrderedDict[tuple[str, str, int], pa.Table] = OrderedDict()
+        self._large: _Rows | None = None
 
-    def read(self, at: Locator) -> dict[str, Any]:
-        """The row at a locator, by column; text that is not valid UTF-8 comes as bytes. Raises DocumentError."""
+    def read(self, at: Locator) -> dict[str, pa.Array]:
+        """The row at a locator: by column, an array of one value. Raises DocumentError."""
         try:
-            table = self._group(at)
+            return self._row(at)
         except (*_READ_ERRORS, IndexError) as error:
             raise DocumentError(f"cannot be read: {one_line(error)}") from None
-        if at.length >= table.num_rows:
-            raise DocumentError("cannot be read: the file has fewer rows than when it was listed")
-        return {name: _value(table.column(name)[at.length]) for name in table.column_names}
 
-    def _group(self, at: Locator) -> pa.Table:
+    def _row(self, at: Locator) -> dict[str, pa.Array]:
         key = (at.filesystem, at.path, at.start)
         if key in self._groups:
             self._groups.move_to_end(key)
-            return self._groups[key]
-        with pq.ParquetFile(open_filesystem(at.filesystem).open_input_file(at.path)) as parquet:
-            there = parquet.schema_arrow.names
-            wanted = [name for name in (*self._columns, id_name(there, at.id_column)) if name in there]
-            table = parquet.read_row_group(at.start, columns=list(dict.fromkeys(wanted)))
-        self._groups[key] = table
+            return _one_row(self._groups[key], at.length)
+        if self._large is not None and self._large.key == key and self._large.next <= at.length:
+            return self._large.row(at.length)
+        opened = open_filesystem(at.filesystem).open_input_file(at.path)
+        about = pq.read_metadata(opened)
+        there = about.schema.to_arrow_schema().names
+        # Of two columns of one name none is read.
+        wanted = dict.fromkeys([*self._columns, id_name(there, at.id_column) or ""])
+        batches = _batches(opened, about, at.start, [name for name in wanted if there.count(name) == 1])
+        if about.row_group(at.start).total_byte_size > WHOLE_BYTES:
+            self._large = _Rows(key, batches)
+            return self._large.row(at.length)
+        with opened:
+            self._groups[key] = pa.Table.from_batches(batches)
         while len(self._groups) > 1 and sum(t.nbytes for t in self._groups.values()) > _CACHE_BYTES:
             self._groups.popitem(last=False)
-        return table
+        return _one_row(self._groups[key], at.length)
+
+
+class _Rows:
+    """The rows of a row group one by one. next: the one that comes next."""
+
+    def __init__(self, key: tuple[str, str, int], batches: Iterator[pa.RecordBatch]) -> None:
+        self.key, self.next = key, 0
+        self._batches = batches
+
+    def row(self, number: int) -> dict[str, pa.Array]:
+        """A row that is still to come."""
+        for batch in self._batches:
+            self.next += 1
+            if self.next > number:
+                return _one_row(pa.Table.from_batches([batch]), 0)
+        raise IndexError(_FEWER)
+
+
+_FEWER = "the file has fewer rows than when it was listed"
+
+
+def _one_row(table: pa.Table, number: int) -> dict[str, pa.Array]:
+    if number >= table.num_rows:
+        raise IndexError(_FEWER)
+    return {name: _one_value(table.column(name), number) for name in table.column_names}
+
+
+def _one_value(column: pa.ChunkedArray, number: int) -> pa.Array:
+    """The value with nothing of its neighbours, which a slice would take along to wherever it is sent."""
+    value = column.slice(number, 1).combine_chunks()
+    value = value.chunk(0) if isinstance(value, pa.ChunkedArray) else value
+    if pa.types.is_dictionary(value.type):
+        index = value.indices[0].as_py()
+        if index is None:
+            return pa.nulls(1, value.type.value_type)
+        return pa.concat_arrays([value.dictionary.slice(index, 1)])
+    return pa.concat_arrays([value])

@@ -14,6 +14,7 @@ from pipeline.config import JobConfig
 from pipeline.errors import JobError
 from pipeline.job import run
 from pipeline.sink import part_names
+from pipeline.source import DocumentReader, find_files, list_documents
 from pipeline.store import Store
 
 pytest.importorskip("moto.server", reason="needs moto[server]")
@@ -91,3 +92,19 @@ def test_a_job_from_and_to_a_bucket_is_killed_and_resumed(
     assert b"s3://faults/docs" in manifest
     assert SECRET not in str(after) + str(report)
     assert part_names(store)[0].startswith("part-000000-")
+
+
+def test_names_with_signs_of_uris_in_a_bucket(tmp_path: Path, endpoint: str) -> None:
+    (tmp_path / "docs").mkdir()
+    source, _ = upload(tmp_path / "docs", endpoint, "names")
+    query = source.partition("?")[2]
+    for number in (1, 2):
+        store = Store(f"s3://names/out#{number}?{query}")
+        store.create()
+        store.write("a b%20.txt", b"text %d" % number)
+        files, _ = find_files((f"s3://names/out#{number}?{query}",))
+        assert [file.name for file in files] == [f"s3://names/out%23{number}/a%20b%2520.txt"]
+        for location in (files[0].name, f"s3://names/out#{number}/a b%2520.txt", f"s3://names/out%23{number}/*.txt"):
+            document = list_documents(find_files((f"{location}?{query}",))[0]).document(0)
+            assert DocumentReader("text", []).read(document)[0] == f"text {number}"
+    assert not Store(f"s3://names/out?{query}").list()

@@ -84,7 +84,7 @@ def listed_and_read(folder: Path, good: set[str], **options: Any) -> None:
             continue
         readable.add(document.document_id)
         done = {"output": text, "input_hash": input_hash(text, kept)}
-        rows.append(new_row(document.document_id, document.source, "ok", **done) | kept)
+        rows.append(new_row(document.document_id, document.source, "ok", **done) | kept.row())
     table = to_table(rows, schema)
     assert table.num_rows == len(catalogue), "one row a document"
     assert len(set(table["document_id"].to_pylist())) == len(catalogue)

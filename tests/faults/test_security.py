@@ -17,12 +17,12 @@ from jobs.faults.corpus import write_model
 from pipeline import manifest
 from pipeline.config import JobConfig
 from pipeline.errors import JobError, one_line, without_secrets
+from pipeline.location import safe_name
 from pipeline.plan import make_worker_config, survey_input
 from pipeline.prompts import PromptBuilder, Task
 from pipeline.records import new_row, result_schema
 from pipeline.sink import Sink
 from pipeline.source import find_files
-from pipeline.source.files import safe_name
 from pipeline.store import Store
 from pipeline.tokens import Tokens, load_tokens
 from pipeline.worker import part_request, whole_request

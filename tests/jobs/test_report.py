@@ -332,7 +332,8 @@ def bad_arguments(name: str, tmp_path: Path) -> list[object]:
     other.mkdir()
     (other / "a.txt").write_text("text")
     typed = write(tmp_path / "typed", [], state=None)
-    pq.write_table(pa.table({"document_id": ["a"], "status": [[1]]}), typed / "part-000000-x.parquet")
+    columns: dict[str, Any] = {key: ["a"] for key in ("document_id", "source", "status", "error", "attempts", "output")}
+    pq.write_table(pa.table(columns | {"status": [[1]]}), typed / "part-000000-x.parquet")
     damaged = write(tmp_path / "damaged", [ok_row("a", 900, 0)])
     part = next(damaged.glob("part-*"))
     part.write_bytes(part.read_bytes()[:-9])

@@ -91,7 +91,7 @@ def bad_input(name: str, tmp_path: Path, model: Path) -> list[object]:
     [
         ("missing file", r"nothing\.parquet: does not exist"),
         ("empty folder", "holds no files; expected .parquet"),
-        ("wrong column", "no line of .* has it; found: id, body"),
+        ("wrong column", "no file or line of the input has it; found: id, body"),
         ("wrong id column", "--id-column key: .*found: id, body"),
         ("duplicate ids", "'x' .*line 1, .*line 2"),
         ("no model", "no such folder"),

@@ -19,7 +19,8 @@ class FakeEngine:
     """Answers every prompt with ANSWER and the number of its tokens. Words in the document change that:
 
     SLOW takes 0.3 s, CRASH ends the process, RAISE raises, HANG never returns, FREEZE holds the interpreter for ever,
-    OOM ends as out of memory unless its prefill goes in smaller steps, ALWAYSOOM does so in any case.
+    CUT ends at the limit of tokens, OOM ends as out of memory unless its prefill goes in smaller steps, ALWAYSOOM does
+    so in any case.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -68,7 +69,8 @@ class FakeEngine:
             ctypes.PyDLL(None).sleep(3600)
         if "ALWAYSOOM" in text or ("OOM" in text and request.chunk_tokens is None):
             return [self._completion(request, status="oom", error="out of fake memory")]
-        return [self._completion(request, token_ids=self._answer, output_tokens=len(self._answer))]
+        answer = {"token_ids": self._answer, "output_tokens": len(self._answer)}
+        return [self._completion(request, **answer, finish_reason="length" if "CUT" in text else "stop")]
 
     def _completion(self, request: Request, status: str = "ok", **values: Any) -> Completion:
         self._waiting.remove(request)

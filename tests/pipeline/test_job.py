@@ -73,7 +73,12 @@ def test_every_document_has_a_full_row(tmp_path: Path, out: Path, model: Path) -
     assert set(row) == {*NAMES, "n"}
     assert (row["output"], row["n"], row["attempts"], row["status"]) == ("the answer", 13, 1, "ok")
     assert row["source"].endswith("docs.jsonl line 14")
-    filled = set(NAMES) - {"truncated_tokens", "density_by_layer", "retained_mass"}  # the last two of sparse prefill
+    filled = set(NAMES) - {
+        "truncated_tokens",
+        "kept_error",
+        "density_by_layer",
+        "retained_mass",
+    }
     assert not [name for name in filled if row[name] is None]
     assert row["tokenize_seconds"] + row["prefill_seconds"] + row["decode_seconds"] <= row["total_seconds"]
     assert row["started_at"].utcoffset().total_seconds() == 0
@@ -202,7 +207,9 @@ def test_workers_that_cannot_start_end_the_job(tmp_path: Path, out: Path, model:
 
 
 def test_too_long_documents_by_policy(tmp_path: Path, out: Path, model: Path) -> None:
-    docs = write(tmp_path / "docs", {"long": "The quiet committee met again. " * 60, "short": "The committee."})
+    docs = write(
+        tmp_path / "docs", {"long": "CUT. " + "The quiet committee met again. " * 60, "short": "The committee."}
+    )
     options: dict[str, Any] = {"max_context": 120, "question": "Findings?"}
     job(docs, out, model, **options)
     found = rows(out)
@@ -213,8 +220,10 @@ def test_too_long_documents_by_policy(tmp_path: Path, out: Path, model: Path) ->
     assert (cut["long"]["status"], cut["long"]["prompt_tokens"]) == ("ok", 112)
     assert cut["long"]["truncated_tokens"] > 200
     assert cut["short"]["truncated_tokens"] == 0
-    job(docs, tmp_path / "parts", model, too_long="map-reduce", **options)
+    report = job(docs, tmp_path / "parts", model, too_long="map-reduce", **options)
     parts = rows(tmp_path / "parts")
+    assert [parts[name]["finish_reason"] for name in ("long", "short")] == ["length", "stop"], "of one part"
+    assert report.cut == 1
     assert parts["long"]["status"] == "ok"
     assert parts["long"]["parts"] >= 4
     assert parts["long"]["prompt_tokens"] > 360

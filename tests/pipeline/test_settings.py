@@ -13,12 +13,12 @@ import pytest
 from pipeline import Summarizer, manifest
 from pipeline.config import JobConfig
 from pipeline.errors import JobError
+from pipeline.location import open_filesystem, safe_name
 from pipeline.progress import Progress
 from pipeline.prompts import make_task
 from pipeline.records import new_row, result_schema
 from pipeline.sink import Sink, compact, done_rows, part_names, read_results, recover
 from pipeline.source import DocumentReader, find_files, list_documents
-from pipeline.source.files import open_filesystem, safe_name
 from pipeline.store import Store
 
 
@@ -171,7 +171,7 @@ def test_an_object_store_holds_documents_and_results() -> None:
     catalogue = list_documents(find_files((place,))[0])
     reader = DocumentReader("text", [])
     assert {d.document_id: reader.read(d)[0] for d in catalogue.documents()} == {"a.txt": "first", "b": "second"}
-    assert catalogue.document(0).source == "mock://bucket/docs/a.txt"
+    assert catalogue.document(0).source == "mock:///bucket/docs/a.txt"
 
     store = Store("mock:///bucket/out")
     store.create()

@@ -70,17 +70,24 @@ def test_the_schema_is_the_documented_one(tmp_path: Path) -> None:
     assert str(schema.field("started_at").type) == "timestamp[us, tz=UTC]"
 
 
-def test_a_row_that_does_not_fit_costs_no_neighbour(tmp_path: Path) -> None:
+def test_kept_values_are_written_as_they_are(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     sink = Sink(store, result_schema([pa.field("year", pa.int64())]), flush_documents=3, flush_seconds=10)
-    sink.add(row("a") | {"year": 1})
-    sink.add(row("b", attempts=2) | {"year": "not a number"})
-    sink.add(row("c", output="lone \ud800 surrogate") | {"year": 3})
+    sink.add(row("a") | {"year": pa.array([1])})
+    sink.add(row("b"))
+    sink.add(row("c", output="lone \ud800 surrogate") | {"year": pa.array([3])})
     table = {item["document_id"]: item for item in read_results(tmp_path).to_pylist()}
-    assert [table[name]["status"] for name in "abc"] == ["ok", "error", "ok"]
-    assert "does not fit the result schema" in table["b"]["error"]
-    assert table["b"]["attempts"] == 2
+    assert [table[name]["year"] for name in "abc"] == [1, None, 3]
     assert table["c"]["output"] == "lone \\ud800 surrogate"
+
+
+def test_a_row_that_does_not_fit_costs_no_neighbour(tmp_path: Path) -> None:
+    _, sink = make(tmp_path, 2)
+    sink.add(row("a", output="fine"))
+    sink.add(row("b", attempts=2, prompt_tokens="many"))
+    table = {item["document_id"]: item for item in read_results(tmp_path).to_pylist()}
+    assert [(table[name]["status"], table[name]["attempts"]) for name in "ab"] == [("ok", 0), ("error", 2)]
+    assert "does not fit the result schema" in table["b"]["error"]
 
 
 def test_kept_columns_must_not_hide_result_columns() -> None:
@@ -162,18 +169,26 @@ def test_a_slow_replacement_is_followed_by_a_rest(tmp_path: Path) -> None:
     assert sink.rows_written == 2
 
 
-def test_rows_of_other_types_are_refused_and_of_other_widths_merged(tmp_path: Path) -> None:
+def test_kept_columns_of_other_types_go_into_one(tmp_path: Path) -> None:
     store, _ = make(tmp_path)
-    kinds = (pa.int64(), pa.float64())
-    for number, kind in enumerate(kinds):
-        schema = result_schema([pa.field("year", kind)])
+    for number, year in enumerate((pa.array([0]), pa.array([1.5]))):
+        schema = result_schema([pa.field("year", year.type)])
         check_columns(store, schema)
-        Sink(store, schema, flush_documents=1, flush_seconds=1).add(row(str(number)) | {"year": number})
-    assert read_results(tmp_path)["year"].to_pylist() == [0.0, 1.0]
-    with pytest.raises(JobError, match="Field year has incompatible types: int64 vs string; choose another output"):
-        check_columns(store, result_schema([pa.field("year", pa.string())]))
-    compact(store)
-    assert read_results(tmp_path)["year"].to_pylist() == [0.0, 1.0]
+        Sink(store, schema, flush_documents=1, flush_seconds=1).add(row(str(number)) | {"year": year})
+    assert read_results(tmp_path)["year"].to_pylist() == [0.0, 1.5]
+    schema = result_schema([pa.field("year", pa.string())])
+    check_columns(store, schema)
+    Sink(store, schema, flush_documents=1, flush_seconds=1).add(row("2") | {"year": pa.array(["MM"])})
+    assert read_results(tmp_path)["year"].to_pylist() == ["0", "1.5", "MM"]
+    assert compact(store) == 1
+    assert read_results(tmp_path)["year"].to_pylist() == ["0", "1.5", "MM"]
+
+
+def test_parts_whose_columns_are_another_programs_are_refused(tmp_path: Path) -> None:
+    table = pa.table({name: ["x"] for name in ("document_id", "source", "status", "error", "attempts", "output")})
+    pq.write_table(table, tmp_path / "part-000000-00000000.parquet")
+    with pytest.raises(JobError, match="Field attempts has incompatible types: string vs int32; choose another output"):
+        check_columns(Store(str(tmp_path)), result_schema())
 
 
 class PowerCutError(Exception):

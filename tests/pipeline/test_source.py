@@ -13,6 +13,7 @@ import pytest
 import zstandard
 
 from pipeline.errors import DocumentError, JobError
+from pipeline.kept import Kept
 from pipeline.source import Catalogue, DocumentReader, find_files, list_documents
 
 ROWS = [{"id": f"d{i}", "text": f"text number {i} " * (i + 1), "year": 2000 + i, "tags": ["a", i]} for i in range(7)]
@@ -22,9 +23,13 @@ def listed(*inputs: Path | str, **options: Any) -> Catalogue:
     return list_documents(find_files(tuple(map(str, inputs)))[0], **options)
 
 
-def read_all(catalogue: Catalogue, text_column: str = "text") -> dict[str, tuple[str, dict[str, Any]]]:
+def read_all(catalogue: Catalogue, text_column: str = "text") -> dict[str, tuple[str, Kept]]:
     reader = DocumentReader(text_column, catalogue.kept)
     return {document.document_id: reader.read(document) for document in catalogue.documents()}
+
+
+def value(kept: Kept, name: str) -> Any:
+    return kept.columns[name][0].as_py()
 
 
 def lines(rows: list[dict[str, Any]]) -> bytes:
@@ -50,7 +55,7 @@ def test_every_kind_gives_the_same_documents(tmp_path: Path, kind: str) -> None:
     catalogue = listed(write(tmp_path, kind), keep_columns=("year",))
     found = read_all(catalogue)
     assert {name: text for name, (text, _) in found.items()} == {row["id"]: row["text"] for row in ROWS}
-    assert {name: kept["year"] for name, (_, kept) in found.items()} == {row["id"]: row["year"] for row in ROWS}
+    assert {name: value(kept, "year") for name, (_, kept) in found.items()} == {row["id"]: row["year"] for row in ROWS}
     assert catalogue.kept[0].type == pa.int64()
     assert catalogue.total_bytes == sum(len(row["text"]) for row in ROWS)
 
@@ -139,6 +144,44 @@ def test_duplicate_ids_are_refused_with_ids_and_places(tmp_path: Path) -> None:
     assert "'y'" not in str(raised.value)
 
 
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "text"])
+def test_files_of_one_name_in_two_folders_are_told_what_helps(tmp_path: Path, kind: str) -> None:
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        if kind == "parquet":
+            pq.write_table(pa.table({"text": [folder]}), tmp_path / folder / "a.parquet")
+        elif kind == "jsonl":
+            (tmp_path / folder / "a.jsonl").write_bytes(lines([{"text": folder}]))
+        else:
+            (tmp_path / folder / "a.txt").write_text(folder)
+    with pytest.raises(JobError, match="have the same name in several inputs: give the folder above them") as told:
+        listed(tmp_path / "x", tmp_path / "y")
+    assert "--id-column" not in str(told.value)
+    assert sorted(text for text, _ in read_all(listed(tmp_path)).values()) == ["x", "y"], "which is what it says"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_an_id_column_that_repeats_can_be_switched_off(tmp_path: Path, kind: str) -> None:
+    rows = [{"id": "same", "text": "one"}, {"id": "same", "text": "two"}]
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    else:
+        (tmp_path / "a.jsonl").write_bytes(lines(rows))
+    with pytest.raises(JobError, match="or give --id-column '' for ids of file name and row"):
+        listed(tmp_path)
+    found = {name: text for name, (text, _) in read_all(listed(tmp_path, id_column="")).items()}
+    first = 0 if kind == "parquet" else 1
+    assert found == {f"a.{kind}:{first}": "one", f"a.{kind}:{first + 1}": "two"}
+
+
+def test_a_file_that_two_inputs_name_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.txt").write_text("one")
+    (tmp_path / "b.txt").write_text("two")
+    files, _ = find_files((str(tmp_path), str(tmp_path / "sub"), f"{tmp_path}/*.txt", f"file://{tmp_path}/b.txt"))
+    assert [file.label for file in files] == ["b.txt", "sub/a.txt"]
+
+
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
 @pytest.mark.parametrize("option", ["text_column", "id_column", "keep_columns"])
 def test_a_missing_column_names_those_that_are_there(tmp_path: Path, kind: str, option: str) -> None:
@@ -150,7 +193,7 @@ def test_a_missing_column_names_those_that_are_there(tmp_path: Path, kind: str, 
 
 def test_text_column_of_another_type(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "p.parquet")
-    with pytest.raises(JobError, match="it is int64"):
+    with pytest.raises(JobError, match="is int64, expected text"):
         listed(tmp_path)
 
 
@@ -203,7 +246,7 @@ def test_kept_columns_of_mixed_types_become_json(tmp_path: Path) -> None:
     rows = [{"id": "a", "text": "t", "v": {"x": 1}}, {"id": "b", "text": "t", "v": "plain"}, {"id": "c", "text": "t"}]
     (tmp_path / "l.jsonl").write_bytes(lines(rows))
     found = read_all(listed(tmp_path, keep_columns=("v",)))
-    assert [found[name][1]["v"] for name in "abc"] == ['{"x": 1}', "plain", None]
+    assert [value(found[name][1], "v") for name in "abc"] == ['{"x": 1}', "plain", None]
     assert listed(tmp_path, keep_columns=("v",)).kept[0].type == pa.string()
 
 

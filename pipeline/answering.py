@@ -1,0 +1,48 @@
+"""Calls of other machines that leave this one able to answer.
+
+Native code that waits for a network lets no signal through, so that a Ctrl-C or SIGTERM would wait with it; who waits
+for a thread hears them.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+_left: list[threading.Thread] = []
+
+
+def answering(remote: bool, call: Callable[..., T], *arguments: Any) -> T:
+    """call(*arguments), in a thread of its own if it is `remote` and this is the thread that gets the signals."""
+    if not remote or threading.current_thread() is not threading.main_thread():
+        return call(*arguments)
+    result: Future[T] = Future()
+    thread = threading.Thread(target=_run, args=(result, call, arguments), name="remote", daemon=True)
+    thread.start()
+    try:
+        return result.result()
+    finally:
+        if not result.done():
+            _left.append(thread)
+
+
+def left_behind() -> bool:
+    """Whether calls that were interrupted still wait for an answer; they would keep the process from ending."""
+    return any(thread.is_alive() for thread in _left)
+
+
+def stop_signals() -> list[int]:
+    """The signals that ask a job to stop; a terminal that closes does so, too, unless nohup keeps it out."""
+    hung_up = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
+    return [signal.SIGTERM, signal.SIGINT, *hung_up]
+
+
+def _run(result: Future[T], call: Callable[..., T], arguments: tuple[Any, ...]) -> None:
+    try:
+        result.set_result(call(*arguments))
+    except BaseException as error:
+        result.set_exception(error)

@@ -1,0 +1,82 @@
+"""Ray that does not start, or ends in mid-work, costs one line."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from pipeline import ray_pool
+from pipeline.errors import JobError
+from pipeline.pulse import EVERY, ClusterLostError, Pulse
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_an_address_where_nobody_listens_any_more_is_told() -> None:
+    clock = Clock()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        pulse = Pulse({"raylet": server.getsockname()}, 0.0, clock)
+        for _ in range(3):
+            clock.now += EVERY
+            pulse.check()
+    pulse.check()  # not yet time to look
+    clock.now += EVERY
+    with pytest.raises(ClusterLostError, match="its raylet is gone; what is finished is written, run the same command"):
+        pulse.check()
+
+
+def test_one_that_comes_back_in_time_is_not_lost() -> None:
+    clock = Clock()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = server.getsockname()
+        pulse = Pulse({"GCS": address}, 10.0, clock)
+    for _ in range(3):
+        clock.now += 3.0
+        pulse.check()
+    with socket.create_server(address):
+        clock.now += 1.0
+        pulse.check()
+    clock.now += 9.0
+    pulse.check()
+    clock.now += 1.0
+    with pytest.raises(ClusterLostError, match="GCS"):
+        pulse.check()
+
+
+def test_one_that_is_too_busy_to_answer_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*arguments: object, **options: object) -> None:
+        raise TimeoutError
+
+    clock = Clock()
+    pulse = Pulse({"GCS": ("127.0.0.1", 1)}, 0.0, clock)
+    monkeypatch.setattr(socket, "create_connection", slow)
+    clock.now += 1.0
+    pulse.check()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [Exception("The current node timed out during startup.\nSee the logs."), RuntimeError("no"), TimeoutError("late")],
+)
+@pytest.mark.parametrize(("address", "what"), [("local", "Ray does not start here"), ("ray://h:1", "Ray at 'ray://h")])
+def test_a_ray_that_does_not_start_is_one_line(
+    address: str, what: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(**options: object) -> None:
+        raise error
+
+    ended = []
+    monkeypatch.setattr(ray_pool.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray_pool.ray, "init", fails)
+    monkeypatch.setattr(ray_pool.ray, "shutdown", lambda: ended.append(1))
+    message = f"{what}.*; what is finished is written, run the same command again"
+    with pytest.raises(JobError, match=message) as told, ray_pool.connected(address):
+        pass
+    assert "\n" not in str(told.value)
+    assert ended

@@ -1,0 +1,62 @@
+"""Outputs that are cut off at --max-new-tokens are counted wherever a job is summed up."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+
+from jobs.report.__main__ import main as report_main
+from jobs.summarize import show
+from pipeline.progress import Progress
+from pipeline.records import new_row, result_schema
+from pipeline.sink import Sink
+from pipeline.store import Store
+from pipeline.summary import JobReport, rows_for_table, summarize_results
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    store = Store(str(tmp_path))
+    store.create()
+    sink = Sink(store, result_schema(), flush_documents=10, flush_seconds=1)
+    for number, reason in enumerate(["stop", "length", "length", None]):
+        status = "ok" if reason else "error"
+        sink.add(new_row(f"d{number}", "x", status, output="out", finish_reason=reason, prompt_tokens=5))
+    sink.flush()
+    return tmp_path
+
+
+def summed(results: Path) -> JobReport:
+    return summarize_results(Store(str(results)), 4)
+
+
+def test_the_summary_of_a_job_counts_them(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = summed(results)
+    assert (report.ok, report.cut, report.exit_code) == (3, 2, 2)
+    told = "2 of 3 end at --max-new-tokens; raise it for another output folder"
+    assert ("outputs cut off", told) in rows_for_table(report)
+    show(report)
+    out = capsys.readouterr().out
+    assert told in out
+    assert "2 outputs are cut off at --max-new-tokens" in out.splitlines()[-1]
+
+
+def test_without_any_nothing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = Store(str(tmp_path))
+    Sink(store, result_schema(), flush_documents=1, flush_seconds=1).add(new_row("a", "x", "ok", finish_reason="stop"))
+    show(summarize_results(store, 1))
+    assert "cut off" not in capsys.readouterr().out
+
+
+def test_reports_and_progress_count_them(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in ("table", "json"):
+        report_main([str(results), "--format", kind])
+        out = capsys.readouterr().out
+        assert ("outputs cut off" in out) if kind == "table" else ('"cut_off": 2' in out)
+    progress = Progress(3, 3, stream=io.StringIO())
+    progress.add(new_row("a", "x", "ok", finish_reason="length"), 1)
+    progress.add(new_row("b", "x", "ok", finish_reason="stop"), 1)
+    progress.add(new_row("c", "x", "error"), 1)
+    assert "1 failed · 1 cut off" in progress.line()
