@@ -116,7 +116,7 @@ class JobConfig:
         "stem", "str", "attention of the prefill", choices=("stem", "dense"), group="attention", changes_output=True
     )
     preset: str = option(
-        "release",
+        "sampled",
         "str",
         "named Stem configuration",
         choices=tuple(PRESETS),

@@ -92,7 +92,7 @@ def test_settings_are_known_without_torch() -> None:
 
 
 def test_costs_are_shares_of_dense_attention() -> None:
-    config = StemConfig(block_size=64, stride=8, mass_group=4, bound_group=2, bound_span=16, sample_every=8)
+    config = StemConfig(block_size=64, stride=8, mass_group=4, bound_group=2, bound_span=16, sample_rows=8)
     # Of a pair of blocks, in products of D channels: dense attention takes 64 * 64 for logits and as many for outputs.
     products = {"sample": 8 * 64, "oam": 8, "mass": 16 * 64, "bound": 2 * 32 * 4}
     assert {name: ESTIMATORS[name].cost(config) for name in ESTIMATORS} == {
