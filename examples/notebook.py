@@ -27,7 +27,7 @@ table = summarize(
     documents | {"nothing": ""},
     model=ROOT / "models/tiny-reader",
     question="List the key findings in order.",
-    preset="robust",
+    preset="sampled",
     budget=0.3,
     block_size=16,
     dense_layers=0,
@@ -62,7 +62,7 @@ for row in ok.to_pylist():
 # %%
 lengths = [8192, 16384, 32768, 65536, 131072]
 print("tokens  ", *(f"{length:>8,}" for length in lengths))
-for preset in ("paper", "release", "robust"):
+for preset in ("sampled", "paper", "release", "robust"):
     densities = [prompt_budget(length, StemConfig.preset(preset)).density for length in lengths]
     print(f"{preset:<8}", *(f"{density:>8.3f}" for density in densities))
 
@@ -70,6 +70,6 @@ for preset in ("paper", "release", "robust"):
 # How many blocks each query block may read, from the prompt's start to its end, at 32,768 tokens:
 
 # %%
-budgets = prompt_budget(32768, StemConfig.preset("release")).budgets
+budgets = prompt_budget(32768, StemConfig.preset("sampled")).budgets
 for first in np.linspace(0, len(budgets) - 1, 9).astype(int):
     print(f"block {first:>3} of {len(budgets)}: {'#' * (budgets[first] // 2)} {budgets[first]} of {first + 1}")

@@ -11,7 +11,7 @@ TEXT = (ROOT / "examples/documents/newton-opticks-planted.txt").read_text(encodi
 
 model = AutoModelForCausalLM.from_pretrained(ROOT / "models/tiny-reader").eval()
 tokenizer = AutoTokenizer.from_pretrained(ROOT / "models/tiny-reader")
-patch_model(model, StemConfig.preset("robust", density=0.3, block_size=16, dense_layers=0))
+patch_model(model, StemConfig.preset("sampled", schedule="density", density=0.3, block_size=16, dense_layers=0))
 prompt = tokenizer.apply_chat_template(
     [{"role": "user", "content": f"{TEXT}\n\nList the key findings in order."}],
     add_generation_prompt=True, return_tensors="pt", return_dict=True,

@@ -32,7 +32,7 @@ if __name__ == "__main__":
             "keep_columns": ["year"],
             "columns": ["document_id", "status", "error", "output", "density"],
             # Settings of the job, as in examples/demo.yaml.
-            "preset": "robust", "budget": 0.3, "block_size": 16, "dense_layers": 0,
+            "preset": "sampled", "budget": 0.3, "block_size": 16, "dense_layers": 0,
         },
         batch_size=8,  # documents that are in the engine together
         compute=ray.data.ActorPoolStrategy(size=1),  # actors, each with a model; on GPUs with num_gpus=1

@@ -23,7 +23,7 @@ UNUSED = (
     "keep_columns", "temperature", "top_p", "workers", "deadline", "max_attempts", "flush_documents", "flush_seconds",
     "compact", "resume", "retry_failed", "force", "dry_run", "ray_address",
 )  # fmt: skip
-DEFAULT_PRESETS = ("release", "robust")
+DEFAULT_PRESETS = ("sampled", "release")
 GPU_SAMPLE, CPU_SAMPLE = 8, 4
 # Prompts of these lengths are timed besides the documents. Presets attend densely below 6,144 tokens.
 GPU_LENGTHS = (4096, 6144, 8192, 12288, 16384, 32768)

@@ -83,7 +83,7 @@ def table_cases(q: Tensor, k: Tensor, v: Tensor, densities: list[float], flex: b
         if fp8:
             name = f"{density:.0%} Stem fp8, selection and preparation included"
             yield Case(name, partial(stem_fp8, config), fp8=fp8)
-    for name in ("release", "robust"):
+    for name in ("sampled", "release"):
         config = StemConfig.preset(name)
         yield Case(f"{name} preset, selection included", partial(stem, q, k, v, config))
 

@@ -16,9 +16,16 @@ TILE_COST = 2.5  # prologue and epilogue, in blocks
 
 
 def tiles_of_programs(
-    monkeypatch: pytest.MonkeyPatch, rows: int, batch: int, kv_heads: int, group: int, most: int = PROGRAMS
+    monkeypatch: pytest.MonkeyPatch,
+    rows: int,
+    batch: int,
+    kv_heads: int,
+    group: int,
+    most: int = PROGRAMS,
+    order: torch.Tensor | None = None,
 ) -> list[list[tuple[int, int, int]]]:
-    """For each program (batch, head, query block) of its tiles, in order."""
+    """For each program (batch, head, query block) of its tiles, in turn. order: as BlockSelection has it."""
+    flat = [] if order is None else order.flatten().tolist()
     programs = min(most, batch * kv_heads * group * rows)
     lanes = batch * kv_heads
     program = SimpleNamespace(id=0)
@@ -27,12 +34,13 @@ def tiles_of_programs(
         program_id=lambda axis: program.id,
         cdiv=lambda a, b: -(-a // b),
         where=lambda condition, a, b: a if condition else b,
+        load=lambda place, mask, other: flat[place] if mask else other,
     )
     monkeypatch.setattr(gluon_common, "gl", language)
     loads = []
     for program.id in range(programs):
         turns = [
-            gluon_common.tile_of.fn(turn, rows, lanes, kv_heads, group)
+            gluon_common.tile_of.fn(turn, 0, rows, lanes, kv_heads, group, order is not None)
             for turn in range(gluon_common.count_turns.fn(rows, lanes, group))
         ]
         assert all(kv_head == head // group for there, _, head, kv_head, _ in turns if there)
@@ -71,6 +79,21 @@ def test_the_order_by_counts(monkeypatch: pytest.MonkeyPatch, rows: int, batch: 
     for lane, tiles in enumerate(order.flatten(0, 1).tolist()):
         size = [int(counts[tile]) for tile in load[lane * group * rows : (lane + 1) * group * rows]]
         assert tiles == sorted(range(group * rows), key=lambda tile: -size[tile])
+
+
+def test_in_order_of_their_counts_loads_are_evener(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads that keep between a fifth and four times of a row's budget, as where they share it."""
+    rows, kv_heads, group = 128, 8, 4
+    generator = torch.Generator().manual_seed(0)
+    counts = (50 * torch.rand(1, kv_heads * group, rows, generator=generator).mul(3).sub(1.6).exp2()).int() + 1
+
+    def worst(order: torch.Tensor | None) -> float:
+        loads = tiles_of_programs(monkeypatch, rows, 1, kv_heads, group, order=order)
+        assert sum(map(len, loads)) == len({tile for load in loads for tile in load}) == counts.numel()
+        costs = [sum(float(counts[tile]) + TILE_COST for tile in load) for load in loads]
+        return max(costs) / (sum(costs) / len(costs))
+
+    assert worst(tile_order(counts, kv_heads)) < 1.1 < worst(None)
 
 
 def test_heads_that_do_not_divide_are_refused() -> None:

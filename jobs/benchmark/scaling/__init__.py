@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--documents", type=int, default=192, help="best a multiple of workers x max-live (192)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768], metavar="N", help="prompts, in turn (32768)")
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--preset", default="release", choices=tuple(PRESETS))
+    parser.add_argument("--preset", default="sampled", choices=tuple(PRESETS))
     parser.add_argument("--budget", type=float, help="share of the blocks, instead of the preset's schedule")
     parser.add_argument("--chunk-tokens", type=int, default=EngineConfig.chunk_tokens)
     parser.add_argument("--max-live", type=int, default=8, help="documents that a worker decodes together (8)")
