@@ -54,7 +54,12 @@ COLUMNS: tuple[Column, ...] = (
     Column("output_tokens", _INT, "tokens generated; all parts together where it was processed in parts"),
     Column("truncated_tokens", _INT, "tokens cut from the document's middle to make it fit"),
     Column("parts", pa.int32(), "1, or the number of parts that were processed alone before their outputs were merged"),
-    Column("precision", _TEXT, "fp8, bf16, fp16 or fp32: of the weights, the attention and its keys and values"),
+    Column(
+        "precision",
+        _TEXT,
+        "fp8, bf16, fp16 or fp32: of the weights, the attention and its keys and values; behind fp8 the layers whose "
+        "attention stays in another one, `fp8, layer 0 in bf16` say",
+    ),
     Column("attention", _TEXT, "stem or dense, as it ran for this document"),
     Column("attention_reason", _TEXT, "why the attention is not the one asked for; empty if it is"),
     Column(

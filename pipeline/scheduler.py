@@ -237,7 +237,8 @@ class Scheduler:
             del self._starting[event.worker]
             self._failed_starts = 0
             self.started[event.worker] = event.info
-            for line in event.info.get("engine", {}).get("slower", ()):
+            engine = event.info.get("engine", {})
+            for line in (*engine.get("slower", ()), *engine.get("notes", ())):
                 if line not in self._told:
                     self._told.add(line)
                     self._log(line)

@@ -54,8 +54,8 @@ class PrefillContext:
     keys: what the estimator keeps of earlier chunks' keys, by layer, filled by the attention.
     windows, queries: by layer, the sliding window, None for none, and how many queries the model hands to the
         attention, which notes them here.
-    quantized: by layer, the document's keys and values in fp8, this chunk's included: the attention runs in fp8 then,
-        and the keys and values that the model hands over are those of the chunk alone.
+    quantized: of the layers that are in fp8, the document's keys and values, this chunk's included: their attention
+        runs in fp8, and the keys and values that the model hands over are those of the chunk alone.
     last_layer: the attention layer that runs last, if a chunk that the prompt goes on behind may end there: its keys
         and values are in the cache by then, and nobody reads what would follow (see PromptGoesOn).
     mass: gets what the sparse layers keep of the attention mass; None: nothing is measured.
@@ -87,8 +87,8 @@ class DecodeContext:
 
     starts: int64 [S], first arena row of each document. lengths: int32 [S], tokens it holds, the new one included; 0
     for an unused slot. max_length: a bound on `lengths` that is known on the host.
-    The model's cache returns the whole arenas [1, Hkv, T, D] from `update`, unless they are in fp8.
-    quantized: by layer, the whole arena in fp8, the new tokens included; empty where the arenas are not in fp8.
+    The model's cache returns a layer's whole arena [1, Hkv, T, D] from `update`, unless it is in fp8.
+    quantized: of the layers that are in fp8, the whole arena, the new tokens included.
     """
 
     starts: Tensor

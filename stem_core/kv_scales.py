@@ -2,36 +2,66 @@
 
 A scale is a power of two with room for values HEADROOM times as large as those seen: e4m3 is a floating format, so that
 room costs no precision (kernels.fp8_heads has the measurement), and a power of two makes scaling itself exact.
+
+No scale helps a layer whose keys have a few channels that dwarf all others: 3% of such a channel, times the query, is
+noise of several units in the logits. So calibration also measures what rounding does to each layer's output; a layer
+that it harms (WIDE_ERROR) gets no scales: it is wide, its queries, keys and values stay in the model's own type.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from kernels.fp8_heads import FP8_MAX, HeadScales
+from kernels.fp8_heads.reference import quantize
 from stem_core.attention import attention_forward
 from stem_core.patch import ATTENTION_NAME
 from stem_core.policy import LayerPolicy
 
 HEADROOM = 16.0
+# A layer whose attention output e4m3 changes by more than this share is wide. Found in float32 with the engine's
+# calibration prompts (pipeline.engine.calibration), and on essays: Qwen2.5-1.5B 36 and 47% in layer 0, which alone
+# ruins the model, at most 17% in others; Qwen2.5-0.5B 41 and 37% in layer 0, 29 and 30% in layer 4, at most 19% in
+# others; tiny-reader at most 6%. The limit is halfway, as factors, between 17 and 36%.
+WIDE_ERROR = 0.25
+# Tokens of each prompt, its first ones, on which the errors are measured; attention is causal.
+ERROR_TOKENS = 512
 
 # Largest magnitudes by layer: q [H], k [Hkv], v [Hkv], float32.
 Peaks = dict[int, tuple[Tensor, Tensor, Tensor]]
+# By layer; None for a wide one.
+LayerScales = Mapping[int, HeadScales | None]
 
 
-def calibrate(
-    model: nn.Module, prompts: Sequence[Sequence[int]], *, headroom: float = HEADROOM
-) -> dict[int, HeadScales]:
+@dataclass(frozen=True)
+class Calibration:
+    """What a calibration run found, by layer.
+
+    scales: None for a wide layer. errors: of the attention's output by rounding q, k and v (see rounding_errors).
+    """
+
+    scales: LayerScales = field(default_factory=dict)
+    errors: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def wide(self) -> dict[int, float]:
+        """The errors of the wide layers."""
+        return {layer: self.errors[layer] for layer, scales in self.scales.items() if scales is None}
+
+
+def calibrate(model: nn.Module, prompts: Sequence[Sequence[int]], *, headroom: float = HEADROOM) -> Calibration:
     """Scales of every attention layer of a patched model (`patch_model`), by layer index, on the layers' devices.
 
-    prompts: token ids, each run by itself, without a cache. They should look like the production's own prompts, the
-        first token included: models put their largest keys on it. A few thousand tokens do.
+    prompts: token ids, each run by itself, without a cache, twice. They should look like the production's own prompts,
+        the first token included: models put their largest keys on it. A few thousand tokens do.
     headroom: how much larger than any value seen a value may be before it saturates; at least 1.
     Raises ValueError without prompts, for an empty one, for values that are not finite, or where no attention layer of
     the model ran through Stem.
@@ -40,36 +70,102 @@ def calibrate(
         raise ValueError("calibration needs at least one prompt, and tokens in each")
     if not headroom >= 1:
         raise ValueError(f"headroom must be at least 1, got {headroom}")
-    device = next(model.parameters()).device
-    with recording() as peaks, torch.inference_mode():
-        for prompt in prompts:
-            ids = torch.tensor([list(map(int, prompt))], device=device)
-            model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    with recording() as peaks:
+        _read(model, prompts)
     if not peaks:
         raise ValueError(f"no attention layer of {type(model).__name__} ran through Stem: call patch_model first")
-    return {layer: _scales(layer, *found, headroom) for layer, found in sorted(peaks.items())}
+    scales = {layer: _scales(layer, *found, headroom) for layer, found in sorted(peaks.items())}
+    errors = rounding_errors(model, prompts, scales)
+    return Calibration({i: None if errors[i] > WIDE_ERROR else found for i, found in scales.items()}, errors)
+
+
+def rounding_errors(
+    model: nn.Module, prompts: Sequence[Sequence[int]], scales: Mapping[int, HeadScales]
+) -> dict[int, float]:
+    """By layer, the error of the attention's output where q, k and v are rounded to e4m3, as a share of its norm.
+
+    Over all heads and prompts together; causal softmax in float32, whatever window or selection the layer has.
+    """
+    squares: dict[int, Tensor] = {}
+
+    def note(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
+        found = _squares(q, k, v, scales[layer], scale)
+        squares[layer] = squares[layer] + found if layer in squares else found
+
+    with _watching(note):
+        _read(model, prompts)
+    sums = {layer: found.tolist() for layer, found in sorted(squares.items())}
+    return {layer: math.sqrt(error / norm) if norm else 0.0 for layer, (error, norm) in sums.items()}
 
 
 @contextmanager
 def recording() -> Iterator[Peaks]:
     """Inside, every call of Stem's attention function notes the largest magnitudes of its queries, keys and values."""
-    from transformers import AttentionInterface
-
     peaks: Peaks = {}
 
-    def note(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def note(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
+        found = tuple(x.detach().abs().amax(dim=(0, 2, 3)).float() for x in (q, k, v))
+        before = peaks.get(layer, found)
+        peaks[layer] = tuple(map(torch.maximum, before, found))  # type: ignore[assignment]
+
+    with _watching(note):
+        yield peaks
+
+
+class _Note(Protocol):
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None: ...
+
+
+@contextmanager
+def _watching(note: _Note) -> Iterator[None]:
+    """Inside, `note` gets what Stem's attention function is called with."""
+    from transformers import AttentionInterface
+
+    def forward(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+        scaling: float | None = None, *args: Any, **kwargs: Any,
+    ) -> Any:  # fmt: skip
         policy: LayerPolicy | None = getattr(module, "stem_policy", None)
         if policy is not None:
-            found = tuple(x.detach().abs().amax(dim=(0, 2, 3)).float() for x in (query, key, value))
-            before = peaks.get(policy.layer, found)
-            peaks[policy.layer] = tuple(map(torch.maximum, before, found))  # type: ignore[assignment]
-        return attention_forward(module, query, key, value, *args, **kwargs)
+            note(policy.layer, query, key, value, scaling)
+        return attention_forward(module, query, key, value, mask, scaling, *args, **kwargs)
 
-    AttentionInterface.register(ATTENTION_NAME, note)
+    AttentionInterface.register(ATTENTION_NAME, forward)
     try:
-        yield peaks
+        yield
     finally:
         AttentionInterface.register(ATTENTION_NAME, attention_forward)
+
+
+@torch.inference_mode()
+def _read(model: nn.Module, prompts: Sequence[Sequence[int]]) -> None:
+    device = next(model.parameters()).device
+    for prompt in prompts:
+        ids = torch.tensor([list(map(int, prompt))], device=device)
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+
+
+def _squares(q: Tensor, k: Tensor, v: Tensor, scales: HeadScales, scale: float | None) -> Tensor:
+    """Sums of squares float32 [2]: of the error, of the output. One kv head's heads at a time: memory stays small."""
+    q, k, v = (x[0, :, :ERROR_TOKENS].float() for x in (q, k, v))
+    rounded = [
+        quantize(x, by[:, None, None]).float() * by[:, None, None]
+        for x, by in ((q, scales.q), (k, scales.k), (v, scales.v))
+    ]
+    attend = partial(_causal_attention, scale=q.shape[-1] ** -0.5 if scale is None else scale)
+    group = q.shape[0] // k.shape[0]
+    sums = torch.zeros(2, device=q.device)
+    for head in range(k.shape[0]):
+        queries = slice(head * group, (head + 1) * group)
+        exact, got = (attend(x[queries], y[head], z[head]) for x, y, z in ((q, k, v), rounded))
+        sums += torch.stack([(got - exact).square().sum(), exact.square().sum()])
+    return sums
+
+
+def _causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """q [G, L, D]; k, v [L, D]."""
+    future = torch.ones(k.shape[0], k.shape[0], dtype=torch.bool, device=k.device).triu(1)
+    return (q @ k.mT * scale).masked_fill(future, -math.inf).softmax(dim=-1) @ v
 
 
 def _scales(layer: int, q: Tensor, k: Tensor, v: Tensor, headroom: float) -> HeadScales:
@@ -91,8 +187,11 @@ def power_of_two_scale(peak: Tensor, headroom: float = HEADROOM) -> Tensor:
     return scale.float().to(peak.device)
 
 
-def to_dict(scales: dict[int, HeadScales]) -> dict[str, dict[str, list[int]]]:
-    """Plain values for a JSON file: layer -> the exponents of two. Raises ValueError for other scales."""
+def to_dict(scales: LayerScales) -> dict[str, dict[str, list[int]] | None]:
+    """Plain values for a JSON file: layer -> the exponents of two, None for a wide layer.
+
+    Raises ValueError for other scales.
+    """
 
     def exponents(scale: Tensor) -> list[int]:
         found = [math.frexp(value) for value in scale.tolist()]
@@ -100,18 +199,19 @@ def to_dict(scales: dict[int, HeadScales]) -> dict[str, dict[str, list[int]]]:
             raise ValueError("only scales that are powers of two can be written")
         return [exponent - 1 for _, exponent in found]
 
-    return {
-        str(layer): {name: exponents(getattr(heads, name)) for name in ("q", "k", "v")}
-        for layer, heads in scales.items()
-    }
+    def written(heads: HeadScales | None) -> dict[str, list[int]] | None:
+        return None if heads is None else {name: exponents(getattr(heads, name)) for name in ("q", "k", "v")}
+
+    return {str(layer): written(heads) for layer, heads in scales.items()}
 
 
-def from_dict(content: dict[str, dict[str, list[int]]], device: torch.device) -> dict[int, HeadScales]:
+def from_dict(content: Mapping[str, dict[str, list[int]] | None], device: torch.device) -> dict[int, HeadScales | None]:
     """The inverse of `to_dict`."""
 
     def scale(exponents: list[int]) -> Tensor:
         return torch.tensor([2.0**exponent for exponent in exponents], device=device)
 
-    return {
-        int(layer): HeadScales(*(scale(heads[name]) for name in ("q", "k", "v"))) for layer, heads in content.items()
-    }
+    def read(heads: dict[str, list[int]] | None) -> HeadScales | None:
+        return None if heads is None else HeadScales(*(scale(heads[name]) for name in ("q", "k", "v")))
+
+    return {int(layer): read(heads) for layer, heads in content.items()}

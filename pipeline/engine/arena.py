@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.fp8_heads import FP8, HeadScales, append_kv, write_kv
+from kernels.fp8_heads import FP8, append_kv, write_kv
 from stem_core.context import QuantizedKV
+from stem_core.kv_scales import LayerScales
 
 # Extents start at multiples of this many tokens, so that a kernel's tiles of keys stay aligned, and the groups of 16
 # keys in which the values of an fp8 arena are permuted.
@@ -142,7 +143,7 @@ class Arena:
         raise NotImplementedError
 
     def quantized(self, extent: Extent | None = None) -> Mapping[int, QuantizedKV]:
-        """By layer, the keys and values of an extent, or of the whole arena; empty if they are not quantised."""
+        """Of the layers that are in fp8, the keys and values of an extent, or of the whole arena."""
         return {}
 
     def fill(self, extent: Extent) -> None:
@@ -196,34 +197,46 @@ class KVArena(Arena):
             tensor[:, extent.start : extent.start + extent.tokens].normal_()
 
 
-class Fp8KVArena(Arena):
-    """Keys k[i] [Hkv, T, D], transposed values vt[i] [Hkv, D, T] of all layers i in e4m3 (see kernels.fp8_heads).
+class Fp8KVArena(KVArena):
+    """Keys k[i] [Hkv, T, D], transposed values vt[i] [Hkv, D, T] of layers i in e4m3 (see kernels.fp8_heads).
 
-    scales: by layer. What is written is what the attention reads (`quantized`); the model gets its own k and v back.
+    scales: by layer; None for a wide one, which lies as in KVArena, in `dtype`. What is written to the others is what
+    their attention reads (`quantized`); the model gets its own k and v back.
     """
 
     def __init__(
-        self, shapes: dict[int, LayerShape], tokens: int, scales: dict[int, HeadScales], device: Devices
+        self, shapes: dict[int, LayerShape], tokens: int, scales: LayerScales, dtype: torch.dtype, device: Devices
     ) -> None:
-        super().__init__(tokens, device)
+        self.scales = {i: scales[i] for i in shapes}
+        super().__init__({i: shape for i, shape in shapes.items() if scales[i] is None}, tokens, dtype, device)
         rows = self.capacity + ALIGNMENT
-        self.k = {i: self._allocate(i, shape.kv_heads, rows, shape.head_dim, dtype=FP8) for i, shape in shapes.items()}
-        self.vt = {i: self._allocate(i, shape.kv_heads, shape.head_dim, rows, dtype=FP8) for i, shape in shapes.items()}
-        self.scales = scales
-        self._whole = {i: QuantizedKV(self.k[i], self.vt[i], scales[i]) for i in shapes}
+        self.vt: dict[int, Tensor] = {}
+        self._whole: dict[int, QuantizedKV] = {}
+        for i, heads in self.scales.items():
+            if heads is not None:
+                shape = shapes[i]
+                self.k[i] = self._allocate(i, shape.kv_heads, rows, shape.head_dim, dtype=FP8)
+                self.vt[i] = self._allocate(i, shape.kv_heads, shape.head_dim, rows, dtype=FP8)
+                self._whole[i] = QuantizedKV(self.k[i], self.vt[i], heads)
 
     def tensors(self) -> list[Tensor]:
         """All that was allocated."""
-        return [*self.k.values(), *self.vt.values()]
+        return [*super().tensors(), *self.vt.values()]
 
     def write(self, layer: int, k: Tensor, v: Tensor, extent: Extent, seen: int) -> tuple[Tensor, Tensor]:
-        """See Arena. Returns k and v."""
-        write_kv(k, v, self.scales[layer], self.k[layer], self.vt[layer], extent.start + seen)
+        """See Arena. Returns k and v, for a wide layer the document so far."""
+        scales = self.scales[layer]
+        if scales is None:
+            return super().write(layer, k, v, extent, seen)
+        write_kv(k, v, scales, self.k[layer], self.vt[layer], extent.start + seen)
         return k, v
 
     def append(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """See Arena. Returns k and v."""
-        append_kv(k[:, :, 0], v[:, :, 0], self.scales[layer], self.k[layer], self.vt[layer], slots)
+        """See Arena. Returns k and v, for a wide layer its whole arena."""
+        scales = self.scales[layer]
+        if scales is None:
+            return super().append(layer, k, v, slots)
+        append_kv(k[:, :, 0], v[:, :, 0], scales, self.k[layer], self.vt[layer], slots)
         return k, v
 
     def quantized(self, extent: Extent | None = None) -> Mapping[int, QuantizedKV]:
@@ -236,7 +249,7 @@ class Fp8KVArena(Arena):
     def fill(self, extent: Extent) -> None:
         """See Arena; the same in all heads."""
         part = slice(extent.start, extent.start + extent.tokens)
-        for tensor in (*self.k.values(), *(vt.mT for vt in self.vt.values())):
-            values = torch.randn(extent.tokens, tensor.shape[-1], device=tensor.device).to(FP8)
+        for tensor in (*self.k.values(), *self.v.values(), *(vt.mT for vt in self.vt.values())):
+            values = torch.randn(extent.tokens, tensor.shape[-1], device=tensor.device).to(tensor.dtype)
             for head in tensor:
                 head[part] = values

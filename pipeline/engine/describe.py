@@ -14,9 +14,9 @@ from kernels.decode_attention import choose_decode_attention
 from kernels.decode_attention_fp8 import choose_decode_attention_fp8
 from kernels.dispatch import Choice
 from pipeline.engine.config import EngineConfig
+from pipeline.engine.precision import describe_precision
 from pipeline.engine.runner import ModelRunner
 from pipeline.versions import versions
-from stem_core.config import StemConfig
 from stem_core.estimators import ESTIMATORS
 from stem_core.fp8 import describe_fp8
 from stem_core.fuse import describe_fusion
@@ -31,14 +31,20 @@ def describe_engine(runner: ModelRunner, config: EngineConfig) -> dict[str, Any]
         "model": config.model,
         "device": ", ".join(map(str, runner.devices)),
         "gpu": _gpus(runner.devices),
-        "precision": runner.precision.name,
+        "precision": describe_precision(runner.precision, runner.calibration),
         "dtype": str(runner.dtype).removeprefix("torch."),
-        "fp8": describe_fp8(runner.model) if runner.precision.fp8 else None,
+        "fp8": describe_fp8(runner.model) | _describe_layers(runner) if runner.precision.fp8 else None,
         "attention": "dense" if attention is None else "stem",
         "attention_config": None if attention is None else attention.to_dict(),
         "fusion": describe_fusion(runner.model),
         "versions": versions(),
     }
+
+
+def _describe_layers(runner: ModelRunner) -> dict[str, Any]:
+    """{"wide_layers": [...], "attention_errors": [...] of all layers}, see stem_core.kv_scales."""
+    found = runner.calibration
+    return {"wide_layers": list(found.wide), "attention_errors": [round(error, 4) for error in found.errors.values()]}
 
 
 def _gpus(devices: Sequence[torch.device]) -> str:
@@ -51,14 +57,14 @@ def describe_kernels(runner: ModelRunner, prompt_tokens: int, dense: bool = Fals
     """Implementation of each operation on the runner's device, dtype and head size, for a prompt of so many tokens.
 
     dense: no layer is sparse, whatever the model's attention says. Where layers differ in their implementation of
-    prefill (dense ones beside sparse ones, sliding windows), all are named.
+    prefill (dense ones beside sparse ones, sliding windows), all are named; where some are wide, those of either kind.
     """
-    choices, stem = _choices(runner, prompt_tokens, dense)
-    kind = {"prefill": "fp8 ", "decode": "fp8 "} if runner.precision.fp8 else {}
-    if stem is not None:
-        kind["scores"] = f"{stem.estimator} "
+    choices = _choices(runner, prompt_tokens, dense)
     chosen = {
-        name: kind.get(name, "") + " and ".join(dict.fromkeys(map(str, found))) for name, found in choices.items()
+        name: " + ".join(
+            kind + " and ".join(dict.fromkeys(map(str, found))) for kind, found in by_kind.items() if found
+        )
+        for name, by_kind in choices.items()
     }
     if runner.precision.fp8:
         fast = describe_fp8(runner.model)["fast_accumulation"]
@@ -68,41 +74,45 @@ def describe_kernels(runner: ModelRunner, prompt_tokens: int, dense: bool = Fals
 
 def slower_paths(runner: ModelRunner, prompt_tokens: int) -> list[str]:
     """A sentence for each operation that runs on a slower path than there is; nothing on a CPU."""
-    choices, _ = _choices(runner, prompt_tokens, dense=False)
-    sentences = [
-        choice.slower(name if len(found) == 1 else f"{name} of some layers")
-        for name, found in choices.items()
-        for choice in found
-    ]
-    return [sentence for sentence in sentences if sentence]
+    sentences = []
+    for name, by_kind in _choices(runner, prompt_tokens, dense=False).items():
+        found = [choice for kind in by_kind.values() for choice in kind]
+        sentences += [choice.slower(name if len(found) == 1 else f"{name} of some layers") for choice in found]
+    return [sentence for sentence in dict.fromkeys(sentences) if sentence]
 
 
-def _choices(runner: ModelRunner, prompt_tokens: int, dense: bool) -> tuple[dict[str, list[Choice]], StemConfig | None]:
-    """The implementations of each operation, different ones once; and the attention of sparse layers, if there are any.
+def _choices(runner: ModelRunner, prompt_tokens: int, dense: bool) -> dict[str, dict[str, list[Choice]]]:
+    """The implementations of each operation, by what they are called with ("fp8 ", say); different ones once.
 
     Windows and budgets are those of stem_core.policy, by which attention itself goes.
     """
     shape = next(iter(runner.shapes.values()))
     q = torch.empty(1, 1, 1, shape.head_dim, dtype=runner.dtype, device=runner.device)
     stem = None
-    layers: dict[tuple[int, int | None], None] = {}  # block size and window, in the order of the layers
+    fp8: dict[tuple[int, int | None], None] = {}  # block size and window, in the order of the layers
+    wide: dict[tuple[int, int | None], None] = {}
     for policy, window in runner.layers:
         block_size = DENSE_BLOCK_SIZE
         if not dense and policy.budget(prompt_tokens, window).budgets is not None:
             assert policy.config is not None
             stem, block_size = policy.config, policy.config.block_size
-        layers[block_size, cutting_window(prompt_tokens, window)] = None
-    if runner.precision.fp8:
-        prefill = [
+        (fp8 if runner.is_fp8(policy.layer) else wide)[block_size, cutting_window(prompt_tokens, window)] = None
+    other = f"{runner.precision.dtype_name} " if runner.precision.fp8 else ""
+    prefill = {
+        "fp8 ": [
             choose_block_sparse_attention_fp8(q, block_size, window=window, dtype=runner.dtype)
-            for block_size, window in layers
-        ]
-        decode = choose_decode_attention_fp8(q[0])
-    else:
-        prefill = [choose_block_sparse_attention(q, block_size, window=window) for block_size, window in layers]
-        decode = choose_decode_attention(q[0])
-    choices = {"prefill": list(dict.fromkeys(prefill)), "decode": [decode]}
+            for block_size, window in fp8
+        ],
+        other: [choose_block_sparse_attention(q, block_size, window=window) for block_size, window in wide],
+    }
+    choices = {
+        "prefill": {kind: list(dict.fromkeys(found)) for kind, found in prefill.items()},
+        "decode": {
+            "fp8 ": [choose_decode_attention_fp8(q[0])] if fp8 else [],
+            other: [choose_decode_attention(q[0])] if wide else [],
+        },
+    }
     if stem is not None:
-        choices["scores"] = [ESTIMATORS[stem.estimator].choose(q)]
-        choices["selection"] = [selection_rule(stem).choose(runner.device)]
-    return choices, stem
+        choices["scores"] = {f"{stem.estimator} ": [ESTIMATORS[stem.estimator].choose(q)]}
+        choices["selection"] = {"": [selection_rule(stem).choose(runner.device)]}
+    return choices

@@ -26,6 +26,7 @@ from pipeline.engine.loading import stop_token_ids
 from pipeline.engine.memory import allocate_arena, load_and_plan, release_memory
 from pipeline.engine.meter import Meter, check_devices, is_out_of_memory
 from pipeline.engine.plan import MemoryPlan
+from pipeline.engine.precision import wide_note
 from pipeline.engine.prefill import Prefill, attention_plan, chunk_size
 from pipeline.engine.runner import ModelRunner
 
@@ -90,11 +91,13 @@ class Engine:
 
     def describe(self) -> dict[str, Any]:
         """What runs here: device, precision, attention, kernels, decode mode, versions. dtype: of activations; kernels
-        and slower (sentences): for the longest prompts."""
+        and slower (sentences): for the longest prompts. notes: sentences on what is not as one might expect."""
+        note = wide_note(self._runner.precision, self._runner.calibration)
         return describe_engine(self._runner, self.config) | {
             "chunk_tokens": self._chunk,
             "kernels": describe_kernels(self._runner, self.max_context),
             "slower": slower_paths(self._runner, self.max_context),
+            "notes": [note] if note else [],
             "decode": self._decode.mode,
         }
 

@@ -20,6 +20,10 @@ GIB = 2**30
 HOST_SHARE = 0.4
 # A measured peak is stretched by this, since other lengths split memory differently.
 RESERVE_FACTOR = 1.15
+# Which layers are wide (stem_core.kv_scales) is measured on the loaded model, and the engine's own plan goes by it.
+ESTIMATED_IN_FP8 = (
+    "           with all layers in fp8; after loading, those that it would harm, at most a third, have 16 bits"
+)
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,7 @@ class MemoryPlan:
             f"  weights  {self.weight_bytes / GIB:.2f} GiB",
             f"  reserve  {self.reserve_bytes / GIB:.2f} GiB for activations and decoding",
             f"  KV       {kv}",
+            *([ESTIMATED_IN_FP8] if self.estimated and self.precision == "fp8" else []),
             *parts,
             f"  {context}; at once: {self.documents(32_768)} of 32K, {self.documents(131_072)} of 128K",
         ]

@@ -15,7 +15,10 @@ from pipeline.engine.config import EngineError
 from stem_core.config import StemConfig
 from stem_core.estimators import ESTIMATORS
 from stem_core.fp8 import Fp8Linear
+from stem_core.kv_scales import WIDE_ERROR, Calibration
 
+# Share of a model's layers that may be wide (stem_core.kv_scales) in fp8.
+MOST_WIDE = 1 / 3
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -33,8 +36,13 @@ class Precision:
 
     @property
     def kv_dtype(self) -> torch.dtype:
-        """The type of keys and values in the arena."""
+        """The type of keys and values in the arena, those of wide layers (stem_core.kv_scales) excepted."""
         return FP8 if self.fp8 else self.dtype
+
+    @property
+    def dtype_name(self) -> str:
+        """bf16, say: of what is not in fp8."""
+        return _name(self.dtype)
 
 
 def model_precision(model: nn.Module) -> Precision:
@@ -42,7 +50,11 @@ def model_precision(model: nn.Module) -> Precision:
     dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
     if any(isinstance(module, Fp8Linear) for module in model.modules()):
         return Precision("fp8", dtype)
-    return Precision(next((name for name, known in DTYPES.items() if known == dtype), str(dtype)), dtype)
+    return Precision(_name(dtype), dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype))
 
 
 def resolve_precision(asked: str, device: torch.device, hf_config: Any) -> Precision:
@@ -86,6 +98,42 @@ def check_fp8_attention(shapes: dict[int, LayerShape], attention: StemConfig | N
     obstacle = "" if attention is None else fp8_block_obstacle(attention)
     if obstacle:
         raise EngineError(f"precision 'fp8': {obstacle}; change it or use another precision")
+
+
+def check_wide_layers(calibration: Calibration, precision: Precision) -> None:
+    """Raise EngineError for a model of whose layers more than MOST_WIDE are wide: little of it would be in fp8."""
+    wide, layers = calibration.wide, len(calibration.scales)
+    if len(wide) > MOST_WIDE * layers:
+        raise EngineError(
+            f"precision 'fp8' would change the output of the attention of {len(wide)} of this model's {layers} layers "
+            f"by more than {WIDE_ERROR:.0%} (up to {max(wide.values()):.0%}): use {precision.dtype_name}"
+        )
+
+
+def wide_layers(calibration: Calibration) -> str:
+    """ "layers 0 and 1"; empty if no layer is wide."""
+    names = [str(layer) for layer in calibration.wide]
+    if len(names) < 2:
+        return "".join(f"layer {name}" for name in names)
+    return f"layers {', '.join(names[:-1])} and {names[-1]}"
+
+
+def describe_precision(precision: Precision, calibration: Calibration) -> str:
+    """ "bf16", "fp8" or "fp8, layers 0 and 1 in bf16"."""
+    wide = wide_layers(calibration)
+    return f"{precision.name}, {wide} in {precision.dtype_name}" if wide else precision.name
+
+
+def wide_note(precision: Precision, calibration: Calibration) -> str:
+    """A sentence that says which layers are wide, and why; empty if none is."""
+    if not calibration.wide:
+        return ""
+    errors = " and ".join(f"{error:.0%}" for error in calibration.wide.values())
+    return (
+        f"fp8: attention and KV of {wide_layers(calibration)} stay in {precision.dtype_name}, since e4m3 would change "
+        f"the attention's output by {errors} there (limit {WIDE_ERROR:.0%}, the largest other "
+        f"{max(error for layer, error in calibration.errors.items() if layer not in calibration.wide):.1%})"
+    )
 
 
 def fp8_block_obstacle(attention: StemConfig) -> str:

@@ -7,20 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kernels.fp8_heads import HeadScales
+from kernels.fp8_heads import FP8
 from pipeline.engine.arena import Arena, Fp8KVArena, KVArena, LayerShape
 from pipeline.engine.cache import EngineCache, ProbeCache
 from pipeline.engine.calibration import calibration_prompts
 from pipeline.engine.checks import check_head_sizes, check_layers, check_state, kept_tensors, named_failures
 from pipeline.engine.config import EngineConfig, EngineError
 from pipeline.engine.loading import load_model
-from pipeline.engine.precision import check_fp8_attention, model_precision
+from pipeline.engine.precision import check_fp8_attention, check_wide_layers, model_precision
 from pipeline.engine.rope import prepare_rope
 from pipeline.engine.self_check import is_tested, self_check
 from stem_core.config import StemConfig
 from stem_core.context import PrefillContext, StemContext
 from stem_core.fuse import fuse_model
-from stem_core.kv_scales import calibrate
+from stem_core.kv_scales import Calibration, calibrate
 from stem_core.patch import UnsupportedModelError, layer_policies, patch_model
 from stem_core.policy import LayerPolicy
 
@@ -33,9 +33,10 @@ class ModelRunner:
     that asks for it.
 
     device: of token ids and logits. devices: all of the model, in the order of its layers. layer_devices: by layer.
-    precision: as the model was loaded. In fp8 attention and KV are in fp8 too.
+    precision: as the model was loaded. In fp8 attention and KV are in fp8 too, except in layers that this would harm
+        (wide ones, see stem_core.kv_scales).
     shapes: what each layer caches. layers: policy and sliding window of each attention layer, in the model's order.
-    scales: of keys, values and queries in fp8, by layer; empty in other precisions.
+    calibration: scales of keys, values and queries in fp8, and which layers are wide; empty in other precisions.
     """
 
     def __init__(self, model: nn.Module, attention: StemConfig | None, fuse: bool | None = None) -> None:
@@ -49,10 +50,11 @@ class ModelRunner:
         self._rope = prepare_rope(model)
         self._probe()
         self.devices = tuple(dict.fromkeys([self.device, *self.layer_devices.values()]))
-        self.scales: dict[int, HeadScales] = {}
+        self.calibration = Calibration()
         if self.precision.fp8:
             check_fp8_attention(self.shapes, attention)
-            self.scales = self._calibrate()
+            self.calibration = self._calibrate()
+            check_wide_layers(self.calibration, self.precision)
 
     def attend(self, attention: StemConfig | None) -> None:
         """Change the attention of prefill. Raises EngineError for blocks that the precision cannot take."""
@@ -61,18 +63,22 @@ class ModelRunner:
         patch_model(self.model, attention)
         self._probe()
 
+    def is_fp8(self, layer: int) -> bool:
+        """Whether the attention and KV of a layer are in fp8."""
+        return self.calibration.scales.get(layer) is not None
+
     def bytes_per_token(self, device: torch.device | None = None) -> int:
         """Keys and values of all layers, or of those on a device."""
         return sum(
-            shape.bytes_per_token(self.precision.kv_dtype)
+            shape.bytes_per_token(FP8 if self.is_fp8(layer) else self.dtype)
             for layer, shape in self.shapes.items()
             if device is None or self.layer_devices[layer] == device
         )
 
     def new_arena(self, tokens: int) -> Arena:
-        """An arena of `tokens` tokens in the runner's precision, each layer's part on the layer's device."""
+        """An arena of `tokens` tokens, each layer's part in the layer's precision and on its device."""
         if self.precision.fp8:
-            return Fp8KVArena(self.shapes, tokens, self.scales, self.layer_devices)
+            return Fp8KVArena(self.shapes, tokens, self.calibration.scales, self.dtype, self.layer_devices)
         return KVArena(self.shapes, tokens, self.dtype, self.layer_devices)
 
     @torch.inference_mode()
@@ -94,8 +100,8 @@ class ModelRunner:
         )
         return out.logits[:, -1]
 
-    def _calibrate(self) -> dict[int, HeadScales]:
-        """Static fp8 scales of every layer, from fixed prompts."""
+    def _calibrate(self) -> Calibration:
+        """Static fp8 scales of every layer, or that it is wide, from fixed prompts."""
         config = self.model.config
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
         prompts = calibration_prompts(self.vocabulary, getattr(config, "bos_token_id", None), limit)

@@ -153,7 +153,7 @@ def test_decoding_continues_what_prefill_wrote(tmp_path: Path, tokens: int) -> N
 
 def arena() -> Fp8KVArena:
     scales = {0: HeadScales(torch.ones(4), torch.tensor([1.0, 0.5]), torch.tensor([2.0, 0.25]))}
-    made = Fp8KVArena({0: LayerShape(2, 16, 16)}, 512, scales, torch.device("cpu"))
+    made = Fp8KVArena({0: LayerShape(2, 16, 16)}, 512, scales, torch.float32, torch.device("cpu"))
     for tensor in made.tensors():
         tensor.view(torch.uint8).fill_(0x7F)  # NaN
     return made
@@ -349,7 +349,8 @@ def test_dummy_weights_are_the_same_in_every_precision(tmp_path: Path) -> None:
 
 def test_scales_are_those_of_real_documents_within_a_factor_of_two() -> None:
     engine = make(TINY_READER)
-    scales = engine._runner.scales
+    calibration = engine._runner.calibration
+    scales = {layer: heads for layer, heads in calibration.scales.items() if heads is not None}
     assert sorted(scales) == list(range(8))
     model = load_model(EngineConfig(str(TINY_READER), device="cpu"))
     from stem_core import patch_model

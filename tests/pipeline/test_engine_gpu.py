@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from engine_models import generate, last_logits, prompts, run, save_model
+from test_engine_wide_layers import biased_model
 
 from jobs.benchmark.engine.agreement import check_agreement
 from pipeline.engine import Engine, EngineConfig, Request, Sampling
@@ -193,6 +194,29 @@ def test_fp8_is_as_exact_as_its_reference(tmp_path: Path, architecture: str, att
     allowed, error = ((x - exact).norm() / exact.norm() for x in (reference, got))
     assert allowed < 0.2
     assert error < 1.5 * allowed + 0.02, f"{error:.3f}, reference {allowed:.3f}"
+
+
+@needs_fp8
+@pytest.mark.parametrize("attention", [None, WIDE.replace(estimator="mass")])
+def test_fp8_with_a_wide_layer(tmp_path: Path, attention: StemConfig | None) -> None:
+    """As exact as its reference, captured steps as eager ones, memory by the layer."""
+    folder = biased_model(tmp_path, **GENTLE)
+    (prompt,) = prompts([1500])
+    options = {"attention": attention, "arena_tokens": 16_384}
+    exact = prefill_logits(make(folder, device="cpu", precision="fp32", **options), prompt)
+    reference = prefill_logits(make(folder, device="cpu", precision="fp8", **options), prompt)
+    engine = make(folder, precision="fp8", **options)
+    assert engine.describe()["precision"] == "fp8, layer 0 in bf16"
+    assert engine.describe()["decode"] == "cuda graphs"
+    assert engine.plan().bytes_per_token == 2 * 2 * 64 * (2 + 1 + 1)
+    got = prefill_logits(engine, prompt)
+    allowed, error = ((x - exact).norm() / exact.norm() for x in (reference, got))
+    # The first layer's keys in bfloat16: 0.4% of 300 in a channel.
+    in_bf16 = (prefill_logits(make(folder, precision="bf16", **options), prompt) - exact).norm() / exact.norm()
+    assert allowed < 0.2
+    assert error < 1.5 * (allowed + in_bf16) + 0.02, f"{error:.3f}, reference {allowed:.3f}, bf16 {in_bf16:.3f}"
+    captured, eager = (tokens(make(folder, precision="fp8", cuda_graphs=graphs, **options)) for graphs in (True, False))
+    assert captured == eager
 
 
 @needs_fp8

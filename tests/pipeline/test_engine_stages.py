@@ -86,7 +86,7 @@ def test_fp8_on_three_devices(tmp_path: Path) -> None:
     model = load_model(config)
     with Devices(), torch.inference_mode():
         runner = ModelRunner(spread(model, 3)[0], config.attention, fuse=False)
-        assert [scales.k.device for scales in runner.scales.values()] == chips(3)
+        assert [scales.k.device for scales in runner.calibration.scales.values()] == chips(3)
         assert figures(run(Engine(config, runner), requests())) == expected
 
 

@@ -34,6 +34,7 @@ class Workers:
         self.order: list[str] = []
         self.careful: list[str] = []
         self.slower: list[str] = []
+        self.notes: list[str] = []
 
     def clock(self) -> float:
         return self.time
@@ -60,7 +61,7 @@ class Workers:
         events, later = [], []
         for worker in self.fresh:
             problem = next(self.starts, "")
-            info = {"max_live": self.max_live, "engine": {"slower": self.slower}}
+            info = {"max_live": self.max_live, "engine": {"slower": self.slower, "notes": self.notes}}
             if problem == "later":
                 later.append(worker)
             else:
@@ -105,13 +106,14 @@ def by_id(rows: list[Row]) -> dict[str, Row]:
 NAMES = [f"d{i}" for i in range(40)]
 
 
-def test_a_slower_path_is_told_once() -> None:
+def test_a_slower_path_and_notes_are_told_once() -> None:
     told: list[str] = []
     pool = Workers(ok)
     pool.slower = ["prefill runs on triton, not gluon: too old", "decode runs on reference, not triton: none"]
+    pool.notes = ["fp8: attention and KV of layer 0 stay in bf16"]
     Scheduler(pool, map(document, NAMES), len(NAMES), Limits(workers=2), lambda *_: None, log=told.append).run()
     assert pool.count == 2
-    assert told == pool.slower
+    assert told == [*pool.slower, *pool.notes]
 
 
 def test_documents_go_out_in_order_and_come_back_once() -> None:

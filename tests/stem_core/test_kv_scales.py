@@ -39,7 +39,7 @@ def test_scales_are_the_least_powers_of_two_with_headroom(model):
     with recording() as peaks, torch.inference_mode():
         for prompt in prompts():
             model(input_ids=torch.tensor([prompt]))
-    scales = calibrate(model, prompts(), headroom=4)
+    scales = calibrate(model, prompts(), headroom=4).scales
     assert sorted(scales) == [0, 1, 2]
     for layer, heads in scales.items():
         assert (heads.q.shape, heads.k.shape, heads.v.shape) == ((4,), (2,), (2,))
@@ -50,7 +50,7 @@ def test_scales_are_the_least_powers_of_two_with_headroom(model):
 
 
 def test_more_prompts_never_shrink_a_scale_and_the_order_does_not_matter(model):
-    few, many, turned = (calibrate(model, x) for x in (prompts(1), prompts(3), prompts(3)[::-1]))
+    few, many, turned = (calibrate(model, x).scales for x in (prompts(1), prompts(3), prompts(3)[::-1]))
     for layer in few:
         for name in ("q", "k", "v"):
             assert (getattr(many[layer], name) >= getattr(few[layer], name)).all()
@@ -69,7 +69,7 @@ def test_calibration_changes_nothing_and_leaves_nothing(model):
 
 
 def test_values_seen_in_calibration_do_not_saturate(model):
-    scales = calibrate(model, prompts(), headroom=1)[0]
+    scales = calibrate(model, prompts(), headroom=1).scales[0]
     x = torch.randn(1, 4, 8, 16)
     x *= (scales.q * 448)[:, None, None] / x.abs().amax()
     restored = quantize_heads(x, scales.q).float() * scales.q[:, None, None]
@@ -82,7 +82,7 @@ def test_values_seen_in_calibration_do_not_saturate(model):
 def test_exact_powers_zeros_and_round_trip(model):
     scale = power_of_two_scale(torch.tensor([448.0, 449.0, 0.0, 7.0, 1e-30]), headroom=1)
     assert scale.tolist() == [1.0, 2.0, 1.0, 2.0**-6, 2.0**-108]
-    scales = calibrate(model, prompts())
+    scales = calibrate(model, prompts()).scales
     content = json.loads(json.dumps(to_dict(scales)))
     restored = from_dict(content, torch.device("cpu"))
     for layer, heads in scales.items():
