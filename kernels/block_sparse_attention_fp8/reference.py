@@ -34,7 +34,8 @@ def block_sparse_attention_fp8(
     """See kernels.block_sparse_attention_fp8. Products and sums in float32. The sum that P is divided by is of P as
     rounded: weights that nearly agree are all rounded the same way, and that would shift the output.
 
-    The kernels differ in one point: they round P relative to the largest score so far, not to the row's.
+    The kernels differ: they round P relative to the largest score so far, not to the row's, and the portable one
+    divides by the sum of P before it is rounded, whose bias many keys even out (a tenth of a percent at 1,000).
     """
     known = query_start + q.shape[2]
     v = restore_keys(vt[..., : -(-known // 16) * 16])[..., :known].mT

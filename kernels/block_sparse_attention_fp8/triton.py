@@ -55,9 +55,11 @@ def _step(
     m_next = tl.maximum(m, tl.max(s, 1) * factor)
     # With a window a row may not have met a visible key yet: -inf - -inf would be NaN.
     shift = tl.where(m_next == -float("inf"), 0.0, m_next) if WINDOW else m_next
-    weights = tl.math.exp2(s * factor - (shift - WEIGHT_BITS)[:, None]).to(tl.float8e4nv)
+    weights = tl.math.exp2(s * factor - (shift - WEIGHT_BITS)[:, None])
     shrink = tl.math.exp2(m - shift)
-    total = total * shrink + tl.sum(weights.to(tl.float32), 1)
+    # Of P before it is rounded: read back from e4m3, ptxas 12.8 takes it from registers that were never written.
+    total = total * shrink + tl.sum(weights, 1)
+    weights = weights.to(tl.float8e4nv)
     # A fresh sum for each tile: Hopper's fp8 tensor cores truncate what they add to a sum that has grown.
     acc = tl.dot(weights, tl.trans(value_tile), acc * shrink[:, None], max_num_imprecise_acc=TILE_N)
     return acc, m_next, total
