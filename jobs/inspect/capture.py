@@ -18,6 +18,7 @@ from pipeline.engine.arena import ALIGNMENT, Extent
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.describe import describe_kernels
 from pipeline.engine.loading import context_limit, load_model
+from pipeline.engine.precision import describe_precision
 from pipeline.engine.prefill import Prefill, attention_plan, chunk_size
 from pipeline.engine.runner import ModelRunner
 from pipeline.errors import DocumentError, JobError
@@ -87,7 +88,7 @@ def capture(job: JobConfig, text: str) -> Capture:
         dense,
         {
             "kernels": describe_kernels(runner, len(prompt)),
-            "precision": runner.precision.name, "device": str(runner.device),
+            "precision": describe_precision(runner.precision, runner.calibration), "device": str(runner.device),
         },
     )  # fmt: skip
 

@@ -28,6 +28,7 @@ STEM = StemConfig(
 )
 MASS = STEM.replace(estimator="mass", mass_group=4)
 BOUND = STEM.replace(estimator="bound", bound_span=8)
+SAMPLE = STEM.replace(estimator="sample", sample_every=8)
 SHAPE: dict[str, Any] = {"initializer_range": 0.05, "head_dim": 32, "eos_token_id": None}
 
 
@@ -81,7 +82,9 @@ def test_logits_are_those_of_float32_only_with_the_layer_wide(
     assert ruined > 0.3
 
 
-@pytest.mark.parametrize("attention", [None, STEM, MASS, BOUND], ids=["dense", "oam", "mass", "bound"])
+@pytest.mark.parametrize(
+    "attention", [None, STEM, MASS, BOUND, SAMPLE], ids=["dense", "oam", "mass", "bound", "sample"]
+)
 def test_results_do_not_depend_on_chunks_or_neighbours(folder: Path, attention: StemConfig | None) -> None:
     texts = prompts([700, 333, 90, 1])
     results = []
