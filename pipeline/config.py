@@ -132,6 +132,8 @@ class JobConfig:
         group="attention",
         changes_output=True,
     )
+    base_blocks: int | None = stem_option("int", "blocks that every row keeps, with the schedule of sampled")
+    growth: float | None = stem_option("float", "share of its causal blocks that a row keeps besides, likewise")
     block_size: int | None = stem_option("int", "tokens in a block")
     decay: float | None = stem_option("float", "last row's budget as a share of the first one's")
     sink_blocks: int | None = stem_option("int", "leading blocks always kept")

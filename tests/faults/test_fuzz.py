@@ -9,6 +9,7 @@ import gzip
 import json
 import os
 import tempfile
+from datetime import date
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -249,7 +250,7 @@ def checked(config: JobConfig) -> None:
 def make_worker_config_of(config: JobConfig) -> None:
     from types import SimpleNamespace
 
-    survey = SimpleNamespace(config=config, task=None, catalogue=SimpleNamespace(kept=[]))
+    survey = SimpleNamespace(config=config, task=None, today=date(2001, 2, 3), catalogue=SimpleNamespace(kept=[]))
     make_worker_config(survey, "cpu", 1)  # type: ignore[arg-type]
 
 

@@ -79,7 +79,7 @@ def test_rows_figures_and_page_of_an_audit(
         "--budget 0.3 --sample 3 --lengths 100 200 100000 --kl-tokens 5",
     )
     assert code == 0
-    assert [arm["arm"] for arm in found["arms"]] == ["dense-fp32", "release@0.3-fp32", "robust@0.3-fp32"]
+    assert [arm["arm"] for arm in found["arms"]] == ["dense-fp32", "sampled@0.3-fp32", "release@0.3-fp32"]
     assert pq.read_schema(tmp_path / "rows.parquet").equals(SCHEMA)
     assert len(rows) == 3 * 3
     assert len({(row["arm"], row["document_id"]) for row in rows}) == 9
@@ -106,7 +106,7 @@ def test_rows_figures_and_page_of_an_audit(
     assert found["sample"]["of"] == 5
     assert "python -m jobs.audit" in found["command"]
     out = capsys.readouterr().out
-    for name in ("dense-fp32", "release@0.3-fp32", "robust@0.3-fp32", found["advice"]["headline"][:30]):
+    for name in ("dense-fp32", "sampled@0.3-fp32", "release@0.3-fp32", found["advice"]["headline"][:30]):
         assert name in out
     figures_file = tmp_path / "audit.json"
     for pair, steady in (([1.0, 9.0], False), ([1.0, 1.0], True)):

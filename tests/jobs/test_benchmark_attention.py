@@ -44,7 +44,7 @@ def test_every_case_of_ours_is_checked_and_written(tmp_path: Path, capsys: pytes
     rows = {(row["tokens"], row["case"]): row for row in content["rows"]}
     names = [
         "dense ours reference", "selection alone (OAM)", "70% ours reference", "70% Stem, selection included",
-        "release preset, selection included", "robust preset, selection included",
+        "sampled preset, selection included", "release preset, selection included",
     ]  # fmt: skip
     assert list(rows) == [(length, name) for length in (1536, 2000) for name in names]
     sparse = rows[1536, "70% ours reference"]

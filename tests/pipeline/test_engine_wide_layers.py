@@ -28,7 +28,7 @@ STEM = StemConfig(
 )
 MASS = STEM.replace(estimator="mass", mass_group=4)
 BOUND = STEM.replace(estimator="bound", bound_span=8)
-SAMPLE = STEM.replace(estimator="sample", sample_every=8)
+SAMPLE = STEM.replace(estimator="sample", sample_rows=4)
 SHAPE: dict[str, Any] = {"initializer_range": 0.05, "head_dim": 32, "eos_token_id": None}
 
 

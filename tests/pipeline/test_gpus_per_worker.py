@@ -68,7 +68,7 @@ def test_setting() -> None:
 
 
 def test_stem_settings_are_those_without_a_default() -> None:
-    assert STEM_OVERRIDES[:3] == ("budget", "block_size", "decay")
+    assert STEM_OVERRIDES[:3] == ("budget", "base_blocks", "growth")
     assert {"dense_layers", "dense_below", "dense_tail", "stride", "sample_rows"} < set(STEM_OVERRIDES)
     assert not {"attention", "preset"} & set(STEM_OVERRIDES)
 
