@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -125,7 +126,9 @@ def test_a_job_that_waits_for_a_store_answers_signals(
     query = f"?endpoint_override={silent_server}&scheme=http"
     place = f"gs://anonymous@b/docs{query}" if scheme == "gs" else f"s3://a:b@b/docs{query}&region=us-east-1"
     flags = ["--input", place, "--output", tmp_path / "out", "--model", "models/tiny-reader"]
-    with program(SUMMARIZE, *flags, stdout=subprocess.DEVNULL) as process:
+    # Where the tests themselves run under nohup, their children would ignore SIGHUP.
+    heeded = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
+    with program(SUMMARIZE, *flags, stdout=subprocess.DEVNULL, preexec_fn=heeded) as process:
         wait_for_connection(process.pid, silent_server)
         begun = time.monotonic()
         process.send_signal(number)

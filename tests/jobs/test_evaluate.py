@@ -386,7 +386,7 @@ def test_precisions_are_compared_with_the_most_exact_of_the_same_setting() -> No
 def test_engine_refuses_arms_that_it_cannot_run() -> None:
     arms = make_arms(["dense", "stem", "paper"], [32], [0.5], [0], 0)
     assert [arm.name for arm in engine_arms(arms, ["fp8"])] == ["dense fp8", "stem fp8", "paper fp8"]
-    with pytest.raises(JobError, match=r"^--engine: it cannot run arm 'oracle'; it runs dense, paper, .*bound$"):
+    with pytest.raises(JobError, match=r"^--engine: it cannot run arm 'oracle'; it runs dense, sampled, .*bound$"):
         engine_arms(make_arms(["oracle"], [32], [0.5], [0], 0), ["fp32"])
     small = make_arms(["stem"], [16], [0.5], [0], 0)
     assert len(engine_arms(small, ["fp32"])) == 1
