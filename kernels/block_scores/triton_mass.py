@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import device as kernels_device
 from kernels.block_scores.triton import empty_scores
-from kernels.block_scores.triton_shares import mean_query, store_shares, tile_of, total_of_slot
+from kernels.block_scores.triton_shares import load_keys, mean_query, store_shares, tile_of, total_of_slot
 from kernels.block_sparse_attention.descriptors import tma_obstacle, tma_strides
 from kernels.fp8_heads import HeadScales
 from kernels.fp8_heads.triton import to_fp8
@@ -31,19 +31,6 @@ from kernels.sizes import ceil_div
 LOG2E = 1.4426950408889634
 PROGRAMS_PER_MULTIPROCESSOR = 2
 INF = tl.constexpr(float("inf"))
-
-
-@triton.jit
-def _load_keys(k, n, kv_head, token, k_stride_t, tokens, D: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr):
-    """[BN, D padded] keys from `token` on; zeros past the last. k: descriptor, or the first key's pointer."""
-    DP: tl.constexpr = triton.next_power_of_2(D)
-    if TMA:
-        keys = k.load([n, kv_head, token, 0]).reshape(BN, DP)
-    else:
-        t = token + tl.arange(0, BN)[:, None]
-        d = tl.arange(0, DP)[None, :]
-        keys = tl.load(k + t.to(tl.int64) * k_stride_t + d, mask=(t < tokens) & (d < D), other=0.0)
-    return keys
 
 
 @triton.jit
@@ -60,7 +47,7 @@ def _walk(
             reference = tl.full((BM,), float("-inf"), tl.float32)
         for part in tl.static_range(0, BLOCK, BN):
             token = j * BLOCK + part
-            keys = _load_keys(k, n, kv_head, token, k_stride_t, tokens, D, BN, TMA)
+            keys = load_keys(k, n, kv_head, token, k_stride_t, tokens, D, BN, TMA)
             dots = tl.dot(query, keys.T)
             if MASKED:
                 visible = (token + tl.arange(0, BN))[None, :] <= position[:, None]
@@ -134,7 +121,7 @@ def mass_kernel(
             keys = k_desc
         else:
             keys += n.to(tl.int64) * k_stride_n + kv_head.to(tl.int64) * k_stride_h
-        begin = _load_keys(keys, n, kv_head, 0, k_stride_t, tokens, D, BN, TMA)
+        begin = load_keys(keys, n, kv_head, 0, k_stride_t, tokens, D, BN, TMA)
         dots = tl.dot(query, begin.T)
         dots = tl.where(tl.arange(0, BN)[None, :] <= position[:, None], dots, float("-inf"))
         reference = tl.max(dots, axis=1) * factor

@@ -22,6 +22,19 @@ def tile_of(tile, row_tiles, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCKS
 
 
 @triton.jit
+def load_keys(k, n, kv_head, token, k_stride_t, tokens, D: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr):
+    """[BN, D padded] keys from `token` on; zeros past the last. k: descriptor, or the first key's pointer."""
+    DP: tl.constexpr = triton.next_power_of_2(D)
+    if TMA:
+        keys = k.load([n, kv_head, token, 0]).reshape(BN, DP)
+    else:
+        t = token + tl.arange(0, BN)[:, None]
+        d = tl.arange(0, DP)[None, :]
+        keys = tl.load(k + t.to(tl.int64) * k_stride_t + d, mask=(t < tokens) & (d < D), other=0.0)
+    return keys
+
+
+@triton.jit
 def mean_query(
     source, stride_t, token0, query_tokens, D: tl.constexpr, ROW: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip

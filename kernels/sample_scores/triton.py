@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import device as kernels_device
 from kernels.block_scores.triton import empty_scores
-from kernels.block_scores.triton_shares import store_shares, tile_of
+from kernels.block_scores.triton_shares import load_keys, store_shares, tile_of
 from kernels.block_sparse_attention.descriptors import tma_obstacle, tma_strides
 from kernels.fp8_heads import HeadScales
 from kernels.fp8_heads.triton import to_fp8
@@ -31,19 +31,6 @@ GROUPS = tl.constexpr(PEAKS)
 
 
 @triton.jit
-def _load_keys(k, n, kv_head, token, k_stride_t, tokens, D: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr):
-    """[BLOCK, D padded] keys from `token` on; zeros past the last. k: descriptor, or the first key's pointer."""
-    DP: tl.constexpr = triton.next_power_of_2(D)
-    if TMA:
-        keys = k.load([n, kv_head, token, 0]).reshape(BLOCK, DP)
-    else:
-        t = token + tl.arange(0, BLOCK)[:, None]
-        d = tl.arange(0, DP)[None, :]
-        keys = tl.load(k + t.to(tl.int64) * k_stride_t + d, mask=(t < tokens) & (d < D), other=0.0)
-    return keys
-
-
-@triton.jit
 def _walk(
     query, position, k, n, kv_head, k_stride_t, tokens, first, last, factor, top, total, slot,
     D: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
@@ -52,7 +39,7 @@ def _walk(
     row = tl.arange(0, BM)
     for j in range(first, last):
         token = j * BLOCK
-        keys = _load_keys(k, n, kv_head, token, k_stride_t, tokens, D, BLOCK, TMA)
+        keys = load_keys(k, n, kv_head, token, k_stride_t, tokens, D, BLOCK, TMA)
         dots = tl.dot(query, keys.T)
         if MASKED:
             dots = tl.where((token + tl.arange(0, BLOCK))[None, :] <= position[:, None], dots, float("-inf"))
