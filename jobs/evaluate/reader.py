@@ -135,6 +135,7 @@ class Reader:
         for index, prompts in enumerate(self._by_blocks(reading)):
             shared = reading.shared // self._block_size * self._block_size
             lookups = [item for item in reading.lookups if item.second[1] <= shared and not index]
+            lookups.sort(key=lambda item: item.second)
             prefill = self._prefill(prompts[0].ids, prompts[0].max_new_tokens)
             places = [place - 1 for item in lookups for place in range(*item.second)]
             begun = self._now()
