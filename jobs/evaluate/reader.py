@@ -26,6 +26,7 @@ from pipeline.engine.decode import DecodeRunner, StepKey, batch_bucket
 from pipeline.engine.loading import context_limit, stop_token_ids
 from pipeline.engine.prefill import Prefill, attention_plan, chunk_size
 from pipeline.engine.runner import load_runner
+from stem_core.policy import DENSE_BLOCK_SIZE
 
 # Logits [rows, V] that are compared in float32 at once.
 SLICE_ROWS = 256
@@ -133,7 +134,9 @@ class Reader:
         answers: list[Answer] = []
         fill = not reference
         for index, prompts in enumerate(self._by_blocks(reading)):
-            shared = reading.shared // self._block_size * self._block_size
+            # Whole blocks of dense attention under every arm, so that all look up the same.
+            unit = max(DENSE_BLOCK_SIZE, self._block_size)
+            shared = reading.shared // unit * unit
             lookups = [item for item in reading.lookups if item.second[1] <= shared and not index]
             lookups.sort(key=lambda item: item.second)
             prefill = self._prefill(prompts[0].ids, prompts[0].max_new_tokens)
@@ -191,7 +194,7 @@ class Reader:
 
     @property
     def _block_size(self) -> int:
-        return 128 if self._used.config is None else self._used.config.block_size
+        return DENSE_BLOCK_SIZE if self._used.config is None else self._used.config.block_size
 
     def _by_blocks(self, reading: Reading) -> list[list[Prompt]]:
         """The prompts that may share a prefill: those of as many blocks; all where attention is dense."""
@@ -228,13 +231,10 @@ class Reader:
                 found.append(logits)
         return torch.cat(found) if found else torch.empty(0, self._runner.vocabulary, device=self.device)
 
-    def _compare(
-        self, key: object, logits: Tensor, reference: Reference, fill: bool
-    ) -> tuple[float, float] | tuple[None, None]:
-        """As comparison(); None for what dense was not asked: a lookup behind its last whole block."""
+    def _compare(self, key: object, logits: Tensor, reference: Reference, fill: bool) -> tuple[float, float]:
         if fill:
             reference[key] = logits
-        return comparison(logits, reference[key].to(logits.device)) if key in reference else (None, None)
+        return comparison(logits, reference[key].to(logits.device))
 
     def _ask(
         self, reading: Reading, prefill: Prefill, prompts: Sequence[Prompt], reference: Reference, fill: bool,
