@@ -55,7 +55,8 @@ def even_operands(
     """bfloat16 q [1, H, queries, D] of the tokens from `start` on, and k, v [1, Hkv, start + queries, D].
 
     Columns of v differ in their mean, or all outputs of a long row would be rounded to 16 bits the same way: a bias of
-    up to .2% that no kernel can avoid. Memory is laid out as a transformers layer makes it: views of [1, L, heads * D]."""
+    up to .2% that no kernel can avoid. Memory is laid out as a transformers layer makes it: views of [1, L, heads * D].
+    """
     generator = torch.Generator(device).manual_seed(start + queries)
 
     def made(heads: int, tokens: int, draw: Callable[..., Tensor]) -> Tensor:
