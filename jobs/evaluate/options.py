@@ -21,8 +21,8 @@ GPU_ARMS = ("dense", AGAIN, "sampled", "release")
 TEXT = "text"
 USUAL_TASKS = ("essay", "report", TEXT)
 ARMS_HELP = (
-    f"of {', '.join(ARMS)}, also as name:field=value,... with fields of StemConfig; {AGAIN} is dense attention in chunks "
-    f"of another length, the floor of every comparison; {', '.join(CONTROLS)} are controls"
+    f"of {', '.join(ARMS)}, also as name:field=value,... with fields of StemConfig; {AGAIN} is dense attention in "
+    f"chunks of another length, the floor of every comparison; {', '.join(CONTROLS)} are controls"
 )
 TASKS_HELP = f"all, kinds of documents ({', '.join((*KINDS, TEXT))}), or tasks ({', '.join(TASKS)})"
 PRECISIONS_HELP = f"one or more of {', '.join(BY_EXACTNESS)}, also as bf16,fp8; compared question by question"

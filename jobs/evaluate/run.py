@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmark._shapes import shape_folder
 from jobs.evaluate.arms import Arm, make_arms
 from jobs.evaluate.options import TEXT, Options
 from jobs.evaluate.prompts import BEHIND, Reading, Text, Tokenizer, make_document, make_texts, read_prompts
 from jobs.evaluate.reader import Reader, Reference
 from jobs.evaluate.results import Row, row_of, write_rows
 from jobs.evaluate.wording import Style, pick_style
+from jobs.shapes import shape_folder
 from pipeline.engine import EngineConfig
 from pipeline.errors import JobError
 
@@ -77,7 +77,7 @@ def load_readers(options: Options) -> list[Reader]:
 
 def model_folder(options: Options) -> str:
     """The model, or a folder beside the results that stands for it: a shape by name, or one with another RoPE."""
-    if options.load_format == "dummy":  # a shape of jobs.benchmark by name, or any config.json
+    if options.load_format == "dummy":  # a shape by name, or any config.json
         return str(shape_folder(options.model, options.output / "shape"))
     if options.rope_scaling is None:
         return options.model
@@ -145,10 +145,11 @@ def read_document(
 def describe(options: Options, style: Style, arms: Sequence[Arm], readers: Sequence[Reader]) -> list[str]:
     """What will run, in lines for the person who waits for it."""
     texts = f"; {options.texts} stretches of plain text" if TEXT in options.tasks else ""
+    precisions = " and ".join(reader.precision for reader in readers)
     lines = [
-        f"{options.model} on {options.device} in {' and '.join(reader.precision for reader in readers)}, questions worded "
-        f"as in {style.name}; kinds of documents: {', '.join(options.kinds) or 'none'}; {options.documents} of each a "
-        f"length, {options.questions} questions of a kind{texts}"
+        f"{options.model} on {options.device} in {precisions}, questions worded as in {style.name}; kinds of documents: "
+        f"{', '.join(options.kinds) or 'none'}; {options.documents} of each a length, {options.questions} questions of a "
+        f"kind{texts}"
     ]
     for length in options.lengths:
         lines.append(f"{length:,} tokens, {len(arms)} arms:")

@@ -242,6 +242,7 @@ def _precision_line(record: dict[str, Any]) -> str:
     gaps = "; ".join(f"{name} {_points(gap)}" for name, gap in record["recall"].items())
     gap = record["recall"]["all"]
     return (
-        f"{record['precision']} - {record['base']}: {record['arm']}, {record['length']:,} tokens, points of recall: {gaps}; "
+        f"{record['precision']} - {record['base']}: {record['arm']}, {record['length']:,} tokens, points of recall: "
+        f"{gaps}; "
         f"{record['changed']} of {gap['n']} questions in {gap['documents']} documents differ"
     )
