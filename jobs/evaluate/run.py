@@ -147,9 +147,9 @@ def describe(options: Options, style: Style, arms: Sequence[Arm], readers: Seque
     texts = f"; {options.texts} stretches of plain text" if TEXT in options.tasks else ""
     precisions = " and ".join(reader.precision for reader in readers)
     lines = [
-        f"{options.model} on {options.device} in {precisions}, questions worded as in {style.name}; kinds of documents: "
-        f"{', '.join(options.kinds) or 'none'}; {options.documents} of each a length, {options.questions} questions of a "
-        f"kind{texts}"
+        f"{options.model} on {options.device} in {precisions}, questions worded as in {style.name}; kinds of "
+        f"documents: {', '.join(options.kinds) or 'none'}; {options.documents} of each a length, {options.questions} "
+        f"questions of a kind{texts}"
     ]
     for length in options.lengths:
         lines.append(f"{length:,} tokens, {len(arms)} arms:")

@@ -144,8 +144,9 @@ class Prefill:
             blocks = [-(-length // size) for length in (self._context.prompt_length, len(prompt_ids))]
             if self.start % size or blocks[0] != blocks[1]:
                 raise ValueError(
-                    f"a branch behind {self.start} tokens, of {blocks[1]} blocks of {size} tokens where the prefill has "
-                    f"{blocks[0]}, would not attend as its own prefill: branch at a block's border, with as many blocks"
+                    f"a branch behind {self.start} tokens, of {blocks[1]} blocks of {size} tokens where the prefill "
+                    f"has {blocks[0]}, would not attend as its own prefill: branch at a block's border, with as many "
+                    "blocks"
                 )
         branch = copy(self)
         branch._ids, branch._extent = self._on_device(prompt_ids), extent
