@@ -34,7 +34,7 @@ READER = ROOT / "models" / "tiny-reader"
 REPORT = (ROOT / "examples" / "documents" / "report-01.txt").read_text(encoding="utf-8")
 # Small blocks, so that documents of a few hundred tokens have enough of them.
 SMALL = (
-    "--block-size 16 --stride 4 --bound-group 2 --dense-layers 0 --dense-below 0 --dense-tail 0 --sink-blocks 1 "
+    "--block-size 16 --stride 4 --dense-layers 0 --dense-below 0 --dense-tail 0 --sink-blocks 1 "
     "--local-blocks 1 --device cpu --max-new-tokens 12 --lengths"
 )
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)> {{ 7 * 7 }} </pre><b>'
