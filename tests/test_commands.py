@@ -39,7 +39,7 @@ WORK = {
     "tools.benchmark scaling": ("tools.benchmark.scaling.prepare",),
     "tools.benchmark selection": ("tools.benchmark.selection.copy_bandwidth",),
     "jobs.demo": ("jobs.demo.__main__.run_arm",),
-    "jobs.evaluate": ("jobs.evaluate.run.EngineReader", "jobs.evaluate.run.own_reader"),
+    "jobs.evaluate": ("jobs.evaluate.run.load_readers",),
     "tools.faults blows": ("tools.faults.blows.blows",),
     "tools.faults bucket": ("tools.faults.bucket.bucket",),
     "tools.faults determinism": ("pipeline.engine.runner.load_runner",),

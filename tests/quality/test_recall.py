@@ -20,7 +20,7 @@ TASKS = ("report_facts", "lookup", "niah_essay", "multikey_4")
 LENGTH = 4096  # 256 blocks of 16
 # (arm, lowest, highest): questions at the end of the document and values that are said twice, together.
 FLOORS = [
-    ("sampled", 0.95, 1.0),
+    ("sampled:density=0.3", 0.95, 1.0),  # examples/demo.yaml
     ("release:density=0.25", 0.7, 1.0),
     ("window:density=0.25", 0.0, 0.6),  # else the floors would hold whatever the selection does
 ]
