@@ -118,7 +118,7 @@ def options_of(flags: argparse.Namespace, device: torch.device) -> Options:
         questions=flags.questions or (4 if on_gpu else 2),
         seed=flags.seed,
         style=flags.style,
-        essay=_essay(flags.essay) if flags.essay else "",
+        essay=read_essay(flags.essay) if flags.essay else "",
         chunk_tokens=flags.chunk_tokens or 16896,
         time_limit=flags.time_limit,
         plots=flags.plots,
@@ -144,7 +144,8 @@ def _tasks(asked: list[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(task for name in asked for task in known[name]))
 
 
-def _essay(path: Path) -> str:
+def read_essay(path: Path) -> str:
+    """The text of --essay. Raises JobError."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -25,7 +25,7 @@ from pipeline.engine.batch import IDLE, NOT_FINITE, DecodeBatch, RowStart
 from pipeline.engine.decode import DecodeRunner, StepKey, batch_bucket
 from pipeline.engine.loading import context_limit, stop_token_ids
 from pipeline.engine.prefill import Prefill, attention_plan, chunk_size
-from pipeline.engine.runner import load_runner
+from pipeline.engine.runner import ModelRunner, load_runner
 from stem_core.policy import DENSE_BLOCK_SIZE
 
 # Logits [rows, V] that are compared in float32 at once.
@@ -88,12 +88,13 @@ def likelihood(logits: Tensor, targets: Tensor) -> tuple[float, float]:
 class Reader:
     """A model in one precision, with room for a document of `longest` tokens, answer included, and its answers' copies.
 
-    Raises EngineError for a model or precision that cannot run here.
+    runner: a model that is loaded already; None loads it. Raises EngineError for a model or precision that cannot run
+    here.
     """
 
-    def __init__(self, config: EngineConfig, longest: int) -> None:
+    def __init__(self, config: EngineConfig, longest: int, runner: ModelRunner | None = None) -> None:
         self._config = config
-        self._runner = load_runner(config)
+        self._runner = load_runner(config) if runner is None else runner
         self.device, self.precision = self._runner.device, self._runner.precision.name
         self.limit = context_limit(self._runner.model.config)
         self._longest = longest
