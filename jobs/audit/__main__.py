@@ -67,12 +67,13 @@ def run(options: Options, clock: Clock) -> tuple[list[Row], dict[str, Any]]:
 
 def summary(options: Options, sample: Sample, known: Known, found: Measured, rows: Sequence[Row]) -> dict[str, Any]:
     """What audit.json holds, but for the command."""
-    judged = {"random_weights": options.random_weights, "why_none": known.why_none}
     dense = {each.arm.precision: each for each in found.runs if each.arm.dense}
     arms = []
     for each in found.runs:
         own = [row for row in rows if row["arm"] == each.arm.name]
         arms.append(arm_figures(each, own, dense.get(each.arm.precision), found.runs[0]))
+    random, total = options.random_weights, sample.total
+    advice = recommend(arms, options.limits, total, random_weights=random, why_none=known.why_none)
     return {
         "model": safe_name(options.job.model),
         "stamp": stamp(options.arms[0].config.torch_device()),
@@ -93,7 +94,7 @@ def summary(options: Options, sample: Sample, known: Known, found: Measured, row
         },
         "arms": arms,
         "refused": found.refused,
-        "advice": asdict(recommend(arms, options.limits, sample.total, **judged)),
+        "advice": asdict(advice),
     }
 
 

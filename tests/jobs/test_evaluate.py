@@ -124,7 +124,7 @@ def test_styles() -> None:
 def test_controls_keep_as_much_and_do_not_depend_on_chunks(spec: str) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, 500, 16) for heads in (4, 2, 2))
-    chosen = arm(f"{spec}:density=0.4")
+    chosen = arm(f"{spec}:density=0.6")
     assert chosen.config is not None
     reader().use(chosen)
     budget = next(policy.budget(500, None) for policy, _ in reader()._runner.layers if not policy.leading)
@@ -137,7 +137,7 @@ def test_controls_keep_as_much_and_do_not_depend_on_chunks(spec: str) -> None:
 
     whole = select(0, 500)
     assert whole.sum() / (4 * 32 * 33 / 2) == pytest.approx(budget.density)
-    assert budget.density == pytest.approx(0.4, abs=0.02)
+    assert budget.density == pytest.approx(0.6, abs=0.02)
     assert not whole.triu(1).any()
     for start, end in pairwise((0, 160, 320, 500)):
         assert torch.equal(select(start, end), whole[:, :, start // 16 : -(-end // 16)])
@@ -341,7 +341,7 @@ def test_intervals_of_one_document_and_of_differences() -> None:
     gap = paired(values, others, documents)
     assert gap.mean == pytest.approx(-1 / 40)
     assert gap.low is not None
-    assert gap.low > -0.1
+    assert gap.low == pytest.approx(-0.1)
 
 
 def test_recall() -> None:
