@@ -140,6 +140,7 @@ def stood_in(words: Sequence[str]) -> list[str]:
     """Arguments with what is here for what a reader has."""
     model = str(ROOT / "models/tiny-reader")
     here = {"Qwen/Qwen3-8B": model, "/models/Qwen3-8B": model, "PATH": model, "FOLDER": "trained"}
+    here["TEXT.txt"] = str(ROOT / "examples/documents/report-01.txt")
     return [here.get(word, word) for word in words]
 
 
