@@ -162,6 +162,27 @@ def test_a_selection_that_is_bad_on_purpose_agrees_less(tmp_path: Path, monkeypa
     assert bad[1] > 10 * good[1]
 
 
+def test_known_answers_are_woven_into_the_documents_and_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What dense attention finds of them, a selection that is bad on purpose loses."""
+    (tmp_path / "documents").mkdir()
+    (tmp_path / "documents/a.txt").write_text(REPORT[:7000], encoding="utf-8")
+    right = ESTIMATORS["oam"].scores
+
+    def upside_down(*args: Any, **kwargs: Any) -> torch.Tensor:
+        scores = right(*args, **kwargs)
+        return torch.where(scores.isfinite(), -scores, scores)
+
+    monkeypatch.setattr(ESTIMATORS["oam"], "scores", upside_down)
+    _, found, _ = audit(tmp_path / "documents", READER, tmp_path / "out", "--preset release --budget 0.3 --known 1")
+    assert (found["known"], found["why_none"]) == (1, "")
+    dense, arm = (each["known"] for each in found["arms"])
+    assert dense["lookups"]["dense"] > 0.7
+    assert (dense["lookups"]["mean"], dense["lookups"]["n"]) == (0.0, arm["lookups"]["n"])
+    assert arm["lookups"]["mean"] < -0.3
+    assert found["advice"]["verdict"] != "use"
+    assert "lookups" in (tmp_path / "out" / "audit.html").read_text(encoding="utf-8")
+
+
 def test_the_most_exact_dense_is_the_measure_of_every_precision(documents: Path, model: Path, tmp_path: Path) -> None:
     flags = "--preset release --budget 0.3 --precision fp8 fp32 --sample 2 --block-size 32"
     code, found, rows = audit(documents, model, tmp_path, flags)
