@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.block_scores.checks import check_cache, check_inputs
+from kernels._common.scores import check_cache, check_inputs
 from kernels.dispatch import Choice, choose_portable, on_its_gpu
 from kernels.fp8_heads import FP8, HeadScales, fp8_obstacle
 

@@ -22,10 +22,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import device as kernels_device
+from kernels._common.sizes import ceil_div, power_of_2
 from kernels.block_scores import KeySummary
 from kernels.block_scores import triton_gemm as gemm
 from kernels.block_scores.reference import MIN_NORM, STD_EPS
-from kernels.sizes import ceil_div, power_of_2
 
 # Fixed point of the statistics: |log norm| < 89 in float32, so a million groups leave the squares below 2^62.
 FIXED_POINT = tl.constexpr(float(1 << 28))

@@ -34,9 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels import device
-from kernels.block_selection import BlockSelection
-from kernels.block_sparse_attention.descriptors import tma_strides
-from kernels.gluon_common import (
+from kernels._common.hopper import (
     advance,
     count_turns,
     growth_declare,
@@ -48,6 +46,8 @@ from kernels.gluon_common import (
     row_sum_partial,
     tile_of,
 )
+from kernels._common.tma import tma_strides
+from kernels.block_selection import BlockSelection
 
 BLOCK = 128  # rows of a query block and of a key block
 HALF = 64  # query rows of one consumer warpgroup

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels._common.tma import tma_obstacle
 from kernels.block_selection import BlockSelection
-from kernels.block_sparse_attention.descriptors import tma_obstacle
 from kernels.dispatch import Choice, check_impl, hopper_unavailable, on_its_gpu, triton_unavailable
 from kernels.fp8_heads import FP8, KEY_GROUP, HeadScales, fp8_obstacle
 

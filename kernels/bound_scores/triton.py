@@ -19,11 +19,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import device as kernels_device
+from kernels._common.sizes import ceil_div
+from kernels._common.tma import tma_obstacle, tma_strides
 from kernels.block_scores.triton import empty_scores
 from kernels.block_scores.triton_shares import mean_query, store_shares, tile_of
-from kernels.block_sparse_attention.descriptors import tma_obstacle, tma_strides
 from kernels.bound_scores import KeyBounds
-from kernels.sizes import ceil_div
 
 LOG2E = 1.4426950408889634
 # Below float16's largest value: a block so far above block 0 takes all of its row.

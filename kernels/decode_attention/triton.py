@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import device as kernels_device
-from kernels.sizes import ceil_div, power_of_2
+from kernels._common.sizes import ceil_div, power_of_2
 
 LOG2E = 1.4426950408889634
 # A share of fewer keys would spend its time on starting up.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels._common.rows import FLOATING, choose_row_kernel
 from kernels.dispatch import Choice, on_its_gpu
 from kernels.fp8_heads import FP8, HeadScales
-from kernels.rows import FLOATING, choose_row_kernel
 
 __all__ = ["choose_decode_attention_fp8", "decode_attention_fp8"]
 

@@ -38,8 +38,8 @@ import torch
 from torch import Tensor
 
 from kernels import device as device_module
+from kernels._common.rows import FP8, FP8_MAX, check_floating, choose_row_kernel
 from kernels.dispatch import Choice, on_its_gpu
-from kernels.rows import FP8, FP8_MAX, check_floating, choose_row_kernel
 
 __all__ = [
     "FP8",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kernels._common.rows import FP8, QuantizedRows, as_rows, check_floating, choose_row_kernel
 from kernels.dispatch import on_its_gpu
-from kernels.rows import QuantizedRows, as_rows, check_floating, choose_row_kernel
 
-__all__ = ["QuantizedRows", "quantize_rows"]
+__all__ = ["FP8", "QuantizedRows", "choose_row_kernel", "quantize_rows"]
 
 MAX_COLUMNS = 65536
 

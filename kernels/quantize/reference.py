@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kernels.rows import FP8, FP8_MAX, LEAST_AMAX
+from kernels._common.rows import FP8, FP8_MAX, LEAST_AMAX
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels._common.rows import QuantizedRows, check_floating, choose_row_kernel
 from kernels.dispatch import on_its_gpu
 from kernels.quantize import check_columns
-from kernels.rows import QuantizedRows, check_floating, choose_row_kernel
 
 __all__ = ["QuantizedRows", "rms_norm", "rms_norm_fp8"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kernels._common.rows import FLOATING, check_floating, choose_row_kernel
 from kernels.dispatch import on_its_gpu
-from kernels.rows import FLOATING, check_floating, choose_row_kernel
 
 __all__ = ["apply_rope"]
 

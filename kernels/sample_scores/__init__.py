@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kernels.block_scores.checks import check_inputs
+from kernels._common.scores import check_inputs
 from kernels.dispatch import Choice, choose_portable, on_its_gpu
 from kernels.fp8_heads import FP8, HeadScales, fp8_obstacle
 from kernels.sample_scores.reference import PEAKS

@@ -6,9 +6,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from kernels._common.rows import QuantizedRows, as_rows, check_floating, choose_row_kernel
 from kernels.dispatch import on_its_gpu
 from kernels.quantize import check_columns
-from kernels.rows import QuantizedRows, as_rows, check_floating, choose_row_kernel
 
 __all__ = ["ACTIVATIONS", "Activation", "QuantizedRows", "silu_mul", "silu_mul_fp8"]
 
