@@ -10,12 +10,12 @@ from torch import Tensor
 from kernels import device as device_module
 from kernels.dispatch import Choice, choose_portable
 
-__all__ = ["FP8", "FP8_MAX", "QuantizedRows", "as_rows", "check_floating", "choose_row_kernel", "in_memory_order"]
-
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0  # largest finite e4m3fn
 # Rows that are zero get this largest magnitude, so that their scale can be divided by.
 LEAST_AMAX = 1e-30
+# What a program of the kernels that need a whole row holds in its registers.
+MAX_COLUMNS = 65536
 FLOATING = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -78,6 +78,12 @@ def check_floating(op: str, *tensors: Tensor, backward: bool = False) -> None:
             )
         if not backward and torch.is_grad_enabled() and t.requires_grad:
             raise RuntimeError(f"{op} has no backward pass here: run it under torch.inference_mode()")
+
+
+def check_columns(op: str, columns: int) -> None:
+    """Raise ValueError for rows that no program can hold."""
+    if not 1 <= columns <= MAX_COLUMNS:
+        raise ValueError(f"{op} takes rows of 1 to {MAX_COLUMNS} elements, got {columns}")
 
 
 def as_rows(op: str, x: Tensor) -> Tensor:
