@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels._common.rows import FP8_MAX, LEAST_AMAX
+from kernels._common.fp8 import FP8_MAX
+from kernels._common.rows import LEAST_AMAX
 
 _FP8_MAX = tl.constexpr(FP8_MAX)
 _LEAST_AMAX = tl.constexpr(LEAST_AMAX)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels._common.fp8 import FP8, HeadScales, fp8_obstacle
 from kernels._common.scores import check_cache, check_inputs
 from kernels.dispatch import Choice, choose_portable, on_its_gpu
-from kernels.fp8_heads import FP8, HeadScales, fp8_obstacle
 
 MASS_ROWS = ("mean", "sample")
 

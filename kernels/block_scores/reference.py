@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels._common.fp8 import HeadScales, quantize
 from kernels.block_scores import KeySummary
-from kernels.fp8_heads import HeadScales
-from kernels.fp8_heads.reference import quantize
 
 # Keeps the logarithm of an all-zero value group finite.
 MIN_NORM = 1e-6

@@ -21,12 +21,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import device as kernels_device
+from kernels._common.fp8 import HeadScales
+from kernels._common.fp8_triton import to_fp8
 from kernels._common.sizes import ceil_div
 from kernels._common.tma import tma_obstacle, tma_strides
 from kernels.block_scores.triton import empty_scores
 from kernels.block_scores.triton_shares import load_keys, mean_query, store_shares, tile_of, total_of_slot
-from kernels.fp8_heads import HeadScales
-from kernels.fp8_heads.triton import to_fp8
 
 LOG2E = 1.4426950408889634
 PROGRAMS_PER_MULTIPROCESSOR = 2

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels._common.fp8 import FP8, KEY_GROUP, HeadScales, fp8_obstacle
 from kernels._common.tma import tma_obstacle
 from kernels.block_selection import BlockSelection
 from kernels.dispatch import Choice, check_impl, hopper_unavailable, on_its_gpu, triton_unavailable
-from kernels.fp8_heads import FP8, KEY_GROUP, HeadScales, fp8_obstacle
 
 # Tensor cores sum 32 products of fp8 at a time.
 BLOCK_SIZES = (32, 64, 128, 256)

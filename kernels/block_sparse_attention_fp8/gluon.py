@@ -34,6 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels import device
+from kernels._common.fp8 import KEY_GROUP, HeadScales
 from kernels._common.hopper import advance, count_turns, log2_approx, opaque, row_max, tile_of
 from kernels._common.tma import tma_strides
 from kernels.block_selection import BlockSelection
@@ -48,7 +49,6 @@ from kernels.block_sparse_attention_fp8.step import (
     step,
     weights_operand,
 )
-from kernels.fp8_heads import KEY_GROUP, HeadScales
 
 BLOCK = 128  # rows of a query block and of a key block
 HALF = 64  # query rows of one consumer warpgroup

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels._common.fp8 import FP8, HeadScales, restore_keys
 from kernels.block_selection import BlockSelection
 from kernels.block_sparse_attention import reference as wide
-from kernels.fp8_heads import FP8, HeadScales
-from kernels.fp8_heads.reference import restore_keys
 
 # Probabilities are at most 1: times 2^8 they use e4m3 down to 2^-17 of the row's largest.
 WEIGHT_SCALE = 256.0

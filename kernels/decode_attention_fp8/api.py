@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels._common.fp8 import FP8, HeadScales
 from kernels._common.rows import FLOATING, choose_row_kernel
 from kernels.dispatch import Choice, on_its_gpu
-from kernels.fp8_heads import FP8, HeadScales
 
 
 def choose_decode_attention_fp8(q: Tensor, impl: str = "auto") -> Choice:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels._common.fp8 import KEY_GROUP, HeadScales, restore_keys
 from kernels.decode_attention import reference as wide
-from kernels.fp8_heads import KEY_GROUP, HeadScales
-from kernels.fp8_heads.reference import restore_keys
 
 
 def decode_attention_fp8(

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._common.fp8 import HeadScales
+from kernels._common.fp8_triton import key_at
 from kernels.decode_attention.triton import LOG2E, NO_WINDOW, count_shares, merge
-from kernels.fp8_heads import HeadScales
-from kernels.fp8_heads.triton import key_at
 
 WEIGHT_BITS = tl.constexpr(14.0)
 

@@ -1,82 +1,16 @@
-"""What the fp8 attention operations share: static scales per head, the storage order of values, which GPUs can.
-
-Keys are kept as rows [T, D], values transposed [D, T], because Hopper's fp8 matrix instruction wants both of its
-operands contiguous along the summed dimension. Within each group of 16 keys the values are also permuted: stored
-position 4t + 2j + e holds key 8j + 2t + e (j, e < 2; t < 4). The 4 probabilities that a thread of the tensor core
-holds after Q K^T, keys {2t, 2t + 1, 8 + 2t, 9 + 2t}, are then the 4 that it must bring along for P V: no shuffles.
-
-Scales are static, one for each head, from a calibration (`stem_core.kv_scales`): a power of two with headroom. No pass
-for the maximum is needed, no rescaling of earlier tokens, and results do not depend on how a prompt was cut into
-chunks. e4m3 is a floating format: its relative error does not depend on the scale while values stay within 2^-6 .. 448.
-Relative error of attention's output by quantisation in %, for three synthetic kinds of q, k and v and for the bundled
-trained model (4096 tokens, dense; `python -m tests.kernels.fp8_scales`):
-
-                          gaussian  outlier channels       heavy tails       tiny-reader
-    per token                 7.92              8.80              4.18              3.79
-    per block of 128          8.13             12.33              5.54              4.24
-    per token, 2^n            8.41             17.54             10.34              4.07
-    per head                  7.89             17.85             10.01              4.17
-    static 2^n, x1            8.41             17.54             47.87              4.07
-    static 2^n, x4            8.41             17.54             13.82              4.07
-    static 2^n, x8 .. x16     8.41             17.54             10.35              4.07
-    static 2^n, x64           8.41             17.54             10.43              4.07
-    static 2^n, x256          8.41             17.54             13.12              4.06
-
-(xN: headroom over the largest value of another sample or document.) So range is no problem: x16 keeps what outliers
-need and is far from losing small values. What scales per token gain is something else: each token's largest value
-becomes 448, which e4m3 holds exactly. That counts where one channel dominates a head's scores, and is gone with powers
-of two. Values past the calibrated range saturate at 448 * scale.
-"""
+"""Heads of queries, keys and values to fp8: `kernels.fp8_heads` says how they are scaled and stored."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from kernels import device as device_module
-from kernels._common.rows import FP8, check_floating, choose_row_kernel
+from kernels._common.fp8 import FP8, KEY_GROUP, HeadScales
+from kernels._common.rows import check_floating, choose_row_kernel
 from kernels.dispatch import Choice, on_its_gpu
-
-# Keys are permuted within groups of this many.
-KEY_GROUP = 16
-
-
-@dataclass(frozen=True)
-class HeadScales:
-    """Scales of one layer: value = e4m3 * scale. q: float32 [H]; k, v: float32 [Hkv]; contiguous, above 0."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-
-    def check(self, heads: int | None, kv_heads: int, device: torch.device) -> None:
-        """Raise ValueError unless the shapes, types and device fit; heads None: whatever q has."""
-        heads = self.q.numel() if heads is None else heads
-        for name, tensor, length in (("q", self.q, heads), ("k", self.k, kv_heads), ("v", self.v, kv_heads)):
-            if tensor.shape != (length,) or tensor.dtype != torch.float32 or tensor.device != device:
-                raise ValueError(
-                    f"scales.{name} must be float32 [{length}] on {device}, got {tensor.dtype} {tuple(tensor.shape)} "
-                    f"on {tensor.device}"
-                )
-            if not tensor.is_contiguous():
-                raise ValueError(f"scales.{name} must be contiguous")
-
-
-def fp8_obstacle(device: torch.device) -> str:
-    """Why kernels with fp8 cannot run on this GPU; empty if they can, and on a CPU."""
-    if device.type != "cuda":
-        return ""
-    capability = device_module.capability(device)
-    if capability >= (8, 9):
-        return ""
-    return (
-        f"fp8 needs compute capability 8.9 (Ada, Hopper or later), this GPU has {capability[0]}.{capability[1]}; "
-        "use bf16"
-    )
 
 
 def choose_fp8_heads(device: torch.device, impl: str = "auto") -> Choice:

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.rows import FP8, in_memory_order, row_layout
+from kernels._common.fp8 import FP8
+from kernels._common.rows import in_memory_order, row_layout
 from kernels._common.rows_triton import quantize_tile, row_start, warps
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kernels._common.fp8 import FP8, HeadScales, fp8_obstacle
 from kernels._common.scores import check_inputs
 from kernels.dispatch import Choice, choose_portable, on_its_gpu
-from kernels.fp8_heads import FP8, HeadScales, fp8_obstacle
 
 
 def choose_sample_scores(q: Tensor, impl: str = "auto") -> Choice:

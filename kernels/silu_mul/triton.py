@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.rows import FP8
+from kernels._common.fp8 import FP8
 from kernels._common.rows_triton import quantize_tile, warps
 
 
