@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._common.tma import tma_obstacle
-from kernels.block_selection import BlockSelection
-from kernels.dispatch import Choice, check_impl, hopper_unavailable, on_its_gpu, triton_unavailable
+from kernels._common.attention import HOPPER_DIMS, HOPPER_TYPES, check_prefill, choose_prefill, hopper_obstacle
+from kernels._common.selection import BlockSelection
+from kernels.dispatch import Choice, on_its_gpu
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 
@@ -27,35 +27,14 @@ def choose_block_sparse_attention(
     k, v, query_start and window matter to the Hopper path only; without them the answer holds for aligned tensors, a
     query_start that is a multiple of 128 and no window. Raises ValueError if `impl` names one that cannot run.
     """
-    check_impl(impl)
-    missing = triton_unavailable(q.device)
-    if impl in ("triton", "gluon") and missing:
-        raise ValueError(f"block_sparse_attention: impl={impl!r} cannot run: {missing}")
-    if impl == "reference" or (impl == "auto" and (q.device.type != "cuda" or missing)):
-        return Choice("reference", missing if q.device.type == "cuda" and impl == "auto" else "")
-    if impl == "triton":
-        return Choice("triton")
-    obstacle = _hopper_obstacle(q, k, v, block_size, query_start, window)
-    if impl == "gluon" and obstacle:
-        raise ValueError(f"block_sparse_attention: impl='gluon' cannot run: {obstacle}")
-    return Choice("triton", obstacle) if obstacle else Choice("gluon")
 
+    def obstacle() -> str:
+        wrong = ""
+        if q.dtype not in HOPPER_TYPES or q.shape[-1] not in HOPPER_DIMS:
+            wrong = f"the Hopper path takes bfloat16 and float16, D 64 and 128, got {q.dtype} and {q.shape[-1]}"
+        return hopper_obstacle(q.device, wrong, block_size, query_start, window, (q, k, v))
 
-def _hopper_obstacle(
-    q: Tensor, k: Tensor | None, v: Tensor | None, block_size: int, query_start: int, window: int | None
-) -> str:
-    """Why the Hopper path cannot take this call; empty if it can."""
-    if missing := hopper_unavailable(q.device):
-        return missing
-    if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] not in (64, 128):
-        return f"the Hopper path takes bfloat16 and float16, D 64 and 128, got {q.dtype} and {q.shape[-1]}"
-    if block_size != 128:
-        return f"the Hopper path takes blocks of 128 tokens, got {block_size}"
-    if query_start % 128:
-        return f"the Hopper path needs a query_start that 128 divides, got {query_start}"
-    if window is not None:
-        return "the Hopper path has no sliding window"
-    return tma_obstacle(*(tensor for tensor in (q, k, v) if tensor is not None))
+    return choose_prefill("block_sparse_attention", q.device, impl, obstacle)
 
 
 @on_its_gpu
@@ -131,18 +110,8 @@ def _check(
         )
     if not (q.dtype == k.dtype == v.dtype and q.dtype in (torch.bfloat16, torch.float16, torch.float32)):
         raise ValueError(f"q, k, v must share bfloat16, float16 or float32, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if block_size not in BLOCK_SIZES:
-        raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size}")
     if Lq < 1 or query_start < 0 or k.shape[2] < query_start + Lq:
         raise ValueError(f"queries [{query_start}, {query_start + Lq}) must lie inside the {k.shape[2]} keys")
-    if selection is not None and query_start % block_size:
-        raise ValueError(f"a selection needs a query_start that block_size={block_size} divides, got {query_start}")
     if any(tensor.stride(-1) != 1 for tensor in (q, k, v)):
         raise ValueError("the last dimension of q, k and v must be contiguous; call .contiguous() first")
-    if scale is not None and not scale > 0:
-        raise ValueError(f"scale must be above 0, got {scale}")  # the online softmax scales after its maximum
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
-    rows = -(-Lq // block_size)
-    if selection is not None and selection.counts.shape != (N, H, rows):
-        raise ValueError(f"selection must have counts [{N}, {H}, {rows}], got {tuple(selection.counts.shape)}")
+    check_prefill(q, selection, query_start, block_size, BLOCK_SIZES, scale, window)

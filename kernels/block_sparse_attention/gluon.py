@@ -46,8 +46,8 @@ from kernels._common.hopper import (
     row_sum_partial,
     tile_of,
 )
+from kernels._common.selection import BlockSelection
 from kernels._common.tma import tma_strides
-from kernels.block_selection import BlockSelection
 
 BLOCK = 128  # rows of a query block and of a key block
 HALF = 64  # query rows of one consumer warpgroup

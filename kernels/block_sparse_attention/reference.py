@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels.block_selection import BlockSelection
+from kernels._common.selection import BlockSelection
 
 
 def block_sparse_attention(

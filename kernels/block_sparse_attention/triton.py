@@ -16,9 +16,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import device
+from kernels._common.selection import BlockSelection
 from kernels._common.sizes import ceil_div, power_of_2
 from kernels._common.tma import tma_obstacle, tma_strides
-from kernels.block_selection import BlockSelection
 
 LOG2E = 1.4426950408889634
 

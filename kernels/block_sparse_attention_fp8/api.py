@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels._common.attention import HOPPER_DIMS, HOPPER_TYPES, check_prefill, choose_prefill, hopper_obstacle
 from kernels._common.fp8 import FP8, KEY_GROUP, HeadScales, fp8_obstacle
-from kernels._common.tma import tma_obstacle
-from kernels.block_selection import BlockSelection
-from kernels.dispatch import Choice, check_impl, hopper_unavailable, on_its_gpu, triton_unavailable
+from kernels._common.selection import BlockSelection
+from kernels.dispatch import Choice, on_its_gpu
 
 # Tensor cores sum 32 products of fp8 at a time.
 BLOCK_SIZES = (32, 64, 128, 256)
@@ -30,43 +30,16 @@ def choose_block_sparse_attention_fp8(
     k, vt, query_start, window and dtype matter to the Hopper path only. Raises ValueError if `impl` names one that
     cannot run, and for "auto" on a GPU without fp8.
     """
-    check_impl(impl)
-    missing = triton_unavailable(q.device)
-    if impl == "reference" or (impl == "auto" and (q.device.type != "cuda" or missing)):
-        return Choice("reference", missing if q.device.type == "cuda" and impl == "auto" else "")
-    missing = missing or fp8_obstacle(q.device)
-    if missing:
-        raise ValueError(f"block_sparse_attention_fp8: impl={impl!r} cannot run: {missing}")
-    if impl == "triton":
-        return Choice("triton")
-    obstacle = _hopper_obstacle(q, k, vt, block_size, query_start, window, dtype)
-    if impl == "gluon" and obstacle:
-        raise ValueError(f"block_sparse_attention_fp8: impl='gluon' cannot run: {obstacle}")
-    return Choice("triton", obstacle) if obstacle else Choice("gluon")
 
+    def obstacle() -> str:
+        wrong = ""
+        if q.shape[-1] not in HOPPER_DIMS or dtype not in HOPPER_TYPES:
+            wrong = f"the Hopper path takes D 64 and 128 and gives bfloat16 or float16, got {q.shape[-1]} and {dtype}"
+        # Queries in another type stand for those that are quantised from them.
+        read = (tensor for tensor in (q, k, vt) if tensor is not None and tensor.dtype == FP8)
+        return hopper_obstacle(q.device, wrong, block_size, query_start, window, read)
 
-def _hopper_obstacle(
-    q: Tensor,
-    k: Tensor | None,
-    vt: Tensor | None,
-    block_size: int,
-    query_start: int,
-    window: int | None,
-    dtype: torch.dtype,
-) -> str:
-    """Why the Hopper path cannot take this call; empty if it can."""
-    if missing := hopper_unavailable(q.device):
-        return missing
-    if q.shape[-1] not in (64, 128) or dtype not in (torch.bfloat16, torch.float16):
-        return f"the Hopper path takes D 64 and 128 and gives bfloat16 or float16, got {q.shape[-1]} and {dtype}"
-    if block_size != 128:
-        return f"the Hopper path takes blocks of 128 tokens, got {block_size}"
-    if query_start % 128:
-        return f"the Hopper path needs a query_start that 128 divides, got {query_start}"
-    if window is not None:
-        return "the Hopper path has no sliding window"
-    # Queries in another type stand for those that are quantised from them.
-    return tma_obstacle(*(tensor for tensor in (q, k, vt) if tensor is not None and tensor.dtype == FP8))
+    return choose_prefill("block_sparse_attention_fp8", q.device, impl, obstacle, missing=fp8_obstacle(q.device))
 
 
 @on_its_gpu
@@ -149,21 +122,11 @@ def _check(
         raise ValueError(f"q, k and vt must be {FP8}, got {q.dtype}, {k.dtype}, {vt.dtype}")
     if any(tensor.stride(-1) != 1 for tensor in (q, k, vt)):
         raise ValueError("the last dimension of q, k and vt must be contiguous; call .contiguous() first")
-    if block_size not in BLOCK_SIZES:
-        raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size}")
     known = query_start + Lq
     if Lq < 1 or query_start < 0 or k.shape[2] < known or vt.shape[3] < -(-known // KEY_GROUP) * KEY_GROUP:
         raise ValueError(
             f"queries [{query_start}, {known}) must lie inside the {k.shape[2]} keys, and vt hold {known} values "
             f"rounded up to {KEY_GROUP}, got {vt.shape[3]}"
         )
-    if scale is not None and not scale > 0:
-        raise ValueError(f"scale must be above 0, got {scale}")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
-    rows = -(-Lq // block_size)
-    if selection is not None and query_start % block_size:
-        raise ValueError(f"a selection needs a query_start that block_size={block_size} divides, got {query_start}")
-    if selection is not None and selection.counts.shape != (N, H, rows):
-        raise ValueError(f"selection must have counts [{N}, {H}, {rows}], got {tuple(selection.counts.shape)}")
+    check_prefill(q, selection, query_start, block_size, BLOCK_SIZES, scale, window)
     scales.check(H, k.shape[1], q.device)

@@ -36,8 +36,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from kernels import device
 from kernels._common.fp8 import KEY_GROUP, HeadScales
 from kernels._common.hopper import advance, count_turns, log2_approx, opaque, row_max, tile_of
+from kernels._common.selection import BlockSelection
 from kernels._common.tma import tma_strides
-from kernels.block_selection import BlockSelection
 from kernels.block_sparse_attention_fp8.step import (
     WEIGHT_BITS,
     halves,

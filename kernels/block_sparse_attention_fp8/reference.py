@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels._common.fp8 import FP8, HeadScales, restore_keys
-from kernels.block_selection import BlockSelection
+from kernels._common.selection import BlockSelection
 from kernels.block_sparse_attention import reference as wide
 
 # Probabilities are at most 1: times 2^8 they use e4m3 down to 2^-17 of the row's largest.

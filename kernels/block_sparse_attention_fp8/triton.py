@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels import device
 from kernels._common.fp8 import HeadScales
 from kernels._common.fp8_triton import key_at
-from kernels.block_selection import BlockSelection
+from kernels._common.selection import BlockSelection
 
 LOG2E = 1.4426950408889634
 WEIGHT_BITS = tl.constexpr(8.0)  # P times 2^8: e4m3 then covers 2^-17 .. 1 of the row's largest

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from kernels._common.attention import check_decode
 from kernels.dispatch import Choice, choose_portable, on_its_gpu
 
 
@@ -40,14 +40,7 @@ def decode_attention(
             f"q must be [S, H, D] and k, v [Hkv, T, D] with H a multiple of Hkv, got {tuple(q.shape)}, "
             f"{tuple(k.shape)}, {tuple(v.shape)}"
         )
-    S = q.shape[0]
-    if starts.shape != (S,) or lengths.shape != (S,) or starts.dtype != torch.int64 or lengths.dtype != torch.int32:
-        raise ValueError(
-            f"starts must be int64 [{S}] and lengths int32 [{S}], got {starts.dtype} {tuple(starts.shape)}, "
-            f"{lengths.dtype} {tuple(lengths.shape)}"
-        )
-    if max_length < 1 or (window is not None and window < 1):
-        raise ValueError(f"max_length and window must be at least 1, got {max_length}, {window}")
+    check_decode(q.shape[0], starts, lengths, max_length, window)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     choice = choose_decode_attention(q, impl)
     if choice.impl == "triton":

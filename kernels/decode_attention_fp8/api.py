@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from kernels._common.attention import check_decode
 from kernels._common.fp8 import FP8, HeadScales
 from kernels._common.rows import FLOATING, choose_row_kernel
 from kernels.dispatch import Choice, on_its_gpu
@@ -50,14 +50,7 @@ def decode_attention_fp8(
         raise ValueError(f"k and vt must be {FP8} and q one of {FLOATING}, got {k.dtype}, {vt.dtype}, {q.dtype}")
     if any(tensor.stride(-1) != 1 for tensor in (q, k, vt)):
         raise ValueError("the last dimension of q, k and vt must be contiguous")
-    S = q.shape[0]
-    if starts.shape != (S,) or lengths.shape != (S,) or starts.dtype != torch.int64 or lengths.dtype != torch.int32:
-        raise ValueError(
-            f"starts must be int64 [{S}] and lengths int32 [{S}], got {starts.dtype} {tuple(starts.shape)}, "
-            f"{lengths.dtype} {tuple(lengths.shape)}"
-        )
-    if max_length < 1 or (window is not None and window < 1):
-        raise ValueError(f"max_length and window must be at least 1, got {max_length}, {window}")
+    check_decode(q.shape[0], starts, lengths, max_length, window)
     scales.check(None, k.shape[0], k.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     choice = choose_decode_attention_fp8(q, impl)
