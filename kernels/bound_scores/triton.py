@@ -19,9 +19,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import device as kernels_device
+from kernels._common.scores import empty_scores
 from kernels._common.sizes import ceil_div
 from kernels._common.tma import tma_obstacle, tma_strides
-from kernels.block_scores.triton import empty_scores
 from kernels.block_scores.triton_shares import mean_query, store_shares, tile_of
 from kernels.bound_scores import KeyBounds
 
