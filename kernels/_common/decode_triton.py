@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """What the decode kernels share: how many shares a document is cut into, and the merging of what the shares give."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """Device helpers of the Triton kernels that write or read fp8 heads."""
 
 from __future__ import annotations

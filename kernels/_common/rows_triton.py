@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """Device helpers of the row-wise Triton kernels."""
 
 from __future__ import annotations
