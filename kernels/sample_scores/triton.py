@@ -22,8 +22,8 @@ from kernels._common.fp8_triton import to_fp8
 from kernels._common.scores import empty_scores
 from kernels._common.sizes import ceil_div
 from kernels._common.tma import tma_obstacle, tma_strides
-from kernels.block_scores.triton_shares import load_keys, store_shares, tile_of
 from kernels.sample_scores.reference import PEAKS
+from kernels.sample_scores.triton_shares import load_keys, store_shares, tile_of
 
 LOG2E = 1.4426950408889634
 PROGRAMS_PER_MULTIPROCESSOR = 2

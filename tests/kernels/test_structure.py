@@ -14,7 +14,7 @@ import kernels
 KERNELS = Path(kernels.__file__).parent
 # Beside the operations: for them and for callers.
 OPEN = ("dispatch", "device")
-LAYERS = ("stem_core", "pipeline", "jobs")
+LAYERS = ("stem_core", "pipeline", "jobs", "tools")
 
 
 def imported(file: Path) -> Iterator[tuple[str, str, int]]:
