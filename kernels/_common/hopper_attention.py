@@ -84,12 +84,11 @@ def consume(
         if there:
             flat_head = n * (KV_HEADS * GROUP) + head
             count = row0 + row + 1 if DENSE else gl.load(counts + (flat_head * rows + row))
-            stage, phase = ATTEND(
+            stage, phase, q_phase = ATTEND(
                 WARPGROUP, o_desc, lse, scales, q, k_s, v_s, one_s, o_s, q_full, q_empty, full, empty,
                 stage, phase, q_phase, n, head, kv_head, flat_head, row, count, n_queries, log2_scale,
                 D, STAGES, WITH_LSE,
             )  # fmt: skip
-            q_phase ^= 1
     tma.store_wait(0)
 
 

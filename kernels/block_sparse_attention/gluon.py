@@ -74,6 +74,7 @@ def attend(
     o_row_layout: gl.constexpr = gl.SliceLayout(1, o_layout)
     # Prologue: the diagonal block.
     mbarrier.wait(q_full.index(WARPGROUP), q_phase)
+    q_phase ^= 1
     s, stage, phase = diagonal_scores(WARPGROUP, q, k_s, full, empty, stage, phase, D, STAGES, s_layout)
     m = row_max(s, row_layout)
     weights = gl.exp2(s * log2_scale - (m * log2_scale)[:, None])
@@ -115,7 +116,7 @@ def attend(
     staged = o_s.index(WARPGROUP)
     staged.reshape([64, D]).store(o.to(dtype))
     send(WARPGROUP, o_desc, staged, n, head, row)
-    return stage, phase
+    return stage, phase, q_phase
 
 
 # Lengths change from call to call: specialising on them (== 1, % 16 == 0) would only compile the kernel again.

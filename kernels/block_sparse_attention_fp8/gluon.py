@@ -99,6 +99,7 @@ def attend(
     ones = one_s.permute((1, 0))
     factor = gl.load(q_scale + head) * gl.load(k_scale + kv_head) * log2_scale
     mbarrier.wait(q_full.index(WARPGROUP), q_phase)
+    q_phase ^= 1
     s, stage, phase = diagonal_scores(WARPGROUP, q, k_s, full, empty, stage, phase, D, STAGES, s_layout)
     m = row_max(s, row_layout) * factor
     x_a, x_b = halves(s * factor - (m - WEIGHT_BITS)[:, None])
@@ -149,7 +150,7 @@ def attend(
     staged.reshape([64, D]).slice(0, D // 2, dim=1).store(o_lo.to(o_desc.dtype))
     staged.reshape([64, D]).slice(D // 2, D // 2, dim=1).store(o_hi.to(o_desc.dtype))
     send(WARPGROUP, o_desc, staged, n, head, row)
-    return stage, phase
+    return stage, phase, q_phase
 
 
 @gluon.jit
