@@ -40,7 +40,8 @@ def produce(
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
     ORDERED: gl.constexpr, LOAD_BLOCKS: gl.constexpr,
 ):  # fmt: skip
-    """One warp: per tile the two halves of Q, then what LOAD_BLOCKS streams."""
+    """One warp: per tile the two halves of Q, then what LOAD_BLOCKS streams: the diagonal block (its number), then
+    those kept, `count` in all. It returns the ring's next stage and phase."""
     stage = 0
     phase = 1
     q_phase = 1
@@ -73,7 +74,8 @@ def consume(
     D: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
     ORDERED: gl.constexpr, WITH_LSE: gl.constexpr, DECLARE: gl.constexpr, ATTEND: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: 64 query rows of every tile."""
+    """One warpgroup: 64 query rows of every tile, by ATTEND. It waits for its half of Q, takes the blocks off the ring
+    as LOAD_BLOCKS put them there, writes output and lse, and returns the next stage, phase and phase of Q."""
     stage = 0
     phase = 0
     q_phase = 0
