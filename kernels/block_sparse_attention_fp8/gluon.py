@@ -1,8 +1,9 @@
 """Hopper path of fp8 block-sparse attention, written in Gluon: D 64 or 128, blocks of 128.
 
 Roles and barriers: kernels._common.hopper_attention; traps of the compilers: kernels.block_sparse_attention.gluon. At
-fp8's speed the exponentials of a block cost as much as its two matrix products, so the score tile is double buffered and the softmax
-runs one block ahead of the tensor cores. Step j of a tile, X_j being scores in the log2 domain less their maximum:
+fp8's speed the exponentials of a block cost as much as its two matrix products, so the score tile is double buffered
+and the softmax runs one block ahead of the tensor cores. Step j of a tile, X_j being scores in the log2 domain less
+their maximum:
 
     issue P_{j-1} V_{j-1}, first half of D; meanwhile the first half of P_j = exp2(X_j)
     wait, add it to O
