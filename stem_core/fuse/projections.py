@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.quantize import QuantizedRows, quantize_rows
-from kernels.rows import FP8
+from kernels.quantize import FP8, QuantizedRows, quantize_rows
 from stem_core.fp8.linear import Fp8Linear, scaled_linear
 from stem_core.fuse.session import Session, activations_like, brief, has_own_forward, row_error, tolerance, trial_input
 
