@@ -25,6 +25,7 @@ from jobs.benchmark._attention_check import error_of
 from jobs.benchmark._measure import isolated_ms, sustained_ms, table, write_json
 from jobs.benchmark._row_errors import BLOCK, even_operands, plain_operands, problem_of, row_errors, worst_bias
 from jobs.benchmark._stamp import stamp
+from stem_core.errors import first_line
 
 DEVICE = "cuda"
 Operands = tuple[Tensor, Tensor, Tensor]
@@ -193,8 +194,7 @@ def _measure(
     except torch.OutOfMemoryError:
         return row | {"status": "no memory", "note": "skipped: memory"}
     except Exception as error:  # one broken baseline must not cost the other figures
-        text = (str(error).splitlines() or [""])[0][:150]
-        return row | {"status": "failed", "note": f"{type(error).__name__}: {text}"}
+        return row | {"status": "failed", "note": first_line(error)}
     row |= {"ms": ms, "sustained ms": sustained}
     if case.attends:
         n = -(-q.shape[2] // BLOCK)
