@@ -18,7 +18,7 @@ from pipeline.errors import DocumentError, one_line
 from pipeline.kept import storable
 from pipeline.location import open_filesystem
 from pipeline.source.catalogue import CatalogueBuilder
-from pipeline.source.ids import id_name, id_texts
+from pipeline.source.ids import column_problem, id_name, id_texts
 from pipeline.source.protocol import Locator, SourceFile
 from pipeline.source.streams import MOST_BYTES
 
@@ -47,7 +47,7 @@ def _list(opened: pa.NativeFile, about: pq.FileMetaData, file: SourceFile, build
     schema = about.schema.to_arrow_schema()
     builder.saw(schema.names)
     id_column = id_name(schema.names, builder.id_column)
-    problem = _text_problem(schema, builder.text_column) or (id_column and _column_problem(schema, id_column))
+    problem = _text_problem(schema, builder.text_column) or (id_column and column_problem(schema.names, id_column))
     if problem:
         builder.add_broken_file(f"{problem}; its {about.num_rows:,} rows are not read")
         return
@@ -104,15 +104,8 @@ def _check_indices(column: pa.Array) -> None:
             raise pa.ArrowInvalid(f"a row refers to value {high} of {len(column.dictionary)}")
 
 
-def _column_problem(schema: pa.Schema, name: str) -> str:
-    count = schema.names.count(name)
-    if not count:
-        return f"it has no column {name!r}; found: {', '.join(schema.names)}"
-    return f"it has {count} columns of the name {name!r}; rename them" if count > 1 else ""
-
-
 def _text_problem(schema: pa.Schema, name: str) -> str:
-    problem = _column_problem(schema, name)
+    problem = column_problem(schema.names, name)
     if problem:
         return problem
     kind = schema.field(name).type
