@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pipeline.source.csv_files import CsvReader, list_csv
 from pipeline.source.jsonl import JsonlReader, list_jsonl
 from pipeline.source.parquet import ParquetReader, list_parquet
 from pipeline.source.protocol import Format
@@ -13,6 +14,7 @@ FORMATS = {
     for format in (
         Format("parquet", (".parquet",), list_parquet, ParquetReader),
         Format("jsonl", (".jsonl", ".ndjson"), list_jsonl, JsonlReader, compressed=True, number="line"),
+        Format("csv", (".csv", ".tsv"), list_csv, CsvReader, compressed=True, number="line"),
         Format("text", (".txt", ".md"), list_text_file, TextFileReader, has_columns=False),
     )
 }

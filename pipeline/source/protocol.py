@@ -71,9 +71,9 @@ class SourceFile:
 class Locator:
     """Where a worker finds a document.
 
-    format: the name of it. start, length: as the format's lister gave them: byte offset and bytes of the line (jsonl;
-    of the decompressed stream where compressed), row group and row inside it (parquet), 0 and file size (text).
-    id_column: as asked for. listed_id: what was found there, since the file may be written to meanwhile.
+    format: the name of it. start, length: as the format's lister gave them: byte offset and bytes of the line or record
+    (jsonl, csv; of the decompressed stream where compressed), row group and row inside it (parquet), 0 and file size
+    (text). id_column: as asked for. listed_id: what was found there, since the file may be written to meanwhile.
     """
 
     filesystem: str
