@@ -51,7 +51,7 @@ def test_whatever_a_field_holds_comes_back(tmp_path: Path) -> None:
         for number, (quoting, end) in enumerate(((csv.QUOTE_ALL, "\n"), (csv.QUOTE_MINIMAL, "\r\n"))):
             out = io.StringIO(newline="")
             writer = csv.writer(out, delimiter=separator, quoting=quoting, lineterminator=end)  # type: ignore[arg-type]
-            writer.writerows([("n", "id", "text"), *((i, *row) for i, row in enumerate(texts.items()))])
+            writer.writerows([("id", "text", "n"), *((*row, i) for i, row in enumerate(texts.items()))])
             folder = tmp_path / f"{number}{suffix}"
             folder.mkdir()
             data = b"\xef\xbb\xbf" * number + out.getvalue().encode()
