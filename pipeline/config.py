@@ -44,7 +44,7 @@ class JobConfig:
     output: str = option("", "str", "folder for the results; made if missing", group="data")
     model: str = option("", "str", "folder of a transformers model, or its hub id", group="model", changes_output=True)
 
-    text_column: str = option("text", "str", "column (Parquet) or key (JSONL) that holds the text", group="data")
+    text_column: str = option("text", "str", "column, or key of JSON lines, that holds the text", group="data")
     id_column: str | None = option(
         None,
         "str",

@@ -57,7 +57,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog="python -m jobs.inspect", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--document", required=True, metavar="FILE", help="a text file, or JSONL or Parquet with --id")
+    parser.add_argument(
+        "--document", required=True, metavar="FILE", help="an input file; with --id if it holds several documents"
+    )
     parser.add_argument("--id", dest="document_id", metavar="TEXT", help="which document of the file")
     parser.add_argument(
         "--layers", nargs="+", metavar="N", help=f"layers to show, or all; unset: up to {SHOWN} that differ"
