@@ -13,14 +13,15 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.answering import left_behind
-from pipeline.config import JobConfig, flag, read_job_file
+from pipeline.config import JobConfig, declared, flag, read_job_file
 from pipeline.errors import JobError, nearest
 from pipeline.imports import WrongPackageError, check_kernels
+from stem_core.settings import kind_of
 
 
 class _Help(argparse.HelpFormatter):
@@ -61,35 +62,27 @@ def add_job_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()
         "--config", metavar="JOB.yaml", help="settings from a YAML file, named like the flags; a flag wins"
     )
     groups: dict[str, Any] = {}
-    for item in fields(JobConfig):
-        if item.name in without:
-            continue
-        rules = item.metadata
-        group = groups.setdefault(rules["group"], parser.add_argument_group(rules["group"]))
-        group.add_argument(flag(item.name), dest=item.name, default=argparse.SUPPRESS, **_argument(rules, item.default))
+    for item in declared():
+        if item.name not in without:
+            title = item.metadata["group"]
+            group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
+            group.add_argument(flag(item.name), dest=item.name, default=argparse.SUPPRESS, **_argument(item))
 
 
-def _argument(rules: Any, default: Any) -> dict[str, Any]:
-    told = ("on" if default else None) if rules["kind"] == "bool" else default
+_PLACEHOLDERS = {"int": "N", "float": "X", "auto_int": "N|auto", "shard": "I/N", "date": "DATE", "map": "JSON"}
+
+
+def _argument(item: Field[Any]) -> dict[str, Any]:
+    kind, choices = kind_of(item), item.metadata["choices"]
+    told = ("on" if item.default else None) if kind == "bool" else item.default
     shown = "" if told in (None, "", ()) else f" (default: {told})"
-    about: dict[str, Any] = {"help": (rules["meaning"] + shown).replace("%", "%%")}
-    if rules["kind"] == "bool":
+    about: dict[str, Any] = {"help": (item.metadata["meaning"] + shown).replace("%", "%%")}
+    if kind == "bool":
         return about | {"action": argparse.BooleanOptionalAction}
-    if rules["kind"] == "list":
+    if kind in ("list", "columns"):
         return about | {"nargs": "+", "metavar": "NAME"}
-    about["type"] = _converter(rules["kind"])
-    if rules["choices"]:
-        about["metavar"] = "{" + ",".join(rules["choices"]) + "}"
-    else:
-        about["metavar"] = {
-            "int": "N",
-            "float": "X",
-            "auto_int": "N|auto",
-            "shard": "I/N",
-            "date": "DATE",
-            "map": "JSON",
-        }.get(rules["kind"], "TEXT")
-    return about
+    placeholder = "{" + ",".join(map(str, choices)) + "}" if choices else _PLACEHOLDERS.get(kind, "TEXT")
+    return about | {"type": _converter(kind), "metavar": placeholder}
 
 
 def _converter(kind: str) -> Callable[[str], Any]:

@@ -11,11 +11,12 @@ from jobs.benchmark._shapes import SHAPES, shape_folder
 from jobs.cli import Parser, add_job_flags
 from jobs.evaluate.results import BY_EXACTNESS
 from pipeline.config import JobConfig, read_job_file
-from pipeline.engine.config import PRECISIONS, EngineConfig
+from pipeline.engine.config import EngineConfig
 from pipeline.engine.loading import context_limit, load_config, load_precision
 from pipeline.errors import JobError
 from pipeline.plan import make_engine_config
-from stem_core.config import PRESETS
+from pipeline.settings import PRECISIONS
+from stem_core.config import DEFAULT_PRESET, PRESETS
 
 # What of a job the audit decides itself (greedy outputs, one engine at a time) or takes several of.
 OWN = ("output", "attention", "preset", "budget", "precision", "seed")
@@ -23,7 +24,7 @@ UNUSED = (
     "keep_columns", "temperature", "top_p", "workers", "deadline", "max_attempts", "flush_documents", "flush_seconds",
     "compact", "resume", "retry_failed", "force", "dry_run", "ray_address",
 )  # fmt: skip
-DEFAULT_PRESETS = ("sampled", "release")
+DEFAULT_PRESETS = (DEFAULT_PRESET, "release")
 GPU_SAMPLE, CPU_SAMPLE = 8, 4
 # Prompts of these lengths are timed besides the documents. Presets attend densely below 6,144 tokens.
 GPU_LENGTHS = (4096, 6144, 8192, 12288, 16384, 32768)

@@ -30,9 +30,9 @@ from jobs.benchmark.engine.phases import decode_by_batch, gpu_busy, job, latency
 from jobs.benchmark.engine.report import plot, show
 from jobs.benchmark.engine.run import Run
 from pipeline.engine import Engine, EngineConfig
-from pipeline.engine.config import PRECISIONS
 from pipeline.engine.loading import load_config, load_precision
 from pipeline.errors import JobError
+from pipeline.settings import PRECISIONS
 from stem_core.config import PRESETS, StemConfig
 
 PHASES = ("agreement", "baseline", "latency", "profile", "job", "decode", "busy", "vllm", "error")
