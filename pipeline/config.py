@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from pipeline.errors import JobError, nearest, one_line
 from pipeline.options import check_flags, flag, short, told
 from pipeline.settings import EngineSettings, Sampling
-from stem_core.config import DEFAULT_PRESET, PRESETS, StemConfig
+from stem_core.config import DEFAULT_PRESET, PRESETS, REMOVED_PRESETS, StemConfig
 from stem_core.settings import SettingError, setting
 
 Config = TypeVar("Config")
@@ -107,7 +107,8 @@ class JobConfig(Sampling, EngineSettings):
     )
     preset: str = setting(
         DEFAULT_PRESET,
-        "named Stem configuration",
+        "how key blocks are chosen: sampled is the default; paper and release are Stem as published, which loses facts "
+        "that a document states once",
         choices=PRESETS,
         group="attention",
         changes_output=True,
@@ -152,6 +153,8 @@ class JobConfig(Sampling, EngineSettings):
     ray_address: str | None = setting(None, "cluster to use; unset: $RAY_ADDRESS, else this machine alone", group="run")
 
     def __post_init__(self) -> None:
+        if isinstance(self.preset, str) and self.preset in REMOVED_PRESETS:
+            raise JobError(f"{flag('preset')} {self.preset} is no more: {REMOVED_PRESETS[self.preset]}")
         check_flags(self)
         for name in ("input", "output", "model"):
             if not getattr(self, name):
