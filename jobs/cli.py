@@ -39,12 +39,19 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are JobError: exit code 2 means something else here.
 
     A description "What it does: python -m jobs.name ARGUMENTS" gives the usage, too: a list of all flags would hide it.
+    Of the script `stemline`, usage is `stemline name ARGUMENTS`.
     """
 
     def __init__(self, **settings: Any) -> None:
         what, colon, usage = (settings.get("description") or "").partition(": python -m ")
         if colon:
             settings |= {"description": what, "usage": f"python -m {usage} [flags]"}
+        if by_script():
+            settings |= {
+                key: settings[key].replace("python -m jobs.", "stemline ")
+                for key in ("usage", "prog")
+                if settings.get(key)
+            }
         super().__init__(**{"formatter_class": _Help} | settings)
 
     def error(self, message: str) -> NoReturn:
@@ -111,12 +118,27 @@ def job_config(arguments: argparse.Namespace) -> JobConfig:
     return JobConfig(**values)
 
 
+def by_script() -> bool:
+    """Whether the console script `stemline` runs."""
+    return Path(sys.argv[0]).stem == "stemline"
+
+
 def this_python() -> str:
     """The interpreter as one types it: `python` if that finds it, else its path, from the working folder if below."""
-    here = Path(sys.executable)
-    if shutil.which("python") == str(here):
-        return "python"
-    return shlex.quote(str(here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here))
+    return _as_typed("python", Path(sys.executable))
+
+
+def command(name: str) -> str:
+    """How one types another command of ours: with the script `stemline` if that runs, else with this Python."""
+    if by_script():
+        return f"{_as_typed('stemline', Path(sys.argv[0]).absolute())} {name}"
+    return f"{this_python()} -m jobs.{name}"
+
+
+def _as_typed(name: str, program: Path) -> str:
+    if shutil.which(name) == str(program):
+        return name
+    return shlex.quote(str(program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program))
 
 
 def run_main(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> NoReturn:
