@@ -91,6 +91,7 @@ class JobConfig(Sampling, EngineSettings):
         kind="date",
         group="prompt",
         changes_output=True,
+        added_later=True,
     )
     too_long: str = setting(
         "error",
@@ -209,11 +210,10 @@ class JobConfig(Sampling, EngineSettings):
         for name in (*STEM_OVERRIDES, "preset", "attention", "model"):
             values.pop(name, None)
         settings = stem.to_dict() if stem else None
-        # Results that are older than these settings are of the same job.
-        if settings and not settings["min_mass"]:
-            del settings["min_mass"]
-        if self.prompt_date is None:
-            del values["prompt_date"]
+        for held, record in ((values, JobConfig), (settings or {}, StemConfig)):
+            for item in fields(record):
+                if item.metadata["added_later"] and held.get(item.name, item.default) == item.default:
+                    held.pop(item.name, None)
         return values | {"stem": settings}
 
     def fingerprint(self) -> str:

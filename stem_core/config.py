@@ -76,6 +76,7 @@ class StemConfig(EstimatorSettings):
         "is patched without it this changes nothing",
         low=0,
         high=1,
+        added_later=True,
     )
 
     def __post_init__(self) -> None:

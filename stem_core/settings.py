@@ -42,6 +42,7 @@ def setting(
     divides_block: bool = False,
     group: str = "",
     changes_output: bool = False,
+    added_later: bool = False,
 ) -> Any:
     """A dataclass field that knows what it means and what it accepts.
 
@@ -51,11 +52,12 @@ def setting(
     choices: values, or the table that has them as keys. low, high: smallest and largest number; above: what a number
         must be larger than.
     divides_block: a divisor of StemConfig.block_size. group: heading of the flag. changes_output: whether results made
-        with another value are of another job.
+        with another value are of another job. added_later: there are results that are older than the setting; they are
+        of the same job while it has its default.
     """
     rules = {
         "meaning": meaning, "more": more, "kind": kind, "choices": choices, "low": low, "above": above, "high": high,
-        "divides_block": divides_block, "group": group, "changes_output": changes_output,
+        "divides_block": divides_block, "group": group, "changes_output": changes_output, "added_later": added_later,
     }  # fmt: skip
     return field(default=default, metadata=rules)
 

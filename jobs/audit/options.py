@@ -15,14 +15,15 @@ from pipeline.engine.config import EngineConfig
 from pipeline.engine.loading import context_limit, load_config, load_precision
 from pipeline.errors import JobError
 from pipeline.plan import make_engine_config
-from pipeline.settings import PRECISIONS
+from pipeline.settings import PRECISIONS, Sampling
 from stem_core.config import DEFAULT_PRESET, PRESETS
 
 # What of a job the audit decides itself (greedy outputs, one engine at a time) or takes several of.
 OWN = ("output", "attention", "preset", "budget", "precision", "seed")
 UNUSED = (
-    "keep_columns", "temperature", "top_p", "workers", "deadline", "max_attempts", "flush_documents", "flush_seconds",
-    "compact", "resume", "retry_failed", "force", "dry_run", "ray_address",
+    *(item.name for item in fields(Sampling)),
+    "keep_columns", "workers", "deadline", "max_attempts", "flush_documents", "flush_seconds", "compact",
+    "resume", "retry_failed", "force", "dry_run", "ray_address",
 )  # fmt: skip
 DEFAULT_PRESETS = (DEFAULT_PRESET, "release")
 GPU_SAMPLE, CPU_SAMPLE = 8, 4
