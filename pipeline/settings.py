@@ -65,6 +65,15 @@ class Sampling:
         group="generation",
         changes_output=True,
     )
+    top_k: int | None = setting(
+        None,
+        "most likely tokens that sampling draws from; unset: all",
+        more="top_p then takes its share of their probability",
+        low=1,
+        group="generation",
+        changes_output=True,
+        added_later=True,
+    )
     seed: int = setting(
         0,
         "seed of sampling; what is drawn for a document depends only on this and on the document's id",

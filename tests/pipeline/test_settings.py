@@ -48,6 +48,7 @@ def test_only_settings_that_can_change_an_output_are_fingerprinted() -> None:
     ]
     other = [{"max_new_tokens": 9}, {"seed": 1}, {"budget": 0.3}, {"attention": "dense"}, {"too_long": "truncate"}]
     other += [{"preset": "release"}, {"precision": "fp16"}, {"block_size": 64}, {"temperature": 0.5}, {"min_mass": 0.5}]
+    other += [{"top_k": 20}]
     assert {config(**changes).fingerprint() for changes in same} == {config().fingerprint()}
     prints = {config(**changes).fingerprint() for changes in other}
     assert len(prints | {config().fingerprint()}) == len(other) + 1
@@ -106,6 +107,7 @@ def test_credentials_stay_out_of_names_and_manifest(tmp_path: Path) -> None:
         ({"resume": "yes"}, "--resume must be true or false"),
         ({"input": ()}, "--input is missing"),
         ({"top_p": 0}, "--top-p must be above 0"),
+        ({"top_k": 0}, "--top-k must be at least 1, got 0"),
         ({"shard": "1/x"}, "--shard must be i/n"),
         ({"decay": 0}, "--decay must be above 0 and at most 1, got 0$"),
         ({"dense_layers": -1}, "--dense-layers must be in 0.."),
@@ -127,7 +129,7 @@ def test_wrong_values_are_named(settings: dict[str, Any], message: str) -> None:
 HANDED_ON = {
     "model": "some/model", "revision": "main", "trust_remote_code": True, "precision": "bf16", "chunk_tokens": 64,
     "max_live": 3, "max_context": 500, "arena_tokens": 900, "load_format": "dummy", "temperature": 0.5, "top_p": 0.9,
-    "seed": 4,
+    "top_k": 20, "seed": 4,
 }  # fmt: skip
 
 
