@@ -19,13 +19,15 @@ from jobs.page import render_page
 from jobs.page.charts import graph_objects
 from pipeline.config import JobConfig
 from pipeline.errors import DocumentError, JobError, nearest, without_secrets
+from pipeline.settings import Sampling
 from pipeline.source import DocumentReader, find_files, list_documents
 
 PAGE = "inspect.html"
 SHOWN = 4
 # Settings of the job that a single prefill knows nothing of.
 WITHOUT = {
-    *("input", "output", "keep_columns", "shard", "max_live", "arena_tokens", "temperature", "top_p"),
+    *("input", "output", "keep_columns", "shard", "max_live", "arena_tokens"),
+    *(item.name for item in fields(Sampling) if item.name != "seed"),  # which is that of dummy weights, too
     *(item.name for item in fields(JobConfig) if item.metadata["group"] == "run"),
 }
 
