@@ -75,7 +75,7 @@ def test_presets_stand_with_their_values() -> None:
     meanings = field_meanings()
     assert list(meanings) == [item.name for item in fields(StemConfig)]
     (line,) = lines_with(page, "| `dense_tail` |")
-    assert [cell.strip() for cell in line.split("|")[3:7]] == ["1", "0", "0", "4"]
+    assert [cell.strip() for cell in line.split("|")[3:6]] == ["1", "0", "0"]
     assert meanings["stride"] in page
 
 
