@@ -39,7 +39,7 @@ WORK = {
     "tools.benchmark scaling": ("tools.benchmark.scaling.prepare",),
     "tools.benchmark selection": ("tools.benchmark.selection.copy_bandwidth",),
     "jobs.demo": ("jobs.demo.__main__.run_arm",),
-    "jobs.evaluate": ("jobs.evaluate.run.EngineReader", "jobs.evaluate.run.own_reader"),
+    "jobs.evaluate": ("jobs.evaluate.run.load_readers",),
     "tools.faults blows": ("tools.faults.blows.blows",),
     "tools.faults bucket": ("tools.faults.bucket.bucket",),
     "tools.faults determinism": ("pipeline.engine.runner.load_runner",),
@@ -143,6 +143,7 @@ def stood_in(words: Sequence[str]) -> list[str]:
     """Arguments with what is here for what a reader has."""
     model = str(ROOT / "models/tiny-reader")
     here = {"Qwen/Qwen3-8B": model, "/models/Qwen3-8B": model, "PATH": model, "FOLDER": "trained"}
+    here["TEXT.txt"] = str(ROOT / "examples/documents/report-01.txt")
     return [here.get(word, word) for word in words]
 
 

@@ -1,7 +1,8 @@
 """Evaluate retrieval under sparse prefill: python -m jobs.evaluate --model PATH --lengths 4096 16384 --tasks all
 
-RULER-like tasks, made offline, read by the model under several arms of attention in one run. Writes rows/*.parquet (one
-row for each question and arm), summary.json, summary.txt and plots to --output.
+RULER-like tasks and stretches of plain text, read by the product's engine under several arms of attention in one run,
+each in every precision that is named. Writes rows/*.parquet (one row for each question and arm), summary.json,
+summary.txt and plots to --output.
 """
 
 from __future__ import annotations
