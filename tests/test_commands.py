@@ -99,7 +99,10 @@ RUN_BY = {
     "ray status": "tests/jobs/test_submit.py: def cluster",
 }
 # What cannot run here: other machines, or this environment's own making.
-ELSEWHERE = {"kubectl": "a Kubernetes cluster", "ssh": "another machine", "pip": "the Makefile makes the environment"}
+ELSEWHERE = {
+    "docker": "an engine for containers", "kubectl": "a Kubernetes cluster", "ssh": "another machine",
+    "pip": "the Makefile makes the environment",
+}  # fmt: skip
 # Words of the text that are no commands.
 NAMES = {("make",), ("python",), ("ray",), ("tools.benchmark", "...")}
 EARLIER_FLAGS = {("--dtype",)}  # told under "Upgrading"

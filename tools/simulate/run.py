@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import resource
 import time
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 
 from pipeline.errors import JobError
@@ -218,5 +217,4 @@ class _Writer:
 
 def resident() -> int:
     """Bytes of memory of this process."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+    return psutil.Process().memory_info().rss
