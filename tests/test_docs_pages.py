@@ -18,9 +18,9 @@ import yaml
 
 from jobs.cli import Parser, add_job_flags, job_config
 from pipeline.config import JobConfig
-from pipeline.engine import plan
 from pipeline.engine.config import EngineConfig, EngineError
-from pipeline.engine.precision import Precision
+from pipeline.engine.memory import plan
+from pipeline.engine.model.precision import Precision
 from pipeline.records import STATUSES
 from stem_core.config import StemConfig
 

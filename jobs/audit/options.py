@@ -12,7 +12,7 @@ from jobs.cli import Parser, add_job_flags
 from jobs.evaluate.results import BY_EXACTNESS
 from pipeline.config import JobConfig, read_job_file
 from pipeline.engine.config import PRECISIONS, EngineConfig
-from pipeline.engine.loading import context_limit, load_config, load_precision
+from pipeline.engine.model.loading import context_limit, load_config, load_precision
 from pipeline.errors import JobError
 from pipeline.plan import make_engine_config
 from stem_core.config import PRESETS

@@ -18,7 +18,7 @@ from jobs.evaluate.beyond import mean_corrected
 from jobs.evaluate.probe import Probe
 from jobs.evaluate.scores import Place
 from kernels.block_sparse_attention import block_sparse_attention
-from pipeline.engine.cache import EngineCache
+from pipeline.engine.kv.cache import EngineCache
 from stem_core.attention import cutting_window
 from stem_core.patch import patch_model, unpatch_model
 

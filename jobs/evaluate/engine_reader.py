@@ -15,8 +15,8 @@ from jobs.evaluate.arms import ENGINE_ARMS, Arm
 from jobs.evaluate.options import Options
 from jobs.evaluate.prompts import Prompt, Reading
 from pipeline.engine import Completion, Engine, EngineConfig, Request
-from pipeline.engine.loading import context_limit, load_config, load_precision
-from pipeline.engine.precision import fp8_block_obstacle
+from pipeline.engine.model.loading import context_limit, load_config, load_precision
+from pipeline.engine.model.precision import fp8_block_obstacle
 from pipeline.errors import JobError
 from stem_core.config import StemConfig
 

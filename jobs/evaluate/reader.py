@@ -15,7 +15,7 @@ from jobs.evaluate.arms import Arm
 from jobs.evaluate.attention import Answers, Chunk, DocumentKeys, TailKeys
 from jobs.evaluate.probe import Probe, merge_probes
 from jobs.evaluate.prompts import Prompt, Reading
-from pipeline.engine.loading import context_limit
+from pipeline.engine.model.loading import context_limit
 
 # Tokens of the dense answer along which an arm's predictions are compared with the dense ones, at most.
 COMPARED_TOKENS = 16

@@ -19,7 +19,7 @@ from jobs.evaluate.prompts import Tokenizer, make_document, read_prompts
 from jobs.evaluate.reader import Reader
 from jobs.evaluate.results import Row, row_of, write_rows
 from jobs.evaluate.wording import Style, pick_style
-from pipeline.engine.loading import load_model, stop_token_ids
+from pipeline.engine.model.loading import load_model, stop_token_ids
 from pipeline.errors import JobError
 from stem_core.patch import UnsupportedModelError
 

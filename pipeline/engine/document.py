@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline.engine.arena import Extent, aligned
-from pipeline.engine.batch import MAX_STOP_IDS, RowStart
 from pipeline.engine.config import Completion, Request, Status
-from pipeline.engine.plan import MemoryPlan
-from pipeline.engine.prefill import AttentionPlan, Prefill
-from pipeline.engine.sampling import document_seed
+from pipeline.engine.kv.arena import Extent, aligned
+from pipeline.engine.memory.plan import MemoryPlan
+from pipeline.engine.run.batch import MAX_STOP_IDS, RowStart
+from pipeline.engine.run.prefill import AttentionPlan, Prefill
+from pipeline.engine.run.sampling import document_seed
 
 # How many shorter documents may start before one that waits for a longer extent.
 OVERTAKES = 32

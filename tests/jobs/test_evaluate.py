@@ -36,7 +36,7 @@ from jobs.evaluate.summary import summarise
 from jobs.evaluate.wording import REPORT, RULER, pick_style
 from kernels.block_selection import BlockSelection
 from pipeline.engine import Engine, EngineConfig, Request
-from pipeline.engine.loading import load_model, stop_token_ids
+from pipeline.engine.model.loading import load_model, stop_token_ids
 from pipeline.errors import JobError
 from stem_core.config import StemConfig
 

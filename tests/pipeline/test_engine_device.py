@@ -15,13 +15,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 import stem_core.attention
-from pipeline.engine.arena import Extent, KVArena
-from pipeline.engine.batch import DecodeBatch
 from pipeline.engine.config import EngineConfig
-from pipeline.engine.decode import DecodeRunner, StepKey
-from pipeline.engine.loading import load_config
-from pipeline.engine.prefill import Prefill
-from pipeline.engine.runner import ModelRunner
+from pipeline.engine.kv.arena import Extent, KVArena
+from pipeline.engine.model.loading import load_config
+from pipeline.engine.model.runner import ModelRunner
+from pipeline.engine.run.batch import DecodeBatch
+from pipeline.engine.run.decode import DecodeRunner, StepKey
+from pipeline.engine.run.prefill import Prefill
 
 META = torch.device("meta")
 

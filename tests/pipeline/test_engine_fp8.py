@@ -17,11 +17,11 @@ from kernels.fp8_heads.reference import restore_keys
 from pipeline import read_results
 from pipeline.config import JobConfig
 from pipeline.engine import Engine, EngineConfig, EngineError, Request, estimate_plan
-from pipeline.engine.arena import ALIGNMENT, Extent, Fp8KVArena, LayerShape
-from pipeline.engine.calibration import PROMPT_TOKENS, calibration_prompts
-from pipeline.engine.dummy import dummy_model
-from pipeline.engine.loading import load_config, load_model
-from pipeline.engine.precision import Precision, resolve_precision
+from pipeline.engine.kv.arena import ALIGNMENT, Extent, Fp8KVArena, LayerShape
+from pipeline.engine.model.calibration import PROMPT_TOKENS, calibration_prompts
+from pipeline.engine.model.dummy import dummy_model
+from pipeline.engine.model.loading import load_config, load_model
+from pipeline.engine.model.precision import Precision, resolve_precision
 from pipeline.errors import JobError
 from pipeline.job import run_job
 from stem_core import StemConfig

@@ -13,7 +13,7 @@ from test_engine_wide_layers import biased_model
 
 from jobs.benchmark.engine.agreement import check_agreement
 from pipeline.engine import Engine, EngineConfig, Request, Sampling
-from pipeline.engine.loading import load_model
+from pipeline.engine.model.loading import load_model
 from stem_core import StemConfig
 
 pytestmark = [

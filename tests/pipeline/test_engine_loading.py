@@ -24,14 +24,14 @@ from pipeline.engine import (
     ModelLoadError,
     Request,
     estimate_plan,
-    memory,
 )
-from pipeline.engine.arena import Arena, KVArena, LayerShape
-from pipeline.engine.loading import context_limit, load_config, load_model, stop_token_ids
-from pipeline.engine.memory import allocate_arena, key_state_bytes, plan_memory, rehearse
-from pipeline.engine.plan import fit_arena
-from pipeline.engine.runner import ModelRunner
-from pipeline.engine.skeleton import host_memory
+from pipeline.engine.kv.arena import Arena, KVArena, LayerShape
+from pipeline.engine.memory import measure as memory
+from pipeline.engine.memory.measure import allocate_arena, key_state_bytes, plan_memory, rehearse
+from pipeline.engine.memory.plan import fit_arena
+from pipeline.engine.model.loading import context_limit, load_config, load_model, stop_token_ids
+from pipeline.engine.model.runner import ModelRunner
+from pipeline.engine.model.skeleton import host_memory
 from stem_core import StemConfig
 
 

@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.engine.arena import ALIGNMENT, Extent, ExtentAllocator, KVArena, LayerShape
-from pipeline.engine.batch import IDLE, LENGTH, MAX_STOP_IDS, NOT_FINITE, DecodeBatch, RowStart
-from pipeline.engine.cache import DecodeCache, PrefillCache
 from pipeline.engine.config import Request
-from pipeline.engine.decode import Readback, batch_bucket
 from pipeline.engine.document import OVERTAKES, Document, WaitingLine
-from pipeline.engine.sampling import document_seed, sample, uniforms
+from pipeline.engine.kv.arena import ALIGNMENT, Extent, ExtentAllocator, KVArena, LayerShape
+from pipeline.engine.kv.cache import DecodeCache, PrefillCache
+from pipeline.engine.run.batch import IDLE, LENGTH, MAX_STOP_IDS, NOT_FINITE, DecodeBatch, RowStart
+from pipeline.engine.run.decode import Readback, batch_bucket
+from pipeline.engine.run.sampling import document_seed, sample, uniforms
 
 
 @settings(max_examples=60, deadline=None)

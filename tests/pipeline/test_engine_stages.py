@@ -14,17 +14,18 @@ from placed import Devices, chips, put
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from pipeline.engine import Completion, Engine, EngineConfig, EngineError, Request, Sampling, dummy
-from pipeline.engine.arena import Extent
-from pipeline.engine.batch import DecodeBatch
-from pipeline.engine.decode import DecodeRunner, StepKey
-from pipeline.engine.dummy import layers_on_devices
-from pipeline.engine.loading import load_config, load_model
-from pipeline.engine.precision import Precision, resolve_precision
-from pipeline.engine.prefill import Prefill
-from pipeline.engine.runner import ModelRunner, load_runner
-from pipeline.engine.skeleton import skeleton
-from pipeline.engine.stages import Placement, balance, connect, place
+from pipeline.engine import Completion, Engine, EngineConfig, EngineError, Request, Sampling
+from pipeline.engine.kv.arena import Extent
+from pipeline.engine.model import dummy
+from pipeline.engine.model.dummy import layers_on_devices
+from pipeline.engine.model.loading import load_config, load_model
+from pipeline.engine.model.placement import Placement, balance, connect, place
+from pipeline.engine.model.precision import Precision, resolve_precision
+from pipeline.engine.model.runner import ModelRunner, load_runner
+from pipeline.engine.model.skeleton import skeleton
+from pipeline.engine.run.batch import DecodeBatch
+from pipeline.engine.run.decode import DecodeRunner, StepKey
+from pipeline.engine.run.prefill import Prefill
 from stem_core import StemConfig
 from stem_core.context import PromptGoesOn
 

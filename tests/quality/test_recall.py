@@ -15,7 +15,7 @@ from jobs.evaluate.reader import Reader
 from jobs.evaluate.results import row_of
 from jobs.evaluate.wording import REPORT
 from pipeline.engine import EngineConfig
-from pipeline.engine.loading import load_model, stop_token_ids
+from pipeline.engine.model.loading import load_model, stop_token_ids
 
 MODEL = str(Path(__file__).parents[2] / "models/tiny-reader")
 TASKS = ("report_facts", "lookup", "niah_essay", "multikey_4")

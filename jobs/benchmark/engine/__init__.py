@@ -31,7 +31,7 @@ from jobs.benchmark.engine.report import plot, show
 from jobs.benchmark.engine.run import Run
 from pipeline.engine import Engine, EngineConfig
 from pipeline.engine.config import PRECISIONS
-from pipeline.engine.loading import load_config, load_precision
+from pipeline.engine.model.loading import load_config, load_precision
 from pipeline.errors import JobError
 from stem_core.config import PRESETS, StemConfig
 

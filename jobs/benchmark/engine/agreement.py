@@ -16,8 +16,8 @@ import torch
 
 from jobs.demo.reports import synthetic_report
 from pipeline.engine import Engine, EngineConfig, Request
-from pipeline.engine.loading import load_model
-from pipeline.engine.memory import release_memory
+from pipeline.engine.memory.measure import release_memory
+from pipeline.engine.model.loading import load_model
 
 MODEL = Path(__file__).parents[3] / "models" / "tiny-reader"
 QUESTION = "List all key findings of the report in the order in which they appear."

@@ -7,15 +7,15 @@ import gc
 import numpy as np
 import torch
 
-from pipeline.engine.arena import ALIGNMENT, Arena, Extent
-from pipeline.engine.cache import PrefillCache
 from pipeline.engine.config import EngineConfig, EngineError
-from pipeline.engine.kept import kept_mass
-from pipeline.engine.loading import context_limit, weight_bytes
-from pipeline.engine.plan import GIB, HOST_SHARE, RESERVE_FACTOR, DevicePlan, MemoryPlan, combine, fit_arena
-from pipeline.engine.prefill import Prefill
-from pipeline.engine.runner import ModelRunner, load_runner
-from pipeline.engine.skeleton import SLACK_BYTES, host_memory
+from pipeline.engine.kv.arena import ALIGNMENT, Arena, Extent
+from pipeline.engine.kv.cache import PrefillCache
+from pipeline.engine.memory.plan import GIB, HOST_SHARE, RESERVE_FACTOR, DevicePlan, MemoryPlan, combine, fit_arena
+from pipeline.engine.model.loading import context_limit, weight_bytes
+from pipeline.engine.model.runner import ModelRunner, load_runner
+from pipeline.engine.model.skeleton import SLACK_BYTES, host_memory
+from pipeline.engine.run.kept import kept_mass
+from pipeline.engine.run.prefill import Prefill
 from stem_core.context import PrefillContext
 from stem_core.estimators import KeyState
 from stem_core.selection import new_key_state

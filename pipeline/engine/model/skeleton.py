@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.engine.arena import LayerShape
 from pipeline.engine.config import EngineConfig
-from pipeline.engine.precision import Precision
+from pipeline.engine.kv.arena import LayerShape
+from pipeline.engine.model.precision import Precision
 from stem_core.fp8 import quantize_linears
 
 # Allocator fragmentation, cuBLAS workspaces and what else a process takes unasked.

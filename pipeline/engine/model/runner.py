@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from kernels.fp8_heads import FP8
-from pipeline.engine.arena import Arena, Fp8KVArena, KVArena, LayerShape
-from pipeline.engine.cache import EngineCache, ProbeCache
-from pipeline.engine.calibration import calibration_prompts
-from pipeline.engine.checks import check_head_sizes, check_layers, check_state, kept_tensors, named_failures
 from pipeline.engine.config import EngineConfig, EngineError
-from pipeline.engine.loading import load_model
-from pipeline.engine.precision import check_fp8_attention, check_wide_layers, model_precision
-from pipeline.engine.rope import prepare_rope
-from pipeline.engine.self_check import is_tested, self_check
+from pipeline.engine.kv.arena import Arena, Fp8KVArena, KVArena, LayerShape
+from pipeline.engine.kv.cache import EngineCache, ProbeCache
+from pipeline.engine.model.calibration import calibration_prompts
+from pipeline.engine.model.checks import check_head_sizes, check_layers, check_state, kept_tensors, named_failures
+from pipeline.engine.model.loading import load_model
+from pipeline.engine.model.precision import check_fp8_attention, check_wide_layers, model_precision
+from pipeline.engine.model.rope import prepare_rope
+from pipeline.engine.model.self_check import is_tested, self_check
 from stem_core.config import StemConfig
 from stem_core.context import PrefillContext, StemContext
 from stem_core.fuse import fuse_model
@@ -29,8 +29,8 @@ class ModelRunner:
     """A patched model on its device or devices, its elementwise operations fused (`fuse` as in EngineConfig).
 
     Raises stem_core's UnsupportedModelError or EngineError for a model whose attention or rotary embedding cannot run
-    here, or that keeps more of a document than the engine does (pipeline.engine.checks), UnsupportedCacheError for one
-    that asks for it.
+    here, or that keeps more of a document than the engine does (pipeline.engine.model.checks), UnsupportedCacheError
+    for one that asks for it.
 
     device: of token ids and logits. devices: all of the model, in the order of its layers. layer_devices: by layer.
     precision: as the model was loaded. In fp8 attention and KV are in fp8 too, except in layers that this would harm

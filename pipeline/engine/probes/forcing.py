@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from kernels.fp8_heads import KEY_GROUP
-from pipeline.engine.arena import Extent
-from pipeline.engine.cache import DecodeCache
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.document import Document
 from pipeline.engine.engine import Engine
-from pipeline.engine.runner import ModelRunner
+from pipeline.engine.kv.arena import Extent
+from pipeline.engine.kv.cache import DecodeCache
+from pipeline.engine.model.runner import ModelRunner
 from stem_core.context import DecodeContext
 
 # Gets log-probabilities float32 [tokens, V], on the engine's device; row i stands before token i of the output.

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from pipeline.engine.arena import ALIGNMENT, aligned
 from pipeline.engine.config import EngineConfig, EngineError
-from pipeline.engine.loading import context_limit, load_config
-from pipeline.engine.precision import DTYPES, Precision, check_fp8_attention, resolve_precision
-from pipeline.engine.skeleton import chunk_bytes, host_memory, layer_shape, rooms, skeleton
-from pipeline.engine.stages import place, tensor_bytes
+from pipeline.engine.kv.arena import ALIGNMENT, aligned
+from pipeline.engine.model.loading import context_limit, load_config
+from pipeline.engine.model.placement import place, tensor_bytes
+from pipeline.engine.model.precision import DTYPES, Precision, check_fp8_attention, resolve_precision
+from pipeline.engine.model.skeleton import chunk_bytes, host_memory, layer_shape, rooms, skeleton
 
 GIB = 2**30
 # On a CPU the arena shares memory with everything else on the machine.

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.engine.arena import Arena, Extent
-from pipeline.engine.cache import PrefillCache
-from pipeline.engine.kept import KeptMass, kept_mass
-from pipeline.engine.runner import ModelRunner
+from pipeline.engine.kv.arena import Arena, Extent
+from pipeline.engine.kv.cache import PrefillCache
+from pipeline.engine.model.runner import ModelRunner
+from pipeline.engine.run.kept import KeptMass, kept_mass
 from stem_core.config import StemConfig
 from stem_core.context import PrefillContext, PromptGoesOn
 from stem_core.policy import DENSE_BLOCK_SIZE, cutting_window

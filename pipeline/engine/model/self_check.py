@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.engine.arena import Extent, aligned
-from pipeline.engine.cache import DecodeCache, EngineCache, PrefillCache
+from pipeline.engine.kv.arena import Extent, aligned
+from pipeline.engine.kv.cache import DecodeCache, EngineCache, PrefillCache
 from stem_core.context import DecodeContext, PrefillContext, StemContext
 from stem_core.patch import UnsupportedModelError
 from stem_core.policy import DENSE_BLOCK_SIZE
 
 if TYPE_CHECKING:
-    from pipeline.engine.runner import ModelRunner
+    from pipeline.engine.model.runner import ModelRunner
 
 # Model types that the tests compare with transformers' own generate, in batches and in chunks
 # (tests/pipeline/test_engine_generate.py). All others are checked when they are loaded.

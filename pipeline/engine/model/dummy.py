@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from pipeline.engine.config import EngineConfig
-from pipeline.engine.precision import Precision
-from pipeline.engine.stages import Placement
+from pipeline.engine.model.placement import Placement
+from pipeline.engine.model.precision import Precision
 from stem_core.fp8 import quantize_linears
 
 

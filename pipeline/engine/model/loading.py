@@ -14,11 +14,11 @@ from torch import nn
 
 from pipeline.adapters import MERGE, adapter_problem
 from pipeline.engine.config import EngineConfig, EngineError
-from pipeline.engine.dummy import dummy_model
-from pipeline.engine.keys import conversion_problem, keys_problem, load_report
-from pipeline.engine.precision import Precision, resolve_precision
-from pipeline.engine.skeleton import chunk_bytes, rooms, skeleton
-from pipeline.engine.stages import Placement, connect, move, place
+from pipeline.engine.model.checkpoint import conversion_problem, keys_problem, load_report
+from pipeline.engine.model.dummy import dummy_model
+from pipeline.engine.model.placement import Placement, connect, move, place
+from pipeline.engine.model.precision import Precision, resolve_precision
+from pipeline.engine.model.skeleton import chunk_bytes, rooms, skeleton
 from stem_core.fp8 import Fp8Linear, prepare_quantized_config, quantize_linears
 
 # A context that no arena reaches, for configs that state none.
@@ -51,8 +51,8 @@ def load_precision(config: EngineConfig) -> Precision:
 def load_model(config: EngineConfig, devices: Sequence[torch.device] | None = None) -> nn.Module:
     """The model in eval mode on the engine's devices, its linears in fp8 if that is the precision.
 
-    devices: of the stages that its layers are divided into (pipeline.engine.stages); None is the config's.
-    Reads safetensors only. load_format "dummy" makes random weights on the devices (pipeline.engine.dummy).
+    devices: of the stages that its layers are divided into (pipeline.engine.model.placement); None is the config's.
+    Reads safetensors only. load_format "dummy" makes random weights on the devices (pipeline.engine.model.dummy).
     Neither needs a second copy in host memory, nor, for fp8, device memory for more than one weight in 16 bits.
     Raises ModelLoadError, or EngineError for a precision that cannot be and a model that cannot be divided.
     """

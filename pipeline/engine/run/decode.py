@@ -10,11 +10,11 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from pipeline.engine.arena import Arena
-from pipeline.engine.batch import EMITTED, LENGTH, LIMIT, START, TOKEN, DecodeBatch
-from pipeline.engine.cache import DecodeCache
-from pipeline.engine.graphs import Graphs
-from pipeline.engine.runner import ModelRunner
+from pipeline.engine.kv.arena import Arena
+from pipeline.engine.kv.cache import DecodeCache
+from pipeline.engine.model.runner import ModelRunner
+from pipeline.engine.run.batch import EMITTED, LENGTH, LIMIT, START, TOKEN, DecodeBatch
+from pipeline.engine.run.graphs import Graphs
 from stem_core.context import DecodeContext
 
 Tag = TypeVar("Tag")
