@@ -42,7 +42,7 @@ WORK = {
     "jobs.evaluate": ("jobs.evaluate.run.EngineReader", "jobs.evaluate.run.own_reader"),
     "jobs.faults blows": ("jobs.faults.blows.blows",),
     "jobs.faults bucket": ("jobs.faults.bucket.bucket",),
-    "jobs.faults determinism": ("pipeline.engine.model.runner.load_runner",),
+    "jobs.faults determinism": ("pipeline.engine.model.loading.load_runner",),
     "jobs.faults flips": ("jobs.faults.flips.flips",),
     "jobs.faults kills": ("jobs.faults.runs.kills",),
     "jobs.faults restarts": ("jobs.faults.runs.kills",),

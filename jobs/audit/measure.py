@@ -16,7 +16,8 @@ from jobs.audit.sample import Sampled
 from jobs.benchmark.engine.agreement import TIE
 from pipeline.engine import Completion, Engine, EngineError, Request
 from pipeline.engine.memory.measure import release_memory
-from pipeline.engine.model.runner import ModelRunner, load_runner
+from pipeline.engine.model.loading import load_runner
+from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.probes.forcing import ForcingEngine
 from pipeline.engine.probes.timing import decode_step_ms
 from pipeline.errors import JobError, one_line

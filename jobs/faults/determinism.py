@@ -96,7 +96,7 @@ class Share:
 
 def main(options: argparse.Namespace) -> int:
     """Run all variations and print the shares; 0."""
-    from pipeline.engine.model.runner import load_runner
+    from pipeline.engine.model.loading import load_runner
 
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:

@@ -18,8 +18,8 @@ from pipeline.engine import Engine, EngineConfig, EngineError
 from pipeline.engine.kv.arena import LayerShape
 from pipeline.engine.model import self_check
 from pipeline.engine.model.checks import check_head_sizes, check_layers
-from pipeline.engine.model.loading import load_model
-from pipeline.engine.model.runner import ModelRunner, load_runner
+from pipeline.engine.model.loading import load_model, load_runner
+from pipeline.engine.model.runner import ModelRunner
 from stem_core import StemConfig
 from stem_core.patch import UnsupportedModelError
 
@@ -214,7 +214,7 @@ def test_types_that_are_not_tested_are_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, checked: bool
 ) -> None:
     seen = []
-    monkeypatch.setattr("pipeline.engine.model.runner.self_check", seen.append)
+    monkeypatch.setattr("pipeline.engine.model.loading.self_check", seen.append)
     changes = {"num_experts": 2, "num_experts_per_tok": 1} if "Moe" in name else {}
     load_runner(EngineConfig(save(tmp_path, name, changes), device="cpu"))
     assert bool(seen) == checked

@@ -15,8 +15,8 @@ from transformers.models.qwen3 import modeling_qwen3
 
 from pipeline.engine import EngineConfig, EngineError, ModelLoadError
 from pipeline.engine.model import self_check
-from pipeline.engine.model.loading import load_model
-from pipeline.engine.model.runner import ModelRunner, load_runner
+from pipeline.engine.model.loading import load_model, load_runner
+from pipeline.engine.model.runner import ModelRunner
 from stem_core import StemConfig
 
 pytestmark = [

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.fp8_heads import KEY_GROUP, reference
 from pipeline.engine import Engine, EngineConfig, Request
-from pipeline.engine.model.runner import load_runner
+from pipeline.engine.model.loading import load_runner
 from pipeline.engine.probes.forcing import ForcingEngine, spans
 from stem_core import StemConfig
 

@@ -18,10 +18,10 @@ from pipeline import read_results
 from pipeline.config import JobConfig
 from pipeline.engine import Engine, EngineConfig, EngineError, Request, estimate_plan
 from pipeline.engine.kv.arena import ALIGNMENT, Extent, Fp8KVArena, LayerShape
-from pipeline.engine.model.calibration import PROMPT_TOKENS, calibration_prompts
 from pipeline.engine.model.dummy import dummy_model
 from pipeline.engine.model.loading import load_config, load_model
 from pipeline.engine.model.precision import Precision, resolve_precision
+from pipeline.engine.model.runner import CALIBRATION_TOKENS, calibration_prompts
 from pipeline.errors import JobError
 from pipeline.job import run_job
 from stem_core import StemConfig
@@ -368,7 +368,7 @@ def test_scales_are_those_of_real_documents_within_a_factor_of_two() -> None:
 def test_calibration_prompts_are_fixed() -> None:
     made = calibration_prompts(1000, 7)
     assert made == calibration_prompts(1000, 7)
-    assert [len(prompt) for prompt in made] == [PROMPT_TOKENS] * 3
+    assert [len(prompt) for prompt in made] == [CALIBRATION_TOKENS] * 3
     assert [prompt[0] for prompt in made[:2]] == [7, 7]
     assert made[2][0] == calibration_prompts(1000, None)[2][0]
     assert all(0 <= token < 1000 for prompt in made for token in prompt)

@@ -18,10 +18,10 @@ from pipeline.engine import Completion, Engine, EngineConfig, EngineError, Reque
 from pipeline.engine.kv.arena import Extent
 from pipeline.engine.model import dummy
 from pipeline.engine.model.dummy import layers_on_devices
-from pipeline.engine.model.loading import load_config, load_model
+from pipeline.engine.model.loading import load_config, load_model, load_runner
 from pipeline.engine.model.placement import Placement, balance, connect, place
 from pipeline.engine.model.precision import Precision, resolve_precision
-from pipeline.engine.model.runner import ModelRunner, load_runner
+from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.model.skeleton import skeleton
 from pipeline.engine.run.batch import DecodeBatch
 from pipeline.engine.run.decode import DecodeRunner, StepKey

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from pipeline.engine import Engine, EngineConfig, EngineError, Request, Sampling, estimate_plan
 from pipeline.engine.kv.arena import ALIGNMENT, Extent, Fp8KVArena, LayerShape
-from pipeline.engine.model.loading import load_model
+from pipeline.engine.model.loading import load_model, load_runner
 from pipeline.engine.model.placement import connect, place
-from pipeline.engine.model.runner import ModelRunner, load_runner
+from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.run.decode import DecodeRunner
 from stem_core import StemConfig, kv_scales
 from stem_core.kv_scales import HeadScales, from_dict, to_dict

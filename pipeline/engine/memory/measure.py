@@ -11,8 +11,8 @@ from pipeline.engine.config import EngineConfig, EngineError
 from pipeline.engine.kv.arena import ALIGNMENT, Arena, Extent
 from pipeline.engine.kv.cache import PrefillCache
 from pipeline.engine.memory.plan import GIB, HOST_SHARE, RESERVE_FACTOR, DevicePlan, MemoryPlan, combine, fit_arena
-from pipeline.engine.model.loading import context_limit, weight_bytes
-from pipeline.engine.model.runner import ModelRunner, load_runner
+from pipeline.engine.model.loading import context_limit, load_runner, weight_bytes
+from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.model.skeleton import SLACK_BYTES, host_memory
 from pipeline.engine.run.kept import kept_mass
 from pipeline.engine.run.prefill import Prefill

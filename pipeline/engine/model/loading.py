@@ -1,23 +1,30 @@
-"""From a path or hub id to a model on the device, and what the engine must know of it."""
+"""From a path or hub id to a model on its devices, checked and ready to be called."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from pipeline.adapters import MERGE, adapter_problem
 from pipeline.engine.config import EngineConfig, EngineError
-from pipeline.engine.model.checkpoint import conversion_problem, keys_problem, load_report
+from pipeline.engine.model.checkpoint import (
+    ModelLoadError,
+    check_folder,
+    check_hub,
+    conversion_problem,
+    keys_problem,
+    load_report,
+)
+from pipeline.engine.model.checks import named_failures
 from pipeline.engine.model.dummy import dummy_model
 from pipeline.engine.model.placement import Placement, connect, move, place
 from pipeline.engine.model.precision import Precision, resolve_precision
+from pipeline.engine.model.runner import ModelRunner
+from pipeline.engine.model.self_check import is_tested, self_check
 from pipeline.engine.model.skeleton import chunk_bytes, rooms, skeleton
 from stem_core.fp8 import Fp8Linear, prepare_quantized_config, quantize_linears
 
@@ -25,16 +32,25 @@ from stem_core.fp8 import Fp8Linear, prepare_quantized_config, quantize_linears
 UNBOUNDED = 1 << 40
 
 
-class ModelLoadError(EngineError):
-    """The model cannot be read; the message names it and the cause."""
+def load_runner(config: EngineConfig, devices: Sequence[torch.device] | None = None) -> ModelRunner:
+    """The model of `config` on its devices, or on the given ones. Raises EngineError (ModelLoadError for its files)."""
+    model = load_model(config, devices)
+    try:
+        runner = ModelRunner(model, config.attention, config.fuse)
+        if not is_tested(runner):
+            with named_failures(model):
+                self_check(runner)
+        return runner
+    except (ValueError, AttributeError) as error:
+        raise EngineError(f"model {config.model!r} cannot run here: {error}") from error
 
 
 def load_config(config: EngineConfig) -> Any:
     """The transformers config of `config.model`. Raises ModelLoadError."""
     from transformers import AutoConfig
 
-    _check_folder(config.model)
-    _check_hub(config)
+    check_folder(config.model)
+    check_hub(config)
     try:
         return AutoConfig.from_pretrained(
             config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
@@ -172,33 +188,6 @@ def weight_bytes(model: nn.Module, device: torch.device | None = None) -> int:
     """Bytes of parameters and buffers, all or those on a device; tied tensors once."""
     tensors = {t.data_ptr() or id(t): t for t in (*model.parameters(), *model.buffers())}
     return sum(t.nbytes for t in tensors.values() if device is None or t.device == device)
-
-
-def _check_folder(model: str) -> None:
-    """A better message than transformers has for the commonest mistakes with local folders."""
-    path = Path(model)
-    looks_local = path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
-    if path.exists():
-        if not path.is_dir():
-            raise ModelLoadError(f"model {model!r} is a file; give the folder that holds config.json")
-        if adapter_problem(path):
-            raise ModelLoadError(f"model {model!r}: {adapter_problem(path)}")
-        config = path / "config.json"
-        if not config.is_file():
-            raise ModelLoadError(f"model folder {model!r} has no config.json")
-        try:
-            json.loads(config.read_text())
-        except (OSError, ValueError) as error:
-            raise ModelLoadError(f"model folder {model!r}: config.json cannot be read: {error}") from error
-    elif looks_local:
-        raise ModelLoadError(f"model folder {model!r} does not exist")
-
-
-def _check_hub(config: EngineConfig) -> None:
-    from transformers.utils import find_adapter_config_file
-
-    if not Path(config.model).is_dir() and find_adapter_config_file(config.model, revision=config.revision):
-        raise ModelLoadError(f"model {config.model!r}: it holds an adapter, which is not read. {MERGE}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from kernels.fp8_heads import FP8
-from pipeline.engine.config import EngineConfig, EngineError
 from pipeline.engine.kv.arena import Arena, Fp8KVArena, KVArena, LayerShape
 from pipeline.engine.kv.cache import EngineCache, ProbeCache
-from pipeline.engine.model.calibration import calibration_prompts
 from pipeline.engine.model.checks import check_head_sizes, check_layers, check_state, kept_tensors, named_failures
-from pipeline.engine.model.loading import load_model
 from pipeline.engine.model.precision import check_fp8_attention, check_wide_layers, model_precision
 from pipeline.engine.model.rope import prepare_rope
-from pipeline.engine.model.self_check import is_tested, self_check
 from stem_core.config import StemConfig
 from stem_core.context import PrefillContext, StemContext
 from stem_core.fuse import fuse_model
 from stem_core.kv_scales import Calibration, calibrate
 from stem_core.patch import UnsupportedModelError, layer_policies, patch_model
 from stem_core.policy import LayerPolicy
+
+# Prompts that give the fp8 scales: how many, of how many tokens, from which seed.
+CALIBRATION_PROMPTS = 3
+CALIBRATION_TOKENS = 512
+CALIBRATION_SEED = 20261123
 
 
 class ModelRunner:
@@ -135,14 +135,19 @@ class ModelRunner:
         ]
 
 
-def load_runner(config: EngineConfig, devices: Sequence[torch.device] | None = None) -> ModelRunner:
-    """The model of `config` on its devices, or on the given ones. Raises EngineError (ModelLoadError for its files)."""
-    model = load_model(config, devices)
-    try:
-        runner = ModelRunner(model, config.attention, config.fuse)
-        if not is_tested(runner):
-            with named_failures(model):
-                self_check(runner)
-        return runner
-    except (ValueError, AttributeError) as error:
-        raise EngineError(f"model {config.model!r} cannot run here: {error}") from error
+def calibration_prompts(vocabulary: int, bos: int | None, limit: int | None = None) -> list[list[int]]:
+    """CALIBRATION_PROMPTS rows of token ids below `vocabulary`, of CALIBRATION_TOKENS tokens or `limit` if it is less.
+
+    Always the same ones. Random ids, not text: the engine has no tokenizer, and what a scale needs is the size of a
+    head's values, not their meaning. Weights and norms set that size; the largest keys stand on the first token, which
+    is why two of the prompts begin with the beginning-of-sequence token, as production prompts do, and one with any
+    token. Scales are powers of two with room for values 16 times as large as those seen (stem_core.kv_scales), and e4m3
+    loses nothing by room. On the bundled model they come to those from its own reports within a factor of 2
+    (tests/pipeline/test_engine_fp8.py).
+    """
+    length = min(CALIBRATION_TOKENS, limit or CALIBRATION_TOKENS)
+    generator = np.random.default_rng(CALIBRATION_SEED)
+    prompts = generator.integers(0, vocabulary, size=(CALIBRATION_PROMPTS, length))
+    if isinstance(bos, int) and bos < vocabulary:
+        prompts[:-1, 0] = bos
+    return prompts.tolist()

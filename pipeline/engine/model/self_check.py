@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,12 +10,10 @@ from torch import Tensor
 
 from pipeline.engine.kv.arena import Extent, aligned
 from pipeline.engine.kv.cache import DecodeCache, EngineCache, PrefillCache
+from pipeline.engine.model.runner import ModelRunner
 from stem_core.context import DecodeContext, PrefillContext, StemContext
 from stem_core.patch import UnsupportedModelError
 from stem_core.policy import DENSE_BLOCK_SIZE
-
-if TYPE_CHECKING:
-    from pipeline.engine.model.runner import ModelRunner
 
 # Model types that the tests compare with transformers' own generate, in batches and in chunks
 # (tests/pipeline/test_engine_generate.py). All others are checked when they are loaded.
