@@ -15,7 +15,7 @@ from jobs.audit.options import Arm, Options
 from jobs.audit.sample import Sampled
 from jobs.benchmark.engine.agreement import TIE
 from pipeline.engine import Completion, Engine, EngineError, Request
-from pipeline.engine.memory.measure import release_memory
+from pipeline.engine.devices import release_memory
 from pipeline.engine.model.loading import load_runner
 from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.probes.forcing import ForcingEngine

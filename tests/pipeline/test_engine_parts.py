@@ -157,7 +157,9 @@ def test_a_moved_row_goes_on() -> None:
 
 
 def test_caches_write_in_place_and_only_there() -> None:
-    arena = KVArena({0: LayerShape(2, 8, 8), 5: LayerShape(1, 4, 6)}, 256, torch.float32, torch.device("cpu"))
+    arena = KVArena(
+        {0: LayerShape(2, 8, 8), 5: LayerShape(1, 4, 6)}, 256, torch.float32, dict.fromkeys((0, 5), torch.device("cpu"))
+    )
     for tensor in arena.tensors():
         tensor.fill_(torch.nan)
     extent = Extent(64, 128)
@@ -179,7 +181,7 @@ def test_caches_write_in_place_and_only_there() -> None:
 
 
 def test_cache_names_what_it_lacks() -> None:
-    cache = DecodeCache(KVArena({}, 64, torch.float32, torch.device("cpu")), torch.zeros(1, dtype=torch.int64))
+    cache = DecodeCache(KVArena({}, 64, torch.float32, {}), torch.zeros(1, dtype=torch.int64))
     assert not hasattr(cache, "is_sliding")
     with pytest.raises(AttributeError, match="conv_states"):
         _ = cache.conv_states

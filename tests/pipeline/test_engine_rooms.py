@@ -17,14 +17,14 @@ ENGINE = "pipeline.engine"
 # points to a room further up.
 ROOMS: dict[str, set[str]] = {
     "config": set(),
-    "kv": set(),
-    "model": {"config", "kv"},
+    "devices": {"config"},
+    "kv": {"devices"},
+    "model": {"config", "devices", "kv"},
     "run": {"kv", "model"},
-    "memory": {"config", "kv", "model", "run"},
+    "memory": {"config", "devices", "kv", "model", "run"},
     "describe": {"config", "model"},
     "document": {"config", "kv", "memory", "run"},
-    "meter": {"config", "document"},
-    "engine": {"config", "model", "run", "memory", "describe", "document", "meter"},
+    "engine": {"config", "devices", "model", "run", "memory", "describe", "document"},
     "probes": {"config", "kv", "model", "run", "document", "engine"},
 }
 

@@ -19,7 +19,7 @@ from pipeline.engine.kv.arena import Extent
 from pipeline.engine.model import dummy
 from pipeline.engine.model.dummy import layers_on_devices
 from pipeline.engine.model.loading import load_config, load_model, load_runner
-from pipeline.engine.model.placement import Placement, balance, connect, place
+from pipeline.engine.model.placement import Placement, balance, connect, place, whole
 from pipeline.engine.model.precision import Precision, resolve_precision
 from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.model.skeleton import skeleton
@@ -229,9 +229,9 @@ def test_random_weights_are_made_on_their_devices(
         model = dummy.dummy_model(config, hf_config, resolved, placement)
     assert [device for device, _ in asked.values()].count(CPU) == 7 * placement.counts[0] + 1
     assert [device for device, _ in asked.values()].count(META) == 7 * placement.counts[1]
-    whole = dummy.dummy_model(config, hf_config, resolved).state_dict()
+    expected = dummy.dummy_model(config, hf_config, resolved, whole(CPU)).state_dict()
     for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor.view(torch.uint8), whole[name].view(torch.uint8)), name
+        assert torch.equal(tensor.view(torch.uint8), expected[name].view(torch.uint8)), name
 
 
 def test_layers_are_built_on_their_devices(tmp_path: Path) -> None:
@@ -239,6 +239,7 @@ def test_layers_are_built_on_their_devices(tmp_path: Path) -> None:
     config = config_of(save_model(tmp_path, "qwen3_moe"))
     hf_config = load_config(config)
     placement = place(skeleton(config, hf_config, Precision("fp32", torch.float32)), [CPU, META], [1 << 30] * 2)
+    assert placement.layer_type is not None
     before = placement.layer_type.__init__
     with layers_on_devices(placement):
         model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)

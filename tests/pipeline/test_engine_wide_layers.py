@@ -240,7 +240,7 @@ def test_arena_holds_both_kinds() -> None:
     """Poisoned: neither kind writes where the other, or another document, lies."""
     shapes = {0: LayerShape(2, 16, 16), 1: LayerShape(2, 16, 16)}
     scales = {0: None, 1: HeadScales(torch.ones(4), torch.ones(2), torch.ones(2))}
-    made = Fp8KVArena(shapes, 256, scales, torch.bfloat16, torch.device("cpu"))
+    made = Fp8KVArena(shapes, 256, scales, torch.bfloat16, dict.fromkeys(shapes, torch.device("cpu")))
     for tensor in made.tensors():
         tensor.view(torch.uint8).fill_(0xFF)  # NaN
     assert made.nbytes == (256 + ALIGNMENT) * (2 * 32 * 2 + 2 * 32)

@@ -16,7 +16,7 @@ import torch
 
 from jobs.demo.reports import synthetic_report
 from pipeline.engine import Engine, EngineConfig, Request
-from pipeline.engine.memory.measure import release_memory
+from pipeline.engine.devices import release_memory
 from pipeline.engine.model.loading import load_model
 
 MODEL = Path(__file__).parents[3] / "models" / "tiny-reader"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pipeline.engine.config import EngineConfig
-from pipeline.engine.memory.measure import release_memory
+from pipeline.engine.devices import release_memory
 from pipeline.engine.model.loading import load_model
 
 WARM_TOKENS = 2048

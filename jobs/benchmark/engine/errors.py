@@ -14,8 +14,8 @@ from torch import Tensor
 
 from jobs.benchmark.engine.agreement import MODEL
 from pipeline.engine import EngineConfig
+from pipeline.engine.devices import release_memory
 from pipeline.engine.kv.arena import Extent
-from pipeline.engine.memory.measure import release_memory
 from pipeline.engine.model.loading import load_model
 from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.run.prefill import Prefill, attention_plan

@@ -23,7 +23,7 @@ from jobs.benchmark.engine.phases import random_prompts
 from jobs.benchmark.engine.run import Run
 from jobs.benchmark.engine.vllm_child import MARK
 from pipeline.engine import EngineConfig
-from pipeline.engine.memory.measure import release_memory
+from pipeline.engine.devices import release_memory
 
 ROOT = Path(__file__).resolve().parents[3]
 CHILD = Path(__file__).with_name("vllm_child.py")

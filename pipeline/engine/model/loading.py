@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from pipeline.engine.config import EngineConfig, EngineError
+from pipeline.engine.devices import GIB, shares
 from pipeline.engine.model.checkpoint import (
     ModelLoadError,
     check_folder,
@@ -21,11 +22,11 @@ from pipeline.engine.model.checkpoint import (
 )
 from pipeline.engine.model.checks import named_failures
 from pipeline.engine.model.dummy import dummy_model
-from pipeline.engine.model.placement import Placement, connect, move, place
+from pipeline.engine.model.placement import Placement, connect, move, place, whole
 from pipeline.engine.model.precision import Precision, resolve_precision
 from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.model.self_check import is_tested, self_check
-from pipeline.engine.model.skeleton import chunk_bytes, rooms, skeleton
+from pipeline.engine.model.skeleton import chunk_bytes, skeleton
 from stem_core.fp8 import Fp8Linear, prepare_quantized_config, quantize_linears
 
 # A context that no arena reaches, for configs that state none.
@@ -76,20 +77,16 @@ def load_model(config: EngineConfig, devices: Sequence[torch.device] | None = No
     hf_config = load_config(config)
     precision = resolve_precision(config.precision, devices[0], hf_config)
     try:
-        placement = None
-        if len(devices) > 1:
-            there = rooms(devices, chunk_bytes(config, hf_config, precision))
-            placement = place(skeleton(config, hf_config, precision), devices, there)
+        placement = _placement(config, hf_config, precision, devices)
         stored_fp8 = prepare_quantized_config(hf_config)
         if config.load_format == "dummy":
             model = dummy_model(config, hf_config, precision, placement)
         else:
-            model = _from_files(config, hf_config, precision, stored_fp8, devices[0], placement)
-        if placement is not None:
-            move(model, placement)
-            connect(model, placement)
+            model = _from_files(config, hf_config, precision, stored_fp8, placement)
+        move(model, placement)
+        connect(model, placement)
     except torch.OutOfMemoryError as error:
-        sizes = {str(d): torch.cuda.get_device_properties(d).total_memory / 2**30 for d in devices}
+        sizes = {str(d): torch.cuda.get_device_properties(d).total_memory / GIB for d in devices}
         cards = " and ".join(f"the {size:.0f} GiB of {name}" for name, size in sizes.items())
         raise ModelLoadError(f"model {config.model!r} does not fit {cards}") from error
     except EngineError:
@@ -99,21 +96,26 @@ def load_model(config: EngineConfig, devices: Sequence[torch.device] | None = No
     return model.eval().requires_grad_(False)
 
 
+def _placement(
+    config: EngineConfig, hf_config: Any, precision: Precision, devices: Sequence[torch.device]
+) -> Placement:
+    """What the devices have free decides where the model is divided; one of them takes it without a look at either."""
+    if len(devices) == 1:
+        return whole(devices[0])
+    there = shares(devices, chunk_bytes(config, hf_config, precision))
+    return place(skeleton(config, hf_config, precision), devices, there)
+
+
 def _from_files(
-    config: EngineConfig,
-    hf_config: Any,
-    precision: Precision,
-    stored_fp8: bool,
-    device: torch.device,
-    placement: Placement | None,
+    config: EngineConfig, hf_config: Any, precision: Precision, stored_fp8: bool, placement: Placement
 ) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     # Weights that are to be quantised come to host memory and go to their devices one by one, in fp8.
     to_quantize = precision.fp8 and not stored_fp8
-    device_map = {"": device} if placement is None else placement.device_map()
     auto: Any = AutoModelForCausalLM
-    with nullcontext() if placement is None else _unconnected(), load_report() as report:
+    several = len(placement.devices) > 1
+    with _unconnected() if several else nullcontext(), load_report() as report:
         try:
             model, found = auto.from_pretrained(
                 config.model,
@@ -122,7 +124,7 @@ def _from_files(
                 trust_remote_code=config.trust_remote_code,
                 dtype=precision.dtype,
                 use_safetensors=True,
-                device_map=device_map if device.type != "cpu" and not to_quantize else None,
+                device_map=placement.device_map() if placement.devices[0].type != "cpu" and not to_quantize else None,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are named below
             )
@@ -135,9 +137,7 @@ def _from_files(
     if problem:
         raise ModelLoadError(f"model {config.model!r}: {problem}")
     if to_quantize:
-        target = device if placement is None else placement.device_of
-        quantize_linears(model, fast_accumulation=config.fp8_fast_accumulation, device=target)
-        return model.to(device) if placement is None else model
+        return quantize_linears(model, fast_accumulation=config.fp8_fast_accumulation, device=placement.device_of)
     for module in model.modules():  # those of a checkpoint that is stored in fp8
         if isinstance(module, Fp8Linear):
             module.fast_accumulation = config.fp8_fast_accumulation
@@ -182,12 +182,6 @@ def context_limit(hf_config: Any) -> int:
         if factor and original:
             limit = max(limit, math.floor(factor * original))
     return limit
-
-
-def weight_bytes(model: nn.Module, device: torch.device | None = None) -> int:
-    """Bytes of parameters and buffers, all or those on a device; tied tensors once."""
-    tensors = {t.data_ptr() or id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.nbytes for t in tensors.values() if device is None or t.device == device)
 
 
 def _first_line(error: BaseException) -> str:
