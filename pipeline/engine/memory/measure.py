@@ -8,7 +8,6 @@ import torch
 from pipeline.engine.config import EngineConfig, EngineError
 from pipeline.engine.devices import GIB, device_memory, release_memory, tensor_bytes, weight_bytes
 from pipeline.engine.kv.arena import ALIGNMENT, Arena, Extent
-from pipeline.engine.kv.cache import PrefillCache
 from pipeline.engine.memory.plan import HOST_SHARE, RESERVE_FACTOR, DevicePlan, MemoryPlan, build_plan
 from pipeline.engine.model.loading import context_limit, load_runner
 from pipeline.engine.model.runner import ModelRunner
@@ -128,10 +127,8 @@ def rehearse(runner: ModelRunner, arena: Arena, plan: MemoryPlan, chunk_tokens: 
         context = PrefillContext(prompt_length=length, start=start, quantized=arena.quantized(extent))
         context.mass = None if kept is None else kept.mass
         _past_keys(runner, context)
-        cache = PrefillCache(arena, extent, seen=start)
         ids = torch.zeros(1, length - start, dtype=torch.int64, device=runner.device)
-        positions = torch.arange(start, length, device=runner.device)[None]
-        runner.logits(ids, positions, cache, context, torch.full_like(ids[:, 0], length))
+        runner.prefill(ids, arena, extent, context, torch.full_like(ids[:, 0], length))
 
 
 def key_states(

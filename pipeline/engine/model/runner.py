@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from kernels.fp8_heads import FP8
-from pipeline.engine.kv.arena import Arena, Fp8KVArena, KVArena, LayerShape
-from pipeline.engine.kv.cache import EngineCache, ProbeCache
+from pipeline.engine.kv.arena import Arena, Extent, Fp8KVArena, KVArena, LayerShape
+from pipeline.engine.kv.cache import DecodeCache, EngineCache, PrefillCache, ProbeCache
 from pipeline.engine.model.checks import check_head_sizes, check_layers, check_state, kept_tensors, named_failures
 from pipeline.engine.model.precision import check_fp8_attention, check_wide_layers, model_precision
 from pipeline.engine.model.rope import prepare_rope
 from stem_core.config import StemConfig
-from stem_core.context import PrefillContext, StemContext
+from stem_core.context import DecodeContext, PrefillContext, StemContext
 from stem_core.fuse import fuse_model
 from stem_core.kv_scales import Calibration, calibrate
 from stem_core.patch import UnsupportedModelError, layer_policies, patch_model
@@ -99,6 +99,30 @@ class ModelRunner:
             stem_context=context,
         )
         return out.logits[:, -1]
+
+    def prefill(self, ids: Tensor, arena: Arena, extent: Extent, context: PrefillContext, bound: Tensor) -> Tensor:
+        """Read a chunk of a document, its tokens [context.start, context.start + L), into its extent.
+
+        ids: int64 [1, L]. bound: int64 [1], as for logits(). Returns logits [1, V] of the last token.
+        """
+        positions = torch.arange(context.start, context.start + ids.shape[1], device=ids.device)[None]
+        return self.logits(ids, positions, PrefillCache(arena, extent, seen=context.start), context, bound)
+
+    def decode(
+        self, tokens: Tensor, starts: Tensor, lengths: Tensor, bounds: Tensor, arena: Arena, max_length: int
+    ) -> Tensor:
+        """One step of S rows: each reads its newest token, behind what its extent holds of it. Waits for nothing.
+
+        All int64 [S]. tokens: the newest ones. starts: of the extents in the arena; rows may share one. lengths: of the
+        documents, their newest token counted, at most `max_length`; 0 for an idle row, which writes to the arena's
+        scratch token. bounds: as for logits(). Returns logits [S, V].
+        """
+        positions = (lengths - 1).clamp(min=0)
+        slots = (starts + positions).masked_fill(lengths == 0, arena.scratch)
+        context = DecodeContext(
+            starts=starts, lengths=lengths.to(torch.int32), max_length=max_length, quantized=arena.quantized()
+        )
+        return self.logits(tokens[:, None], positions[:, None], DecodeCache(arena, slots), context, bounds)
 
     def _calibrate(self) -> Calibration:
         """Static fp8 scales of every layer, or that it is wide, from fixed prompts."""

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.kv.arena import Arena, Extent
-from pipeline.engine.kv.cache import PrefillCache
 from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.run.kept import KeptMass, kept_mass
 from stem_core.config import StemConfig
@@ -121,11 +120,11 @@ class Prefill:
         """
         begin = self._context.start
         end = min(begin + self._chunk, self._context.prompt_length)
-        positions = torch.arange(begin, end, device=self._ids.device)[None]
-        cache = PrefillCache(self._arena, self._extent, seen=begin)
         logits = None
         with suppress(PromptGoesOn):
-            logits = self._runner.logits(self._ids[:, begin:end], positions, cache, self._context, self._bound)
+            logits = self._runner.prefill(
+                self._ids[:, begin:end], self._arena, self._extent, self._context, self._bound
+            )
         self._context.start = end
         if self._kept is not None:
             self._kept.send(begin, end)
