@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 import pyarrow as pa
 
 from pipeline.engine.config import EngineConfig, Request, Sampling
-from pipeline.engine.loading import load_config
+from pipeline.engine.model.loading import load_config
 from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.imports import check_kernels
 from pipeline.kept import Kept

@@ -16,10 +16,11 @@ from jobs.audit.options import Arm, Options
 from jobs.audit.sample import Sampled
 from jobs.measurement import TIE
 from pipeline.engine import Completion, Engine, EngineError, Request
-from pipeline.engine.forcing import ForcingEngine
-from pipeline.engine.memory import release_memory
-from pipeline.engine.runner import ModelRunner, load_runner
-from pipeline.engine.timing import decode_step_ms
+from pipeline.engine.devices import release_memory
+from pipeline.engine.model.loading import load_runner
+from pipeline.engine.model.runner import ModelRunner
+from pipeline.engine.probes.forcing import ForcingEngine
+from pipeline.engine.probes.timing import decode_step_ms
 from pipeline.errors import JobError, one_line
 from stem_core.budget import prompt_budget
 

@@ -12,13 +12,13 @@ import torch
 from jobs.inspect.cells import Grid, LayerCells
 from kernels.block_selection import BlockSelection
 from pipeline.config import JobConfig
-from pipeline.engine.arena import ALIGNMENT, Extent
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.describe import describe_kernels
-from pipeline.engine.loading import context_limit, load_model
-from pipeline.engine.precision import describe_precision
-from pipeline.engine.prefill import Prefill, attention_plan, chunk_size
-from pipeline.engine.runner import ModelRunner
+from pipeline.engine.kv.arena import ALIGNMENT, Extent
+from pipeline.engine.model.loading import context_limit, load_model
+from pipeline.engine.model.precision import describe_precision
+from pipeline.engine.model.runner import ModelRunner
+from pipeline.engine.run.prefill import Prefill, attention_plan, chunk_size
 from pipeline.errors import DocumentError, JobError
 from pipeline.plan import make_engine_config
 from pipeline.prompts import PromptBuilder, make_task

@@ -1,20 +1,21 @@
-"""A request on its way through the engine, and the line in which it waits."""
+"""A request on its way through the engine, the line in which it waits, and what it is charged with."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
-from pipeline.engine.arena import Extent, aligned
-from pipeline.engine.batch import MAX_STOP_IDS, RowStart
 from pipeline.engine.config import Completion, Request, Status
-from pipeline.engine.plan import MemoryPlan
-from pipeline.engine.prefill import AttentionPlan, Prefill
-from pipeline.engine.sampling import document_seed
+from pipeline.engine.kv.arena import Extent, aligned
+from pipeline.engine.memory.plan import MemoryPlan
+from pipeline.engine.run.batch import MAX_STOP_IDS, RowStart
+from pipeline.engine.run.prefill import AttentionPlan, Prefill
+from pipeline.engine.run.sampling import document_seed
 
 # How many shorter documents may start before one that waits for a longer extent.
 OVERTAKES = 32
@@ -159,3 +160,40 @@ class WaitingLine:
             if document.overtaken >= OVERTAKES:
                 return None
         return None
+
+
+class Meter:
+    """Charges decode time and peak memory to the documents that are in the engine."""
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self._gpus = [device for device in devices if device.type == "cuda"]
+        # Since when decode steps have been running that are charged to nobody yet; None outside of decoding.
+        self._since: float | None = None
+
+    def decoding(self) -> None:
+        """Decode steps run from now on, if they do not already."""
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def charge(self, documents: Iterable[Document]) -> None:
+        """Add the decode time since the last call to each of the documents that took part."""
+        if self._since is not None:
+            now = time.perf_counter()
+            for document in documents:
+                document.decode_seconds += now - self._since
+            self._since = now
+
+    def prefilling(self) -> None:
+        """Decode steps have ended; what follows is not charged."""
+        self._since = None
+
+    def note_peak(self, documents: Iterable[Document], reset: bool = False) -> None:
+        """Raise the documents' peak to that of the GPUs together; `reset` starts a new peak for those that come."""
+        if not self._gpus:
+            return
+        peak = sum(torch.cuda.max_memory_allocated(gpu) for gpu in self._gpus)
+        for document in documents:
+            document.peak_bytes = max(document.peak_bytes, peak)
+        if reset:
+            for gpu in self._gpus:
+                torch.cuda.reset_peak_memory_stats(gpu)

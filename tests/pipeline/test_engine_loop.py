@@ -12,7 +12,7 @@ import torch
 from engine_models import VOCABULARY, generate, prompts, run, save_model
 
 from pipeline.engine import Completion, Engine, EngineConfig, Request, Sampling
-from pipeline.engine.batch import MAX_STOP_IDS
+from pipeline.engine.run.batch import MAX_STOP_IDS
 from stem_core import StemConfig, patch_model
 
 NEW = 10

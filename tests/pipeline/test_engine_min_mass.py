@@ -18,9 +18,9 @@ from test_engine_stages import spread
 import stem_core.retained
 from pipeline import read_results
 from pipeline.engine import Completion, Engine, EngineConfig, Request
-from pipeline.engine.kept import KeptMass
-from pipeline.engine.loading import load_model
-from pipeline.engine.runner import ModelRunner
+from pipeline.engine.model.loading import load_model
+from pipeline.engine.model.runner import ModelRunner
+from pipeline.engine.run.kept import KeptMass
 from pipeline.errors import JobError
 from pipeline.job import run_job
 from pipeline.meter import Meter

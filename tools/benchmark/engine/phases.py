@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pipeline.engine import Completion, Engine, Request
-from pipeline.engine.timing import decode_step_ms
+from pipeline.engine.probes.timing import decode_step_ms
 from pipeline.errors import JobError
 
 UTILISATION_PERIOD = 0.2

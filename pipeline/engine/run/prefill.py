@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.engine.arena import Arena, Extent
-from pipeline.engine.cache import PrefillCache
-from pipeline.engine.kept import KeptMass, kept_mass
-from pipeline.engine.runner import ModelRunner
+from pipeline.engine.kv.arena import Arena, Extent
+from pipeline.engine.model.runner import ModelRunner
+from pipeline.engine.run.kept import KeptMass, kept_mass
 from stem_core.config import StemConfig
 from stem_core.context import PrefillContext, PromptGoesOn, Select
 from stem_core.policy import DENSE_BLOCK_SIZE, cutting_window
@@ -170,12 +169,11 @@ class Prefill:
         begin = self._context.start
         end = min(begin + self._chunk, self._context.prompt_length if end is None else end)
         wanted = None if rows is None else torch.tensor([row - begin for row in rows], device=self._ids.device)
-        positions = torch.arange(begin, end, device=self._ids.device)[None]
-        cache = PrefillCache(self._arena, self._extent, seen=begin)
         logits = None
         with suppress(PromptGoesOn):
-            ids = self._ids[:, begin:end]
-            logits = self._runner.logits(ids, positions, cache, self._context, self._bound, wanted)
+            logits = self._runner.prefill(
+                self._ids[:, begin:end], self._arena, self._extent, self._context, self._bound, wanted
+            )
         self._context.start = end
         if self._kept is not None:
             self._kept.send(begin, end)
