@@ -19,7 +19,7 @@ from pipeline.inprocess import LocalPool
 from pipeline.plan import Survey, make_worker_config
 from pipeline.progress import Progress
 from pipeline.prompts import make_task
-from pipeline.records import Row, new_row, result_schema, to_table, utc_now
+from pipeline.records import Row, failed_row, result_schema, to_table
 from pipeline.scheduler import Limits, Scheduler
 from pipeline.source import Catalogue, Document
 
@@ -97,7 +97,7 @@ class Summarizer:
         todo = []
         for document in given.documents:
             if document.error:
-                rows[document.document_id] = _row(document, document.error)
+                rows[document.document_id] = failed_row(document, "error", document.error)
             else:
                 todo.append(document)
         told = Progress(len(todo), sum(document.size_bytes for document in todo)) if progress else None
@@ -114,7 +114,7 @@ class Summarizer:
                 problem = self._schedule(todo, done, told)
         for document in todo:
             if document.document_id not in rows:
-                rows[document.document_id] = _row(document, problem)
+                rows[document.document_id] = failed_row(document, "error", problem)
         if told:
             told.finish()
         return to_table([rows[document.document_id] for document in given.documents], schema)
@@ -143,12 +143,6 @@ class Summarizer:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def _row(document: Document, error: str) -> Row:
-    """The row of a document that no worker has seen to its end."""
-    stamp = {"input_stamp": document.stamp, "finished_at": utc_now()}
-    return new_row(document.document_id, document.source, "error", error, **stamp)
 
 
 def _config(model: str | Path, settings: dict[str, Any]) -> JobConfig:

@@ -20,7 +20,7 @@ from pipeline.imports import check_kernels
 from pipeline.metrics import JobMetrics
 from pipeline.plan import Plan, Survey, make_plan, make_worker_config, survey_input
 from pipeline.progress import Progress
-from pipeline.records import Row, new_row, result_schema, utc_now
+from pipeline.records import Row, failed_row, result_schema
 from pipeline.repair import remove_rows
 from pipeline.sink import COMPACT_ABOVE, Sink, compact, part_names, recover
 from pipeline.source import Catalogue, Document
@@ -232,8 +232,7 @@ def _write_unreadable(pending: Catalogue, sink: Sink, progress: Progress) -> Cat
     keep = np.ones(len(pending), dtype=bool)
     for position in sorted(pending.errors):
         document = pending.document(position)
-        stamp = {"input_stamp": document.stamp, "finished_at": utc_now()}
-        row = new_row(document.document_id, document.source, "error", document.error, **stamp)
+        row = failed_row(document, "error", document.error)
         keep[position] = False
         progress.add(row, document.size_bytes)
         sink.add(row)

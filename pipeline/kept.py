@@ -38,10 +38,6 @@ class Kept:
     problem: str = ""
     plain: dict[str, Any] = field(default_factory=dict)
 
-    def row(self) -> dict[str, Any]:
-        """The columns of the document's row."""
-        return self.columns | {"kept_error": self.problem or None}
-
 
 def keep(found: dict[str, Any], fields: Sequence[pa.Field]) -> Kept:
     """What a document has for the kept columns. found: arrays of one value, or values of JSON."""

@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.errors import JobError
 from pipeline.pace import Pace, Shift
 from pipeline.pool import Event, EventKind, Pool, WorkerId
-from pipeline.records import Row, new_row, utc_now
+from pipeline.records import Row, failed_row
 from pipeline.source import Document
 
 # What a document is blamed with when its worker is lost in this way while it holds nothing else.
@@ -258,7 +258,7 @@ class Scheduler:
         self._pace.ends(state.shift, self._clock(), len(state.jobs))
         self._has_room(event.worker, state)
         assert event.row is not None
-        status = event.row["status"]
+        status = event.row.outcome.status
         # Neighbours, or the size of the steps, may be why: it gets one try alone.
         if (status == "oom" and not job.careful) or (status == "timeout" and job.shared):
             self._suspects.append(job)
@@ -282,8 +282,7 @@ class Scheduler:
             document, attempts = jobs[0].document, jobs[0].attempts
             times = f"each of {attempts} attempts, in the last it was alone" if attempts > 1 else "its only attempt"
             what = f"its worker was lost in {times}: {reason}"
-            stamp = {"input_stamp": document.stamp, "finished_at": utc_now()}
-            self._finish(new_row(document.document_id, document.source, status, what, **stamp), document, attempts)
+            self._finish(failed_row(document, status, what), document, attempts)
         else:
             self._suspects.extend(jobs)
 
@@ -306,5 +305,5 @@ class Scheduler:
             self._lost(job.worker, self._workers[job.worker], reason, "hung")
 
     def _finish(self, row: Row, document: Document, attempts: int) -> None:
-        row["attempts"] = attempts
+        row.attempts = attempts
         self._done(row, document)

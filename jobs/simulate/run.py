@@ -119,9 +119,9 @@ def simulate(plan: Plan) -> Outcome:
 
     def done(row: Row, document: Document) -> None:
         nonlocal attempts
-        finished[int(row["document_id"][4:])] += 1
-        statuses[row["status"]] += 1
-        attempts += row["attempts"]
+        finished[int(row.document_id[4:])] += 1
+        statuses[row.outcome.status] += 1
+        attempts += row.attempts
         progress.add(row, document.size_bytes)
         writer.add(row)
 
