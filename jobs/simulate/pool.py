@@ -5,17 +5,26 @@ from __future__ import annotations
 import heapq
 import random
 import time
+from typing import Any
+
+import pyarrow as pa
 
 from jobs.simulate.cost import EngineCost
 from jobs.simulate.engine import SimulatedEngine
 from pipeline.pool import Event, WorkerId
-from pipeline.records import EngineFields, Outcome, Row, WorkerFields, utc_now
+from pipeline.records import EngineFields, Outcome, Row, WorkerFields, columns_of, utc_now
 from pipeline.source import Document
 
 BYTES_PER_TOKEN = 4
 # Somewhere in it begins every output, so that Parquet finds no two alike.
 TEXT = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz      ", k=1 << 16))
 CHARACTERS_PER_TOKEN = 4
+# What a worker says of itself and of its settings.
+NAMES: dict[str, Any] = {
+    each.name: "simulated"
+    for each in columns_of(WorkerFields)
+    if each.type == pa.string() and not each.nullable and each.name != "worker"
+}
 
 
 class SimulatedPool:
@@ -147,8 +156,7 @@ class SimulatedPool:
                 decode_seconds=self._cost.alone(tokens, self._new_tokens) - prefill, time_to_first_token=prefill,
             ),
             from_worker=WorkerFields(
-                total_seconds=now - since, precision="fp8", worker=f"simulated/{worker}", gpu="simulated",
-                model=f"simulated {self._cost.max_live}", config_hash="0" * 12, input_hash="0" * 16,
+                **NAMES, total_seconds=now - since, worker=f"simulated/{worker}", input_hash="0" * 16,
                 started_at=self._begun,
             ),
             input_stamp=document.stamp,
