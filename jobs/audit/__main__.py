@@ -21,8 +21,8 @@ from jobs.audit.options import Options, options_of, parser
 from jobs.audit.page import page, short_sections, subtitle
 from jobs.audit.results import FIGURES, PAGE, ROWS, AuditRow, read_audit, rows_of, write_rows
 from jobs.audit.sample import Sample, draw
-from jobs.benchmark._stamp import stamp
 from jobs.cli import run_main
+from jobs.measurement import stamp
 from jobs.page.charts import graph_objects
 from jobs.page.terminal import print_sections
 from pipeline.errors import without_secrets

@@ -93,7 +93,7 @@ def curve(run: ArmRun) -> list[Point]:
 def arm_figures(run: ArmRun, rows: Sequence[AuditRow], dense: ArmRun | None, reference: ArmRun) -> dict[str, Any]:
     """One record for the file of figures. rows: the arm's. dense: the dense arm in the same precision, if it could run.
 
-    Units and names are those of jobs.benchmark engine. first_token_vs_dense, first_token_vs_reference: how many times
+    Units and names are those of tools.benchmark engine. first_token_vs_dense, first_token_vs_reference: how many times
     faster the prompts of the documents that both finished were prefilled.
     """
     ok = [row for row in rows if row.outcome.status == "ok"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jobs.audit.options import Arm, Options
 from jobs.audit.sample import Sampled
-from jobs.benchmark.engine.agreement import TIE
+from jobs.measurement import TIE
 from pipeline.engine import Completion, Engine, EngineError, Request
 from pipeline.engine.forcing import ForcingEngine
 from pipeline.engine.memory import release_memory

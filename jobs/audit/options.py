@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmark._shapes import SHAPES, shape_folder
 from jobs.cli import Parser, add_job_flags
 from jobs.evaluate.results import BY_EXACTNESS
+from jobs.shapes import SHAPES, shape_folder
 from pipeline.config import JobConfig, read_job_file
 from pipeline.engine.config import PRECISIONS, EngineConfig
 from pipeline.engine.loading import context_limit, load_config, load_precision

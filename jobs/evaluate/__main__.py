@@ -13,13 +13,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmark._stamp import stamp
 from jobs.cli import run_main
 from jobs.evaluate import plots
 from jobs.evaluate.options import options_of, parser
 from jobs.evaluate.results import read_rows
 from jobs.evaluate.run import run
 from jobs.evaluate.summary import print_summary, summarise
+from jobs.measurement import stamp
 from pipeline.engine import EngineConfig
 from pipeline.errors import JobError
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from jobs.benchmark._shapes import shape_folder
 from jobs.evaluate.answers import Answer
 from jobs.evaluate.arms import ENGINE_ARMS, Arm
 from jobs.evaluate.options import Options
 from jobs.evaluate.prompts import Prompt, Reading
+from jobs.shapes import shape_folder
 from pipeline.engine import Completion, Engine, EngineConfig, Request
 from pipeline.engine.loading import context_limit, load_config, load_precision
 from pipeline.engine.precision import fp8_block_obstacle
@@ -35,7 +35,7 @@ def engine_arms(arms: Sequence[Arm], precisions: Sequence[str]) -> list[Arm]:
 def engine_config(options: Options, precision: str, attention: StemConfig | None = None) -> EngineConfig:
     """The model of an evaluation, as the engine loads it."""
     folder = options.model
-    if options.load_format == "dummy":  # a shape of jobs.benchmark by name, or any config.json
+    if options.load_format == "dummy":  # one of jobs.shapes by name, or any config.json
         folder = str(shape_folder(options.model, options.output / "shape"))
     return EngineConfig(
         folder,

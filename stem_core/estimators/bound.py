@@ -36,7 +36,7 @@ class Bound(Estimator):
         """Two products for each pair of a row and a span, as dense attention takes for each pair of tokens."""
         return 1 / (config.bound_group * config.bound_span)
 
-    def choose(self, q: Tensor) -> Choice:
+    def choose(self, q: Tensor, config: StemConfig) -> Choice:
         from kernels.bound_scores import choose_bound_scores
 
         return choose_bound_scores(q)

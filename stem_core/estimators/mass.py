@@ -37,7 +37,7 @@ class Mass(Estimator):
         """One product for each pair of a row and a key; dense attention two for each pair of tokens."""
         return 1 / (2 * config.mass_group)
 
-    def choose(self, q: Tensor) -> Choice:
+    def choose(self, q: Tensor, config: StemConfig) -> Choice:
         from kernels.block_scores import choose_block_scores
 
         return choose_block_scores(q)

@@ -23,11 +23,11 @@ from jobs.audit.measure import Point, Reference, check_reference, likeness_of, s
 from jobs.audit.options import Limits, options_of, parser
 from jobs.audit.results import ROWS, SCHEMA, read_audit
 from jobs.audit.sample import choose
-from jobs.faults.corpus import write_model
 from pipeline.engine import Completion
 from pipeline.errors import JobError
 from pipeline.source import find_files, list_documents
 from stem_core.estimators import ESTIMATORS
+from tools.faults.corpus import write_model
 
 ROOT = Path(__file__).parents[2]
 READER = ROOT / "models" / "tiny-reader"
