@@ -262,11 +262,13 @@ def _documents(rows: Sequence[AuditRow]) -> list[Block]:
 
 def _likeness_cells(row: AuditRow) -> tuple[Cell, ...]:
     alike, output = row.likeness, row.output_likeness
-    return (
-        alike and alike.first_token_kl, alike and alike.answer_kl, share(alike.token_agreement if alike else None),
-        figure(output.rouge_l if output else None),
-        output and output.exact_match if row.outcome.status == "ok" else f"{row.outcome.status}: {row.outcome.error}",
-    )  # fmt: skip
+    along: tuple[Cell, ...] = (None, None, share(None))
+    if alike is not None:
+        along = alike.first_token_kl, alike.answer_kl, share(alike.token_agreement)
+    same: Cell = output.exact_match if output else None
+    if row.outcome.status != "ok":
+        same = f"{row.outcome.status}: {row.outcome.error}"
+    return (*along, figure(output.rouge_l if output else None), same)
 
 
 def _answer_kl(row: AuditRow) -> float:
