@@ -20,8 +20,8 @@ from pipeline.imports import check_kernels
 from pipeline.metrics import JobMetrics
 from pipeline.plan import Plan, Survey, make_plan, make_worker_config, survey_input
 from pipeline.progress import Progress
-from pipeline.records import Row, failed_row, result_schema
 from pipeline.repair import remove_rows
+from pipeline.rows import Row, failed_row, result_schema
 from pipeline.sink import COMPACT_ABOVE, Sink, compact, part_names, recover
 from pipeline.source import Catalogue, Document
 from pipeline.store import Store

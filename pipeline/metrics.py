@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from pipeline.errors import one_line
 from pipeline.loop import EngineLike
-from pipeline.records import COLUMNS, PHASES
+from pipeline.rows import COLUMNS, PHASES
 
 EVERY = 1.0
 SECONDS = (

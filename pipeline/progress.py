@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 from pipeline.errors import visible
-from pipeline.records import Row
+from pipeline.rows import Row
 
 LOG_EVERY = 30.0
 TERMINAL_EVERY = 0.5

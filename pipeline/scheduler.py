@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.errors import JobError
 from pipeline.pace import Pace, Shift
 from pipeline.pool import Event, EventKind, Pool, WorkerId
-from pipeline.records import Row, failed_row
+from pipeline.rows import Row, failed_row
 from pipeline.source import Document
 
 # What a document is blamed with when its worker is lost in this way while it holds nothing else.

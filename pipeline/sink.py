@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import JobError, one_line
 from pipeline.kept import concat
-from pipeline.records import COLUMNS, Row, to_table
+from pipeline.rows import COLUMNS, Row, to_table
 from pipeline.seal import seal_problem, sealed
 from pipeline.store import Store
 

@@ -24,7 +24,8 @@ from pipeline.kept import Kept
 from pipeline.loop import EngineBrokenError, EngineLike, EngineLoop
 from pipeline.metrics import report_arena
 from pipeline.prompts import Prompt, PromptBuilder, Task
-from pipeline.records import EngineFields, Outcome, Row, WorkerFields, utc_now
+from pipeline.records import utc_now
+from pipeline.rows import EngineFields, Outcome, Row, WorkerFields
 from pipeline.source import Document, DocumentReader, input_hash
 from pipeline.tokens import Tokens, load_tokens
 

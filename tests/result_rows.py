@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from pipeline.kept import Kept
-from pipeline.records import EngineFields, Outcome, Row, WorkerFields
+from pipeline.rows import EngineFields, Outcome, Row, WorkerFields
 
 UNKNOWN = {item.name: None for item in fields(WorkerFields)}
 

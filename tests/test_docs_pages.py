@@ -21,7 +21,7 @@ from pipeline.config import JobConfig
 from pipeline.engine import plan
 from pipeline.engine.config import EngineConfig, EngineError
 from pipeline.engine.precision import Precision
-from pipeline.records import STATUSES
+from pipeline.rows import STATUSES
 from stem_core.config import StemConfig
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ from jobs.page.charts import GRID, SERIES, graph_objects, seconds_axis
 from jobs.report import clock
 from jobs.report.measures import Measures, worked
 from jobs.report.results import Run
-from pipeline.records import PHASES
+from pipeline.rows import PHASES
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

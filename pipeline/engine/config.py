@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pipeline.errors import JobError
-from pipeline.records import EngineFields
+from pipeline.rows import EngineFields
 from stem_core.config import StemConfig
 
 Status = Literal["ok", "error", "oom", "too_long"]
@@ -152,7 +152,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion(EngineFields):
-    """What became of a request, with what was measured of it (pipeline.records.EngineFields).
+    """What became of a request, with what was measured of it (pipeline.rows.EngineFields).
 
     token_ids: generated tokens, the stop token included (as transformers' generate returns them).
     finish_reason: "stop" (a stop token), "length" (max_new_tokens reached) or "error".

@@ -28,7 +28,7 @@ def chunk_size(chunk_tokens: int, attention: StemConfig | None) -> int:
 class AttentionPlan:
     """How a prompt attends: before it runs a matter of its length alone, then also of what is measured (min_mass).
 
-    Its fields are those of the same names in pipeline.records.EngineFields. `density` is the mean of density_by_layer.
+    Its fields are those of the same names in pipeline.rows.EngineFields. `density` is the mean of density_by_layer.
     """
 
     attention: str

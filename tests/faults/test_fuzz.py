@@ -26,7 +26,7 @@ from jobs.cli import Parser, add_job_flags, job_config
 from pipeline.config import JobConfig, read_job_file
 from pipeline.errors import DocumentError, JobError
 from pipeline.plan import make_worker_config
-from pipeline.records import result_schema, to_table
+from pipeline.rows import result_schema, to_table
 from pipeline.source import DocumentReader, find_files, input_hash, list_documents
 
 CASES = int(os.environ.get("STEMLINE_FUZZ_CASES", "40"))

@@ -28,7 +28,7 @@ from pipeline.errors import DocumentError
 from pipeline.imports import ROOT
 from pipeline.location import open_filesystem, printed, split_location
 from pipeline.plan import make_plan, survey_input
-from pipeline.records import result_schema
+from pipeline.rows import result_schema
 from pipeline.sink import Sink, recover
 from pipeline.source import DocumentReader, input_hash
 from pipeline.store import Store

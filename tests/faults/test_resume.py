@@ -18,8 +18,9 @@ from pipeline.config import JobConfig
 from pipeline.errors import JobError
 from pipeline.job import run
 from pipeline.plan import Plan, make_plan, survey_input
-from pipeline.records import result_schema, utc_now
+from pipeline.records import utc_now
 from pipeline.repair import remove_rows
+from pipeline.rows import result_schema
 from pipeline.sink import Sink, read_results, recover
 from pipeline.source import DocumentReader, input_hash
 from pipeline.store import Store

@@ -20,7 +20,7 @@ from pipeline.errors import JobError, one_line, without_secrets
 from pipeline.location import safe_name
 from pipeline.plan import make_worker_config, survey_input
 from pipeline.prompts import PromptBuilder, Task
-from pipeline.records import result_schema
+from pipeline.rows import result_schema
 from pipeline.sink import Sink
 from pipeline.source import find_files
 from pipeline.store import Store

@@ -18,7 +18,7 @@ from pipeline.config import JobConfig
 from pipeline.errors import DocumentError, JobError
 from pipeline.kept import Kept
 from pipeline.plan import make_plan, survey_input
-from pipeline.records import result_schema
+from pipeline.rows import result_schema
 from pipeline.sink import Sink, read_results
 from pipeline.source import Catalogue, DocumentReader, find_files, input_hash, list_documents
 from pipeline.store import Store

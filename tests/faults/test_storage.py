@@ -18,7 +18,7 @@ from pipeline import read_results
 from pipeline.config import JobConfig
 from pipeline.errors import JobError
 from pipeline.job import run
-from pipeline.records import result_schema
+from pipeline.rows import result_schema
 from pipeline.sink import Sink, compact, done_rows, part_names, recover
 from pipeline.store import Store
 

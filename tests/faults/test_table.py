@@ -14,7 +14,7 @@ from result_rows import make_row
 
 from pipeline.engine.config import Completion, EngineConfig, Request
 from pipeline.errors import JobError
-from pipeline.records import result_schema
+from pipeline.rows import result_schema
 from pipeline.sink import Sink
 from pipeline.store import Store
 from tools.faults import determinism, table

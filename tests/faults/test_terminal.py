@@ -28,7 +28,7 @@ from pipeline.imports import ROOT
 from pipeline.location import open_filesystem
 from pipeline.lock import FolderLock
 from pipeline.progress import Progress
-from pipeline.records import result_schema
+from pipeline.rows import result_schema
 from pipeline.sink import Sink
 from pipeline.source import DocumentReader, find_files, list_documents
 from pipeline.store import Store
@@ -49,7 +49,7 @@ FINISHED = """
 import sys
 from jobs import summarize
 from jobs.cli import run_main
-from pipeline.records import Outcome, Row, result_schema
+from pipeline.rows import Outcome, Row, result_schema
 from pipeline.sink import Sink
 from pipeline.store import Store
 from pipeline.summary import summarize_results

@@ -28,7 +28,7 @@ from jobs.report.measures import length_edges
 from jobs.report.results import load_runs, short_names
 from pipeline import manifest
 from pipeline.config import JobConfig
-from pipeline.records import STATUSES, Row, result_schema, to_table
+from pipeline.rows import STATUSES, Row, result_schema, to_table
 from pipeline.sink import REQUIRED
 from pipeline.store import Store
 

@@ -20,7 +20,7 @@ from jobs.cli import this_python
 from jobs.summarize import main
 from pipeline import read_results
 from pipeline.config import JobConfig, meaning
-from pipeline.records import NAMES
+from pipeline.rows import NAMES
 
 ROOT = Path(__file__).parents[2]
 QUESTION = "List the key findings in order."
@@ -238,7 +238,7 @@ class Parsed:
 
 def test_the_example_in_the_report_reads_the_results(tmp_path: Path) -> None:
     from jobs.summarize import show
-    from pipeline.records import result_schema, to_table
+    from pipeline.rows import result_schema, to_table
     from pipeline.store import Store
     from pipeline.summary import summarize_results
 

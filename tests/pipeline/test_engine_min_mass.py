@@ -23,7 +23,7 @@ from pipeline.engine.loading import load_model
 from pipeline.engine.runner import ModelRunner
 from pipeline.errors import JobError
 from pipeline.job import run_job
-from pipeline.records import EngineFields
+from pipeline.rows import EngineFields
 from stem_core import StemConfig
 from stem_core.retained import RetainedMass
 

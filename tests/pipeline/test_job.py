@@ -20,7 +20,7 @@ from pipeline import read_results
 from pipeline.config import JobConfig
 from pipeline.errors import JobError
 from pipeline.job import run, run_job
-from pipeline.records import NAMES
+from pipeline.rows import NAMES
 from pipeline.summary import JobReport
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]

@@ -27,7 +27,7 @@ from pipeline.engine import Engine, EngineConfig, Request
 from pipeline.job import run
 from pipeline.metrics import ADDED, DOCUMENTS, METRICS, OBSERVED, JobMetrics, report_arena
 from pipeline.progress import Progress
-from pipeline.records import STATUSES, Row, result_schema, to_table
+from pipeline.rows import STATUSES, Row, result_schema, to_table
 from pipeline.sink import Sink
 from pipeline.store import Store
 from pipeline.summary import JobReport

@@ -19,7 +19,7 @@ from pipeline.config import JobConfig
 from pipeline.errors import JobError
 from pipeline.job import run
 from pipeline.progress import Progress
-from pipeline.records import Row
+from pipeline.rows import Row
 
 OK = {"prompt_tokens": 1_234_000, "output_tokens": 567}
 

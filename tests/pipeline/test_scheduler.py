@@ -11,7 +11,7 @@ from result_rows import make_row
 
 from pipeline.errors import JobError
 from pipeline.pool import Event
-from pipeline.records import Row
+from pipeline.rows import Row
 from pipeline.scheduler import Limits, Scheduler, StopRequestedError
 from pipeline.source import Document, Locator
 

@@ -17,7 +17,7 @@ from pipeline.errors import JobError
 from pipeline.location import open_filesystem, safe_name
 from pipeline.progress import Progress
 from pipeline.prompts import make_task
-from pipeline.records import Outcome, result_schema
+from pipeline.rows import Outcome, result_schema
 from pipeline.sink import Sink, compact, done_rows, part_names, read_results, recover
 from pipeline.source import DocumentReader, find_files, list_documents
 from pipeline.store import Store

@@ -17,7 +17,8 @@ from result_rows import make_row
 from pipeline import sink as sinks
 from pipeline.errors import JobError
 from pipeline.plan import check_columns
-from pipeline.records import COLUMNS, Row, result_schema, utc_now
+from pipeline.records import utc_now
+from pipeline.rows import COLUMNS, Row, result_schema
 from pipeline.sink import Sink, compact, done_rows, part_names, read_results, recover
 from pipeline.store import Store
 

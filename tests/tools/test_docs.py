@@ -14,7 +14,8 @@ from jobs.cli import add_job_flags
 from pipeline import manifest
 from pipeline.config import JobConfig
 from pipeline.engine.config import Completion
-from pipeline.records import COLUMNS, NAMES, NOT_STARTED, STATUSES, EngineFields, Outcome, Row, column, columns_of
+from pipeline.records import column, columns_of
+from pipeline.rows import COLUMNS, NAMES, NOT_STARTED, STATUSES, EngineFields, Outcome, Row
 from pipeline.store import Store
 from stem_core.config import StemConfig
 from tools.docs.__main__ import FOLDER, main, pages

@@ -6,7 +6,8 @@ import pyarrow as pa
 
 from pipeline import lock, manifest, sink, store
 from pipeline.config import JobConfig
-from pipeline.records import COLUMNS, STATUSES, Column
+from pipeline.records import Column
+from pipeline.rows import COLUMNS, STATUSES
 from tools.docs.markdown import table
 
 TYPES = {

@@ -15,7 +15,7 @@ from pipeline.errors import JobError
 from pipeline.imports import ROOT
 from pipeline.lock import FILE
 from pipeline.plan import Survey, make_plan, survey_input
-from pipeline.records import Outcome, Row, result_schema
+from pipeline.rows import Outcome, Row, result_schema
 from pipeline.sink import Sink, part_names, recover
 from pipeline.store import Store
 from tools.faults.runs import refuse_used

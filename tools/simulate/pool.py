@@ -10,7 +10,8 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.pool import Event, WorkerId
-from pipeline.records import EngineFields, Outcome, Row, WorkerFields, columns_of, utc_now
+from pipeline.records import columns_of, utc_now
+from pipeline.rows import EngineFields, Outcome, Row, WorkerFields
 from pipeline.source import Document
 from tools.simulate.cost import EngineCost
 from tools.simulate.engine import SimulatedEngine

@@ -15,7 +15,7 @@ import pyarrow as pa
 from pipeline.errors import JobError
 from pipeline.metrics import JobMetrics
 from pipeline.progress import Progress
-from pipeline.records import Row, result_schema
+from pipeline.rows import Row, result_schema
 from pipeline.scheduler import Limits, Scheduler
 from pipeline.sink import Sink, compact, part_names, read_results
 from pipeline.source import Catalogue, Document
