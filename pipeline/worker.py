@@ -75,11 +75,6 @@ class Work:
     completions: list[Completion] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
-    def columns(self) -> tuple[WorkerFields, EngineFields | None]:
-        """What was measured. Waiting in the engine is waiting in the worker, too."""
-        self.fields.queue_seconds += sum(completion.queue_seconds for completion in self.completions)
-        return self.fields, EngineFields.of_parts(self.completions) if self.completions else None
-
 
 class Worker:
     """Reads, tokenises and completes documents, several at a time. Runs as a Ray actor; all its methods are coroutines.
@@ -168,20 +163,21 @@ class Worker:
             self._loop.abort(work.requests)
         self._last = time.perf_counter()
         work.fields.total_seconds = self._last - begin
-        from_worker, from_engine = work.columns()
         return Row(
-            document_id=document.document_id, source=document.source, outcome=outcome, from_engine=from_engine,
-            from_worker=from_worker, input_stamp=document.stamp, finished_at=utc_now(), kept=kept.columns,
+            document_id=document.document_id, source=document.source, outcome=outcome,
+            from_engine=EngineFields.of_parts(work.completions) if work.completions else None,
+            from_worker=work.fields, input_stamp=document.stamp, finished_at=utc_now(), kept=kept.columns,
         )  # fmt: skip
 
     async def _read(self, document: Document, work: Work) -> tuple[str, Kept]:
         def read() -> tuple[str, Kept]:
             text, kept = self._documents.read(document)
-            work.fields.input_hash, work.fields.kept_error = input_hash(text, kept), kept.problem or None
+            work.fields.input_hash = input_hash(text, kept)
             return text, kept
 
         (text, kept), seconds = await self._in_reader(work, read)
         work.fields.load_seconds += seconds
+        work.fields.kept_error = kept.problem or None
         return text, kept
 
     async def _complete(self, document_id: str, text: str, work: Work) -> Outcome:
@@ -250,6 +246,7 @@ class Worker:
         completion = await asyncio.wrap_future(self._loop.submit(request))
         work.requests.remove(request_id)
         work.completions.append(completion)
+        work.fields.queue_seconds += completion.queue_seconds
         if completion.status != "ok":
             return Outcome(status=completion.status, error=one_line(completion.error))
         begin = time.perf_counter()
