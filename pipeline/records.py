@@ -21,11 +21,11 @@ def column(
     meaning: str, *, unit: str = "", null: str = "", origin: str = "", arrow: pa.DataType | None = None,
     joined: Callable[..., Any] | None = None, **default: Any,
 ) -> Any:  # fmt: skip
-    """A dataclass field that is a result column. `default` and `default_factory` are those of dataclasses.field().
+    """A dataclass field that is a column. `default` and `default_factory` are those of dataclasses.field().
 
-    meaning: what it says. unit: of numbers. null: when it has no value; needed where the type allows None, unless the
-    whole group says so. origin: who measures it, unless the group says so. arrow: its type where it does not follow
-    from the annotation. joined: over a document's parts, for EngineFields.
+    meaning: what it says. unit: of numbers. null: when it has no value; where the type allows None, and only there.
+    origin: who measures it, unless the group says so. arrow: its type where it does not follow from the annotation.
+    joined: how rows make one (pipeline.rows.EngineFields).
     """
     about = {"meaning": meaning, "unit": unit, "null": null, "origin": origin, "arrow": arrow}
     return field(metadata={"column": about, "joined": joined}, **default)
@@ -44,9 +44,9 @@ def same_as(owner: type, name: str, **default: Any) -> Any:
 
 @dataclass(frozen=True)
 class Column:
-    """A result column, as its declaration has it. null: when it has no value, empty if it always has one.
+    """A column, as its declaration has it. null: when it has no value, empty if it always has one.
 
-    group: the field of Row that holds it, empty if Row itself does.
+    group: the row's field that holds it, empty if the row itself does.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Column:
 
     def field(self) -> pa.Field:
         """As the schema of a Parquet file has it."""
-        about = {"meaning": self.meaning, "unit": self.unit, "null when": self.null, "origin": self.origin}
+        about = {"meaning": self.meaning, "unit": self.unit, "null_when": self.null, "origin": self.origin}
         return pa.field(
             self.name, self.type, self.nullable, metadata={key: text for key, text in about.items() if text}
         )

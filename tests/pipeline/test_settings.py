@@ -127,6 +127,8 @@ def test_the_result_schema_is_documented() -> None:
     for field in result_schema():
         assert field.metadata
         assert len(field.metadata[b"meaning"]) > 2
+        assert field.metadata[b"origin"]
+        assert (b"null_when" in field.metadata) == field.nullable
     with pytest.raises(ValueError, match="got 'fine'"):
         Outcome(status="fine")
 
