@@ -62,7 +62,7 @@ for row in ok.to_pylist():
 # %%
 lengths = [8192, 16384, 32768, 65536, 131072]
 print("tokens  ", *(f"{length:>8,}" for length in lengths))
-for preset in ("sampled", "paper", "release", "robust"):
+for preset in ("sampled", "paper", "release"):
     densities = [prompt_budget(length, StemConfig.preset(preset)).density for length in lengths]
     print(f"{preset:<8}", *(f"{density:>8.3f}" for density in densities))
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from pipeline.errors import JobError, nearest, one_line
 from pipeline.options import checked, flag, option, short
-from stem_core.config import PRESETS, StemConfig
+from stem_core.config import PRESETS, REMOVED_PRESETS, StemConfig
 from stem_core.estimators import ESTIMATORS, EstimatorSettings
 
 Config = TypeVar("Config")
@@ -30,7 +30,7 @@ def with_estimator_settings(config: type[Config]) -> type[Config]:
         declared[name] = kind
         for item in fields(EstimatorSettings) if name == "estimator" else ():
             declared[item.name] = f"{item.type} | None"
-            setattr(config, item.name, stem_option(str(item.type), item.metadata["meaning"], item.metadata["choices"]))
+            setattr(config, item.name, stem_option(str(item.type), item.metadata["meaning"]))
     config.__annotations__ = declared
     return config
 
@@ -118,7 +118,8 @@ class JobConfig:
     preset: str = option(
         "sampled",
         "str",
-        "named Stem configuration",
+        "how key blocks are chosen: sampled is the default; paper and release are Stem as published, which loses facts "
+        "that a document states once",
         choices=tuple(PRESETS),
         group="attention",
         changes_output=True,
@@ -215,6 +216,8 @@ class JobConfig:
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.preset, str) and self.preset in REMOVED_PRESETS:
+            raise JobError(f"{flag('preset')} {self.preset} is no more: {REMOVED_PRESETS[self.preset]}")
         for item in fields(self):
             object.__setattr__(
                 self, item.name, checked(item.name, getattr(self, item.name), item.metadata, item.default)

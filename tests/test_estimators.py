@@ -24,7 +24,7 @@ from stem_core import PromptBudget, StemConfig, patch_model
 from stem_core.attention import stem_prefill
 from stem_core.budget import prompt_budget
 from stem_core.estimators import ESTIMATORS, Chunk, Estimator, EstimatorSettings
-from stem_core.estimators.mass import Mass
+from stem_core.estimators.sample import Sample
 from stem_core.selection import HEAD_CAP, HEAD_FLOOR, RULES, Rule, stem_selection
 from tests.pipeline.engine_models import last_logits, prompts, run, save_model
 
@@ -41,7 +41,7 @@ def names_in(node: ast.AST) -> set[str]:
 def choices_by_name(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """Where code decides by an estimator's name, or reads a setting of one estimator.
 
-    Naming one as a value is no decision: {"estimator": "mass"}, replace(config, estimator="oam"), a preset, a heading.
+    Naming one as a value is no decision: {"estimator": "oam"}, replace(config, estimator="oam"), a preset, a heading.
     """
     for node in ast.walk(tree):
         line = getattr(node, "lineno", 0)
@@ -70,12 +70,12 @@ def test_no_code_but_an_estimators_own_decides_by_its_name() -> None:
 @pytest.mark.parametrize(
     "code",
     [
-        'if config.estimator == "mass": pass',
-        'if config.estimator in ("mass", "sample"): pass',
-        'KNOWN = ("oam", "bound")',
-        'SCORES = {"oam": 1, "mass": 2}',
-        "group = config.mass_group",
-        'match name:\n    case "bound": pass',
+        'if config.estimator == "sample": pass',
+        'if config.estimator in ("oam", "other"): pass',
+        'KNOWN = ("oam", "sample")',
+        'SCORES = {"oam": 1, "sample": 2}',
+        "rows = config.sample_rows",
+        'match name:\n    case "oam": pass',
     ],
 )
 def test_such_code_would_be_found(code: str) -> None:
@@ -83,7 +83,7 @@ def test_such_code_would_be_found(code: str) -> None:
 
 
 def test_every_setting_of_an_estimator_is_a_setting_of_jobs() -> None:
-    assert set(STEM_OVERRIDES) >= OWN_FIELDS >= {"stride", "mass_rows", "bound_span"}
+    assert set(STEM_OVERRIDES) >= OWN_FIELDS >= {"stride", "value_weight", "sample_rows"}
 
 
 def test_settings_are_known_without_torch() -> None:
@@ -92,9 +92,9 @@ def test_settings_are_known_without_torch() -> None:
 
 
 def test_costs_are_shares_of_dense_attention() -> None:
-    config = StemConfig(block_size=64, stride=8, mass_group=4, bound_group=2, bound_span=16, sample_rows=8)
+    config = StemConfig(block_size=64, stride=8, sample_rows=8)
     # Of a pair of blocks, in products of D channels: dense attention takes 64 * 64 for logits and as many for outputs.
-    products = {"sample": 8 * 64, "oam": 8, "mass": 16 * 64, "bound": 2 * 32 * 4}
+    products = {"sample": 8 * 64, "oam": 8}
     assert {name: ESTIMATORS[name].cost(config) for name in ESTIMATORS} == {
         name: count / (2 * 64 * 64) for name, count in products.items()
     }
@@ -203,13 +203,13 @@ def test_an_entry_in_the_table_is_all_that_a_new_estimator_takes(tmp_path: Path,
         stem.replace(block_size=32)
 
 
-class SharedMass(Mass):
-    """Attention mass whose heads share a query block's budget."""
+class EvenSample(Sample):
+    """The shares of sampled queries, but every head has the query block's budget."""
 
-    name = "shared"
+    name = "even"
 
     def rule(self, config: StemConfig) -> str:
-        return "heads"
+        return "rows"
 
 
 def uneven_heads(length: int) -> list[Tensor]:
@@ -220,10 +220,10 @@ def uneven_heads(length: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("schedule", ["release", "density"])
-def test_heads_share_budgets_by_mass(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ESTIMATORS, "shared", SharedMass())
+def test_heads_share_budgets(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ESTIMATORS, "even", EvenSample())
     config = StemConfig(
-        schedule=schedule, density=0.2 if schedule == "density" else None, block_size=16, estimator="shared",
+        schedule=schedule, density=0.2 if schedule == "density" else None, block_size=16, estimator="sample",
         sink_blocks=1, local_blocks=2, dense_tail=2,
     )  # fmt: skip
     length, n = 1900, 119
@@ -258,7 +258,7 @@ def test_heads_share_budgets_by_mass(schedule: str, monkeypatch: pytest.MonkeyPa
     def error(chosen: StemConfig) -> float:
         return float((stem_prefill(q, k, v, chosen, budget) - dense).norm() / dense.norm())
 
-    assert error(config) < error(config.replace(estimator="mass"))
+    assert error(config) < error(config.replace(estimator="even"))
 
 
 def test_scores_that_do_not_compare_are_not_shared_by(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,11 +18,8 @@ from jobs.evaluate.scores import (
     Place,
     Score,
     attention_mass,
-    coarse_mass,
     product_scores,
-    pruned_mass,
     random_scores,
-    shared_mass,
     window_scores,
 )
 from kernels.block_selection import BlockSelection
@@ -95,14 +92,9 @@ EQUAL_DENSITY: dict[str, tuple[dict[str, Any], Score | None]] = {
     "window": ({"decay": 1.0}, window_scores),
     "random": ({"decay": 1.0}, random_scores),
     "oracle": ({"decay": 1.0}, attention_mass),
-    # Not in --arms all: ways to make the estimator or the attention cheaper.
-    "coarse_mass": ({"decay": 1.0, "estimator": "mass"}, coarse_mass),
-    "shared_mass": ({"decay": 1.0, "estimator": "mass"}, shared_mass),
-    "pruned_mass": ({"decay": 1.0, "estimator": "mass", "mass_group": 2}, pruned_mass),
 }
 ARMS = ("dense", *PRESETS, *EQUAL_DENSITY)
-USUAL_ARMS = tuple(name for name in ARMS if name not in ("coarse_mass", "shared_mass", "pruned_mass"))
-# Ideas beyond Stem, behind the name of a sparse arm, as "stem+mean" or "bound+adaptive+mean".
+# Ideas beyond Stem, behind the name of a sparse arm, as "stem+mean" or "sample+adaptive+mean".
 SHARED_BUDGETS = ("adaptive", "threshold", "heads")
 IDEAS = ("mean", *SHARED_BUDGETS)
 # What a StemConfig says in full, so that the engine runs it.
@@ -127,8 +119,8 @@ def make_arms(
     """All arms of a comparison, dense first. specs: "name", "name+idea" with IDEAS, or either followed by
     ":field=value,..." with fields of StemConfig.
 
-    Arms of equal density come at each density and tail; "paper" and "release" have their own budgets, and "robust" its
-    own tail too. Raises JobError for a name or field that is not known.
+    Arms of equal density come at each density and tail; presets have their own budgets. Raises JobError for a name or
+    field that is not known.
     """
     arms = [Arm("dense", None)] if any(spec == "dense" for spec in specs) else []
     for block_size in block_sizes:
@@ -140,7 +132,7 @@ def make_arms(
             name, *ideas = whole.split("+")
             changes = common | _changes(spec, text)
             if name in PRESETS:
-                tails: Sequence[int | None] = [None] if name == "robust" or "dense_tail" in changes else dense_tails
+                tails: Sequence[int | None] = [None] if "dense_tail" in changes else dense_tails
                 for tail in tails:
                     arms.append(_with_ideas(Arm(spec, _config(spec, name, changes, tail, None)), ideas))
             elif name in EQUAL_DENSITY:

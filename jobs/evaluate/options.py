@@ -9,20 +9,20 @@ from pathlib import Path
 import torch
 
 from jobs.cli import Parser
-from jobs.evaluate.arms import ARMS, ENGINE_ARMS, USUAL_ARMS, block_size_for
+from jobs.evaluate.arms import ARMS, ENGINE_ARMS, block_size_for
 from jobs.evaluate.haystacks import KINDS, TASKS
 from jobs.evaluate.results import BY_EXACTNESS
 from kernels.block_sparse_attention_fp8 import BLOCK_SIZES as FP8_BLOCK_SIZES
 from pipeline.errors import JobError, nearest
 from stem_core.config import BLOCK_SIZES
 
-CPU_ARMS = ("dense", "stem", "robust", "window")
-ENGINE_DEFAULT_ARMS = ("dense", "stem", "robust")
-GPU_ARMS = USUAL_ARMS
+CPU_ARMS = ("dense", "stem", "sampled", "window")
+ENGINE_DEFAULT_ARMS = ("dense", "stem", "sampled")
+GPU_ARMS = ARMS
 ARMS_HELP = (
     f"all, or of {', '.join(ARMS)}, also as name:field=value,...; ideas beyond Stem go behind the name: +mean lets "
     "dropped blocks in as their means, +adaptive and +threshold let heads and rows share a budget, +heads the heads of "
-    "a row (of mass, bound, oracle, robust)"
+    "a row (of sample, sampled, oracle)"
 )
 ENGINE_HELP = (
     f"answer with the product's engine, in each of {', '.join(BY_EXACTNESS)} that is named, and compare them; without "
@@ -134,7 +134,7 @@ def options_of(flags: argparse.Namespace, device: torch.device) -> Options:
         engine=tuple(dict.fromkeys(flags.engine)),
         lengths=tuple(flags.lengths),
         tasks=tuple(tasks),
-        arms=tuple(arms) if arms != ["all"] else ENGINE_ARMS if flags.engine else USUAL_ARMS,
+        arms=tuple(arms) if arms != ["all"] else ENGINE_ARMS if flags.engine else ARMS,
         densities=tuple(flags.densities),
         dense_tails=tuple(flags.dense_tail),
         dense_layers=flags.dense_layers,

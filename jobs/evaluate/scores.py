@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,8 +13,6 @@ from stem_core.estimators import ESTIMATORS, Chunk
 
 # One piece of attention weights in float32 may have this many entries.
 MASS_ENTRIES = 1 << 27
-# `pruned_mass`: keys that share a bound in its first stage; blocks that its second one scores for each that is kept.
-PRUNE_SPAN, PRUNE_FACTOR = 32, 2.0
 
 
 @dataclass(frozen=True)
@@ -93,41 +91,6 @@ def product_scores(q: Tensor, k: Tensor, v: Tensor, place: Place, config: StemCo
     scores = ESTIMATORS[config.estimator].scores(Chunk(q, k, v, place.start, place.scale), config)
     above = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(place.start // config.block_size + 1)
     return scores.masked_fill(above, -torch.inf)
-
-
-def coarse_mass(q: Tensor, k: Tensor, v: Tensor, place: Place, config: StemConfig) -> Tensor:
-    """Mass scores of the half of the causal blocks that OAM scores highest; the others come after all of them.
-
-    What a first stage that halves the estimator's cost would choose, but for the softmax's total, which is exact here.
-    """
-    coarse = product_scores(q, k, v, place, replace(config, estimator="oam", value_weight=0.0))
-    return _in_front(coarse, product_scores(q, k, v, place, config), place, config, share=0.5)
-
-
-def pruned_mass(q: Tensor, k: Tensor, v: Tensor, place: Place, config: StemConfig) -> Tensor:
-    """Mass scores of twice as many blocks as are kept, those of the highest bounds; the others come after all of them.
-
-    Bounds of long spans are cheap (a 64th of dense attention's flops in groups of 2), and with the rest out of the way
-    mass is affordable in groups of 2: density / 2 of dense attention's. The softmax's total is exact here, as above.
-    """
-    first = replace(config, estimator="bound", bound_span=min(PRUNE_SPAN, config.block_size))
-    coarse = product_scores(q, k, v, place, first)
-    share = min(1.0, PRUNE_FACTOR * (config.density or 1.0))
-    return _in_front(coarse, product_scores(q, k, v, place, config), place, config, share)
-
-
-def _in_front(coarse: Tensor, fine: Tensor, place: Place, config: StemConfig, share: float) -> Tensor:
-    """`fine`, shares of attention, with the share of each row's causal blocks that is highest in `coarse` in front."""
-    first = place.start // config.block_size
-    causal = torch.arange(first + 1, first + 1 + fine.shape[2], device=fine.device)
-    rank = coarse.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    return torch.where(rank < (causal[:, None] * share).ceil(), fine, fine - 2.0)
-
-
-def shared_mass(q: Tensor, k: Tensor, v: Tensor, place: Place, config: StemConfig) -> Tensor:
-    """Mass scores, the largest of the heads of a KV head for all of them: one selection serves the group's keys."""
-    scores = product_scores(q, k, v, place, config).unflatten(1, (k.shape[1], -1))
-    return scores.amax(2, keepdim=True).expand_as(scores).flatten(1, 2)
 
 
 def _grid(q: Tensor, place: Place, block_size: int) -> tuple[int, int]:

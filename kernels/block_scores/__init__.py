@@ -1,4 +1,4 @@
-"""How much each key block matters to each query block: Stem's output-aware metric, and attention mass."""
+"""How much each key block matters to each query block: Stem's output-aware metric."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from torch import Tensor
 
 from kernels.block_scores.checks import check_cache, check_inputs
 from kernels.dispatch import Choice, choose_portable, on_its_gpu
-from kernels.fp8_heads import FP8, HeadScales, fp8_obstacle
 
-__all__ = ["KeySummary", "choose_block_scores", "key_sums_dtype", "mass_scores", "oam_scores"]
-
-MASS_ROWS = ("mean", "sample")
+__all__ = ["KeySummary", "choose_block_scores", "key_sums_dtype", "oam_scores"]
 
 
 @dataclass
@@ -68,7 +65,7 @@ def key_sums_dtype(k: Tensor, impl: str = "auto") -> torch.dtype:
 
 
 def choose_block_scores(q: Tensor, impl: str = "auto") -> Choice:
-    """The implementation that `oam_scores` and `mass_scores` use for queries like `q`."""
+    """The implementation that `oam_scores` uses for queries like `q`."""
     return choose_portable("block_scores", q.device, impl)
 
 
@@ -138,57 +135,3 @@ def oam_scores(
     return implementation.oam_scores(
         q, k, v, query_start, block_size, stride, value_weight, scale, summary, key_start, fill_above
     )
-
-
-@on_its_gpu
-def mass_scores(
-    q: Tensor,
-    k: Tensor,
-    *,
-    query_start: int = 0,
-    block_size: int = 128,
-    group: int = 4,
-    rows: str = "mean",
-    scale: float | None = None,
-    scales: HeadScales | None = None,
-    impl: str = "auto",
-) -> Tensor:
-    """The largest share of attention that a key block gets from any of a few rows of the query block.
-
-    Row r stands for queries [r * group, (r + 1) * group) of the block: their mean (rows="mean") or the last of them
-    (rows="sample"); the last row of a part-filled block covers the queries that exist. It sees the keys up to its last
-    query's position, and its shares are softmax-normalised over all of them:
-        score[i, j] = max over r of sum over u in block j of exp(q_r . k_u * scale - logsumexp_u(q_r . k_u * scale)).
-
-    q, k, query_start, block_size, scale: as for `oam_scores`. group divides block_size.
-    scales: for keys in float8_e4m3fn: what k is to be multiplied with, and under which scale the rows made of q (still
-        in 16 or 32 bits) are rounded to e4m3 themselves; D must be at least 32. On tensor cores twice as fast; scores
-        are wrong by what fp8 does to the logits (some 4% of their spread), which moves blocks of nearly equal score.
-    Returns float32 [N, H, rows, n_keys] in [0, 1], -inf for j > i. Raises ValueError for what does not fit.
-    """
-    check_inputs(q, k, query_start, block_size)
-    if scales is None and q.dtype != k.dtype:
-        raise ValueError(f"q and k must share a floating-point type, got {q.dtype} and {k.dtype}")
-    if scales is not None:
-        _check_fp8(q, k, scales, impl)
-    if group < 1 or block_size % group:
-        raise ValueError(f"group must divide block_size={block_size}, got {group}")
-    if rows not in MASS_ROWS:
-        raise ValueError(f"rows must be one of {MASS_ROWS}, got {rows!r}")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if choose_block_scores(q, impl).impl == "triton":
-        from kernels.block_scores import triton_mass as implementation
-    else:
-        from kernels.block_scores import reference as implementation  # type: ignore[no-redef]
-    return implementation.mass_scores(q, k, query_start, block_size, group, rows, scale, scales)
-
-
-def _check_fp8(q: Tensor, k: Tensor, scales: HeadScales, impl: str) -> None:
-    if k.dtype != FP8 or q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"with scales k must be {FP8} and q bfloat16, float16 or float32, got {k.dtype} and {q.dtype}")
-    if q.shape[3] < 32:
-        raise ValueError(f"keys in fp8 need D of at least 32, got {q.shape[3]}")
-    scales.check(q.shape[1], k.shape[1], q.device)
-    obstacle = fp8_obstacle(q.device)
-    if obstacle and choose_block_scores(q, impl).impl == "triton":
-        raise ValueError(f"mass_scores with keys in fp8 cannot run: {obstacle}")

@@ -11,8 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.block_scores import KeySummary
-from kernels.fp8_heads import HeadScales
-from kernels.fp8_heads.reference import quantize
 
 # Keeps the logarithm of an all-zero value group finite.
 MIN_NORM = 1e-6
@@ -99,47 +97,4 @@ def oam_scores(
         dots = torch.einsum("nhc,nhjc->nhj", query_sums[:, :, row], key_sums[:, kv_head, : i + 1])
         routing = dots * scale / pairs[row, : i + 1].clamp(min=1)
         scores[:, :, row, : i + 1] = routing + value[:, kv_head, : i + 1]
-    return scores
-
-
-def mass_scores(
-    q: Tensor,
-    k: Tensor,
-    query_start: int,
-    block_size: int,
-    group: int,
-    rows: str,
-    scale: float,
-    scales: HeadScales | None = None,
-) -> Tensor:
-    """See kernels.block_scores.mass_scores."""
-    N, H, Lq, D = q.shape
-    kv_heads = k.shape[1]
-    if scales is not None:
-        k = k[:, :, : query_start + Lq].float() * scales.k[:, None, None]
-    n_rows, n_keys = -(-Lq // block_size), -(-(query_start + Lq) // block_size)
-    scores = torch.full((N, H, n_rows, n_keys), -torch.inf, dtype=torch.float32, device=q.device)
-    for row in range(n_rows):
-        begin, end = row * block_size, min(Lq, (row + 1) * block_size)
-        lasts = torch.arange(begin + group - 1, end + group - 1, group, device=q.device).clamp(max=end - 1)
-        if rows == "sample":
-            picked = q[:, :, lasts].float()
-        else:
-            starts = torch.arange(begin, end, group, device=q.device)
-            padded = F.pad(q[:, :, begin:end].float(), (0, 0, 0, -(end - begin) % group))
-            picked = padded.unflatten(2, (-1, group)).sum(3) / (lasts - starts + 1)[:, None]
-        if scales is not None:
-            query_scale = scales.q[:, None, None]
-            picked = quantize(picked, query_scale).float() * query_scale
-        picked = picked.mul(scale).reshape(N, kv_heads, -1, D)
-        known = query_start + end
-        logits = (picked @ k[:, :, :known].float().mT).unflatten(2, (H // kv_heads, len(lasts)))
-        # Only the query block's own keys can lie behind a row.
-        own = torch.arange(query_start + begin, known, device=q.device)
-        logits[..., query_start + begin :].masked_fill_(own > query_start + lasts[:, None], -torch.inf)
-        share = logits.softmax(-1).flatten(1, 2)
-        if known % block_size:
-            share = F.pad(share, (0, -known % block_size))
-        share = share.unflatten(-1, (-1, block_size)).sum(-1)
-        scores[:, :, row, : share.shape[-1]] = share.amax(2)
     return scores

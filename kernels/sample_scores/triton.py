@@ -18,11 +18,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import device as kernels_device
 from kernels.block_scores.triton import empty_scores
-from kernels.block_scores.triton_shares import load_keys, store_shares, tile_of
 from kernels.block_sparse_attention.descriptors import tma_obstacle, tma_strides
 from kernels.fp8_heads import HeadScales
 from kernels.fp8_heads.triton import to_fp8
 from kernels.sample_scores.reference import PEAKS
+from kernels.sample_scores.triton_shares import load_keys, store_shares, tile_of
 from kernels.sizes import ceil_div
 
 LOG2E = 1.4426950408889634

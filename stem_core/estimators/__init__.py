@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stem_core.estimators.bound import Bound, BoundSettings
-from stem_core.estimators.mass import Mass, MassSettings
 from stem_core.estimators.oam import Oam, OamSettings
 from stem_core.estimators.protocol import Chunk, Estimator, KeyState
 from stem_core.estimators.sample import Sample, SampleSettings
 
 __all__ = ["ESTIMATORS", "Chunk", "Estimator", "EstimatorSettings", "KeyState"]
 
-ESTIMATORS: dict[str, Estimator] = {estimator.name: estimator for estimator in (Sample(), Oam(), Mass(), Bound())}
+ESTIMATORS: dict[str, Estimator] = {estimator.name: estimator for estimator in (Sample(), Oam())}
 
 
 @dataclass(frozen=True)
-class EstimatorSettings(BoundSettings, MassSettings, OamSettings, SampleSettings):
+class EstimatorSettings(OamSettings, SampleSettings):
     """The fields of StemConfig that belong to one estimator each (the last base's come first)."""

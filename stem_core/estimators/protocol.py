@@ -22,17 +22,16 @@ def setting(
     default: Any,
     meaning: str,
     *,
-    choices: tuple[str, ...] = (),
     low: float | None = None,
     high: float | None = None,
     divides_block: bool = False,
 ) -> Any:
     """A field of StemConfig that belongs to one estimator, in a dataclass of its file: a flag of jobs, too.
 
-    meaning: the flag's help; the string below the field says the same in full. choices, low and high, divides_block
-    (block_size, with no remainder): what StemConfig accepts, whichever estimator is chosen.
+    meaning: the flag's help; the string below the field says the same in full. low and high, divides_block (block_size,
+    with no remainder): what StemConfig accepts, whichever estimator is chosen.
     """
-    rules = {"meaning": meaning, "choices": choices, "low": low, "high": high, "divides_block": divides_block}
+    rules = {"meaning": meaning, "low": low, "high": high, "divides_block": divides_block}
     return field(default=default, metadata=rules)
 
 

@@ -34,7 +34,7 @@ READER = ROOT / "models" / "tiny-reader"
 REPORT = (ROOT / "examples" / "documents" / "report-01.txt").read_text(encoding="utf-8")
 # Small blocks, so that documents of a few hundred tokens have enough of them.
 SMALL = (
-    "--block-size 16 --stride 4 --bound-group 2 --dense-layers 0 --dense-below 0 --dense-tail 0 --sink-blocks 1 "
+    "--block-size 16 --stride 4 --dense-layers 0 --dense-below 0 --dense-tail 0 --sink-blocks 1 "
     "--local-blocks 1 --device cpu --max-new-tokens 12 --lengths"
 )
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)> {{ 7 * 7 }} </pre><b>'
@@ -141,21 +141,21 @@ def test_a_selection_that_is_bad_on_purpose_agrees_less(tmp_path: Path, monkeypa
             f"{REPORT[3000 * i : 3000 * i + 2000]} Key finding: the {i + 3} towers of Norwich lean by {i + 2} metres."
         )
         (tmp_path / "documents" / f"{i}.txt").write_text(text, encoding="utf-8")
-    flags = "--preset robust --budget 0.35 --question 'List the key findings in order.'"
+    flags = "--preset sampled --budget 0.35 --question 'List the key findings in order.'"
 
     def agreement(name: str) -> tuple[float, float]:
         _, found, _ = audit(tmp_path / "documents", READER, tmp_path / name, flags)
-        arm = arm_of(found, "robust@0.35-fp32")
+        arm = arm_of(found, "sampled@0.35-fp32")
         return arm["token_agreement"]["mean"], arm["answer_kl"]["mean"]
 
     good = agreement("good")
-    right = ESTIMATORS["bound"].scores
+    right = ESTIMATORS["sample"].scores
 
     def upside_down(*args: Any, **kwargs: Any) -> torch.Tensor:
         scores = right(*args, **kwargs)
         return torch.where(scores.isfinite(), -scores, scores)
 
-    monkeypatch.setattr(ESTIMATORS["bound"], "scores", upside_down)
+    monkeypatch.setattr(ESTIMATORS["sample"], "scores", upside_down)
     bad = agreement("bad")
     assert good[0] > 0.9
     assert bad[0] < good[0] - 0.1
@@ -178,12 +178,12 @@ def test_the_most_exact_dense_is_the_measure_of_every_precision(documents: Path,
 def test_an_arm_that_cannot_run_is_named_and_the_others_are_not_lost_with_it(
     documents: Path, model: Path, tmp_path: Path
 ) -> None:
-    """Attention mass takes no heads of 16 in fp8."""
-    flags = "--preset robust --estimator mass --budget 0.3 --precision fp8 fp32 --sample 1 --block-size 32"
+    """The scores of sampled queries take no heads of 16 in fp8."""
+    flags = "--preset sampled --budget 0.3 --precision fp8 fp32 --sample 1 --block-size 32"
     code, found, _ = audit(documents, model, tmp_path, flags)
     assert code == 2
-    assert [arm["arm"] for arm in found["arms"]] == ["dense-fp32", "robust@0.3-fp32", "dense-fp8"]
-    assert [name for name, _ in found["refused"]] == ["robust@0.3-fp8"]
+    assert [arm["arm"] for arm in found["arms"]] == ["dense-fp32", "sampled@0.3-fp32", "dense-fp8"]
+    assert [name for name, _ in found["refused"]] == ["sampled@0.3-fp8"]
     assert "heads of at least 32" in (tmp_path / "audit.html").read_text(encoding="utf-8")
 
 
@@ -217,15 +217,15 @@ def test_documents_that_cannot_be_compared_are_named(model: Path, tmp_path: Path
 def test_a_job_file_is_audited_as_it_is(documents: Path, model: Path, tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
     job.write_text(
-        f"input: {documents}\nmodel: {model}\npreset: robust\nbudget: 0.4\nblock_size: 32\nmax_new_tokens: 7\n"
+        f"input: {documents}\nmodel: {model}\npreset: sampled\nbudget: 0.4\nblock_size: 32\nmax_new_tokens: 7\n"
         "temperature: 0.7\nworkers: 3\noutput: elsewhere\nquestion: Why?\n"
     )
     flags = parser("").parse_args(["--config", str(job), "--output", str(tmp_path / "out"), "--device", "cpu"])
     options = options_of(flags)
-    assert [arm.name for arm in options.arms] == ["dense-fp32", "robust@0.4-fp32"]
+    assert [arm.name for arm in options.arms] == ["dense-fp32", "sampled@0.4-fp32"]
     attention = options.arms[1].config.attention
     assert attention is not None
-    assert (attention.estimator, attention.block_size, attention.density) == ("bound", 32, 0.4)
+    assert (attention.estimator, attention.block_size, attention.density) == ("sample", 32, 0.4)
     assert (options.job.question, options.job.max_new_tokens, options.job.temperature) == ("Why?", 7, 0.0)
     assert options.output == tmp_path / "out"
     flags.preset, flags.budget = ["release", "paper"], [0.2, 0.3]
@@ -431,12 +431,12 @@ DENSE = figures("dense-bf16", 100, 1.0, 1.0)
 @pytest.mark.parametrize(
     ("others", "verdict", "arm"),
     [
-        ([figures("release-bf16", 180, 0.99, 0.97), figures("robust-bf16", 150, 1.0, 1.0)], "use", "release-bf16"),
+        ([figures("release-bf16", 180, 0.99, 0.97), figures("sampled-bf16", 150, 1.0, 1.0)], "use", "release-bf16"),
         # The faster one differs too much, by either measure.
-        ([figures("release-bf16", 180, 0.90, 0.97), figures("robust-bf16", 150, 1.0, 1.0)], "use", "robust-bf16"),
-        ([figures("release-bf16", 180, 0.99, 0.70), figures("robust-bf16", 150, 1.0, 1.0)], "use", "robust-bf16"),
+        ([figures("release-bf16", 180, 0.90, 0.97), figures("sampled-bf16", 150, 1.0, 1.0)], "use", "sampled-bf16"),
+        ([figures("release-bf16", 180, 0.99, 0.70), figures("sampled-bf16", 150, 1.0, 1.0)], "use", "sampled-bf16"),
         # Equally fast: the closer one.
-        ([figures("release-bf16", 151, 0.97, 0.95), figures("robust-bf16", 150, 1.0, 1.0)], "use", "robust-bf16"),
+        ([figures("release-bf16", 151, 0.97, 0.95), figures("sampled-bf16", 150, 1.0, 1.0)], "use", "sampled-bf16"),
         # Precision alone is an answer too.
         ([figures("release-bf16", 180, 0.5, 0.2), figures("dense-fp8", 160, 0.98, 0.95)], "use", "dense-fp8"),
         # None is like dense; none is faster; noise is not speed.
@@ -465,22 +465,22 @@ def test_recommendation(others: list[dict[str, Any]], verdict: str, arm: str) ->
 
 def test_what_a_recommendation_says_of_its_doubts() -> None:
     limits = Limits(agreement=0.95, rouge=0.9)
-    sure = recommend([DENSE, figures("robust-bf16", 150, 1.0, 1.0)], limits, 8)
+    sure = recommend([DENSE, figures("sampled-bf16", 150, 1.0, 1.0)], limits, 8)
     assert not any("interval" in text for text in sure.caveats)
     assert sure.caveats[1].startswith("All 8 documents")
     assert "by up to 1.01x" in sure.caveats[0]
-    busy = recommend([DENSE, figures("robust-bf16", 300, 1.0, 1.0, repeat_seconds=(2.0, 5.0))], limits, 8)
+    busy = recommend([DENSE, figures("sampled-bf16", 300, 1.0, 1.0, repeat_seconds=(2.0, 5.0))], limits, 8)
     assert (busy.verdict, busy.flags) == ("none", "")
     assert "by 2.50x" in busy.headline
-    open_one = recommend([DENSE, figures("robust-bf16", 150, 0.96, 1.0, sparse_documents=5)], limits, 500)
+    open_one = recommend([DENSE, figures("sampled-bf16", 150, 0.96, 1.0, sparse_documents=5)], limits, 500)
     assert any("0.920 to 1.000" in text and "reaches below 0.95" in text for text in open_one.caveats)
     assert any("read 3 of 8 documents densely" in text for text in open_one.caveats)
-    strict = recommend([DENSE, figures("robust-bf16", 150, 0.96, 1.0)], Limits(agreement=0.99), 500)
+    strict = recommend([DENSE, figures("sampled-bf16", 150, 0.96, 1.0)], Limits(agreement=0.99), 500)
     assert strict.verdict == "stay"
     assert "96.0%" in strict.reasons[0][1]
-    budget = recommend([DENSE, figures("robust-bf16", 150, 1.0, 1.0, budget=0.25)], limits, 500)
-    assert budget.flags == "--preset robust --budget 0.25 --precision bf16"
-    dummy = recommend([DENSE, figures("robust-bf16", 150, 0.0, 0.0)], limits, 500, random_weights=True)
+    budget = recommend([DENSE, figures("sampled-bf16", 150, 1.0, 1.0, budget=0.25)], limits, 500)
+    assert budget.flags == "--preset sampled --budget 0.25 --precision bf16"
+    dummy = recommend([DENSE, figures("sampled-bf16", 150, 0.0, 0.0)], limits, 500, random_weights=True)
     assert (dummy.verdict, dummy.arm, dummy.flags) == ("none", "", "")
-    assert dummy.reasons[0][0] == "robust-bf16"
+    assert dummy.reasons[0][0] == "sampled-bf16"
     assert "1.50 times" in dummy.reasons[0][1]

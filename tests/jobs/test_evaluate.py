@@ -166,24 +166,26 @@ def test_scores_of_arms_that_are_no_product() -> None:
 
 
 def test_arm_specs() -> None:
-    arms = make_arms(["mass:mass_group=2,dense_tail=1", "dense", "robust", "paper"], [16, 32], [0.25, 0.5], [0, 4], 0)
-    assert [item.name for item in arms[:2]] == ["dense", "mass:mass_group=2,dense_tail=1"]
-    assert len(arms) == 1 + 2 * (2 + 1 + 2)
+    arms = make_arms(
+        ["sample:sample_rows=8,dense_tail=1", "dense", "sampled", "paper"], [16, 32], [0.25, 0.5], [0, 4], 0
+    )
+    assert [item.name for item in arms[:2]] == ["dense", "sample:sample_rows=8,dense_tail=1"]
+    assert len(arms) == 1 + 2 * (2 + 2 + 2)
     config = arms[1].config
     assert config is not None
-    assert (config.mass_group, config.dense_tail, config.density, config.block_size) == (2, 1, 0.25, 16)
+    assert (config.sample_rows, config.dense_tail, config.density, config.block_size) == (8, 1, 0.25, 16)
     with pytest.raises(JobError, match="did you mean 'oracle'"):
         make_arms(["orakel"], [16], [0.5], [0], 0)
-    with pytest.raises(JobError, match=r"^--arms robust:min_mass=0.9: min_mass makes some prompts dense"):
-        make_arms(["robust:min_mass=0.9"], [32], [0.25], [4], 0)
-    with pytest.raises(JobError, match="did you mean 'mass_group'"):
-        make_arms(["mass:massgroup=2"], [16], [0.5], [0], 0)
-    with pytest.raises(JobError, match="mass_group must divide"):
-        make_arms(["mass:mass_group=7"], [16], [0.5], [0], 0)
+    with pytest.raises(JobError, match=r"^--arms sampled:min_mass=0.9: min_mass makes some prompts dense"):
+        make_arms(["sampled:min_mass=0.9"], [32], [0.25], [4], 0)
+    with pytest.raises(JobError, match="did you mean 'sample_rows'"):
+        make_arms(["sample:samplerows=2"], [16], [0.5], [0], 0)
+    with pytest.raises(JobError, match="sample_rows must divide"):
+        make_arms(["sample:sample_rows=7"], [16], [0.5], [0], 0)
     assert [block_size_for(length) for length in (1000, 4096, 16_384, 32_768, 131_072)] == [16, 16, 64, 128, 128]
 
 
-@pytest.mark.parametrize("spec", ["dense", "stem", "robust"])
+@pytest.mark.parametrize("spec", ["dense", "stem", "sampled"])
 def test_reader_answers_as_the_engine(spec: str) -> None:
     """Shared prefill, chunks and batched answers change no token."""
     chosen = arm(spec)
@@ -299,19 +301,19 @@ def test_job_writes_rows_and_report(
 ) -> None:
     out = tmp_path / "out"
     common = ["--model", MODEL, "--lengths", "600", "--questions", "1", "--no-plots", "--output", str(out)]
-    assert main([*common, "--tasks", "niah_noise", "summary", "--arms", "dense", "mass", "--device", "cpu"]) == 0
+    assert main([*common, "--tasks", "niah_noise", "summary", "--arms", "dense", "sample", "--device", "cpu"]) == 0
     said = capsys.readouterr().out
     assert "B = 16 (38 blocks), the smallest B" in said
     rows = read_rows([out])
     assert {(row["task"], row["arm"]) for row in rows} == {
-        (task, name) for task in ("niah_noise", "summary") for name in ("dense", "mass")
+        (task, name) for task in ("niah_noise", "summary") for name in ("dense", "sample")
     }
     assert all(row["recall"] == recall_of(row["answer"], row["references"]) for row in rows)
     assert all(row["density"] == 1.0 for row in rows if row["arm"] == "dense")
     assert all(len(row["retained_mass"]) == len(row["needle_kept"]) == 8 for row in rows)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["run"]["command"].startswith("python -m jobs.evaluate --model")
-    assert {setting["arm"] for setting in summary["settings"]} == {"dense", "mass"}
+    assert {setting["arm"] for setting in summary["settings"]} == {"dense", "sample"}
     for record in summary["dense_recall"]:
         mine = [row["recall"] for row in rows if (row["arm"], row["task"]) == ("dense", record["task"])]
         assert record["recall"] == pytest.approx(np.mean(mine))
@@ -386,7 +388,7 @@ def test_precisions_are_compared_with_the_most_exact_of_the_same_setting() -> No
 def test_engine_refuses_arms_that_it_cannot_run() -> None:
     arms = make_arms(["dense", "stem", "paper"], [32], [0.5], [0], 0)
     assert [arm.name for arm in engine_arms(arms, ["fp8"])] == ["dense fp8", "stem fp8", "paper fp8"]
-    with pytest.raises(JobError, match=r"^--engine: it cannot run arm 'oracle'; it runs dense, sampled, .*bound$"):
+    with pytest.raises(JobError, match=r"^--engine: it cannot run arm 'oracle'; it runs dense, sampled, .*, oam$"):
         engine_arms(make_arms(["oracle"], [32], [0.5], [0], 0), ["fp32"])
     small = make_arms(["stem"], [16], [0.5], [0], 0)
     assert len(engine_arms(small, ["fp32"])) == 1

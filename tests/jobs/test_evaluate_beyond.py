@@ -64,7 +64,7 @@ def test_corrected_attention_is_dense_where_everything_is_kept() -> None:
 
 def test_corrected_attention_by_its_formula() -> None:
     q, k, v = qkv()
-    chosen = arm("mass+mean", tail=2)
+    chosen = arm("sample+mean", tail=2)
     selection = chosen.select(q, k, v, Place(1, 0, TOKENS, None))
     assert selection is not None
     kept = selection.to_mask(21).repeat_interleave(16, 2).repeat_interleave(16, 3)[:, :, :TOKENS, :TOKENS]
@@ -80,16 +80,14 @@ def test_corrected_attention_by_its_formula() -> None:
 
 def test_corrected_attention_does_not_depend_on_chunks_and_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = qkv()
-    chosen = arm("bound+mean")
+    chosen = arm("sample+mean")
     whole = attend(chosen, q, k, v)
     monkeypatch.setattr("jobs.evaluate.beyond.MASS_ENTRIES", 4 * 16 * 21 * 2)
     parts = [attend(chosen, q, k, v, start, end) for start, end in ((0, 16), (16, 160), (160, TOKENS))]
     torch.testing.assert_close(torch.cat(parts, 2), whole)
 
 
-@pytest.mark.parametrize(
-    "spec", ["mass+adaptive", "bound+adaptive", "oracle+adaptive", "bound+threshold", "bound+heads"]
-)
+@pytest.mark.parametrize("spec", ["sample+adaptive", "oracle+adaptive", "sample+threshold", "sample+heads"])
 def test_adaptive_rows_share_a_budget(spec: str) -> None:
     """Exactly as many blocks as without; by shares a narrow head keeps less than a wide one, by a threshold more."""
     q, k, v = qkv()
@@ -97,7 +95,7 @@ def test_adaptive_rows_share_a_budget(spec: str) -> None:
     q[:, 1] *= 0.1
     chosen, place = arm(spec, density=0.85, tail=2), Place(1, 0, TOKENS, None)
     selection = chosen.select(q, k, v, place)
-    uniform = arm(spec.split("+")[0], density=0.85, tail=2).select(q, k, v, place)
+    uniform = arm("oracle", density=0.85, tail=2).select(q, k, v, place)
     assert selection is not None
     assert uniform is not None
     assert selection.counts.sum() == uniform.counts.sum()
@@ -117,7 +115,7 @@ def test_adaptive_rows_share_a_budget(spec: str) -> None:
 def test_adaptive_keeps_the_same_estimated_share_everywhere() -> None:
     """What a row keeps has at least the share p of its scores, and without its last free block less than p."""
     q, k, v = qkv(scale=1.5)
-    chosen, place = arm("mass+adaptive", density=0.8), Place(1, 0, TOKENS, None)
+    chosen, place = arm("sample+adaptive", density=0.8), Place(1, 0, TOKENS, None)
     selection = chosen.select(q, k, v, place)
     assert selection is not None
     assert chosen.config is not None
@@ -140,7 +138,7 @@ def test_adaptive_keeps_the_same_estimated_share_everywhere() -> None:
 
 def test_a_threshold_is_the_same_everywhere() -> None:
     q, k, v = qkv(scale=1.5)
-    chosen, place = arm("mass+threshold", density=0.8), Place(1, 0, TOKENS, None)
+    chosen, place = arm("sample+threshold", density=0.8), Place(1, 0, TOKENS, None)
     selection = chosen.select(q, k, v, place)
     assert selection is not None
     assert chosen.config is not None
@@ -153,8 +151,8 @@ def test_a_threshold_is_the_same_everywhere() -> None:
 def test_heads_share_the_blocks_of_a_row() -> None:
     """Each row keeps as many blocks as without, over all heads, the highest scores; however the prompt is cut."""
     q, k, v = qkv(scale=1.5)
-    chosen, place = arm("mass+heads", density=0.8), Place(1, 0, TOKENS, None)
-    selection, uniform = (item.select(q, k, v, place) for item in (chosen, arm("mass", density=0.8)))
+    chosen, place = arm("sample+heads", density=0.8), Place(1, 0, TOKENS, None)
+    selection, uniform = (item.select(q, k, v, place) for item in (chosen, arm("oracle", density=0.8)))
     assert selection is not None
     assert uniform is not None
     assert torch.equal(selection.counts.sum(1), uniform.counts.sum(1))
@@ -170,32 +168,17 @@ def test_heads_share_the_blocks_of_a_row() -> None:
     torch.testing.assert_close(torch.cat(parts, 2), whole)
 
 
-def test_pruned_mass_is_mass_among_the_highest_bounds() -> None:
-    q, k, v = qkv(scale=2.0)
-    place = Place(1, 0, TOKENS, None)
-    pruned, mass = arm("pruned_mass", density=0.55), arm("mass:mass_group=2", density=0.55)
-    assert pruned.config == mass.config
-    every, expected = (chosen.select(q, k, v, place) for chosen in (pruned, mass))
-    assert every is not None
-    assert expected is not None
-    assert torch.equal(every.to_mask(21), expected.to_mask(21))  # twice the budget is everything
-    assert pruned.config is not None
-    scores = pruned.score(q, k, v, place, pruned.config.replace(density=0.25))  # type: ignore[misc]
-    causal = torch.arange(1, 22)
-    assert torch.equal((scores >= 0).sum(-1)[0, 0], -(-causal // 2))
-
-
 def test_ideas_in_specs() -> None:
-    arms = make_arms(["robust+adaptive+mean", "stem+mean:dense_tail=1", "stem"], [16], [0.5], [0], 0)
+    arms = make_arms(["sampled+adaptive+mean", "stem+mean:dense_tail=1", "stem"], [16], [0.5], [0], 0)
     assert [(item.mean, item.shared_budget) for item in arms] == [(True, "adaptive"), (True, ""), (False, "")]
-    assert [item.name for item in arms] == ["robust+adaptive+mean", "stem+mean:dense_tail=1", "stem"]
+    assert [item.name for item in arms] == ["sampled+adaptive+mean", "stem+mean:dense_tail=1", "stem"]
     assert arms[1].config == arms[2].config.replace(dense_tail=1)  # type: ignore[union-attr]
     with pytest.raises(JobError, match="did you mean 'mean'"):
         make_arms(["stem+means"], [16], [0.5], [0], 0)
     with pytest.raises(JobError, match="adaptive needs scores that are shares of attention"):
         make_arms(["stem+adaptive"], [16], [0.5], [0], 0)
     with pytest.raises(JobError, match="of adaptive, threshold, heads an arm takes one"):
-        make_arms(["bound+adaptive+threshold"], [16], [0.5], [0], 0)
+        make_arms(["sample+adaptive+threshold"], [16], [0.5], [0], 0)
     with pytest.raises(JobError, match="cannot run arm 'stem\\+mean:dense_tail=1'"):
         engine_arms(arms[1:2], ["fp32"])
 
@@ -203,9 +186,9 @@ def test_ideas_in_specs() -> None:
 def test_job_with_ideas(tmp_path: Path) -> None:
     common = ["--model", MODEL, "--device", "cpu", "--lengths", "600", "--questions", "1", "--no-plots"]
     common += ["--tasks", "report_facts", "--densities", "0.4", "--output", str(tmp_path)]
-    assert main([*common, "--arms", "dense", "stem", "stem+mean", "bound+adaptive+mean"]) == 0
+    assert main([*common, "--arms", "dense", "stem", "stem+mean", "sample+adaptive+mean"]) == 0
     rows = {row["arm"]: row for row in read_rows([tmp_path])}
-    assert list(rows) == ["dense", "stem", "stem+mean", "bound+adaptive+mean"]
+    assert list(rows) == ["dense", "stem", "stem+mean", "sample+adaptive+mean"]
     assert rows["stem"]["density"] == rows["stem+mean"]["density"]
-    assert rows["bound+adaptive+mean"]["density"] == pytest.approx(0.4, abs=0.01)
+    assert rows["sample+adaptive+mean"]["density"] == pytest.approx(0.4, abs=0.01)
     assert 0 < rows["stem+mean"]["first_token_kl"] < rows["stem"]["first_token_kl"]

@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[2]
 REPORT = ROOT / "examples" / "documents" / "report-01.txt"
 QUESTION = "List the key findings in order."
 SETTINGS: dict[str, Any] = {
-    "preset": "robust", "budget": 0.4, "block_size": 16, "dense_layers": 1, "dense_below": 0,
+    "preset": "sampled", "budget": 0.4, "block_size": 16, "dense_layers": 1, "dense_below": 0,
     "dense_tail": 2, "question": QUESTION, "max_new_tokens": 8, "device": "cpu",
 }  # fmt: skip
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]

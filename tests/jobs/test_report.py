@@ -162,7 +162,7 @@ def test_the_page_of_a_run_with_failures_in_a_browser(
 
 def test_runs_side_by_side_in_a_browser(tmp_path: Path, report: Report, open_page: Callable[..., CheckedPage]) -> None:
     one = write(tmp_path / "a" / "out", many_rows(1, 80), question="a?", task="ask")
-    two = write(tmp_path / "b" / "out", many_rows(2, 80), preset="robust")
+    two = write(tmp_path / "b" / "out", many_rows(2, 80), preset="release")
     old = write(tmp_path / "old", [], state="running", documents=5)
     code, out, _ = report(one, two, old)
     assert (code, out) == (0, f"written: {one}/comparison.html\n")
@@ -173,7 +173,7 @@ def test_runs_side_by_side_in_a_browser(tmp_path: Path, report: Report, open_pag
         "b/out p50",
         "3 runs side by side",
         "Settings that differ",
-        "robust",
+        "release",
         "old: The job is run",
     ):
         assert text in seen.text, text

@@ -168,7 +168,7 @@ def test_the_bundled_model_finds_the_finding_with_sparse_prefill(tmp_path: Path,
     (docs / "report.txt").write_text(".".join(sentences[55:165]) + ".")
     (docs / "empty.txt").write_bytes(b"")
     flags: list[Any] = ["--input", docs, "--output", tmp_path / "out", "--model", model, "--question", QUESTION]
-    flags += ["--preset", "robust", "--block-size", 16, "--budget", 0.3]
+    flags += ["--preset", "sampled", "--block-size", 16, "--budget", 0.3]
     flags += ["--dense-layers", 0, "--dense-below", 0, "--max-new-tokens", 60, "--workers", 1, "--device", "cpu"]
     code, out, _ = run(*flags)
     assert code == 2, "one document is empty"

@@ -6,8 +6,8 @@ P to e4m3. The allowed error is that of the reference, which rounds the same P.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -272,28 +272,27 @@ def check_decode(case: Decode, impl: str, device: str) -> None:
         assert error <= 1.5 * eager_error + 2e-7, (s, error, eager_error)
 
 
-def check_shares(scores_of: Callable[..., Tensor], case: Scores, impl: str, device: str) -> None:
+def check_sample(case: Scores, impl: str, device: str) -> None:
     """Scores from keys in fp8: as far from those of the exact keys as the reference's, in one piece and in chunks."""
     q, k, _ = case.inputs(device)
     length = case.length
     scales = HeadScales(power_of_two_scale(q), power_of_two_scale(k[:, :, :length]), torch.ones(case.kv_heads))
     scales = HeadScales(*(s.to(device) for s in (scales.q, scales.k, scales.v)))
     k8 = quantize(k, scales.k[:, None, None])
-    options: dict[str, object] = {"block_size": case.block_size}
-    options |= {"every": case.group} if scores_of is sample_scores else {"group": case.group, "rows": case.rows}
+    options: dict[str, Any] = {"block_size": case.block_size, "every": case.every}
 
     def run(impl: str) -> Tensor:
-        return scores_of(q, k8, scales=scales, impl=impl, **options)  # type: ignore[arg-type]
+        return sample_scores(q, k8, scales=scales, impl=impl, **options)
 
     got, reference = run(impl), run("reference")
-    true = scores_of(q.double(), k[:, :, :length].double(), impl="reference", **options)  # type: ignore[arg-type]
+    true = sample_scores(q.double(), k[:, :, :length].double(), impl="reference", **options)
     assert torch.equal(got.isneginf(), true.isneginf())
     seen = ~true.isneginf()
     error, allowed = ((x[seen].double() - true[seen]).norm() / true[seen].norm() for x in (got, reference))
     assert error <= ALLOWED * allowed + 1e-6, f"error {error:.2e}, reference {allowed:.2e}"
     cut = length // 2 // case.block_size * case.block_size
     if cut:
-        rest = scores_of(q[:, :, cut:], k8, query_start=cut, scales=scales, impl=impl, **options)  # type: ignore[arg-type]
+        rest = sample_scores(q[:, :, cut:], k8, query_start=cut, scales=scales, impl=impl, **options)
         assert torch.equal(rest, got[:, :, cut // case.block_size :])
 
 

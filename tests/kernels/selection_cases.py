@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.block_scores import KeySummary, key_sums_dtype, mass_scores, oam_scores, reference
+from kernels.block_scores import KeySummary, key_sums_dtype, oam_scores, reference
 from kernels.block_selection import BlockSelection, select_blocks
-from kernels.bound_scores import KeyBounds, bound_scores
 from kernels.decode_attention import decode_attention
 from kernels.sample_scores import sample_scores
 
@@ -26,7 +25,7 @@ ROUNDED = {BF16: BF16, FP16: FP16, FP32: FP16}
 
 @dataclass(frozen=True)
 class Scores:
-    """One prompt. stride: for OAM; group: for mass and bounds; rows: for mass; span: for bounds."""
+    """One prompt. stride: for OAM; every: for sample."""
 
     length: int
     batch: int = 1
@@ -35,15 +34,13 @@ class Scores:
     head_dim: int = 64
     block_size: int = 32
     stride: int = 8
-    group: int = 4
-    rows: str = "mean"
-    span: int = 8
+    every: int = 4
     dtype: torch.dtype = FP32
     contiguous: bool = False  # False: the transposed view of [N, L, H, D] that transformers hands over
 
     def __str__(self) -> str:
         shape = f"{self.length}-{self.batch}x{self.heads}/{self.kv_heads}x{self.head_dim}-B{self.block_size}"
-        return f"{shape}-s{self.stride}-g{self.group}{self.rows}-p{self.span}-{str(self.dtype).removeprefix('torch.')}"
+        return f"{shape}-s{self.stride}-e{self.every}-{str(self.dtype).removeprefix('torch.')}"
 
     def inputs(self, device: str) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v; k and v are 40 tokens longer, and those are NaN: reading them spoils the scores."""
@@ -63,14 +60,6 @@ def oam(case: Scores, q: Tensor, k: Tensor, v: Tensor, impl: str, **kwargs: obje
     return oam_scores(q, k, v, block_size=case.block_size, stride=case.stride, impl=impl, **kwargs)  # type: ignore[arg-type]
 
 
-def mass(case: Scores, q: Tensor, k: Tensor, impl: str, **kwargs: object) -> Tensor:
-    return mass_scores(q, k, block_size=case.block_size, group=case.group, rows=case.rows, impl=impl, **kwargs)  # type: ignore[arg-type]
-
-
-def bound(case: Scores, q: Tensor, k: Tensor, impl: str, **kwargs: object) -> Tensor:
-    return bound_scores(q, k, block_size=case.block_size, group=case.group, span=case.span, impl=impl, **kwargs)  # type: ignore[arg-type]
-
-
 def _differences(got: Tensor, wanted: Tensor) -> Tensor:
     """float64, 0 where both are -inf; fails unless they are that in the same places and finite elsewhere."""
     hidden = wanted.isneginf()
@@ -84,10 +73,8 @@ def _worst(got: Tensor, wanted: Tensor) -> float:
 
 
 def sample(case: Scores, q: Tensor, k: Tensor, impl: str, **kwargs: object) -> Tensor:
-    return sample_scores(q, k, block_size=case.block_size, every=case.group, impl=impl, **kwargs)  # type: ignore[arg-type]
+    return sample_scores(q, k, block_size=case.block_size, every=case.every, impl=impl, **kwargs)  # type: ignore[arg-type]
 
-
-SHARES = {"mass": mass, "bound": bound, "sample": sample}
 
 # Largest relative error of an operand of OAM's matrix product: sums rounded to bfloat16; sums cut off to TF32, as
 # tensor cores take float32; three TF32 products, summed in float32.
@@ -132,14 +119,13 @@ def check_oam(case: Scores, impl: str, device: str) -> None:
     assert excess <= 1, f"{float(excess):.2f} times the allowed error"
 
 
-def check_shares(estimate: Callable[..., Tensor], case: Scores, impl: str, device: str) -> None:
-    """estimate: `mass`, `bound` or `sample`."""
+def check_sample(case: Scores, impl: str, device: str) -> None:
     q, k, _ = case.inputs(device)
     q_cpu, k_cpu = q.cpu(), k.cpu()
-    wanted = estimate(case, q_cpu, k_cpu, "reference")
-    got = estimate(case, q, k, impl).cpu()
+    wanted = sample(case, q_cpu, k_cpu, "reference")
+    got = sample(case, q, k, impl).cpu()
     rounded = ROUNDED[case.dtype]
-    eager = estimate(
+    eager = sample(
         case, q_cpu.to(rounded).float() * (1 + torch.finfo(rounded).eps), k_cpu.to(rounded).float(), "reference"
     )
     assert _worst(got, wanted) <= 2 * _worst(eager, wanted) + 2e-6
@@ -149,12 +135,8 @@ def check_shares(estimate: Callable[..., Tensor], case: Scores, impl: str, devic
 def check_chunks(case: Scores, impl: str, device: str, blocks: int, estimator: str) -> None:
     """In chunks of `blocks` blocks, with earlier keys kept and without: the same bits, hence the same selection."""
     q, k, v = case.inputs(device)
-    whole = {"oam": lambda: oam(case, q, k, v, impl)}.get(estimator, lambda: SHARES[estimator](case, q, k, impl))()
+    whole = oam(case, q, k, v, impl) if estimator == "oam" else sample(case, q, k, impl)
     B = case.block_size
-    bounds = KeyBounds.allocate(
-        case.batch, case.kv_heads, case.length, case.head_dim,
-        block_size=B, span=case.span, device=q.device, dtype=k.dtype,
-    )  # fmt: skip
     summary = KeySummary.allocate(
         case.batch, case.kv_heads, case.length, case.head_dim,
         block_size=B, stride=case.stride, device=q.device, dtype=key_sums_dtype(k, impl),
@@ -168,10 +150,7 @@ def check_chunks(case: Scores, impl: str, device: str, blocks: int, estimator: s
             scores = oam(case, chunk, known_k, known_v, impl, query_start=begin, summary=summary)
             assert torch.equal(scores, oam(case, chunk, k, v, impl, query_start=begin))
         else:
-            scores = SHARES[estimator](case, chunk, known_k, impl, query_start=begin)
-        if estimator == "bound":
-            own = bound(case, chunk, k[:, :, begin:end], impl, query_start=begin, key_start=begin, bounds=bounds)
-            assert torch.equal(own, scores), "by its own keys and the bounds of earlier ones"
+            scores = sample(case, chunk, known_k, impl, query_start=begin)
         first, n = begin // B, scores.shape[2]
         assert torch.equal(scores, whole[:, :, first : first + n, : scores.shape[3]])
         part = select_blocks(scores, budgets[:n], first_row=first, max_blocks=9, impl=impl)
@@ -184,14 +163,14 @@ def check_causal(case: Scores, impl: str, device: str) -> None:
     """What comes later changes no earlier row, and batch neighbours change nothing."""
     q, k, v = case.inputs(device)
     B = case.block_size
-    before = (oam(case, q, k, v, impl), *(share(case, q, k, impl) for share in SHARES.values()))
+    before = oam(case, q, k, v, impl), sample(case, q, k, impl)
     edge = case.length // B // 2 * B + 3
     changed = [x.clone() for x in (q, k, v)]
     for x in changed:
         x[:, :, edge:] *= -3
-    after = (oam(case, *changed, impl), *(share(case, *changed[:2], impl) for share in SHARES.values()))
+    after = oam(case, *changed, impl), sample(case, *changed[:2], impl)
     last = q[-1:], k[-1:], v[-1:]
-    alone = (oam(case, *last, impl), *(share(case, *last[:2], impl) for share in SHARES.values()))
+    alone = oam(case, *last, impl), sample(case, *last[:2], impl)
     for old, new, single in zip(before, after, alone, strict=True):
         assert torch.equal(old[:, :, : edge // B], new[:, :, : edge // B])
         assert not torch.equal(old, new)
@@ -210,22 +189,6 @@ def check_unfilled(case: Scores, impl: str, device: str) -> None:
     budgets = (block // 3 + 2).int()
     got, wanted = (select_blocks(scores, budgets, max_blocks=n, impl=impl) for scores in (part, whole))
     assert_same(got, wanted)
-
-
-def check_mass_far_from_reference(impl: str, device: str) -> None:
-    """Later blocks whose scores lie hundreds of powers of two above all earlier ones: exact, and in any chunks."""
-    case = Scores(300, dtype=FP32)
-    q, k, _ = case.inputs(device)
-    k[:, :, 150:] *= 200
-    wanted = mass(case, q.cpu(), k.cpu(), "reference")
-    got = mass(case, q, k, impl)
-    # Scores of a few hundred: TF32 leaves errors of the order of one, so shares are compared by what they select.
-    assert got.cpu().isneginf().equal(wanted.isneginf())
-    assert not got.isnan().any()
-    chunk = mass(case, q[:, :, 192:], k, impl, query_start=192)
-    assert torch.equal(chunk, got[:, :, 6:])
-    totals = torch.where(got.isneginf(), 0.0, got).amax(-1)
-    assert float(totals.min()) > 0
 
 
 def assert_same(got: BlockSelection, wanted: BlockSelection) -> None:

@@ -132,12 +132,12 @@ def test_decode(dim: int, capability: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("capability", [ADA, HOPPER], ids=["sm89", "sm90"])
 @pytest.mark.parametrize("dim", [64, 96, 128, 256] if FULL else [128])
-def test_mass_scores(dim: int, capability: tuple[int, int]) -> None:
-    from kernels.block_scores import triton_mass
+def test_sample_scores(dim: int, capability: tuple[int, int]) -> None:
+    from kernels.sample_scores import triton
 
     q = empty(1, LENGTH, HEADS, dim, dtype=BF16).transpose(1, 2)
     k = empty(1, KV_HEADS, 2 * LENGTH, dim)[:, :, :LENGTH]
-    check(lambda: triton_mass.mass_scores(q, k, 0, 128, 8, "mean", 0.1, scales()), capability)
+    check(lambda: triton.sample_scores(q, k, 0, 128, 8, 0.1, scales()), capability)
 
 
 @pytest.mark.skipif((triton_version() or ())[:2] not in ((3, 6), (3, 7)), reason="Gluon of another Triton")

@@ -11,12 +11,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kernels.block_scores import KeySummary, triton_mass
+from kernels.block_scores import KeySummary
 from kernels.block_scores import triton as triton_oam
 from kernels.block_selection import triton as triton_selection
 from kernels.block_selection import triton_share
-from kernels.bound_scores import KeyBounds
-from kernels.bound_scores import triton as triton_bound
 from kernels.decode_attention import triton as triton_decode
 from kernels.sample_scores import triton as triton_sample
 from tests.kernels import offline
@@ -43,25 +41,9 @@ def oam(dtype: torch.dtype, head_dim: int) -> None:
     triton_oam.oam_scores(q, k, k, 0, 128, 16, 0.2, 0.1, summary)
 
 
-def mass(dtype: torch.dtype, head_dim: int) -> None:
-    q, k = prompt(dtype, head_dim)
-    triton_mass.mass_scores(q, k, 0, 128, 8, "mean", 0.1)
-
-
-def mass_of_samples(dtype: torch.dtype, head_dim: int) -> None:
-    q, k = prompt(dtype, head_dim)
-    triton_mass.mass_scores(q, k, 0, 32, 8, "sample", 0.1)
-
-
 def sample(dtype: torch.dtype, head_dim: int) -> None:
     q, k = prompt(dtype, head_dim)
     triton_sample.sample_scores(q, k, 0, 128, 8, 0.1, None)
-
-
-def bound(dtype: torch.dtype, head_dim: int) -> None:
-    q, k = prompt(dtype, head_dim)
-    bounds = KeyBounds.allocate(1, 8, 1024, head_dim, block_size=128, span=8, device=q.device, dtype=dtype)
-    triton_bound.bound_scores(q, k, 0, 128, 4, 8, 0.1, bounds)
 
 
 def decode(dtype: torch.dtype, head_dim: int) -> None:
@@ -93,7 +75,7 @@ def check(launch: Callable[[], object], capability: tuple[int, int], spills: int
 @pytest.mark.parametrize(("dtype", "head_dim"), TYPES, ids=str)
 @pytest.mark.parametrize(
     ("launch", "kernels"),
-    [(oam, 3), (mass, 1), (mass_of_samples, 1), (bound, 2), (sample, 1), (decode, 2), (decode_one_kv_head, 2)],
+    [(oam, 3), (sample, 1), (decode, 2), (decode_one_kv_head, 2)],
 )
 def test_compiles(
     launch: Callable[[torch.dtype, int], None],

@@ -5,11 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.block_scores import mass_scores
 from kernels.block_selection import BlockSelection
 from kernels.block_sparse_attention_fp8 import block_sparse_attention_fp8, choose_block_sparse_attention_fp8
 from kernels.fp8_heads import FP8, HeadScales, fp8_obstacle, quantize_heads, write_kv
-from kernels.sample_scores import sample_scores
 from tests.kernels import fp8_cases as cases
 from tests.kernels.attention_cases import Case
 from tests.kernels.selection_cases import Decode, Scores
@@ -78,14 +76,13 @@ def test_decode(case: Decode, poisoned: None) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        Scores(1000, head_dim=dim, block_size=128, group=group, rows=rows, dtype=BF16)
-        for dim, group, rows in ((128, 4, "mean"), (64, 8, "sample"), (96, 16, "mean"), (256, 8, "mean"))
+        Scores(1000, head_dim=dim, block_size=128, every=every, dtype=BF16)
+        for dim, every in ((128, 8), (64, 8), (96, 16), (256, 4))
     ],
     ids=str,
 )
-def test_mass_scores(case: Scores, poisoned: None) -> None:
-    cases.check_shares(mass_scores, case, "triton", "cuda")
-    cases.check_shares(sample_scores, case, "triton", "cuda")
+def test_sample_scores(case: Scores, poisoned: None) -> None:
+    cases.check_sample(case, "triton", "cuda")
 
 
 def test_oam_scores_by_chunks_of_keys(poisoned: None) -> None:

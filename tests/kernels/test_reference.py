@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.block_scores import KeySummary, mass_scores, oam_scores
+from kernels.block_scores import KeySummary, oam_scores
 from kernels.block_selection import select_blocks, share_budgets
 from kernels.block_sparse_attention import block_sparse_attention
-from kernels.bound_scores import KeyBounds, bound_scores
 from kernels.decode_attention import decode_attention
+from kernels.sample_scores import sample_scores
 
 
 def tensors(length, heads=4, kv_heads=2, dim=8, seed=0, batch=1):
@@ -51,56 +51,28 @@ def test_oam_scores_equal_the_formula(length):
     torch.testing.assert_close(got.double(), wanted, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("rows", "group"), [("mean", 4), ("mean", 1), ("sample", 4), ("sample", 16)])
+@pytest.mark.parametrize("every", [1, 4, 16])
 @pytest.mark.parametrize("length", [64, 70])
-def test_mass_scores_equal_the_formula(rows, group, length):
+def test_sample_scores_equal_the_formula(every, length):
     q, k, _ = tensors(length)
-    block, n = 16, -(-length // 16)
+    block, n, peaks = 16, -(-length // 16), 4
     wanted = torch.full((1, 4, n, n), -math.inf, dtype=torch.float64)
     for h in range(4):
         for i in range(n):
             shares = []
-            for start in range(i * block, min(length, (i + 1) * block), group):
-                last = min(length, start + group) - 1
-                row = q[0, h, last] if rows == "sample" else q[0, h, start : last + 1].double().mean(0)
-                logits = row.double() @ k[0, h // 2, : last + 1].double().T / math.sqrt(8)
-                share = F.pad(logits.softmax(0), (0, (i + 1) * block - last - 1)).view(-1, block).sum(1)
-                shares.append(share)
+            for start in range(i * block, min(length, (i + 1) * block), every):
+                row = min(length, start + every) - 1
+                weights = torch.zeros(i + 1, dtype=torch.float64)
+                for j in range(i + 1):
+                    for group in range(peaks):
+                        keys = [u for u in range(j * block, min(row + 1, (j + 1) * block)) if u // 2 % peaks == group]
+                        if keys:
+                            logits = k[0, h // 2, keys].double() @ q[0, h, row].double() / math.sqrt(8)
+                            weights[j] += logits.max().exp()
+                shares.append(weights / weights.sum())
             wanted[0, h, i, : i + 1] = torch.stack(shares).amax(0)
-    got = mass_scores(q, k, block_size=block, group=group, rows=rows, impl="reference")
+    got = sample_scores(q, k, block_size=block, every=every, impl="reference")
     torch.testing.assert_close(got.double(), wanted, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize(("group", "span"), [(4, 4), (1, 8), (16, 16), (2, 1)])
-@pytest.mark.parametrize("length", [64, 70])
-def test_bound_scores_equal_the_formula(group, span, length):
-    q, k, _ = tensors(length)
-    block, n = 16, -(-length // 16)
-    wanted = torch.full((1, 4, n, n), -math.inf, dtype=torch.float64)
-    for h in range(4):
-        keys = k[0, h // 2, :length].double()
-        for i in range(n):
-            shares = []
-            for start in range(i * block, min(length, (i + 1) * block), group):
-                last = min(length, start + group) - 1
-                row = q[0, h, start : last + 1].double().mean(0) / math.sqrt(8)
-                bounds = torch.full((i + 1,), -math.inf, dtype=torch.float64)
-                for begin in range(0, last + 1, span):
-                    products = row * keys[begin : begin + span]
-                    bound = products.amax(0).sum()
-                    assert bound >= products.sum(1).max() - 1e-12
-                    bounds[begin // block] = torch.maximum(bounds[begin // block], bound)
-                shares.append(bounds.softmax(0))
-            wanted[0, h, i, : i + 1] = torch.stack(shares).amax(0)
-    got = bound_scores(q, k, block_size=block, group=group, span=span, impl="reference")
-    torch.testing.assert_close(got.double(), wanted, atol=1e-6, rtol=1e-5)
-
-
-def test_mass_of_single_queries_sums_to_at_least_one():
-    q, k, _ = tensors(100)
-    scores = mass_scores(q, k, block_size=16, group=1, impl="reference")
-    assert (scores.clamp(min=0).sum(-1) >= 1 - 1e-5).all()
-    assert (scores <= 1 + 1e-6).all()
 
 
 def test_ties_go_to_the_lower_block_and_counts_are_exact():
@@ -177,10 +149,8 @@ def test_decode_attention_equals_attention_of_the_last_token():
         (lambda q, k, v: oam_scores(q, k, v, block_size=16, stride=5), "stride must divide"),
         (lambda q, k, v: oam_scores(q, k[:, :, :9], v[:, :, :9], block_size=16), "lie inside the 9 keys"),
         (lambda q, k, v: oam_scores(q, k.double(), v, block_size=16), "share a floating-point type"),
-        (lambda q, k, v: mass_scores(q, k, block_size=16, group=3), "group must divide"),
-        (lambda q, k, v: mass_scores(q, k, block_size=16, rows="all"), "rows must be one of"),
-        (lambda q, k, v: bound_scores(q, k, block_size=16, span=32), "span must divide"),
-        (lambda q, k, v: bound_scores(q, k, query_start=16, key_start=16, block_size=16), "bounds holds the keys"),
+        (lambda q, k, v: sample_scores(q, k, block_size=16, every=3), "every must divide"),
+        (lambda q, k, v: oam_scores(q, k, v, query_start=16, key_start=16, block_size=16), "summary holds the keys"),
         (lambda q, k, v: block_sparse_attention(q, k[:, :, :9], v[:, :, :9], None), "lie inside the 9 keys"),
         (lambda q, k, v: block_sparse_attention(q, k, v, None, block_size=100), "block_size must be one of"),
         (lambda q, k, v: block_sparse_attention(q, k, v, None, impl="cuda"), "impl='cuda' is not known"),
@@ -197,9 +167,6 @@ def test_chunks_out_of_order_are_refused():
     summary = KeySummary.allocate(1, 2, 64, 8, block_size=16, stride=4, device=q.device)
     with pytest.raises(ValueError, match=r"summary holds 0 blocks.*pass the chunks of a prompt in order"):
         oam_scores(q[:, :, 32:], k, v, query_start=32, block_size=16, stride=4, summary=summary)
-    bounds = KeyBounds.allocate(1, 2, 64, 8, block_size=16, span=4, device=q.device, dtype=k.dtype)
-    with pytest.raises(ValueError, match=r"bounds holds 0 blocks.*pass the chunks of a prompt in order"):
-        bound_scores(q[:, :, 32:], k, query_start=32, block_size=16, span=4, bounds=bounds)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 REPORT = (ROOT / "examples" / "documents" / "report-01.txt").read_text(encoding="utf-8")
 FAKE = {"engine_factory": "fake_engine:FakeEngine", "max_new_tokens": 8}
 # Small blocks, so that texts of a few hundred tokens are sparse.
-SPARSE = {"preset": "robust", "budget": 0.4, "block_size": 16, "dense_layers": 0, "dense_below": 0}
+SPARSE = {"preset": "sampled", "budget": 0.4, "block_size": 16, "dense_layers": 0, "dense_below": 0}
 QUESTION = "List the key findings in order."
 # Columns that no two runs have in common.
 OF_THE_RUN = re.compile(r".*_seconds|time_to_first_token|worker|started_at|finished_at|source|input_stamp")

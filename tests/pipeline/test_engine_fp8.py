@@ -32,8 +32,7 @@ FP8 = torch.float8_e4m3fn
 STEM = StemConfig(
     schedule="density", density=0.5, block_size=32, stride=8, sink_blocks=1, local_blocks=2, dense_layers=1
 )
-MASS = STEM.replace(estimator="mass", mass_group=4)
-BOUND = STEM.replace(estimator="bound", bound_span=8)
+SAMPLE = STEM.replace(estimator="sample")
 ARCHITECTURES = ["llama", "qwen3", "mistral", "gemma3", "phi3_longrope"]
 
 
@@ -72,7 +71,7 @@ def test_logits_are_those_of_float32_within_fp8s_noise(tmp_path: Path, architect
 def test_trained_model_writes_the_same_findings() -> None:
     """Greedy tokens on a real report: 61 of 61 were the same, dense and sparse."""
     prompt = report(900)
-    for attention in (None, MASS.replace(dense_layers=0)):
+    for attention in (None, SAMPLE.replace(dense_layers=0)):
         outputs = []
         for precision in ("fp32", "fp8"):
             engine = make(TINY_READER, precision=precision, attention=attention, chunk_tokens=512)
@@ -81,7 +80,7 @@ def test_trained_model_writes_the_same_findings() -> None:
         assert same >= 0.8 * len(outputs[0]), outputs
 
 
-@pytest.mark.parametrize("attention", [STEM, MASS, BOUND], ids=["oam", "mass", "bound"])
+@pytest.mark.parametrize("attention", [STEM, SAMPLE], ids=["oam", "sample"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 def test_results_do_not_depend_on_chunks_or_neighbours(
     tmp_path: Path, architecture: str, attention: StemConfig
@@ -283,7 +282,7 @@ def test_gpus_without_fp8_are_told_what_to_use(monkeypatch: pytest.MonkeyPatch) 
     ("attention", "changes", "message"),
     [
         (STEM.replace(block_size=16), {}, r"blocks of 32, 64, 128, 256 tokens, got block_size=16"),
-        (MASS, {"head_dim": 16}, r"heads of at least 32, this model has heads of 16"),
+        (SAMPLE, {"head_dim": 16}, r"heads of at least 32, this model has heads of 16"),
     ],
 )
 def test_what_fp8_kernels_cannot_take_is_named(
@@ -314,7 +313,7 @@ def test_job_in_fp8(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "a.txt").write_text(tokenizer.decode(tokenizer.encode(text)[:900]))
     settings: dict[str, Any] = {"device": "cpu", "workers": 1, "max_new_tokens": 24, "arena_tokens": 4096}
-    settings |= {"preset": "robust", "budget": 0.5, "block_size": 32, "dense_layers": 0}
+    settings |= {"preset": "sampled", "budget": 0.5, "block_size": 32, "dense_layers": 0}
     settings |= {"dense_below": 0, "precision": "fp8"}
     settings |= {"input": str(tmp_path / "docs"), "output": str(tmp_path / "out"), "model": str(TINY_READER)}
     report = run_job(**settings)

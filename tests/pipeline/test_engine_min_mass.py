@@ -63,7 +63,7 @@ def shares(engine: Engine, texts: list[np.ndarray]) -> list[float]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp8"])
-@pytest.mark.parametrize("estimator", ["oam", "mass", "bound"])
+@pytest.mark.parametrize("estimator", ["oam", "sample"])
 def test_only_what_falls_below_becomes_dense(folder: Path, estimator: str, precision: str) -> None:
     sparse, texts = STEM.replace(estimator=estimator), prompts(LENGTHS)[:3]
     plain = completions(make(folder, sparse, precision=precision), texts)
@@ -103,7 +103,7 @@ def test_a_document_does_not_depend_on_its_neighbours(folder: Path) -> None:
             assert getattr(alone, name) == getattr(completion, name)
 
 
-@pytest.mark.parametrize("estimator", ["oam", "mass"])
+@pytest.mark.parametrize("estimator", ["oam", "sample"])
 def test_neither_share_nor_decision_depend_on_chunks(
     folder: Path, estimator: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,7 +242,7 @@ def test_rows_of_a_job_tell_it_and_older_rows_go_on(tmp_path: Path) -> None:
     text = (TINY_READER.parents[1] / "examples/documents/report-01.txt").read_text()
     (docs / "old.txt").write_text(text[:3000])
     settings: dict[str, Any] = {"device": "cpu", "workers": 1, "max_new_tokens": 4, "arena_tokens": 4096}
-    settings |= {"preset": "robust", "budget": 0.4, "block_size": 16, "dense_layers": 0, "dense_below": 0}
+    settings |= {"preset": "sampled", "budget": 0.4, "block_size": 16, "dense_layers": 0, "dense_below": 0}
     settings |= {"input": str(docs), "output": str(out), "model": str(TINY_READER)}
     assert run_job(**settings).exit_code == 0
     for part in out.glob("part-*.parquet"):

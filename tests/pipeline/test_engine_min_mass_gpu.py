@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-ATTENTIONS = [STEM, WIDE, WIDE.replace(estimator="mass"), WIDE.replace(estimator="bound", dense_tail=2)]
+ATTENTIONS = [STEM, WIDE, WIDE.replace(estimator="sample", dense_tail=2)]
 
 
 @pytest.fixture(autouse=True)

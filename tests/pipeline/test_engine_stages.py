@@ -31,7 +31,7 @@ from stem_core.context import PromptGoesOn
 CPU = torch.device("cpu")
 SPARSE = {"schedule": "density", "density": 0.6, "dense_layers": 1, "sink_blocks": 1, "local_blocks": 1}
 STEM = StemConfig(block_size=64, stride=4, dense_below=48, **SPARSE)
-MASS = StemConfig(block_size=64, stride=4, dense_below=48, estimator="mass", **SPARSE)
+SAMPLE = StemConfig(block_size=64, stride=4, dense_below=48, estimator="sample", **SPARSE)
 FIGURES = ("token_ids", "status", "error", "finish_reason", "attention", "density", "kernel")
 
 
@@ -81,7 +81,7 @@ def test_three_devices_give_what_one_gives(architecture: str, tmp_path: Path) ->
 
 def test_fp8_on_three_devices(tmp_path: Path) -> None:
     """Scales, the arena in fp8 and scores by fp8 keys, each on its layer's device."""
-    config = config_of(save_model(tmp_path, "llama", head_dim=32), precision="fp8", attention=MASS)
+    config = config_of(save_model(tmp_path, "llama", head_dim=32), precision="fp8", attention=SAMPLE)
     expected = figures(run(Engine(config), requests()))
     model = load_model(config)
     with Devices(), torch.inference_mode():
@@ -158,7 +158,9 @@ def test_a_tensor_that_was_not_handed_over_is_noticed(part: str, tmp_path: Path)
 @pytest.mark.parametrize(("architecture", "precision"), [("qwen3_moe", "fp32"), ("gemma3", "fp8"), ("olmo2", "fp32")])
 def test_stages_on_one_cpu_give_what_one_stage_gives(architecture: str, precision: str, tmp_path: Path) -> None:
     """The way of a real job: files, fused modules, hooks; all stages are on one device, so that nothing is moved."""
-    config = config_of(save_model(tmp_path, architecture, head_dim=32), precision=precision, attention=MASS, fuse=True)
+    config = config_of(
+        save_model(tmp_path, architecture, head_dim=32), precision=precision, attention=SAMPLE, fuse=True
+    )
     expected = Engine(config)
     runner = load_runner(config, [CPU, CPU, CPU])
     engine = Engine(config, runner)

@@ -38,10 +38,15 @@ def test_only_settings_that_can_change_an_output_are_fingerprinted() -> None:
         {"min_mass": 0},
     ]
     other = [{"max_new_tokens": 9}, {"seed": 1}, {"budget": 0.3}, {"attention": "dense"}, {"too_long": "truncate"}]
-    other += [{"preset": "robust"}, {"precision": "fp16"}, {"block_size": 64}, {"temperature": 0.5}, {"min_mass": 0.5}]
+    other += [{"preset": "release"}, {"precision": "fp16"}, {"block_size": 64}, {"temperature": 0.5}, {"min_mass": 0.5}]
     assert {config(**changes).fingerprint() for changes in same} == {config().fingerprint()}
     prints = {config(**changes).fingerprint() for changes in other}
     assert len(prints | {config().fingerprint()}) == len(other) + 1
+
+
+def test_a_preset_that_is_no_more_names_another() -> None:
+    with pytest.raises(JobError, match=r"^--preset robust is no more: .*; use 'sampled', the default$"):
+        config(preset="robust")
 
 
 def test_the_model_counts_by_its_files_not_by_its_path(tmp_path: Path, model: Path) -> None:

@@ -22,7 +22,7 @@ TASKS = ("report_facts", "lookup", "niah_essay", "multikey_4")
 LENGTH = 4096  # 256 blocks of 16
 # (arm, lowest, highest): questions at the end of the document and values that are said twice, together.
 FLOORS = [
-    ("bound:density=0.3,dense_tail=4", 0.95, 1.0),  # examples/demo.yaml
+    ("sampled:schedule=density,density=0.3", 0.95, 1.0),  # examples/demo.yaml
     ("stem:density=0.25", 0.7, 1.0),
     ("window:density=0.25", 0.0, 0.6),  # else the floors would hold whatever the selection does
 ]

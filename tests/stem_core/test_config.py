@@ -10,7 +10,7 @@ from stem_core import StemConfig
     [
         ({"block_size": 100}, "block_size must be one of"),
         ({"stride": 24}, "stride must divide block_size=128, got 24"),
-        ({"mass_group": 0}, "mass_group must divide"),
+        ({"sample_rows": 0}, "sample_rows must divide"),
         ({"decay": 0.0}, r"decay must be in \(0.0, 1.0\]"),
         ({"decay": "0.7"}, "decay must be float, got '0.7'"),
         ({"schedule": "relaese"}, "schedule must be one of"),
@@ -34,7 +34,12 @@ def test_unknown_preset_names_the_nearest():
         StemConfig.preset("releas")
 
 
-@pytest.mark.parametrize("preset", ["paper", "release", "robust"])
+def test_a_preset_that_is_no_more_names_another():
+    with pytest.raises(ValueError, match=r"preset 'robust' is no more: .*; use 'sampled', the default"):
+        StemConfig.preset("robust")
+
+
+@pytest.mark.parametrize("preset", ["sampled", "paper", "release"])
 def test_round_trip_and_fingerprint(preset):
     config = StemConfig.preset(preset)
     assert StemConfig.from_dict(config.to_dict()) == config

@@ -224,12 +224,12 @@ class Arena:
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-@pytest.mark.parametrize("preset", ["release", "robust", None])
+@pytest.mark.parametrize("preset", ["release", "sampled", None])
 @torch.no_grad()
 def test_chunks_with_a_context_equal_the_whole_prompt(family, preset):
     small = {"block_size": 16, "sink_blocks": 1, "local_blocks": 2, "dense_below": 0}
-    if preset == "robust":
-        small |= {"density": 0.3, "dense_tail": 2}
+    if preset == "sampled":
+        small |= {"schedule": "density", "density": 0.3, "dense_tail": 2}
     config = preset and StemConfig.preset(preset, **small)
     model = patch_model(tiny(family, **SUPPORTED[family]), config)
     ids = prompt(1001)

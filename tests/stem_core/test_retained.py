@@ -57,7 +57,7 @@ def kept_share(q: Tensor, k: Tensor, kept: Tensor, block: int) -> float:
 
 
 @pytest.mark.parametrize("chunk", [BLOCK, 7 * BLOCK, 1024])
-@pytest.mark.parametrize("estimator", ["oam", "mass", "bound"])
+@pytest.mark.parametrize("estimator", ["oam", "sample"])
 def test_shares_are_those_of_float64_however_the_prompt_is_chunked(estimator: str, chunk: int) -> None:
     q, k, v = tensors()
     mass, kept = measured(STEM.replace(estimator=estimator), q, k, v, chunk)

@@ -14,7 +14,7 @@ import tools.benchmark.selection as benchmark
 from kernels.block_scores import oam_scores
 from kernels.block_selection import BlockSelection, select_blocks, share_budgets
 from pipeline.errors import JobError
-from tools.benchmark import _selection_bound, _selection_heads
+from tools.benchmark import _selection_heads, _selection_sample
 from tools.benchmark.__main__ import main
 
 SHAPE = ["--heads", "2", "--kv-heads", "1", "--head-dim", "32", "--documents", "2"]
@@ -38,14 +38,12 @@ def run(folder: Path, *flags: str) -> tuple[int, dict[tuple[int, str], Any]]:
 
 
 def test_every_case_is_checked_and_written(tmp_path: Path) -> None:
-    code, rows = run(tmp_path, "--lengths", "2048", "--groups", "8")
+    code, rows = run(tmp_path, "--lengths", "2048", "--every", "8")
     assert code == 0, rows
     names = [
         "OAM scores", "OAM scores, none above the diagonal", "block selection", "OAM scores + selection",
         "the same, last 8K chunk", "budgets shared among heads", "budgets shared, selection, order",
-        "mass scores, groups of 8",
-        *(f"bound scores, groups of {group}, spans of {span}" for group, span in _selection_bound.SIZES),
-        "decode attention, 2 documents",
+        "sample scores, every 8th query", "decode attention, 2 documents",
     ]  # fmt: skip
     assert list(rows) == [(0, "device copy, read + write"), *((2048, name) for name in names)]
     scores = rows[2048, "OAM scores"]
@@ -54,7 +52,7 @@ def test_every_case_is_checked_and_written(tmp_path: Path) -> None:
     assert scores["of copy"] == pytest.approx(scores["GB/s"] / 1000)
     assert rows[2048, "block selection"]["note"].startswith("density 0.")
     flops = 2 * 32 * 2 * 8 * 256 * 257 / 2
-    assert rows[2048, "mass scores, groups of 8"]["TFLOP/s"] == pytest.approx(flops / 2e-3 / 1e12)
+    assert rows[2048, "sample scores, every 8th query"]["TFLOP/s"] == pytest.approx(flops / 2e-3 / 1e12)
 
 
 def test_wrong_scores_get_no_figure(
@@ -100,13 +98,12 @@ def test_wrongly_shared_budgets_get_no_figure(tmp_path: Path, monkeypatch: pytes
 
 
 def test_wrong_shares_and_wrong_decoding_get_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mass, bound, decode = benchmark.mass_scores, _selection_bound.bound_scores, benchmark.decode_attention
-    monkeypatch.setattr(benchmark, "mass_scores", lambda *args, **more: mass(*args, **more) * 1.1)
-    monkeypatch.setattr(_selection_bound, "bound_scores", lambda *args, **more: bound(*args, **more) * 1.1)
+    sample, decode = _selection_sample.sample_scores, benchmark.decode_attention
+    monkeypatch.setattr(_selection_sample, "sample_scores", lambda *args, **more: sample(*args, **more) * 1.1)
     monkeypatch.setattr(benchmark, "decode_attention", lambda *args, **more: decode(*args, **more) * 1.1)
-    code, rows = run(tmp_path, "--lengths", "1024", "--groups", "4", "--only", "mass", "of 2, spans of 16", "decode")
+    code, rows = run(tmp_path, "--lengths", "1024", "--every", "4", "--only", "sample", "decode")
     assert code == 1
-    names = ["mass scores, groups of 4", "bound scores, groups of 2, spans of 16", "decode attention, 2 documents"]
+    names = ["sample scores, every 4th query", "decode attention, 2 documents"]
     assert [name for _, name in rows][1:] == names
     assert all("CHECK FAILED" in row["note"] and "ms" not in row for row in list(rows.values())[1:])
 

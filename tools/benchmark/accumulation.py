@@ -19,22 +19,22 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from jobs.measurement import stamp
-from kernels.block_scores import mass_scores
 from kernels.decode_attention_fp8 import decode_attention_fp8
 from kernels.fp8_heads import fp8_obstacle
 from kernels.quantize import quantize_rows
+from kernels.sample_scores import sample_scores
 from pipeline.engine import EngineConfig
 from pipeline.errors import JobError
 from stem_core.fp8.linear import scaled_linear
 from tools.benchmark._attention_fp8 import Fp8Layer
 from tools.benchmark._measure import table, write_json
 from tools.benchmark._row_errors import BIAS_LIMIT, even_operands
-from tools.benchmark._selection_fp8 import true_mass
+from tools.benchmark._selection_sample import true_fp8_shares
 from tools.benchmark.engine.errors import DOCUMENTS, Variant, measure_errors
 from tools.benchmark.selection import whole_blocks
 
 DEVICE = "cuda"
-GROUP = 4
+EVERY = 8
 COLUMNS = {"what": "", "operands": "", "summed": "d", "bias": "+.3%", "error": ".3%", "note": ""}
 LOGIT_COLUMNS = {
     "variant": "", "kl_mean": ".2e", "kl_max": ".2e", "same_token": ".2%", "logit_bias": "+.3%", "logit_error": ".3%",
@@ -138,7 +138,7 @@ def linear_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def head_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """What else reads heads in fp8: attention mass, decode attention, and the rounding of the heads itself."""
+    """What else reads heads in fp8: scores of sampled queries, decode attention, and the rounding of the heads."""
     for length in options.lengths:
         q, k, v = even_operands(options.heads, options.kv_heads, length, options.head_dim, DEVICE)
         heads, group = range(options.heads), options.heads // options.kv_heads
@@ -151,9 +151,9 @@ def head_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 rounded = torch.stack([operands[of] for operands in exact])
                 row = {"what": f"fp8 heads, {name} as stored", **given, "note": "rounding, no sum"}
                 yield row | compare(rounded, tensor[0].double())
-            scores = mass_scores(layer.q, k8[None], group=GROUP, scales=layer.scales)[0, :, -1]
-            true = torch.stack([true_mass(layer, GROUP, head) for head in heads])
-            yield {"what": f"mass scores, groups of {GROUP}", **given, **compare(scores, true)}
+            scores = sample_scores(layer.q, k8[None], every=EVERY, scales=layer.scales)[0, :, -1]
+            true = torch.stack([true_fp8_shares(layer, EVERY, head) for head in heads])
+            yield {"what": f"sample scores, every {EVERY}th query", **given, **compare(scores, true)}
             last = layer.q[:, :, -1]
             places = torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.tensor([length], device=DEVICE).int()
             out = decode_attention_fp8(last, k8, vt8, layer.scales, *places, max_length=length)

@@ -1,8 +1,9 @@
-"""Selection and decode attention at the shapes of one layer: scores, selection, attention mass, decoding.
+"""Selection and decode attention at the shapes of one layer: scores, selection, decoding.
 
-Everything is checked before it is timed; what fails its check gets no figure. Mass counts its own flops, 2 * D for each
-causal (row, key) pair; decoding counts the bytes of keys and values against a copy measured in the same run. `ms` is
-the replay of a CUDA graph (which also shows that nothing waits for the host), `eager ms` includes the launches.
+Everything is checked before it is timed; what fails its check gets no figure. The scores of sample count their own
+flops, 2 * D for each pair of a sampled query and a key that it sees; decoding counts the bytes of keys and values
+against a copy measured in the same run. `ms` is the replay of a CUDA graph (which also shows that nothing waits for the
+host), `eager ms` includes the launches.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from jobs.measurement import stamp
-from kernels.block_scores import KeySummary, key_sums_dtype, mass_scores, oam_scores
+from kernels.block_scores import KeySummary, key_sums_dtype, oam_scores
 from kernels.block_selection import BlockSelection, select_blocks
 from kernels.decode_attention import decode_attention
 from kernels.fp8_heads import fp8_obstacle
@@ -26,9 +26,9 @@ from stem_core.budget import row_budgets
 from stem_core.config import StemConfig
 from tools.benchmark._attention_fp8 import Fp8Layer
 from tools.benchmark._measure import isolated_ms, table, write_json
-from tools.benchmark._selection_bound import SIZES, bound_case
-from tools.benchmark._selection_fp8 import decode_case, mass_case
+from tools.benchmark._selection_fp8 import decode_case
 from tools.benchmark._selection_heads import heads_cases
+from tools.benchmark._selection_sample import fp8_case, sample_case
 
 BLOCK = 128
 DEVICE = "cuda"
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--groups", type=int, nargs="+", default=[8, 4], help="queries to a row of attention mass")
+    parser.add_argument("--every", type=int, nargs="+", default=[8], metavar="N", help="sample looks at each Nth query")
     parser.add_argument("--only", nargs="*", default=[], help="cases whose name contains one of these")
     parser.add_argument("--idle", type=float, default=0.5, help="seconds of rest before a timing")
     parser.add_argument("--commit", default="", help="what is measured, where this is not a git checkout")
@@ -137,24 +137,19 @@ def prefill_rows(args: argparse.Namespace, length: int, copy: float) -> list[dic
     rows = [timed(length, name, call, args.idle, bad, copy, **more) for name, call, more in cases if chosen(args, name)]
     for name, call, bad in heads_cases(scores, budgets, args.kv_heads) if chosen(args, "budgets shared") else ():
         rows.append(timed(length, name, call, args.idle, bad, copy))
-    for group in args.groups:
-        name = f"mass scores, groups of {group}"
+    for every in args.every:
+        name = f"sample scores, every {every}th query"
         if not chosen(args, name):
             continue
-        bad = check_mass(q, k, group)
-        # Row r of group g sees (r + 1) * g keys.
-        flops = 2 * D * args.heads * group * (length // group) * (length // group + 1) / 2
-        rows.append(timed(length, name, partial(mass_scores, q, k, group=group), args.idle, bad, copy, flops=flops))
+        call, bad = sample_case(q, k, every)
+        # Sampled query r, from 1 on, sees r * every keys.
+        flops = 2 * D * args.heads * every * (length // every) * (length // every + 1) / 2
+        rows.append(timed(length, name, call, args.idle, bad, copy, flops=flops))
         if not fp8_obstacle(q.device):
             layer = Fp8Layer(q, k, v)
             layer.prepare()
-            call, bad = mass_case(layer, group)
+            call, bad = fp8_case(layer, every)
             rows.append(timed(length, f"{name}, keys in fp8", call, args.idle, bad, copy, flops=flops))
-    for group, span in SIZES:
-        name = f"bound scores, groups of {group}, spans of {span}"
-        if chosen(args, name):
-            call, flops, bad = bound_case(q, k, group, span)
-            rows.append(timed(length, name, call, args.idle, bad, copy, flops=flops))
     return rows
 
 
@@ -231,22 +226,6 @@ def check_selection(scores: Tensor, budgets: Tensor, selection: BlockSelection) 
         same = torch.equal(selection.indices[:, head : head + 1][valid], wanted.indices[valid])
         if not torch.equal(counts, wanted.counts) or not same:
             return f"selection of head {head} differs from the reference"
-    return ""
-
-
-def check_mass(q: Tensor, k: Tensor, group: int) -> str:
-    """Two heads' last rows in float64."""
-    scores = mass_scores(q, k, group=group)
-    n, share, length = scores.shape[3], q.shape[1] // k.shape[1], q.shape[2]
-    for head in (0, q.shape[1] - 1):
-        rows = q[0, head, -BLOCK:].double().unflatten(0, (-1, group)).mean(1)
-        logits = rows @ k[0, head // share].double().T * q.shape[-1] ** -0.5
-        last = torch.arange(length - BLOCK + group - 1, length, group, device=DEVICE)
-        logits.masked_fill_(torch.arange(length, device=DEVICE) > last[:, None], -torch.inf)
-        wanted = logits.softmax(-1).unflatten(-1, (n, BLOCK)).sum(-1).amax(0)
-        error = float(((scores[0, head, -1].double() - wanted) / wanted).abs().max())
-        if not error < 2e-2:
-            return f"mass head {head}: relative error {error:.1e}"
     return ""
 
 

@@ -14,7 +14,7 @@ from pipeline.config import STEM_OVERRIDES, JobConfig, flag, from_mapping
 from pipeline.manifest import READING
 from stem_core.budget import prompt_budget
 from stem_core.config import BLOCK_SIZES, DENSE_BELOW, PRESETS, SCHEDULES, StemConfig
-from stem_core.estimators import ESTIMATORS, EstimatorSettings
+from stem_core.estimators import ESTIMATORS
 from tools.docs.markdown import table
 
 REQUIRED = ("input", "output", "model")
@@ -45,7 +45,7 @@ STEM_CHOICES: dict[str, tuple[Any, ...]] = {
     "schedule": SCHEDULES,
     "block_size": BLOCK_SIZES,
     "estimator": tuple(ESTIMATORS),
-} | {item.name: item.metadata["choices"] for item in fields(EstimatorSettings)}
+}
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
 EXAMPLE = """\
 input: [reports/2024, reports/2025.parquet]
@@ -93,8 +93,8 @@ _COMBINING = """\
 
 1. A flag wins over the same key in the file of `--config`, and that wins over the default.
 2. `--preset` fills in Stem's fields. A single attention setting, such as `block_size`, replaces the preset's
-   value, whether it comes from a flag or from the file. So with `block_size: 64` in the file, `--preset robust`
-   is `robust` with blocks of 64.
+   value, whether it comes from a flag or from the file. So with `block_size: 64` in the file, `--preset release`
+   is `release` with blocks of 64.
 3. `--budget X` takes the place of the preset's schedule: layers that are not dense keep that share of the causal
    blocks.
 4. With `--attention dense` the preset plays no part, and single attention settings are refused.
@@ -171,9 +171,9 @@ def _stem_section() -> str:
     return f"""\
 ## Stem's fields and presets
 
-A preset is a named `StemConfig` (`stem_core/config.py`). `sampled` is the default and loses least on real models;
-`robust` is ours, too. `paper` follows the text of the Stem paper and `release` its published code, for those who want
-the published algorithm: they lose many facts that a document states once. In Python:
+A preset is a named `StemConfig` (`stem_core/config.py`). `sampled` is ours and the default: it loses least on real
+models. `paper` follows the text of the Stem paper and `release` its published code, for those who want the published
+algorithm: they lose many facts that a document states once. In Python:
 `StemConfig.preset("sampled", block_size=64)`.
 
 {fields_table}

@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.block_scores import mass_scores
 from kernels.block_sparse_attention_fp8 import block_sparse_attention_fp8
-from kernels.sample_scores import sample_scores
 from tests.kernels import fp8_cases as cases
 from tests.kernels.attention_cases import Case
 from tests.kernels.selection_cases import Decode, Scores
@@ -80,15 +78,14 @@ def test_decode(case: Decode, impl: str, poisoned: None, rounding_to_nearest: No
 @pytest.mark.parametrize(
     "case",
     [
-        Scores(127, head_dim=96, group=32),
-        Scores(129, batch=2, block_size=16, group=1),
-        Scores(300, head_dim=128, block_size=128, group=8, rows="sample", dtype=FP16),
+        Scores(127, head_dim=96, every=32),
+        Scores(129, batch=2, block_size=16, every=1),
+        Scores(300, head_dim=128, block_size=128, every=8, dtype=FP16),
     ],
     ids=str,
 )
-def test_mass_scores(case: Scores, poisoned: None, rounding_to_nearest: None) -> None:
-    cases.check_shares(mass_scores, case, "triton", "cpu")
-    cases.check_shares(sample_scores, case, "triton", "cpu")
+def test_sample_scores(case: Scores, poisoned: None, rounding_to_nearest: None) -> None:
+    cases.check_sample(case, "triton", "cpu")
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
