@@ -136,7 +136,7 @@ class Worker:
         work = Work(
             WorkerFields(
                 precision=self._precision, worker=self._name, gpu=self._gpu, model=self._config.model_name,
-                config_hash=self._config.config_hash, started_at=utc_now(),
+                config_hash=self._config.config_hash, prompt_hash=self._config.task.fingerprint(), started_at=utc_now(),
             )
         )  # fmt: skip
         if careful:
