@@ -23,7 +23,7 @@ from pipeline.engine.devices import GIB
 from pipeline.engine.memory import plan
 from pipeline.engine.model.precision import Precision
 from pipeline.engine.model.skeleton import skeleton
-from pipeline.records import STATUSES
+from pipeline.rows import STATUSES
 from stem_core.config import StemConfig
 
 ROOT = Path(__file__).parents[1]

@@ -65,8 +65,8 @@ def capture(job: JobConfig, text: str) -> Capture:
     plan = attention_plan(runner, len(prompt))
     if plan.attention != "stem":
         raise JobError(
-            f"this prompt of {len(prompt):,} tokens runs dense, nothing is left out: {plan.reason}; take a longer "
-            "document, or smaller blocks and a budget: --block-size 16 --budget 0.3 --dense-below 0"
+            f"this prompt of {len(prompt):,} tokens runs dense, nothing is left out: {plan.attention_reason}; take a "
+            "longer document, or smaller blocks and a budget: --block-size 16 --budget 0.3 --dense-below 0"
         )
     kinds = {policy.layer: policy.budget(len(prompt), window) for policy, window in runner.layers}
     sparse = sorted(layer for layer, budget in kinds.items() if budget.budgets is not None)

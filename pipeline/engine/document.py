@@ -43,7 +43,7 @@ class Document:
     tokens: list[int] = field(default_factory=list)
     peak_bytes: int = 0
     finished: bool = False
-    plan: AttentionPlan = field(default_factory=AttentionPlan)
+    plan: AttentionPlan | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -73,6 +73,7 @@ class Document:
         """The document as it stands, with times up to now."""
         now = time.perf_counter()
         started, first = self.started or now, self.first_token
+        ran = {} if self.plan is None else vars(self.plan) | {"kernel": kernel}
         return Completion(
             request_id=self.request.request_id,
             status=status,
@@ -81,17 +82,12 @@ class Document:
             finish_reason=finish_reason,
             prompt_tokens=self.prompt_tokens,
             output_tokens=len(self.tokens),
-            attention=self.plan.attention,
-            attention_reason=self.plan.reason,
-            density=self.plan.density,
-            density_by_layer=self.plan.density_by_layer,
-            retained_mass=self.plan.retained_mass,
-            kernel=kernel,
             queue_seconds=started - self.added,
             prefill_seconds=(first or now) - started,
             decode_seconds=self.decode_seconds,
-            time_to_first_token=first - self.added if first else 0.0,
-            peak_bytes=self.peak_bytes,
+            time_to_first_token=first - started if first else None,
+            peak_gpu_bytes=self.peak_bytes,
+            **ran,
         )
 
 

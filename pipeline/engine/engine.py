@@ -270,8 +270,9 @@ class Engine:
         self._meter.note_peak(self._current())
         self._release(document)
         kernel = ""
-        if attention := document.plan.attention:
-            used = describe_kernels(self._runner, document.prompt_tokens, dense=attention == "dense")
+        if document.plan is not None:
+            dense = document.plan.attention == "dense"
+            used = describe_kernels(self._runner, document.prompt_tokens, dense=dense)
             kernel = ", ".join(f"{name}: {chosen}" for name, chosen in used.items())
         self._done.append(document.completion(status, error, finish_reason, kernel))
 

@@ -23,7 +23,7 @@ from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.run.kept import KeptMass
 from pipeline.errors import JobError
 from pipeline.job import run_job
-from pipeline.meter import Meter
+from pipeline.rows import EngineFields
 from stem_core import StemConfig
 from stem_core.retained import RetainedMass
 
@@ -226,11 +226,11 @@ def test_a_document_in_parts_has_the_least_share_and_says_if_some_are_dense() ->
         "b", "ok", attention="dense", attention_reason="too little", density_by_layer=(1.0,), retained_mass=0.4
     )
     short = Completion("c", "ok", attention="dense", attention_reason="short", density_by_layer=(1.0,))
-    columns = Meter(completions=[whole, fallen, short]).columns()
-    assert columns["retained_mass"] == 0.4
-    assert (columns["attention"], columns["attention_reason"]) == ("stem", "1 of 3 prompts are dense: too little")
-    assert Meter(completions=[short]).columns()["retained_mass"] is None
-    assert Meter(completions=[fallen]).columns()["attention_reason"] == "too little"
+    found = EngineFields.of_parts([whole, fallen, short])
+    assert found.retained_mass == 0.4
+    assert (found.attention, found.attention_reason) == ("stem", "1 of 3 prompts are dense: too little")
+    assert EngineFields.of_parts([short]).retained_mass is None
+    assert EngineFields.of_parts([fallen]).attention_reason == "too little"
 
 
 @pytest.mark.ray

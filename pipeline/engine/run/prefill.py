@@ -29,14 +29,13 @@ def chunk_size(chunk_tokens: int, attention: StemConfig | None) -> int:
 class AttentionPlan:
     """How a prompt attends: before it runs a matter of its length alone, then also of what is measured (min_mass).
 
-    density_by_layer: of each layer of the model, in its order; `density` is their mean. retained_mass: the least share
-    of the attention mass that a sampled query block kept, mean over sparse layers; None where nothing was measured.
+    Its fields are those of the same names in pipeline.rows.EngineFields. `density` is the mean of density_by_layer.
     """
 
-    attention: str = ""
-    reason: str = ""
-    density: float = 1.0
-    density_by_layer: tuple[float, ...] = ()
+    attention: str
+    attention_reason: str
+    density: float
+    density_by_layer: tuple[float, ...]
     retained_mass: float | None = None
 
 
