@@ -139,8 +139,8 @@ class JobConfig:
     decay: float | None = stem_option("float", "last row's budget as a share of the first one's")
     sink_blocks: int | None = stem_option("int", "leading blocks always kept")
     local_blocks: int | None = stem_option("int", "nearest blocks always kept")
-    min_mass: float | None = stem_option(
-        "float", "documents of which sparse prefill keeps a smaller share of the attention mass are read again, densely"
+    max_output_error: float | None = stem_option(
+        "float", "documents whose attention output sparse prefill changes by more, relatively, are read again, densely"
     )
     dense_layers: int | None = stem_option("int", "leading layers that stay dense")
     dense_below: int | None = stem_option("int", "prompts of fewer tokens stay dense")
@@ -278,8 +278,8 @@ class JobConfig:
             values.pop(name, None)
         settings = stem.to_dict() if stem else None
         # Results that are older than these settings are of the same job.
-        if settings and not settings["min_mass"]:
-            del settings["min_mass"]
+        if settings and not settings["max_output_error"]:
+            del settings["max_output_error"]
         if self.prompt_date is None:
             del values["prompt_date"]
         return values | {"stem": settings}

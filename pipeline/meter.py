@@ -46,7 +46,7 @@ class Meter:
             "attention_reason": _reason(told, ran) if ran else None,
             "density": sum(c.density * c.prompt_tokens for c in ran) / read if read else None,
             "density_by_layer": _density_by_layer(ran) if sparse else None,
-            "retained_mass": min((c.retained_mass for c in ran if c.retained_mass is not None), default=None),
+            "output_error": max((c.output_error for c in ran if c.output_error is not None), default=None),
             "kernel": told.kernel or None,
             "prefill_seconds": sum(c.prefill_seconds for c in done),
             "decode_seconds": sum(c.decode_seconds for c in done),
@@ -59,7 +59,7 @@ class Meter:
 
 def _reason(told: Completion, ran: list[Completion]) -> str:
     """Of the completion that stands for the document; if parts of a sparse one went dense while they ran, theirs."""
-    given_up = [c for c in ran if c.attention == "dense" and c.retained_mass is not None]
+    given_up = [c for c in ran if c.attention == "dense" and c.output_error is not None]
     if told.attention == "dense" or not given_up:
         return told.attention_reason
     return f"{len(given_up)} of {len(ran)} prompts are dense: {given_up[0].attention_reason}"

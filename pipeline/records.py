@@ -73,9 +73,10 @@ COLUMNS: tuple[Column, ...] = (
         "density of each layer, the model's first layer first; 1 in the leading layers that are dense",
     ),
     Column(
-        "retained_mass",
+        "output_error",
         pa.float32(),
-        "least share of the attention mass that sparse prefill kept in a sampled block of rows, mean over its layers",
+        "relative error of sparse prefill's attention output against dense attention's, in the sampled block of rows "
+        "that is furthest off, mean over its rows and layers",
     ),
     Column("kernel", _TEXT, "implementation that ran; in brackets why not a faster one"),
     Column("queue_seconds", _REAL, "waiting in the worker for the tokeniser and the engine"),

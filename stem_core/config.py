@@ -50,10 +50,10 @@ class StemConfig(EstimatorSettings):
     """Prompts shorter than this many tokens attend to everything."""
     dense_tail: int = 0
     """Blocks at the prompt's end whose rows keep every causal block (ours; the question usually stands there)."""
-    min_mass: float = 0.0
-    """Least share of the attention mass that sparse prefill must keep, measured in a sample of each prompt's rows; a
-    document that falls below is prefilled again, densely. 0: not measured. Only the engine measures: in a model that is
-    patched without it this changes nothing."""
+    max_output_error: float = 0.0
+    """Largest relative error of the attention output, against dense attention's, that sparse prefill may have in a
+    sample of a prompt's rows; a document beyond it is prefilled again, densely. 0: not measured; 1 or more: measured
+    only, in practice. Only the engine measures: in a model that is patched without it this changes nothing."""
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -68,7 +68,7 @@ class StemConfig(EstimatorSettings):
         _within("density", self.density, 0.0, 1.0, open_low=True)
         _within("decay", self.decay, 0.0, 1.0, open_low=True)
         _within("growth", self.growth, 0.0, 1.0)
-        _within("min_mass", self.min_mass, 0.0, 1.0)
+        _within("max_output_error", self.max_output_error, 0.0, 1e6)
         for field in fields(EstimatorSettings):
             self._check_setting(field.name, getattr(self, field.name), field.metadata)
         ESTIMATORS[self.estimator].check(self)

@@ -1,4 +1,4 @@
-"""How much of the attention mass a sparse prefill keeps, measured in a sample of its rows while it runs."""
+"""How far the attention output of a sparse prefill is from dense attention's, measured in a sample of its rows."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ from torch import Tensor
 from stem_core.budget import PromptBudget
 from stem_core.config import StemConfig
 
-# One query block of so many is measured, besides the last one: at 128 tokens a block, one each 16,384 tokens.
-SAMPLE_BLOCKS = 128
+# Query blocks of a prompt that are measured, whatever its length: each is one more block of rows that a sparse layer
+# attends to densely. Four of a prompt's n blocks take at most 4 * 2 / n of dense attention's flops.
+SAMPLED_BLOCKS = 4
 
 
 def sampled_blocks(budget: PromptBudget, config: StemConfig) -> tuple[int, ...]:
-    """The query blocks of a prompt in which the kept mass is measured, ascending.
+    """The query blocks of a prompt in which the error is measured, ascending; none without a max_output_error.
 
-    Every SAMPLE_BLOCKS-th block and the last one before the dense tail; those that keep all their causal blocks have
-    nothing to measure and are left out. They depend on the prompt's length alone, not on its chunks.
+    Evenly spread over the rows that drop a block, the last of them (before the dense tail) included: the others have no
+    error of their own. They depend on the prompt's length alone, not on its chunks.
     """
-    if budget.budgets is None or not config.min_mass:
+    if budget.budgets is None or not config.max_output_error:
         return ()
-    blocks = len(budget.budgets) - config.dense_tail
-    sample = {*range(SAMPLE_BLOCKS - 1, blocks, SAMPLE_BLOCKS), *range(max(0, blocks - 1), blocks)}
-    return tuple(block for block in sorted(sample) if budget.budgets[block] <= block)
+    sparse = [block for block, kept in enumerate(budget.budgets.tolist()) if kept <= block]
+    return tuple(sorted({sparse[part * len(sparse) // SAMPLED_BLOCKS - 1] for part in range(1, SAMPLED_BLOCKS + 1)}))
 
 
-class RetainedMass:
-    """What one prompt's sparse layers keep of the attention mass, summed over layers on the layers' own devices.
+class ErrorProbe:
+    """The errors of one prompt's sparse layers, summed over layers on the layers' own devices.
 
-    A row keeps exp(lse over the kept keys - lse over all causal keys) of its mass, in (0, 1]; a query block the mean of
-    its rows and heads. Nothing here waits for a device.
+    A row's error is ||sparse - dense|| / ||dense||, norms over the outputs of all heads, with the same queries, keys
+    and values: what this layer's dropped blocks change, not what earlier layers' have changed. A query block's is the
+    mean of its rows'. Nothing here waits for a device.
 
     blocks: the sampled query blocks (sampled_blocks()) of block_size tokens. sums: by device, float32 [blocks], over
     the layers there. layers: by sampled block, how many layers it was measured in so far.
@@ -52,9 +53,15 @@ class RetainedMass:
         return first, min(end, first + self.block_size)
 
     def add(self, index: int, sparse: Tensor, dense: Tensor) -> None:
-        """One more layer of sampled block `index`: log-sum-exp [N, H, rows] over the kept keys and over all."""
+        """One more layer of sampled block `index`: its rows' outputs [1, H, rows, D], sparse and dense."""
         if sparse.device not in self.sums:
             self.sums[sparse.device] = torch.zeros(len(self.blocks), dtype=torch.float32, device=sparse.device)
-        # The two kernels sum in different orders: where all is kept they may differ by a rounding.
-        self.sums[sparse.device][index].add_((sparse - dense).exp().clamp(max=1.0).mean())
+        self.sums[sparse.device][index].add_(row_errors(sparse, dense).mean())
         self.layers[index] += 1
+
+
+def row_errors(sparse: Tensor, dense: Tensor) -> Tensor:
+    """float32 [N, rows]: ||sparse - dense|| / ||dense|| of outputs [N, H, rows, D], norms over H and D; 0 / 0 is 0."""
+    sparse, dense = sparse.float(), dense.float()
+    norms = [x.square().sum((1, 3)).sqrt() for x in (sparse - dense, dense)]
+    return norms[0] / norms[1].clamp(min=torch.finfo(torch.float32).tiny)

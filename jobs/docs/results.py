@@ -22,7 +22,7 @@ NULL_WHEN: dict[str, tuple[str, ...]] = {
     ),
     "the engine did not start on the prompt": ("attention", "attention_reason", "density", "kernel"),
     "`attention` is not stem": ("density_by_layer",),
-    "nothing was measured: without `--min-mass`, or dense from the start": ("retained_mass",),
+    "nothing was measured: without `--max-output-error`, or dense from the start": ("output_error",),
     "no token was generated": ("time_to_first_token",),
     "the kept values are as they were": ("kept_error",),
     "only in a row that did not fit the columns": ("input_stamp", "finished_at"),
@@ -107,7 +107,7 @@ time; then it did not start on the prompt either, and generated no token. A row 
 because an engine gave a value of another type, is replaced by an `error` row in which all others are null.
 
 Where a document was processed in parts, seconds and tokens are sums over its parts, `density` and `density_by_layer`
-are means by prompt tokens, `peak_gpu_bytes` their largest, `retained_mass` their least, and `time_to_first_token`
+are means by prompt tokens, `peak_gpu_bytes` their largest, `output_error` their largest, and `time_to_first_token`
 that of the first part that came back. Documents share the engine, so the seconds of several do not add up to the time
 of the run.
 """

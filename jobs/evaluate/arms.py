@@ -184,8 +184,10 @@ def _changes(spec: str, text: str) -> dict[str, Any]:
 def _config(spec: str, preset: str, changes: dict[str, Any], tail: int | None, density: float | None) -> StemConfig:
     # Selections are compared also where dense attention would be faster.
     changes = {"dense_below": 0} | changes
-    if "min_mass" in changes:
-        raise JobError(f"--arms {spec}: min_mass makes some prompts dense, and an arm is of one kind; ask dense too")
+    if "max_output_error" in changes:
+        raise JobError(
+            f"--arms {spec}: max_output_error makes some prompts dense; an arm is of one kind: ask dense too"
+        )
     if tail is not None:
         changes = changes | {"dense_tail": tail}
     if density is not None:

@@ -160,8 +160,8 @@ class Completion:
     density: computed share of the causal block pairs over all layers and heads; 1.0 is dense. A layer with a sliding
     window that cuts the prompt counts with what the window meets. density_by_layer: of each layer, in the model's
     order; empty for a document that never started.
-    retained_mass: the least share of the attention mass that a sampled query block of sparse prefill kept (see
-    stem_core.retained), mean over its sparse layers; None if nothing was measured.
+    output_error: of sparse prefill, in the sampled query block that is furthest from dense attention (see
+    stem_core.output_error), mean over its rows and the sparse layers; None if nothing was measured.
     queue_seconds: from add() to the first prefill step. prefill_seconds, decode_seconds: wall time of the engine's
     prefill steps of this document and of the decode steps that it took part in; the time in which it waits for other
     documents' prefill is in neither. time_to_first_token: from add().
@@ -179,7 +179,7 @@ class Completion:
     attention_reason: str = ""
     density: float = 1.0
     density_by_layer: tuple[float, ...] = ()
-    retained_mass: float | None = None
+    output_error: float | None = None
     kernel: str = ""
     queue_seconds: float = 0.0
     prefill_seconds: float = 0.0

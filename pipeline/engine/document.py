@@ -83,7 +83,7 @@ class Document:
             attention_reason=self.plan.reason,
             density=self.plan.density,
             density_by_layer=self.plan.density_by_layer,
-            retained_mass=self.plan.retained_mass,
+            output_error=self.plan.output_error,
             kernel=kernel,
             queue_seconds=started - self.added,
             prefill_seconds=(first or now) - started,

@@ -10,7 +10,7 @@ import torch
 from pipeline.engine.arena import ALIGNMENT, Arena, Extent
 from pipeline.engine.cache import PrefillCache
 from pipeline.engine.config import EngineConfig, EngineError
-from pipeline.engine.kept import kept_mass
+from pipeline.engine.kept import probe_readings
 from pipeline.engine.loading import context_limit, weight_bytes
 from pipeline.engine.plan import GIB, HOST_SHARE, RESERVE_FACTOR, DevicePlan, MemoryPlan, combine, fit_arena
 from pipeline.engine.prefill import Prefill
@@ -149,9 +149,9 @@ def rehearse(runner: ModelRunner, arena: Arena, plan: MemoryPlan, chunk_tokens: 
     for length in lengths:
         start = (length - 1) // chunk_tokens * chunk_tokens
         extent = Extent(0, length)
-        kept = kept_mass(runner, length)
+        readings = probe_readings(runner, length)
         context = PrefillContext(prompt_length=length, start=start, quantized=arena.quantized(extent))
-        context.mass = None if kept is None else kept.mass
+        context.probe = None if readings is None else readings.probe
         _past_keys(runner, context)
         cache = PrefillCache(arena, extent, seen=start)
         ids = torch.zeros(1, length - start, dtype=torch.int64, device=runner.device)

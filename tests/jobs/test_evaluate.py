@@ -176,8 +176,8 @@ def test_arm_specs() -> None:
     assert (config.sample_rows, config.dense_tail, config.density, config.block_size) == (8, 1, 0.25, 16)
     with pytest.raises(JobError, match="did you mean 'oracle'"):
         make_arms(["orakel"], [16], [0.5], [0], 0)
-    with pytest.raises(JobError, match=r"^--arms sampled:min_mass=0.9: min_mass makes some prompts dense"):
-        make_arms(["sampled:min_mass=0.9"], [32], [0.25], [4], 0)
+    with pytest.raises(JobError, match=r"^--arms sampled:max_output_error=0.1: max_output_error makes some"):
+        make_arms(["sampled:max_output_error=0.1"], [32], [0.25], [4], 0)
     with pytest.raises(JobError, match="did you mean 'sample_rows'"):
         make_arms(["sample:samplerows=2"], [16], [0.5], [0], 0)
     with pytest.raises(JobError, match="sample_rows must divide"):

@@ -77,7 +77,7 @@ def test_every_document_has_a_full_row(tmp_path: Path, out: Path, model: Path) -
         "truncated_tokens",
         "kept_error",
         "density_by_layer",
-        "retained_mass",
+        "output_error",
     }
     assert not [name for name in filled if row[name] is None]
     assert row["tokenize_seconds"] + row["prefill_seconds"] + row["decode_seconds"] <= row["total_seconds"]
