@@ -5,16 +5,16 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-FIRST = ("summarize", "submit", "report", "audit", "inspect", "demo")  # the others are for those who work on this
+FOLDER = Path(__file__).parent
+FIRST = ("summarize", "submit", "report", "audit", "evaluate", "inspect", "demo")
 
 
-def commands() -> dict[str, str]:
-    """What each command does, by its name; those of users first. Nothing is imported."""
-    folder = Path(__file__).parent
+def commands(folder: Path = FOLDER) -> dict[str, str]:
+    """What each command of a package does, by its name; those of FIRST first. Nothing is imported."""
     files = {path.parent.name: path for path in folder.glob("*/__main__.py")}
     files |= {path.stem: path for path in folder.glob("*.py") if "run_main(main)" in path.read_text(encoding="utf-8")}
     names = sorted(files, key=lambda name: (FIRST.index(name) if name in FIRST else len(FIRST), name))
-    return {name: _about(files[name]) for name in names if name != Path(__file__).stem}
+    return {name: _about(files[name]) for name in names if name != "__main__"}
 
 
 def _about(path: Path) -> str:
@@ -26,10 +26,10 @@ def _about(path: Path) -> str:
     return text.partition("\n")[0].partition(": python -m")[0].rstrip(".")
 
 
-def show() -> None:
+def show(folder: Path = FOLDER) -> None:
     """Print them."""
-    print("usage: python -m jobs.COMMAND [flags]; --help explains the flags of a command\n")
-    for name, about in commands().items():
+    print(f"usage: python -m {folder.name}.COMMAND [flags]; --help explains the flags of a command\n")
+    for name, about in commands(folder).items():
         print(f"  {name:18}{about}")
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,18 +55,20 @@ def stem_prefill(
     keys: KeyState | None = None,
     quantized: QuantizedKV | None = None,
     probe: ErrorProbe | None = None,
+    select: Callable[..., BlockSelection] = stem_selection,
 ) -> Tensor:
     """Causal attention of one chunk of a prompt, sparse or dense as `budget` says.
 
     q [N, H, Lq, D] are the tokens [start, start + Lq); k, v [N, Hkv, Lk, D] hold at least the tokens [0, start + Lq).
     quantized: attend in fp8 to these keys and values; then N is 1, and k, v are those of the chunk alone.
-    probe: gets the errors of those of its blocks that lie in the chunk, if the chunk is sparse.
+    probe: gets the errors of those of its blocks that lie in the chunk, if the chunk is sparse. select: makes the
+    selection of a sparse chunk.
     Returns [N, H, Lq, D] in q's dtype (a view of [N, Lq, H, D]).
     """
     if config is None or budget.budgets is None:
         selection, block_size = None, DENSE_BLOCK_SIZE if config is None else config.block_size
     else:
-        selection = stem_selection(q, k, v, config, budget, start=start, scale=scale, keys=keys, quantized=quantized)
+        selection = select(q, k, v, config, budget, start=start, scale=scale, keys=keys, quantized=quantized)
         block_size = config.block_size
     chunk = _Chunk(q, k, v, quantized, start, block_size, scale, window)
     out = chunk.attend(selection)
@@ -222,13 +225,14 @@ def _prefill_chunk(
             keys = new_key_state(config, k, context.prompt_length)
             if keys is not None:
                 context.keys[policy.layer] = keys
+    select = stem_selection if context.select is None else partial(context.select, policy.layer)
     quantized = context.quantized.get(policy.layer)
     start, end, probe = context.start, context.start + q.shape[2], context.probe
     if policy.layer == context.last_layer and end < context.prompt_length:
         sampled = probe is not None and budget.budgets is not None and bool(probe.within(start, end))
         if config is not None and (keys is not None or sampled):
             # The last chunk's scores need the key side of this one's.
-            kept = stem_selection(q, k, v, config, budget, start=start, scale=scale, keys=keys, quantized=quantized)
+            kept = select(q, k, v, config, budget, start=start, scale=scale, keys=keys, quantized=quantized)
             if probe is not None and sampled:
                 _Chunk(q, k, v, quantized, start, config.block_size, scale, window).measure_only(probe, kept)
         raise PromptGoesOn
@@ -244,6 +248,7 @@ def _prefill_chunk(
         keys=keys,
         quantized=quantized,
         probe=probe,
+        select=select,
     )
 
 

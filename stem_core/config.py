@@ -140,7 +140,7 @@ def _nearest(name: str, known: Any) -> str:
 
 
 # Below this length dense attention is faster than selection and sparse attention together, measured on an H100 with
-# blocks of 128 (`python -m jobs.benchmark attention --crossover`). The release schedule drops nothing there anyway.
+# blocks of 128 (`python -m tools.benchmark attention --crossover`). The release schedule drops nothing there anyway.
 DENSE_BELOW = 6144
 
 # "sampled", the default, scores blocks by single queries, an eighth of all, and lets the heads of a row share its

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from kernels.block_selection import BlockSelection
 from kernels.fp8_heads import HeadScales
 from stem_core.estimators import KeyState
 from stem_core.output_error import ErrorProbe
@@ -45,6 +46,10 @@ class QuantizedKV:
     scales: HeadScales
 
 
+# Makes a sparse layer's selection in place of stem_core.selection.stem_selection: (layer, then its arguments).
+Select = Callable[..., BlockSelection]
+
+
 @dataclass
 class PrefillContext:
     """One document's prefill; the engine moves `start` from chunk to chunk.
@@ -60,6 +65,7 @@ class PrefillContext:
         and values are in the cache by then, and nobody reads what would follow (see PromptGoesOn).
     probe: gets the sparse layers' output errors; None: nothing is measured.
     dense: every layer attends to all that its window lets it see, whatever its policy says.
+    select: chooses the blocks of the sparse layers, for those who compare selections or look at them; None: Stem does.
     """
 
     prompt_length: int
@@ -71,6 +77,7 @@ class PrefillContext:
     last_layer: int | None = None
     probe: ErrorProbe | None = None
     dense: bool = False
+    select: Select | None = None
 
 
 class PromptGoesOn(Exception):  # noqa: N818 - nothing went wrong

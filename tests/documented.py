@@ -69,7 +69,7 @@ def _command(page: str, words: list[str], in_block: bool) -> Command | None:
         words, python = words[2:], True
     else:
         python = in_block
-    if not in_block and words[0].startswith("jobs.") and re.fullmatch(r"jobs(\.\w+)+", words[0]):
+    if not in_block and re.fullmatch(r"(jobs|tools)(\.\w+)+", words[0]):
         # Without `python -m` the text speaks of a command, with some of its flags.
         return Command(page, tuple(words), complete=python and len(words) > 1 and words[-1] != "...")
     known = in_block or python or words[0] in PROGRAMS

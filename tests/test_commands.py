@@ -33,55 +33,56 @@ SUMMARIZE = ("jobs.summarize", "--input", "reports/", "--output", "results/", "-
 # Where a command's work begins: all of its flags were read by then, and their values checked.
 WORK = {
     "jobs.audit": ("jobs.audit.__main__.run",),
-    "jobs.benchmark accumulation": ("jobs.benchmark.accumulation.linear_rows",),
-    "jobs.benchmark attention": ("jobs.benchmark.attention._at_length",),
-    "jobs.benchmark engine": ("jobs.benchmark.engine.Run",),
-    "jobs.benchmark scaling": ("jobs.benchmark.scaling.prepare",),
-    "jobs.benchmark selection": ("jobs.benchmark.selection.copy_bandwidth",),
+    "tools.benchmark accumulation": ("tools.benchmark.accumulation.linear_rows",),
+    "tools.benchmark attention": ("tools.benchmark.attention._at_length",),
+    "tools.benchmark engine": ("tools.benchmark.engine.Run",),
+    "tools.benchmark scaling": ("tools.benchmark.scaling.prepare",),
+    "tools.benchmark selection": ("tools.benchmark.selection.copy_bandwidth",),
     "jobs.demo": ("jobs.demo.__main__.run_arm",),
-    "jobs.evaluate": ("jobs.evaluate.run.EngineReader", "jobs.evaluate.run.own_reader"),
-    "jobs.faults blows": ("jobs.faults.blows.blows",),
-    "jobs.faults bucket": ("jobs.faults.bucket.bucket",),
-    "jobs.faults determinism": ("pipeline.engine.runner.load_runner",),
-    "jobs.faults flips": ("jobs.faults.flips.flips",),
-    "jobs.faults kills": ("jobs.faults.runs.kills",),
-    "jobs.faults restarts": ("jobs.faults.runs.kills",),
-    "jobs.faults soak": ("jobs.faults.runs.soak",),
-    "jobs.faults table": ("jobs.faults.table.table",),
+    "jobs.evaluate": ("jobs.evaluate.run.load_readers",),
+    "tools.faults blows": ("tools.faults.blows.blows",),
+    "tools.faults bucket": ("tools.faults.bucket.bucket",),
+    "tools.faults determinism": ("pipeline.engine.runner.load_runner",),
+    "tools.faults flips": ("tools.faults.flips.flips",),
+    "tools.faults kills": ("tools.faults.runs.kills",),
+    "tools.faults restarts": ("tools.faults.runs.kills",),
+    "tools.faults soak": ("tools.faults.runs.soak",),
+    "tools.faults table": ("tools.faults.table.table",),
     "jobs.inspect": ("jobs.inspect.__main__.capture",),
-    "jobs.simulate": ("jobs.simulate.__main__.measure", "jobs.simulate.__main__.run_apart"),
+    "tools.simulate": ("tools.simulate.__main__.measure", "tools.simulate.__main__.run_apart"),
     "jobs.submit": ("jobs.submit.connect",),
     "jobs.summarize": ("pipeline.job.run", "pipeline.plan.describe_plan"),
-    "jobs.train_demo_model": ("jobs.train_demo_model.__main__.train",),
+    "tools.train_demo_model": ("tools.train_demo_model.__main__.train",),
 }
 # The test, or the script of continuous integration, that runs it to its end; `here` is test_they_run below.
 RUN_BY = {
     ".ci/run": ".ci/run: make --no-print-directory lint",
     "jobs": "tests/test_commands.py: test_the_list_of_commands_names_each",
     "jobs.audit": "tests/jobs/test_audit.py: test_rows_figures_and_page_of_an_audit",
-    "jobs.benchmark accumulation": "tests/jobs/test_benchmark_accumulation.py: test_sums_and_logits_are_measured",
-    "jobs.benchmark attention": "tests/jobs/test_benchmark_attention.py: test_every_case_of_ours",
-    "jobs.benchmark engine": "tests/jobs/test_benchmark_engine.py: test_every_precision_has_its_arms_and_its_errors",
-    "jobs.benchmark scaling": "tests/jobs/test_benchmark_scaling.py: test_real_jobs_of_one_and_two_workers",
-    "jobs.benchmark selection": "tests/jobs/test_benchmark_selection.py: def test_",
+    "tools": "tests/test_commands.py: test_the_list_of_commands_names_each",
+    "tools.benchmark accumulation": "tests/tools/test_benchmark_accumulation.py: test_sums_and_logits_are_measured",
+    "tools.benchmark attention": "tests/tools/test_benchmark_attention.py: test_every_case_of_ours",
+    "tools.benchmark engine": "tests/tools/test_benchmark_engine.py: test_every_precision_has_its_arms_and_its_errors",
+    "tools.benchmark scaling": "tests/tools/test_benchmark_scaling.py: test_real_jobs_of_one_and_two_workers",
+    "tools.benchmark selection": "tests/tools/test_benchmark_selection.py: def test_",
     "jobs.demo": "tests/quality/test_findings.py: test_demo_settings_keep_the_findings",
-    "jobs.demo.make_documents": "tests/jobs/test_demo.py: test_committed_documents_are_what_the_generator_writes",
-    "jobs.docs": "tests/jobs/test_docs.py: test_the_command_writes_what_is_missing_or_differs",
+    "tools.demo_documents": "tests/tools/test_demo_documents.py: test_committed_documents_are",
+    "tools.docs": "tests/tools/test_docs.py: test_the_command_writes_what_is_missing_or_differs",
     "jobs.evaluate": "tests/jobs/test_evaluate.py: test_job_writes_rows_and_report",
-    "jobs.faults blows": "tests/faults/test_blows.py: test_ray_and_workers_are_killed_in_turn",
-    "jobs.faults bucket": "tests/faults/test_bucket.py: test_a_job_from_and_to_a_bucket_is_killed_and_resumed",
-    "jobs.faults determinism": "tests/faults/test_table.py: test_shares_of_a_real_engine",
-    "jobs.faults flips": "tests/faults/test_flips.py: test_no_flipped_bit_is_silent",
-    "jobs.faults kills": "tests/faults/test_driver.py: test_a_driver_killed_at_random_moments",
-    "jobs.faults restarts": "tests/faults/test_driver.py: test_a_driver_killed_at_random_moments",
-    "jobs.faults soak": "tests/faults/test_driver.py: test_a_driver_killed_at_random_moments",
-    "jobs.faults table": "tests/faults/test_table.py: test_a_fault_is_tried_on_a_real_job",
+    "tools.faults blows": "tests/faults/test_blows.py: test_ray_and_workers_are_killed_in_turn",
+    "tools.faults bucket": "tests/faults/test_bucket.py: test_a_job_from_and_to_a_bucket_is_killed_and_resumed",
+    "tools.faults determinism": "tests/faults/test_table.py: test_shares_of_a_real_engine",
+    "tools.faults flips": "tests/faults/test_flips.py: test_no_flipped_bit_is_silent",
+    "tools.faults kills": "tests/faults/test_driver.py: test_a_driver_killed_at_random_moments",
+    "tools.faults restarts": "tests/faults/test_driver.py: test_a_driver_killed_at_random_moments",
+    "tools.faults soak": "tests/faults/test_driver.py: test_a_driver_killed_at_random_moments",
+    "tools.faults table": "tests/faults/test_table.py: test_a_fault_is_tried_on_a_real_job",
     "jobs.inspect": "tests/jobs/test_inspect.py: test_the_page_in_a_browser",
     "jobs.report": "here",
-    "jobs.simulate": "tests/jobs/test_simulate.py: test_the_command",
+    "tools.simulate": "tests/tools/test_simulate.py: test_the_command",
     "jobs.submit": "tests/jobs/test_submit.py: test_both_ways_of_submitting",
     "jobs.summarize": "here",
-    "jobs.train_demo_model": "tests/jobs/test_train_demo_model.py: test_training_lowers_the_loss",
+    "tools.train_demo_model": "tests/tools/test_train_demo_model.py: test_training_lowers_the_loss",
     "make compare": "tests/quality/test_findings.py: test_demo_settings_keep_the_findings",
     "make demo": "tests/quality/test_findings.py: test_demo_settings_keep_the_findings",
     "make lint": ".ci/run: make --no-print-directory lint",
@@ -95,12 +96,12 @@ RUN_BY = {
 # What cannot run here: other machines, or this environment's own making.
 ELSEWHERE = {"kubectl": "a Kubernetes cluster", "ssh": "another machine", "pip": "the Makefile makes the environment"}
 # Words of the text that are no commands.
-NAMES = {("make",), ("python",), ("ray",), ("jobs.benchmark", "...")}
+NAMES = {("make",), ("python",), ("ray",), ("tools.benchmark", "...")}
 EARLIER_FLAGS = {("--dtype",)}  # told under "Upgrading"
 RAY_FLAGS = {("--working-dir", ".")}
 
 COMMANDS = list({command.words: command for command in documented.commands()}.values())
-OURS = [command for command in COMMANDS if command.words[0].startswith("jobs.") and command.complete]
+OURS = [command for command in COMMANDS if command.words[0].startswith(("jobs.", "tools.")) and command.complete]
 
 
 class WorkBeginsError(Exception):
@@ -139,6 +140,7 @@ def stood_in(words: Sequence[str]) -> list[str]:
     """Arguments with what is here for what a reader has."""
     model = str(ROOT / "models/tiny-reader")
     here = {"Qwen/Qwen3-8B": model, "/models/Qwen3-8B": model, "PATH": model, "FOLDER": "trained"}
+    here["TEXT.txt"] = str(ROOT / "examples/documents/report-01.txt")
     return [here.get(word, word) for word in words]
 
 
@@ -170,7 +172,7 @@ def begin(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EngineConfig, "torch_device", lambda self: torch.device("cpu"))
     monkeypatch.setattr(EngineConfig, "torch_devices", lambda self: (torch.device("cpu"),) * self.gpus)
     for benchmark in ("accumulation", "attention", "selection"):
-        monkeypatch.setattr(f"jobs.benchmark.{benchmark}.DEVICE", "cpu")
+        monkeypatch.setattr(f"tools.benchmark.{benchmark}.DEVICE", "cpu")
     with pytest.raises(WorkBeginsError):
         main_of(module)(stood_in(arguments))
 
@@ -277,7 +279,7 @@ def test_flags_in_the_text_are_taken_with_their_values() -> None:
 
 def test_commands_that_the_text_names_exist() -> None:
     for command in COMMANDS:
-        if not command.words[0].startswith("jobs.") or command.complete:
+        if not command.words[0].startswith(("jobs.", "tools.")) or command.complete:
             continue
         module, *rest = command.words
         assert main_of(module)
@@ -347,10 +349,13 @@ def test_they_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_list_of_commands_names_each(capsys: pytest.CaptureFixture[str]) -> None:
-    listed = commands()
-    assert {command.words[0].split(".")[1] for command in OURS} <= set(listed)
-    assert list(listed)[:2] == ["summarize", "submit"]
-    assert all(about and "python -m" not in about and "command line of" not in about for about in listed.values())
-    show()
-    shown = capsys.readouterr().out
-    assert all(f"{name} " in shown and about in shown for name, about in listed.items())
+    for package in ("jobs", "tools"):
+        listed = commands(ROOT / package)
+        of_pages = {tuple(command.words[0].split(".")) for command in OURS}
+        assert {name for folder, name in of_pages if folder == package} <= set(listed)
+        assert all(about and "python -m" not in about and "command line of" not in about for about in listed.values())
+        show(ROOT / package)
+        shown = capsys.readouterr().out
+        assert f"python -m {package}.COMMAND" in shown
+        assert all(f"{name} " in shown and about in shown for name, about in listed.items())
+    assert list(commands())[:2] == ["summarize", "submit"]

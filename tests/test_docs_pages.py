@@ -27,7 +27,7 @@ from stem_core.config import StemConfig
 ROOT = Path(__file__).parents[1]
 PAGES = ("docs/operations.md", "docs/troubleshooting.md", "docs/algorithm.md", "docs/checks.md", "CONTRIBUTING.md")
 BENCHMARKS = "docs/benchmarks.md"  # whose commands have flags of their own
-PACKAGES = ("jobs", "kernels", "pipeline", "stem_core")
+PACKAGES = ("jobs", "kernels", "pipeline", "stem_core", "tools")
 # Flags of other programs, and of our own that are not settings of the job.
 OTHER_FLAGS = {
     "--address", "--config", "--dashboard-host", "--documents", "--driver-ms", "--dtype", "--failures", "--format",
@@ -109,9 +109,9 @@ def test_files_and_links_exist(page: str) -> None:
     links = re.findall(r"\]\(([^)#]+)\)", text(page))
     for link in links:
         assert ((ROOT / page).parent / link).exists(), link
-    for name in re.findall(r"`((?:jobs|kernels|pipeline|stem_core|tests|examples)/[\w./*-]+)`", text(page)):
+    for name in re.findall(r"`((?:jobs|kernels|pipeline|stem_core|tests|tools|examples)/[\w./*-]+)`", text(page)):
         assert list(ROOT.glob(name)), name
-    for module in re.findall(r"python -m (jobs\.\w+)", text(page)):
+    for module in re.findall(r"python -m ((?:jobs|tools)\.\w+)", text(page)):
         assert list(ROOT.glob(module.replace(".", "/") + "*")), module
 
 

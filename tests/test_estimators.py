@@ -56,7 +56,7 @@ def choices_by_name(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def test_no_code_but_an_estimators_own_decides_by_its_name() -> None:
-    files = [path for folder in ("stem_core", "pipeline", "jobs") for path in (ROOT / folder).rglob("*.py")]
+    files = [path for folder in ("stem_core", "pipeline", "jobs", "tools") for path in (ROOT / folder).rglob("*.py")]
     files = [path for path in files if path.parent != ROOT / "stem_core" / "estimators"]
     assert len(files) > 150
     found = [

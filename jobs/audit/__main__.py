@@ -16,13 +16,14 @@ from typing import Any
 
 from jobs.audit.advice import recommend
 from jobs.audit.figures import arm_figures
+from jobs.audit.known import Known, known_documents
 from jobs.audit.measure import Clock, Measured, measure
 from jobs.audit.options import Options, options_of, parser
 from jobs.audit.page import page, short_sections, subtitle
 from jobs.audit.results import FIGURES, PAGE, ROWS, Row, read_audit, rows_of, write_rows
 from jobs.audit.sample import Sample, draw
-from jobs.benchmark._stamp import stamp
 from jobs.cli import run_main
+from jobs.measurement import stamp
 from jobs.page.charts import graph_objects
 from jobs.page.terminal import print_sections
 from pipeline.errors import without_secrets
@@ -57,19 +58,22 @@ def run(options: Options, clock: Clock) -> tuple[list[Row], dict[str, Any]]:
     text: Callable[[Sequence[int]], str] = lambda ids: tokens.decode(list(ids))  # noqa: E731
     if not options.own_tokenizer:
         text = lambda ids: " ".join(map(str, ids))  # noqa: E731
-    found = measure(options, sample.documents, clock)
+    known = known_documents(options, sample.documents)
+    found = measure(options, sample.documents, known, clock)
     rows = [row for each in found.runs for row in rows_of(each, sample.documents, found.reference, text)]
     clock.say("measured")
-    return rows, summary(options, sample, found, rows)
+    return rows, summary(options, sample, known, found, rows)
 
 
-def summary(options: Options, sample: Sample, found: Measured, rows: Sequence[Row]) -> dict[str, Any]:
+def summary(options: Options, sample: Sample, known: Known, found: Measured, rows: Sequence[Row]) -> dict[str, Any]:
     """What audit.json holds, but for the command."""
     dense = {each.arm.precision: each for each in found.runs if each.arm.dense}
     arms = []
     for each in found.runs:
         own = [row for row in rows if row["arm"] == each.arm.name]
         arms.append(arm_figures(each, own, dense.get(each.arm.precision), found.runs[0]))
+    random, total = options.random_weights, sample.total
+    advice = recommend(arms, options.limits, total, random_weights=random, why_none=known.why_none)
     return {
         "model": safe_name(options.job.model),
         "stamp": stamp(options.arms[0].config.torch_device()),
@@ -79,6 +83,8 @@ def summary(options: Options, sample: Sample, found: Measured, rows: Sequence[Ro
         "kl_tokens": options.kl_tokens,
         "limits": asdict(options.limits),
         "show": options.show,
+        "known": len(known.readings),
+        "why_none": known.why_none,
         "sample": {
             "documents": len(sample.documents),
             "of": sample.total,
@@ -88,7 +94,7 @@ def summary(options: Options, sample: Sample, found: Measured, rows: Sequence[Ro
         },
         "arms": arms,
         "refused": found.refused,
-        "advice": asdict(recommend(arms, options.limits, sample.total, random_weights=options.random_weights)),
+        "advice": asdict(advice),
     }
 
 

@@ -8,9 +8,15 @@ from typing import Any
 
 from jobs.audit.figures import UNSTEADY, unseen, unsteadiness
 from jobs.audit.options import Limits
+from jobs.evaluate.summary import LEARNED
 
 # An arm that makes so many more documents an hour is faster, if the same work did not take longer by more than that.
 FASTER = 1.03
+# Fewer documents compared than this recommend nothing, unless the input has no more: behind 20 that show no difference
+# up to a seventh of all may differ (95%).
+ENOUGH = 20
+# Nor does an arm that may lose so great a share of known answers, as far as the interval tells.
+UNSEEN_LOSS = 0.2
 
 Figures = dict[str, Any]
 
@@ -19,6 +25,7 @@ Figures = dict[str, Any]
 class Advice:
     """verdict: "use" an arm other than the reference, "stay" with the reference, or "none": not to be told from this.
 
+    arm: what the headline and the tiles beside it are about; empty where that is no single arm.
     flags: what to give jobs.summarize. reasons: (arm, the figures for and against it); caveats: what all this does not
     show.
     """
@@ -31,8 +38,13 @@ class Advice:
     caveats: tuple[str, ...]
 
 
-def recommend(arms: Sequence[Figures], limits: Limits, total: int, *, random_weights: bool = False) -> Advice:
-    """arms: records of figures.arm_figures(), the reference first. total: documents that the sample was drawn from."""
+def recommend(
+    arms: Sequence[Figures], limits: Limits, total: int, *, random_weights: bool = False, why_none: str = ""
+) -> Advice:
+    """arms: records of figures.arm_figures(), the reference first. total: documents that the sample was drawn from.
+
+    why_none: why there were no documents with known answers.
+    """
     reference, others = arms[0], arms[1:]
     spread = unsteadiness(arms)
     enough = max(FASTER, spread)
@@ -41,23 +53,28 @@ def recommend(arms: Sequence[Figures], limits: Limits, total: int, *, random_wei
         headline = "Random weights: the speeds are real, the outputs mean nothing, so nothing is recommended."
         reasons = tuple((arm["arm"], _speed(arm, reference)) for arm in others)
         return Advice("none", "", headline, "", reasons, (steady,))
-    reasons = tuple((arm["arm"], _reason(arm, reference, limits, enough)) for arm in others)
+    reasons = tuple((arm["arm"], _reason(arm, reference, limits, enough, total)) for arm in others)
     like = [arm for arm in others if not _obstacle(arm, limits)]
     faster = [arm for arm in like if _ratio(arm, reference) >= enough]
-    best = max(faster, key=lambda arm: arm["documents_per_hour"], default=None)
+    sure = [arm for arm in faster if not _too_few(arm, total)]
+    best = max(sure, key=lambda arm: arm["documents_per_hour"], default=None)
     if best is not None:
         # Of arms that are equally fast, the one whose outputs are closest to dense's.
         best = max(
-            (arm for arm in faster if arm["documents_per_hour"] * enough >= best["documents_per_hour"]),
+            (arm for arm in sure if arm["documents_per_hour"] * enough >= best["documents_per_hour"]),
             key=lambda arm: (arm["rouge_l"]["mean"], arm["token_agreement"]["mean"], arm["documents_per_hour"]),
         )
-    caveats = (steady, *_caveats(arms, best or reference, limits, total))
+    caveats = (steady, *_caveats(arms, best or reference, limits, total, why_none))
     if spread > UNSTEADY:
         headline = (
             f"The times are not steady (the same work, done twice, differed in time by {spread:.2f}x), so nothing "
             "is recommended: run again while nothing else uses this device."
         )
         return Advice("none", "", headline, "", reasons, caveats[1:])
+    if best is None and faster:
+        most = max(faster, key=lambda arm: arm["documents_per_hour"])
+        headline = f"Not enough documents to recommend {describe(most)}: {_too_few(most, total)}."
+        return Advice("none", most["arm"], headline, "", reasons, caveats)
     if best is None:
         return Advice(
             "stay", reference["arm"], _stay(reference, others, like, enough), _flags(reference), reasons, caveats
@@ -103,6 +120,29 @@ def _obstacle(arm: Figures, limits: Limits) -> str:
         return f"its outputs differ: it agrees with {agreement:.1%} of dense's tokens, {asked}"
     if rouge < limits.rouge:
         return f"its outputs differ: ROUGE-L {rouge:.3f}, {limits.rouge:g} is asked for"
+    for name, gap in _judged(arm):
+        if gap["mean"] < -limits.lost:
+            told = f"it loses {-100 * gap['mean']:.0f} points of {name}, of which dense finds {gap['dense']:.0%}"
+            return f"{told} (95%: {100 * gap['low']:+.0f} to {100 * gap['high']:+.0f} points)"
+    return ""
+
+
+def _judged(arm: Figures) -> list[tuple[str, Figures]]:
+    """What is known and dense finds: where it finds little itself, nothing can be lost."""
+    return [(name, gap) for name, gap in arm["known"].items() if gap["dense"] >= LEARNED]
+
+
+def _too_few(arm: Figures, total: int) -> str:
+    """Why more documents are needed before the arm can be recommended; empty if there were enough."""
+    compared = arm["rouge_l"]["documents"]
+    if compared < min(ENOUGH, total):
+        return f"{compared} were compared, {min(ENOUGH, total)} are needed (--sample {min(ENOUGH, total)})"
+    for name, gap in _judged(arm):
+        if gap["low"] < -UNSEEN_LOSS:
+            return (
+                f"up to {-100 * gap['low']:.0f} points of {name} may be lost unseen in {gap['documents']} documents "
+                f"with known answers (--known {4 * gap['documents']})"
+            )
     return ""
 
 
@@ -112,13 +152,15 @@ def _speed(arm: Figures, reference: Figures) -> str:
     return f"{_ratio(arm, reference):.2f} times the documents an hour{told}"
 
 
-def _reason(arm: Figures, reference: Figures, limits: Limits, enough: float) -> str:
+def _reason(arm: Figures, reference: Figures, limits: Limits, enough: float, total: int) -> str:
     speed, obstacle = _speed(arm, reference), _obstacle(arm, limits)
     if obstacle:
         return f"{speed}; not recommended: {obstacle}."
     alike = f"agrees with {arm['token_agreement']['mean']:.1%} of dense's tokens, ROUGE-L {arm['rouge_l']['mean']:.3f}"
+    alike += "".join(f", {100 * gap['mean']:+.0f} points of {name}" for name, gap in _judged(arm))
     slow = "" if _ratio(arm, reference) >= enough else "; not recommended: it is not faster"
-    return f"{speed}; {alike}{slow}."
+    few = _too_few(arm, total)
+    return f"{speed}; {alike}{slow}{f'; not enough documents: {few}' if few and not slow else ''}."
 
 
 def _stay(reference: Figures, others: Sequence[Figures], like: Sequence[Figures], enough: float) -> str:
@@ -133,7 +175,7 @@ def _stay(reference: Figures, others: Sequence[Figures], like: Sequence[Figures]
     return f"{stay}: nothing that was measured is faster on this device with documents of these lengths."
 
 
-def _caveats(arms: Sequence[Figures], chosen: Figures, limits: Limits, total: int) -> list[str]:
+def _caveats(arms: Sequence[Figures], chosen: Figures, limits: Limits, total: int, why_none: str) -> list[str]:
     compared = max((arm["rouge_l"]["documents"] for arm in arms if arm["rouge_l"] is not None), default=0)
     found = []
     if compared >= total:
@@ -145,9 +187,12 @@ def _caveats(arms: Sequence[Figures], chosen: Figures, limits: Limits, total: in
             f"{unseen(compared, total):.0%} of all could (95% confidence); --sample {more} would tell more."
         )
     found += [text for text in (_open_interval(chosen, limits), _partly_dense(chosen)) if text]
+    if not any(_judged(arm) for arm in arms):
+        why = why_none or "dense attention does not find them itself"
+        found.append(f"Nothing is known of lookups inside a document, which sparse attention loses first: {why}.")
     found.append(
-        "Likeness to dense is not correctness: jobs.evaluate asks questions whose answers are known. Two outputs go "
-        "their own ways after the first token that differs, so a near-tie can cost much ROUGE-L and no content."
+        "Two outputs go their own ways after the first token that differs, so a near-tie can cost much ROUGE-L and no "
+        "content."
     )
     return found
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from jobs.audit.known import known_figures
 from jobs.audit.measure import ArmRun, Point
 from jobs.audit.results import Row
-from jobs.evaluate.results import estimate
+from jobs.evaluate.estimates import Estimate, estimate, wilson
+from jobs.evaluate.estimates import mean as average
 
 # Fewer documents than this have no interval of a mean: resampling them would show less spread than there is.
 FEWEST = 5
@@ -17,33 +19,26 @@ FEWEST = 5
 TIMING_NOISE = 0.02
 # Where the same work takes so many times as long at another time, no time means anything.
 UNSTEADY = 1.25
-Z95 = 1.959964
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A mean over documents with its 95% interval; low and high are None where there are too few documents."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    documents: int
+def share(values: Sequence[float]) -> Estimate:
+    """The mean over documents of shares in [0, 1], with an interval where there are enough; Wilson's of yes and no."""
+    if set(values) <= {0, 1}:
+        return Estimate(sum(values) / len(values), *wilson(sum(values), len(values)), len(values), len(values))
+    return _unless_few(estimate(values, _names(values)))
 
 
-def share(hits: Sequence[bool]) -> Figure:
-    """The share of documents for which something holds, with Wilson's interval."""
-    n, p = len(hits), sum(hits) / len(hits)
-    middle = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
-    half = Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
-    return Figure(p, middle - half if p > 0 else 0.0, middle + half if p < 1 else 1.0, n)
+def mean(values: Sequence[float]) -> Estimate:
+    """The mean over documents of any values, with a bootstrap interval where there are enough."""
+    return _unless_few(average(values, _names(values)))
 
 
-def mean(values: Sequence[float]) -> Figure:
-    """The mean over documents, with a bootstrap interval where there are enough."""
-    if len(values) < FEWEST:
-        return Figure(sum(values) / len(values), None, None, len(values))
-    found = estimate(values, [str(i) for i in range(len(values))])
-    return Figure(found.mean, found.low, found.high, len(values))
+def _names(values: Sequence[float]) -> list[str]:
+    return [str(index) for index in range(len(values))]
+
+
+def _unless_few(found: Estimate) -> Estimate:
+    return found if found.documents >= FEWEST else replace(found, low=None, high=None)
 
 
 def unseen(documents: int, total: int) -> float:
@@ -97,7 +92,7 @@ def curve(run: ArmRun) -> list[Point]:
 def arm_figures(run: ArmRun, rows: Sequence[Row], dense: ArmRun | None, reference: ArmRun) -> dict[str, Any]:
     """One record for the file of figures. rows: the arm's. dense: the dense arm in the same precision, if it could run.
 
-    Units and names are those of jobs.benchmark engine. first_token_vs_dense, first_token_vs_reference: how many times
+    Units and names are those of tools.benchmark engine. first_token_vs_dense, first_token_vs_reference: how many times
     faster the prompts of the documents that both finished were prefilled.
     """
     ok = [row for row in rows if row["status"] == "ok"]
@@ -125,6 +120,7 @@ def arm_figures(run: ArmRun, rows: Sequence[Row], dense: ArmRun | None, referenc
         "repeat_seconds": run.repeated,
         "crossover": None if run.arm.dense or dense is None else asdict(crossover(points, curve(dense))),
         "curve": [asdict(point) for point in points],
+        "known": known_figures(run.known, reference.known),
         "engine": run.about,
         "plan": run.plan,
     }
@@ -137,12 +133,12 @@ def unsteadiness(arms: Sequence[dict[str, Any]]) -> float:
     return max((max(pair) / min(pair) for pair in pairs), default=1.0)
 
 
-def _likeness(rows: Sequence[Row]) -> dict[str, Figure | None]:
-    def over(name: str, how: Any) -> Figure | None:
+def _likeness(rows: Sequence[Row]) -> dict[str, Estimate | None]:
+    def over(name: str, how: Any) -> Estimate | None:
         values = [row[name] for row in rows if row[name] is not None]
         return how(values) if values else None
 
-    shares, means = ("first_token_agrees", "exact_match"), ("first_token_kl", "answer_kl", "token_agreement", "rouge_l")
+    shares, means = ("first_token_agrees", "exact_match", "token_agreement", "rouge_l"), ("first_token_kl", "answer_kl")
     return {name: over(name, share) for name in shares} | {name: over(name, mean) for name in means}
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jobs.audit.known import Known, read_known
 from jobs.audit.options import Arm, Options
 from jobs.audit.sample import Sampled
-from jobs.benchmark.engine.agreement import TIE
+from jobs.measurement import TIE
 from pipeline.engine import Completion, Engine, EngineError, Request
 from pipeline.engine.forcing import ForcingEngine
 from pipeline.engine.memory import release_memory
@@ -60,6 +61,7 @@ class ArmRun:
     repeated: seconds of the same work at two times (the reference: all of it; others: the prefill of the shortest
     document); their ratio says how steady the device's times are.
     step: (tokens, milliseconds) of a decode step of one document alone, as long as the longest. curve: timed prompts.
+    known: rows of jobs.evaluate, of documents whose answers are known.
     """
 
     arm: Arm
@@ -71,6 +73,7 @@ class ArmRun:
     likeness: dict[str, Likeness] = field(default_factory=dict)
     repeated: tuple[float, float] | None = None
     step: tuple[int, float] | None = None
+    known: list[dict[str, Any]] = field(default_factory=list)
     curve: list[Point] = field(default_factory=list)
 
     @property
@@ -111,8 +114,8 @@ class Measured:
     refused: list[tuple[str, str]]
 
 
-def measure(options: Options, documents: Sequence[Sampled], clock: Clock) -> Measured:
-    """All arms on `documents`, longest first.
+def measure(options: Options, documents: Sequence[Sampled], known: Known, clock: Clock) -> Measured:
+    """All arms on `documents`, longest first, and on those whose answers are known.
 
     Raises JobError if the reference cannot run, or for what was measured and cannot be right.
     """
@@ -149,6 +152,10 @@ def measure(options: Options, documents: Sequence[Sampled], clock: Clock) -> Mea
         finally:
             engine.close()
             del engine
+        if known.readings:
+            clock.say(f"{arm.name}: {len(known.readings)} documents whose answers are known")
+            run.known = read_known(known, runner, arm)
+            release_memory(arm.config.torch_device())
         runs.append(run)
     assert reference is not None, "there is a dense arm"
     return Measured(runs, reference, refused)

@@ -7,9 +7,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmark._shapes import SHAPES, shape_folder
 from jobs.cli import Parser, add_job_flags
+from jobs.evaluate.options import read_essay
 from jobs.evaluate.results import BY_EXACTNESS
+from jobs.shapes import SHAPES, shape_folder
 from pipeline.config import JobConfig, read_job_file
 from pipeline.engine.config import PRECISIONS, EngineConfig
 from pipeline.engine.loading import context_limit, load_config, load_precision
@@ -24,7 +25,9 @@ UNUSED = (
     "compact", "resume", "retry_failed", "force", "dry_run", "ray_address",
 )  # fmt: skip
 DEFAULT_PRESETS = ("sampled", "release")
-GPU_SAMPLE, CPU_SAMPLE = 8, 4
+GPU_SAMPLE, CPU_SAMPLE = 24, 4
+# Documents with known answers.
+GPU_KNOWN, CPU_KNOWN = 8, 1
 # Prompts of these lengths are timed besides the documents. Presets attend densely below 6,144 tokens.
 GPU_LENGTHS = (4096, 6144, 8192, 12288, 16384, 32768)
 CPU_LENGTHS = (4096, 8192)
@@ -35,11 +38,12 @@ class Limits:
     """How like dense an arm's outputs must be to be recommended: means over the documents.
 
     agreement: share of the tokens of dense's answer that the arm also puts first, reading along. rouge: ROUGE-L of what
-    it writes itself.
+    it writes itself. lost: share of what dense finds of known answers that may be lost.
     """
 
     agreement: float = 0.95
     rouge: float = 0.9
+    lost: float = 0.05
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ class Options:
     kl_tokens: int
     limits: Limits
     show: int
+    known: int
+    essay: str
     output: Path
     stop_ids: tuple[int, ...] = ()
 
@@ -139,6 +145,13 @@ def parser(description: str) -> Parser:
         metavar="X",
         help="ROUGE-L that a recommendation needs (default: 0.9)",
     )
+    add(
+        "--known",
+        type=int,
+        metavar="N",
+        help=f"documents with known answers to read besides (default: {GPU_KNOWN}; on a CPU {CPU_KNOWN})",
+    )
+    add("--essay", type=Path, metavar="FILE", help="a text in UTF-8 for these, in place of the documents' own")
     add("--show", type=int, default=5, metavar="N", help="documents of each arm to show beside dense (default: 5)")
     add("--seed", type=int, default=0, help="seed of the sample (default: 0)")
     add("--tokenizer", metavar="PATH_OR_ID", help="if it is not the model's own; outputs are then shown as token ids")
@@ -180,6 +193,8 @@ def options_of(flags: argparse.Namespace) -> Options:
         kl_tokens=flags.kl_tokens,
         limits=Limits(flags.least_agreement, flags.least_rouge),
         show=flags.show,
+        known=flags.known if flags.known is not None else GPU_KNOWN if on_gpu else CPU_KNOWN,
+        essay=read_essay(flags.essay) if flags.essay else "",
         output=flags.output,
     )
 

@@ -61,17 +61,19 @@ def short_sections(audit: dict[str, Any]) -> list[Section]:
 
 
 def _key_figures(audit: dict[str, Any]) -> KeyFigures:
-    """Of the arm that is recommended, or else of the fastest one besides the reference."""
+    """Of the arm that the headline is about, or else of the fastest one besides the reference, which is then said."""
     reference, others = audit["arms"][0], audit["arms"][1:]
     chosen = [arm for arm in others if arm["arm"] == audit["advice"]["arm"]]
     arm = chosen[0] if chosen else max(others, key=lambda a: a["documents_per_hour"], default=reference)
+    recommended = audit["advice"]["verdict"] == "use" or arm is reference
+    shown = arm["arm"] if recommended else f"{arm['arm']}, not recommended"
     hours = arm["documents_per_hour"], reference["documents_per_hour"]
     ratio = hours[0] / hours[1] if hours[1] else None
     figures = [
         KeyFigure(
             "First token",
             times(arm["first_token_vs_reference"]),
-            f"{arm['arm']}, density {figure(arm['density'])}, against {reference['arm']}",
+            f"{shown}: density {figure(arm['density'])}, against {reference['arm']}",
         ),
         KeyFigure(
             "Documents an hour", times(ratio), f"{figure(hours[0])}, dense {figure(hours[1])}", _tone(ratio, audit)
@@ -87,7 +89,7 @@ def _key_figures(audit: dict[str, Any]) -> KeyFigures:
 
 
 def _tone(ratio: float | None, audit: dict[str, Any]) -> Any:
-    if ratio is None or audit["advice"]["verdict"] == "none" or 0.97 < ratio < 1.03:
+    if ratio is None or audit["advice"]["verdict"] != "use" or 0.97 < ratio < 1.03:
         return ""
     return "good" if ratio > 1 else "bad"
 
@@ -204,7 +206,25 @@ def _likeness(audit: dict[str, Any], rows: Sequence[Row]) -> list[Block]:
         f"Mean (95% interval) over the documents, against {reference['arm']}; KL in nats. Fewer than {FEWEST} "
         "documents have no interval of a mean."
     )
-    return [Prose(told), Table(header, table, "", note), *agreement_chart(rows, audit["arms"])]
+    return [Prose(told), Table(header, table, "", note), *_known(audit), *agreement_chart(rows, audit["arms"])]
+
+
+def _known(audit: dict[str, Any]) -> list[Block]:
+    """What dense finds of known answers, and how many points of it each arm loses or wins."""
+    if not audit["known"]:
+        return [Prose(f"No answers were known: {audit['why_none']}.")]
+    reference, *others = audit["arms"]
+    rows = []
+    for name, dense in reference["known"].items():
+        gaps = [arm["known"][name] for arm in others]
+        told = [f"{100 * g['mean']:+.1f} ({100 * g['low']:+.1f} to {100 * g['high']:+.1f})" for g in gaps]
+        rows.append((name, f"{dense['dense']:.1%} of {dense['n']}", *told))
+    note = (
+        f"Of {audit['known']} documents as long as the longest prompt, made of real text into which facts were woven. "
+        "Lookups: values expected where the document states them again; questions: asked at the end. Of the others the "
+        "difference to it in points, with the 95% interval."
+    )
+    return [Table(("known answers", *(arm["arm"] for arm in audit["arms"])), rows, "", note)]
 
 
 def _value(found: dict[str, Any] | None, name: str) -> str:

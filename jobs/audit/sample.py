@@ -15,12 +15,13 @@ from pipeline.tokens import Tokens
 
 @dataclass(frozen=True)
 class Sampled:
-    """A document as it is asked. prompt: int32 [tokens]."""
+    """A document as it is asked. prompt: int32 [tokens]. text: of the whole document."""
 
     document_id: str
     source: str
     prompt: np.ndarray
     truncated_tokens: int
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def draw(options: Options, tokens: Tokens) -> Sample:
         except DocumentError as error:
             left_out.append((document.document_id, one_line(error)))
             continue
-        found.append(Sampled(document.document_id, document.source, prompt.ids, prompt.truncated_tokens))
+        found.append(Sampled(document.document_id, document.source, prompt.ids, prompt.truncated_tokens, text))
     if not found:
         why = f"{left_out[0][0]}: {left_out[0][1]}" if left_out else "none can be read"
         raise JobError(f"--input: none of the documents drawn can be compared; {why}")

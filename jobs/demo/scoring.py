@@ -29,7 +29,7 @@ class Score:
 
 
 def read_findings(path: Path) -> dict[str, list[str]]:
-    """The findings by document id, from the JSONL file that jobs.demo.make_documents writes."""
+    """The findings by document id, from the JSONL file that tools.demo_documents writes."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return {row["document_id"]: row["findings"] for row in rows}
 

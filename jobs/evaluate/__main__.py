@@ -1,7 +1,8 @@
 """Evaluate retrieval under sparse prefill: python -m jobs.evaluate --model PATH --lengths 4096 16384 --tasks all
 
-RULER-like tasks, made offline, read by the model under several arms of attention in one run. Writes rows/*.parquet (one
-row for each question and arm), summary.json, summary.txt and plots to --output.
+RULER-like tasks and stretches of plain text, read by the product's engine under several arms of attention in one run,
+each in every precision that is named. Writes rows/*.parquet (one row for each question and arm), summary.json,
+summary.txt and plots to --output.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmark._stamp import stamp
 from jobs.cli import run_main
 from jobs.evaluate import plots
 from jobs.evaluate.options import options_of, parser
 from jobs.evaluate.results import read_rows
 from jobs.evaluate.run import run
 from jobs.evaluate.summary import print_summary, summarise
+from jobs.measurement import stamp
 from pipeline.engine import EngineConfig
 from pipeline.errors import JobError
 

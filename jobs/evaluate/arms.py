@@ -1,170 +1,131 @@
-"""The arms of a comparison: how each chooses the key blocks that a prompt's rows keep.
-
-Every arm has a StemConfig for its budgets, so arms of one density keep the same number of blocks in every row. Stem and
-its parts, the presets and the estimators choose by the product's own code; only scores that no product has are made
-here (sink and window, random, the attention itself).
-"""
+"""The arms of a comparison: dense attention, the presets, and controls that choose blocks without an estimator."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from jobs.evaluate.beyond import shared_budget_selection
-from jobs.evaluate.scores import (
-    Place,
-    Score,
-    attention_mass,
-    product_scores,
-    random_scores,
-    window_scores,
-)
 from kernels.block_selection import BlockSelection
+from pipeline.engine.precision import fp8_block_obstacle
 from pipeline.errors import JobError, nearest
-from stem_core.attention import LayerPolicy
 from stem_core.budget import PromptBudget
 from stem_core.config import BLOCK_SIZES, PRESETS, StemConfig
-from stem_core.estimators import ESTIMATORS
-from stem_core.selection import best_of_each_row, stem_selection
+from stem_core.selection import best_of_each_row
+
+# (layer, q [1, H, Lq, D], k [1, Hkv, Lk, D], start, block size, scale) -> float32 [1, H, rows, n_keys]; shapes as of
+# stem_core.estimators.Estimator.scores.
+Score = Callable[[int, Tensor, Tensor, int, int, float | None], Tensor]
+# One piece of attention weights in float32 may have this many entries.
+MASS_ENTRIES = 1 << 27
+# Share of the blocks that a control keeps where no density is given.
+CONTROL_DENSITY = 0.25
+# Dense attention once more, in chunks of another length: what rounding alone makes of the answers.
+AGAIN = "dense-again"
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to choose blocks. config None: dense. score None: the product's own estimator.
-
-    precision: of the engine that reads, also the end of the name; None: the evaluation's own reader.
-    mean, shared_budget: ideas beyond Stem, see `jobs.evaluate.beyond`; the rule of the second, empty without it.
-    """
+    """One way to choose blocks. config None: dense. score: of a control, in place of the config's estimator."""
 
     name: str
     config: StemConfig | None
     score: Score | None = None
-    precision: str | None = None
-    mean: bool = False
-    shared_budget: str = ""
 
-    @property
-    def block_size(self) -> int:
-        return 128 if self.config is None else self.config.block_size
-
-    @property
-    def is_product(self) -> bool:
-        """Whether the product's engine can run it."""
-        return self.score is None and not self.mean and not self.shared_budget
-
-    def budget(self, layer: int, prompt_length: int) -> PromptBudget:
-        """The row budgets of a layer, as the product would have them."""
-        if self.config is not None and prompt_length >= self.config.dense_below:
-            # Budgets go by blocks: prompts of as many share one record, which takes milliseconds to make.
-            prompt_length += -prompt_length % self.block_size
-        return LayerPolicy(self.config, layer).budget(prompt_length, window=None)
-
-    def select(self, q: Tensor, k: Tensor, v: Tensor, place: Place) -> BlockSelection | None:
-        """Blocks of the rows of q [N, H, Lq, D] among the keys k [N, Hkv, Lk, D]; None where the layer is dense."""
-        budget = self.budget(place.layer, place.prompt_length)
-        if self.config is None or budget.budgets is None:
-            return None
-        score = self.score
-        if score is None and not self.shared_budget:
-            return stem_selection(q, k, v, self.config, budget, start=place.start, scale=place.scale)
-        scores = (score or product_scores)(q, k, v, place, self.config).contiguous()
-        first, rows = place.start // self.config.block_size, scores.shape[2]
-        if self.shared_budget:
-            budgets = budget.rows(first, first + rows, q.device)
-            return shared_budget_selection(scores, budgets, place, self.config, self.shared_budget)
-        return best_of_each_row(scores, self.config, budget, first)
-
-    def density(self, prompt_length: int, layers: int) -> tuple[float, float]:
-        """Kept share of the causal blocks: in a sparse layer, and over all layers."""
-        each = [self.budget(layer, prompt_length).density for layer in range(layers)]
-        return each[-1], sum(each) / layers
+    def select(self, layer: int, q: Tensor, k: Tensor, v: Tensor, config: StemConfig, budget: PromptBudget, *,
+               start: int, scale: float | None, **_: Any) -> BlockSelection:  # fmt: skip
+        """What a control keeps; as PrefillContext.select."""
+        assert self.score is not None
+        scores = self.score(layer, q, k, start, config.block_size, scale).contiguous()
+        return best_of_each_row(scores, config, budget, start // config.block_size)
 
 
-# Arms of equal density: budgets by `density`; the fields that make each one what it is.
-EQUAL_DENSITY: dict[str, tuple[dict[str, Any], Score | None]] = {
-    "uniform": ({"decay": 1.0, "value_weight": 0.0}, None),
-    "tpd": ({"value_weight": 0.0}, None),
-    "stem": ({}, None),
-    **{name: ({"decay": 1.0, "estimator": name}, None) for name in ESTIMATORS},
-    "window": ({"decay": 1.0}, window_scores),
-    "random": ({"decay": 1.0}, random_scores),
-    "oracle": ({"decay": 1.0}, attention_mass),
-}
-ARMS = ("dense", *PRESETS, *EQUAL_DENSITY)
-# Ideas beyond Stem, behind the name of a sparse arm, as "stem+mean" or "sample+adaptive+mean".
-SHARED_BUDGETS = ("adaptive", "threshold", "heads")
-IDEAS = ("mean", *SHARED_BUDGETS)
-# What a StemConfig says in full, so that the engine runs it.
-ENGINE_ARMS = ("dense", *PRESETS, *(name for name, (_, score) in EQUAL_DENSITY.items() if score is None))
-# At least so many blocks a prompt: with fewer, sink and window alone are much of it, and the published schedules dense.
-FEWEST_BLOCKS = 256
+def window_scores(layer: int, q: Tensor, k: Tensor, start: int, block_size: int, scale: float | None) -> Tensor:
+    """The nearer a block, the higher."""
+    rows, n_keys = _grid(q, start, block_size)
+    return torch.arange(n_keys, device=q.device, dtype=torch.float32).expand(*q.shape[:2], rows, n_keys)
 
 
-def block_size_for(length: int) -> int:
-    """The largest block of up to 128 tokens that cuts `length` into 256 or more; 16 where none does."""
-    fitting = [size for size in BLOCK_SIZES if size <= 128 and length // size >= FEWEST_BLOCKS]
-    return max(fitting, default=min(BLOCK_SIZES))
+def random_scores(layer: int, q: Tensor, k: Tensor, start: int, block_size: int, scale: float | None) -> Tensor:
+    """In [0, 1), from layer, head, row and column alone: no chunking changes them."""
+    rows, n_keys = _grid(q, start, block_size)
+    first = start // block_size
+    head = torch.arange(q.shape[1], device=q.device)[:, None, None]
+    row = torch.arange(first, first + rows, device=q.device)[:, None]
+    column = torch.arange(n_keys, device=q.device)
+    mixed = ((layer * 1009 + head) * 65_537 + row) * 131_101 + column
+    for shift, factor in ((33, 0x2545F4914F6CDD1D), (29, 0x369DEA0F31A53F85), (32, 1)):  # as in splitmix64
+        mixed = (mixed ^ (mixed >> shift)) * factor
+    return (mixed & 0xFFFFFF).float().div(1 << 24).expand(*q.shape[:2], rows, n_keys)
 
 
-def make_arms(
-    specs: Sequence[str],
-    block_sizes: Sequence[int],
-    densities: Sequence[float],
-    dense_tails: Sequence[int],
-    dense_layers: int,
-) -> list[Arm]:
-    """All arms of a comparison, dense first. specs: "name", "name+idea" with IDEAS, or either followed by
-    ":field=value,..." with fields of StemConfig.
+def attention_mass(layer: int, q: Tensor, k: Tensor, start: int, block_size: int, scale: float | None) -> Tensor:
+    """The oracle: mean share of attention that each key block gets from the rows of each query block, exactly.
 
-    Arms of equal density come at each density and tail; presets have their own budgets. Raises JobError for a name or
-    field that is not known.
+    As dear as dense attention itself; a few rows at a time, never N x N.
     """
-    arms = [Arm("dense", None)] if any(spec == "dense" for spec in specs) else []
-    for block_size in block_sizes:
-        # Sparse at any length: where dense attention is faster is no question of what is found.
-        common = {"block_size": block_size, "dense_layers": dense_layers, "dense_below": 0}
-        common["stride"] = min(16, block_size // 4)
-        for spec in specs:
-            whole, _, text = spec.partition(":")
-            name, *ideas = whole.split("+")
-            changes = common | _changes(spec, text)
-            if name in PRESETS:
-                tails: Sequence[int | None] = [None] if "dense_tail" in changes else dense_tails
-                for tail in tails:
-                    arms.append(_with_ideas(Arm(spec, _config(spec, name, changes, tail, None)), ideas))
-            elif name in EQUAL_DENSITY:
-                own, score = EQUAL_DENSITY[name]
-                for density in [changes["density"]] if "density" in changes else densities:
-                    for tail in [None] if "dense_tail" in changes else dense_tails:
-                        config = _config(spec, "release", own | changes, tail, density)
-                        arms.append(_with_ideas(Arm(spec, config, score), ideas))
-            elif spec != "dense":
-                raise JobError(
-                    f"--arms: {name!r} is not an arm{nearest(name, ARMS) or '; there are ' + ', '.join(ARMS)}"
-                )
+    N, H, Lq, D = q.shape
+    rows, n_keys = _grid(q, start, block_size)
+    known = start + Lq
+    keys = k[:, :, :known].float().mT
+    out = torch.zeros(N, H, rows, n_keys, device=q.device)
+    step = max(1, MASS_ENTRIES // (N * H * n_keys * block_size * block_size))
+    for row in range(0, rows, step):
+        part = slice(row * block_size, min(Lq, (row + step) * block_size))
+        asked = q[:, :, part].float().mul(D**-0.5 if scale is None else scale).reshape(N, k.shape[1], -1, D)
+        positions = torch.arange(start + part.start, start + part.stop, device=q.device)[:, None]
+        logits = (asked @ keys).view(N, H, -1, known)
+        share = logits.masked_fill_(torch.arange(known, device=q.device) > positions, -torch.inf).softmax(-1)
+        missing = (0, n_keys * block_size - known, 0, -share.shape[2] % block_size)
+        blocks = torch.nn.functional.pad(share, missing).unflatten(3, (-1, block_size)).sum(-1)
+        found = blocks.unflatten(2, (-1, block_size)).sum(3)
+        out[:, :, row : row + found.shape[2]] = found
+    return out
+
+
+def _grid(q: Tensor, start: int, block_size: int) -> tuple[int, int]:
+    return -(-q.shape[2] // block_size), -(-(start + q.shape[2]) // block_size)
+
+
+CONTROLS: dict[str, Score] = {"window": window_scores, "random": random_scores, "oracle": attention_mass}
+ARMS = ("dense", AGAIN, *PRESETS, *CONTROLS)
+
+
+def make_arms(specs: Sequence[str], block_size: int | None, precisions: Sequence[str] = ()) -> list[Arm]:
+    """The arms in their order, dense first. specs: "name", or "name:field=value,..." with fields of StemConfig.
+
+    block_size: of all sparse arms, which then are sparse at any length; None: as their presets say. Raises JobError for
+    a name, field or value that is not known, or that one of the precisions cannot run.
+    """
+    arms = [Arm("dense", None)]
+    for spec in dict.fromkeys(specs):
+        name, _, text = spec.partition(":")
+        changes = _changes(spec, text)
+        if block_size is not None:
+            # Sparse at any length: where dense attention is faster is no question of what is found.
+            changes = {"block_size": block_size, "stride": min(16, block_size // 4), "dense_below": 0} | changes
+        if name in ("dense", AGAIN):
+            if text:
+                raise JobError(f"--arms {spec}: dense attention has no settings")
+            arms += [] if name == "dense" else [Arm(AGAIN, None)]
+        elif name in PRESETS:
+            arms.append(Arm(spec, _config(spec, name, changes)))
+        elif name in CONTROLS:
+            own = {"decay": 1.0, "density": CONTROL_DENSITY, "dense_below": 0} | changes
+            arms.append(Arm(spec, _config(spec, "release", own), CONTROLS[name]))
+        else:
+            hint = nearest(name, ARMS) or f"; there are {', '.join(ARMS)}"
+            raise JobError(f"--arms: {name!r} is not an arm{hint}")
+    for arm in arms if "fp8" in precisions else ():
+        obstacle = fp8_block_obstacle(arm.config) if arm.config is not None else ""
+        if arm.name.partition(":")[0] == "oracle":
+            obstacle = "it reads keys in 16 or 32 bits"
+        if obstacle:
+            raise JobError(f"--arms {arm.name}: it cannot run with --precision fp8: {obstacle}")
     return arms
-
-
-def _with_ideas(arm: Arm, ideas: Sequence[str]) -> Arm:
-    for idea in ideas:
-        if idea not in IDEAS:
-            hint = nearest(idea, IDEAS) or f"; there are {', '.join(IDEAS)}"
-            raise JobError(f"--arms {arm.name}: {idea!r} is not an idea{hint}")
-    rules = [idea for idea in ideas if idea in SHARED_BUDGETS]
-    if len(rules) > 1:
-        raise JobError(f"--arms {arm.name}: of {', '.join(SHARED_BUDGETS)} an arm takes one")
-    rule = rules[0] if rules else ""
-    assert arm.config is not None
-    shares = arm.score is attention_mass or (arm.score is None and ESTIMATORS[arm.config.estimator].shares)
-    if rule and not shares:
-        known = [name for name, estimator in ESTIMATORS.items() if estimator.shares]
-        raise JobError(
-            f"--arms {arm.name}: {rule} needs scores that are shares of attention: {', '.join(known)} or oracle"
-        )
-    return replace(arm, mean="mean" in ideas, shared_budget=rule)
 
 
 def _changes(spec: str, text: str) -> dict[str, Any]:
@@ -181,18 +142,13 @@ def _changes(spec: str, text: str) -> dict[str, Any]:
     return found
 
 
-def _config(spec: str, preset: str, changes: dict[str, Any], tail: int | None, density: float | None) -> StemConfig:
-    # Selections are compared also where dense attention would be faster.
-    changes = {"dense_below": 0} | changes
-    if "max_output_error" in changes:
-        raise JobError(
-            f"--arms {spec}: max_output_error makes some prompts dense; an arm is of one kind: ask dense too"
-        )
-    if tail is not None:
-        changes = changes | {"dense_tail": tail}
-    if density is not None:
-        changes = changes | {"schedule": "density", "density": density}
+def _config(spec: str, preset: str, changes: dict[str, Any]) -> StemConfig:
+    if "density" in changes:
+        changes = {"schedule": "density"} | changes
     try:
-        return StemConfig.preset(preset, **changes)
+        config = StemConfig.preset(preset, **changes)
     except ValueError as error:
         raise JobError(f"--arms {spec}: {error}") from None
+    if config.block_size not in BLOCK_SIZES:
+        raise JobError(f"--arms {spec}: block_size must be one of {', '.join(map(str, BLOCK_SIZES))}")
+    return config

@@ -9,25 +9,24 @@ from pathlib import Path
 import torch
 
 from jobs.cli import Parser
-from jobs.evaluate.arms import ARMS, ENGINE_ARMS, block_size_for
+from jobs.evaluate.arms import AGAIN, ARMS, CONTROLS
 from jobs.evaluate.haystacks import KINDS, TASKS
 from jobs.evaluate.results import BY_EXACTNESS
-from kernels.block_sparse_attention_fp8 import BLOCK_SIZES as FP8_BLOCK_SIZES
 from pipeline.errors import JobError, nearest
 from stem_core.config import BLOCK_SIZES
 
-CPU_ARMS = ("dense", "stem", "sampled", "window")
-ENGINE_DEFAULT_ARMS = ("dense", "stem", "sampled")
-GPU_ARMS = ARMS
+CPU_ARMS = ("dense", "sampled")
+GPU_ARMS = ("dense", AGAIN, "sampled", "release")
+# Plain text, with no question: how far predictions are from dense's.
+TEXT = "text"
+USUAL_TASKS = ("essay", "report", TEXT)
 ARMS_HELP = (
-    f"all, or of {', '.join(ARMS)}, also as name:field=value,...; ideas beyond Stem go behind the name: +mean lets "
-    "dropped blocks in as their means, +adaptive and +threshold let heads and rows share a budget, +heads the heads of "
-    "a row (of sample, sampled, oracle)"
+    f"of {', '.join(ARMS)}, also as name:field=value,... with fields of StemConfig; {AGAIN} is dense attention in "
+    f"chunks of another length, the floor of every comparison; {', '.join(CONTROLS)} are controls"
 )
-ENGINE_HELP = (
-    f"answer with the product's engine, in each of {', '.join(BY_EXACTNESS)} that is named, and compare them; without "
-    "KL, mass and needle blocks"
-)
+TASKS_HELP = f"all, kinds of documents ({', '.join((*KINDS, TEXT))}), or tasks ({', '.join(TASKS)})"
+PRECISIONS_HELP = f"one or more of {', '.join(BY_EXACTNESS)}, also as bf16,fp8; compared question by question"
+BLOCK_HELP = "cut prompts into blocks of B tokens, sparse at any length: for small models (unset: as presets say)"
 
 
 @dataclass(frozen=True)
@@ -38,32 +37,23 @@ class Options:
     tokenizer: str
     revision: str | None
     load_format: str
+    rope_scaling: float | None
     device: torch.device
-    precision: str
-    engine: tuple[str, ...]
+    precisions: tuple[str, ...]
     lengths: tuple[int, ...]
     tasks: tuple[str, ...]
     arms: tuple[str, ...]
-    densities: tuple[float, ...]
-    dense_tails: tuple[int, ...]
-    dense_layers: int
-    block_sizes: tuple[int, ...]
+    block_size: int | None
     documents: int
+    texts: int
     questions: int
-    probed: int
     seed: int
     style: str
     essay: str
     chunk_tokens: int
-    cache_gib: float | None
     time_limit: float
     plots: bool | None
     output: Path
-
-    def block_sizes_for(self, length: int) -> tuple[int, ...]:
-        """--block-sizes, or the one that cuts `length` into enough blocks."""
-        smallest = min(FP8_BLOCK_SIZES) if "fp8" in self.engine else 0
-        return self.block_sizes or (max(smallest, block_size_for(length)),)
 
     @property
     def kinds(self) -> list[str]:
@@ -79,24 +69,20 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--tokenizer", metavar="PATH_OR_ID", help="where it is not the model's own")
     add("--revision", help="of the model on the hub")
     add("--load-format", choices=("auto", "dummy"), default="auto", help="dummy: random weights from config.json alone")
+    add("--rope-scaling", type=float, metavar="FACTOR", help="stretch the context of a model folder by YaRN")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="of weights and attention")
-    add("--engine", nargs="+", choices=BY_EXACTNESS, default=[], metavar="PRECISION", help=ENGINE_HELP)
-    add("--lengths", type=int, nargs="+", default=[4096, 16384], metavar="TOKENS", help="most tokens of a prompt")
-    add("--tasks", nargs="+", default=["all"], metavar="TASK", help=f"all, or of {', '.join(TASKS)}")
+    add("--precision", nargs="+", default=["auto"], metavar="PRECISION", help=PRECISIONS_HELP)
+    add("--lengths", type=int, nargs="+", default=[16384, 32768], metavar="TOKENS", help="most tokens of a prompt")
+    add("--tasks", nargs="+", default=list(USUAL_TASKS), metavar="TASK", help=TASKS_HELP)
     add("--arms", nargs="+", metavar="ARM", help=ARMS_HELP)
-    add("--densities", type=float, nargs="+", default=[0.25], help="of the arms that have no budget of their own")
-    add("--dense-tail", type=int, nargs="+", default=[0], metavar="BLOCKS", help="blocks at the end that see all")
-    add("--dense-layers", type=int, default=2, help="leading layers that are dense (default: 2, as Stem does)")
-    add("--block-sizes", type=int, nargs="+", metavar="B", help="default: the largest that gives 256 blocks or more")
+    add("--block-size", type=int, metavar="B", help=BLOCK_HELP)
     add("--documents-per-cell", type=int, metavar="N", help="documents of each kind and length")
+    add("--texts", type=int, metavar="N", help="stretches of plain text of each length")
     add("--questions", type=int, metavar="N", help="questions of a kind to a document; 1 is closest to RULER")
-    add("--probed-documents", type=int, default=1, metavar="N", help="of each kind: retained mass, needle blocks")
     add("--seed", type=int, default=0)
     add("--style", choices=("auto", "ruler", "report"), default="auto", help="report: as models/tiny-reader was taught")
-    add("--essay", type=Path, metavar="FILE", help="a text for essay-like filler instead of reports")
-    add("--chunk-tokens", type=int, metavar="N", help="prompt tokens at once (default: 32768 on a CPU, 16384 on a GPU)")
-    add("--cache-gib", type=float, help="of keys and values held (default: 2 on a CPU, half the free memory of a GPU)")
+    add("--essay", type=Path, metavar="FILE", help="a text in UTF-8: the filler of documents, and the plain text")
+    add("--chunk-tokens", type=int, metavar="N", help="prompt tokens at once (default: as in a job)")
     add("--time-limit", type=float, default=float("inf"), metavar="SECONDS", help="start no more documents after this")
     add("--plots", action=argparse.BooleanOptionalAction, help="PNG files beside the rows (unset: if matplotlib is)")
     add("--output", type=Path, default=Path("evaluation"), metavar="DIR", help="rows, tables, plots")
@@ -106,48 +92,64 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def options_of(flags: argparse.Namespace, device: torch.device) -> Options:
     """The options with every default filled in for the device. Raises JobError for what does not fit."""
-    tasks = list(TASKS) if flags.tasks == ["all"] else flags.tasks
-    for task in tasks:
-        if task not in TASKS:
-            hint = nearest(task, TASKS) or f"; there are {', '.join(TASKS)}"
-            raise JobError(f"--tasks: {task!r} is not a task{hint}")
     on_gpu = device.type == "cuda"
-    arms = flags.arms or list(ENGINE_DEFAULT_ARMS if flags.engine else GPU_ARMS if on_gpu else CPU_ARMS)
-    if flags.engine and flags.precision != "auto":
-        raise JobError(f"--precision {flags.precision} does not go with --engine, which names its own precisions")
-    for size in flags.block_sizes or ():
-        if size not in BLOCK_SIZES:
-            raise JobError(f"--block-sizes: {size} is not one of {', '.join(map(str, BLOCK_SIZES))}")
-    for name in ("lengths", "documents_per_cell", "questions", "chunk_tokens"):
+    for name in ("lengths", "documents_per_cell", "texts", "questions", "chunk_tokens"):
         values = getattr(flags, name)
         if values is not None and min(values if isinstance(values, list) else [values]) < 1:
             raise JobError(f"--{name.replace('_', '-')} must be at least 1, got {values}")
-    if any(not 0 < density <= 1 for density in flags.densities):
-        raise JobError(f"--densities must lie in (0, 1], got {flags.densities}")
+    if flags.block_size is not None and flags.block_size not in BLOCK_SIZES:
+        raise JobError(f"--block-size: {flags.block_size} is not one of {', '.join(map(str, BLOCK_SIZES))}")
+    if flags.rope_scaling is not None and flags.rope_scaling <= 1:
+        raise JobError(f"--rope-scaling must be above 1, got {flags.rope_scaling}")
     return Options(
         model=flags.model,
         tokenizer=flags.tokenizer or flags.model,
         revision=flags.revision,
         load_format=flags.load_format,
+        rope_scaling=flags.rope_scaling,
         device=device,
-        precision=flags.precision,
-        engine=tuple(dict.fromkeys(flags.engine)),
+        precisions=_precisions(flags.precision),
         lengths=tuple(flags.lengths),
-        tasks=tuple(tasks),
-        arms=tuple(arms) if arms != ["all"] else ENGINE_ARMS if flags.engine else ARMS,
-        densities=tuple(flags.densities),
-        dense_tails=tuple(flags.dense_tail),
-        dense_layers=flags.dense_layers,
-        block_sizes=tuple(flags.block_sizes or ()),
+        tasks=_tasks(flags.tasks),
+        arms=tuple(flags.arms or (GPU_ARMS if on_gpu else CPU_ARMS)),
+        block_size=flags.block_size,
         documents=flags.documents_per_cell or (20 if on_gpu else 1),
+        texts=flags.texts or (8 if on_gpu else 1),
         questions=flags.questions or (4 if on_gpu else 2),
-        probed=flags.probed_documents,
         seed=flags.seed,
         style=flags.style,
-        essay=flags.essay.read_text(encoding="utf-8") if flags.essay else "",
-        chunk_tokens=flags.chunk_tokens or (16384 if on_gpu else 32768),
-        cache_gib=flags.cache_gib,
+        essay=read_essay(flags.essay) if flags.essay else "",
+        chunk_tokens=flags.chunk_tokens or 16896,
         time_limit=flags.time_limit,
         plots=flags.plots,
         output=flags.output,
     )
+
+
+def _precisions(asked: list[str]) -> tuple[str, ...]:
+    names = [name for part in asked for name in part.split(",") if name]
+    for name in names:
+        if name not in (*BY_EXACTNESS, "auto"):
+            raise JobError(f"--precision: {name!r} is not one of auto, {', '.join(BY_EXACTNESS)}")
+    return tuple(sorted(set(names), key=("auto", *BY_EXACTNESS).index))
+
+
+def _tasks(asked: list[str]) -> tuple[str, ...]:
+    known = {task: (task,) for task in (*TASKS, TEXT)} | {name: kind.tasks for name, kind in KINDS.items()}
+    known["all"] = (*TASKS, TEXT)
+    for task in asked:
+        if task not in known:
+            hint = nearest(task, known) or f"; there are {', '.join(known)}"
+            raise JobError(f"--tasks: {task!r} is not a task{hint}")
+    return tuple(dict.fromkeys(task for name in asked for task in known[name]))
+
+
+def read_essay(path: Path) -> str:
+    """The text of --essay. Raises JobError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobError(f"--essay {path}: it cannot be read as UTF-8: {error}") from None
+    if not text.strip():
+        raise JobError(f"--essay {path}: it is empty")
+    return text

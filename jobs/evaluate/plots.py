@@ -32,7 +32,8 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     """All plots of an evaluation; the files written."""
     pyplot = load_pyplot()
     left_out = unlearned_tasks(rows)
-    counted = [row for row in rows if (row["length"], row["task"]) not in left_out]
+    asked = [row for row in rows if row["recall"] is not None]
+    counted = [row for row in asked if (row["length"], row["task"]) not in left_out]
     if not counted:
         return []
     paths: list[Path | None] = [_against_density(pyplot, counted, folder)]
@@ -81,7 +82,7 @@ def _lines(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
     for row in rows:
         label = row["arm"]
         if row["block_size"]:
-            label += f" B{row['block_size']}" + (f" tail {row['dense_tail']}" if row["dense_tail"] else "")
+            label += f" B{row['block_size']}"
         found.setdefault(label, {}).setdefault(round(row["density"], 2), []).append(row["recall"])
     lines = {arm: sorted((at, float(np.mean(values))) for at, values in by.items()) for arm, by in found.items()}
     if "dense" in lines:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jobs.evaluate.documents import Document, Lookup, Question, Span, take, weave
+from jobs.evaluate.fillers import essay_filler
 from jobs.evaluate.haystacks import KINDS, finish
 from jobs.evaluate.wording import Style
 from pipeline.errors import JobError, one_line
@@ -50,6 +51,28 @@ class Reading:
     shared: int
 
 
+# Prompts of plain text end with a whole block, whatever an arm's block size is.
+BLOCK = 256
+# Tokens behind a text's prompt along which predictions are compared, and every how many tokens inside.
+BEHIND, EVERY = 512, 8
+
+
+@dataclass(frozen=True)
+class Text:
+    """A stretch of plain text. ids: int64 [prompt_tokens + BEHIND]."""
+
+    name: str
+    length: int
+    ids: np.ndarray
+    prompt_tokens: int
+    kind: str = "text"
+
+    @property
+    def places(self) -> range:
+        """Positions inside the prompt whose predictions are compared: every EVERY-th of the last three quarters."""
+        return range(self.prompt_tokens // 4, self.prompt_tokens - 1, EVERY)
+
+
 class Tokenizer:
     """A fast tokenizer with its chat template. Raises JobError for one that cannot tell tokens' places in the text."""
 
@@ -68,6 +91,10 @@ class Tokenizer:
     def count(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text."""
         return [len(ids) for ids in self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+    def ids(self, text: str) -> np.ndarray:
+        """int64 [tokens] of a text by itself."""
+        return np.array(self._tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
 
     def prompt(self, message: str, prefix: str) -> tuple[np.ndarray, np.ndarray, int]:
         """int64 ids, the end of each token in the rendered text, and where in it the message begins."""
@@ -126,6 +153,33 @@ def _message(text: str, question: Question, style: Style, kind: str) -> str:
     return f"{style.preamble(kind)}{text}\n\n{question.text}"
 
 
+def make_texts(length: int, count: int, tokenizer: Tokenizer, seed: int, essay: str) -> list[Text]:
+    """Stretches of an essay, spread evenly over it, or of synthetic sentences where it is empty.
+
+    The prompts are whole blocks. Raises JobError where the essay is too short.
+    """
+    prompt_tokens = length // BLOCK * BLOCK
+    wanted = prompt_tokens + BEHIND
+    if prompt_tokens == 0:
+        raise JobError(f"task text needs --lengths of {BLOCK} tokens or more, got {length}")
+    texts = []
+    ids = tokenizer.ids(essay) if essay else np.zeros(0, dtype=np.int64)
+    if essay and len(ids) < wanted:
+        raise JobError(f"--essay has {len(ids):,} tokens, task text takes {wanted:,} at {length:,} tokens: give more")
+    for index in range(count):
+        name = f"text-{length}-{index}" + (f"-seed{seed}" if seed else "")
+        if essay:
+            # Another seed begins a part of a step further on.
+            step = (len(ids) - wanted) / count
+            first = int(step * (index + Random(seed).random() * bool(seed)))
+            part = ids[first : first + wanted]
+        else:
+            filler = essay_filler(Random(f"{seed}/{name}"))
+            part = tokenizer.ids("".join(take(filler, wanted + BLOCK, tokenizer.count)))[:wanted]
+        texts.append(Text(name, length, part, prompt_tokens))
+    return texts
+
+
 def read_prompts(document: Document, style: Style, tokenizer: Tokenizer) -> Reading:
     """The document's prompts and the token ranges of its needles."""
     asked = list(document.questions) or [Question("none", document.carrier, (), ())]
@@ -155,7 +209,7 @@ def _room_for(question: Question, tokenizer: Tokenizer) -> int:
     if question.task == "none":
         return 0
     answer = question.expected or ", ".join(question.references)
-    return 32 + 2 * tokenizer.count([answer])[0]
+    return min(BEHIND, 32 + 2 * tokenizer.count([answer])[0])
 
 
 def _shared(prompts: Sequence[np.ndarray]) -> int:

@@ -1,238 +1,281 @@
-"""Runs documents through a model under an arm: prefill once, answer all questions, keep what the comparison needs."""
+"""Documents read by the product's engine: one prefill for all that is asked of a document, and its answers together.
+
+A prompt's selection depends on its own tokens and on how many blocks it has, not on what follows a row. So questions of
+one document whose prompts have the same number of blocks share the prefill of the tokens that they share, up to a
+block's border: exactly what chunked prefill does, and as exact. The rest of each question is read as in its own prefill
+(Prefill.branch), and all answers are decoded in one batch.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from jobs.evaluate.answers import Answer, Entry, entries_of
-from jobs.evaluate.arms import Arm
-from jobs.evaluate.attention import Answers, Chunk, DocumentKeys, TailKeys
-from jobs.evaluate.probe import Probe, merge_probes
-from jobs.evaluate.prompts import Prompt, Reading
-from pipeline.engine.loading import context_limit
+from jobs.evaluate.arms import AGAIN, Arm
+from jobs.evaluate.prompts import Prompt, Reading, Text, TokenLookup
+from pipeline.engine import EngineConfig, EngineError
+from pipeline.engine.arena import Extent, aligned
+from pipeline.engine.batch import IDLE, NOT_FINITE, DecodeBatch, RowStart
+from pipeline.engine.decode import DecodeRunner, StepKey, batch_bucket
+from pipeline.engine.loading import context_limit, stop_token_ids
+from pipeline.engine.prefill import Prefill, attention_plan, chunk_size
+from pipeline.engine.runner import ModelRunner, load_runner
+from stem_core.policy import DENSE_BLOCK_SIZE
 
-# Tokens of the dense answer along which an arm's predictions are compared with the dense ones, at most.
-COMPARED_TOKENS = 16
+# Logits [rows, V] that are compared in float32 at once.
+SLICE_ROWS = 256
+# Answers that are decoded as one batch, where the memory holds their documents.
+MOST_ROWS = 16
+# Share of a GPU's free memory for keys and values; the rest is for chunks, logits and what is compared.
+KV_SHARE = 0.5
+
+
+@dataclass
+class Answer:
+    """What came of one question, lookup or stretch of text under an arm.
+
+    part: "inside" or "behind" of a text. token_ids: the greedy answer to a question. correct: of a lookup, that every
+    token of the value came first. top1: share of a lookup's tokens that came first; along text, share of positions at
+    which the arm and dense put the same token first. kl: KL(dense || arm) in nats, mean over a lookup's tokens or a
+    text's positions; of a question at the first token. nll: of a lookup's or text's own tokens, mean, in nats.
+    density: computed share of the causal blocks, in the sparsest layer and over all.
+    prefill_seconds: of the document, shared by all its questions.
+    """
+
+    arm: Arm
+    document: Reading | Text
+    prompt_tokens: int
+    prompt: Prompt | None = None
+    lookup: TokenLookup | None = None
+    part: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    correct: bool = False
+    top1: float | None = None
+    kl: float | None = None
+    nll: float | None = None
+    density: tuple[float, float] = (1.0, 1.0)
+    prefill_seconds: float = 0.0
+    answer_seconds: float = 0.0
+
+
+# The dense logits of one document, [rows, V] by what they belong to, that the other arms are compared with.
+Reference = dict[object, Tensor]
+
+
+def comparison(logits: Tensor, dense: Tensor) -> tuple[float, float]:
+    """Of logits [rows, V]: mean KL(dense || arm) in nats, share of rows with the same most likely token."""
+    kl = same = 0.0
+    for mine, theirs in zip(logits.split(SLICE_ROWS), dense.split(SLICE_ROWS), strict=True):
+        p, q = (x.float().log_softmax(-1) for x in (theirs, mine))
+        # A row's sum may come out below 0 by rounding.
+        kl += float(F.kl_div(q, p, log_target=True, reduction="none").sum(-1).clamp(min=0).sum())
+        same += float((mine.argmax(-1) == theirs.argmax(-1)).sum())
+    return kl / len(logits), same / len(logits)
+
+
+def likelihood(logits: Tensor, targets: Tensor) -> tuple[float, float]:
+    """Of logits [rows, V] and the tokens int64 [rows] that came: mean negative log-likelihood, share that is first."""
+    parts = zip(logits.split(SLICE_ROWS), targets.split(SLICE_ROWS), strict=True)
+    nll = sum(float(F.cross_entropy(mine.float(), wanted, reduction="sum")) for mine, wanted in parts)
+    return nll / len(logits), float((logits.argmax(-1) == targets).float().mean())
 
 
 class Reader:
-    """A model prepared by `prepare_model`, on its device.
+    """A model in one precision, with room for a document of `longest` tokens, answer included, and its answers' copies.
 
-    stop_ids end an answer. chunk_tokens: tokens of a prompt that go through the model at once. cached_tokens: of
-    documents that are held at the same time in float32, at most, but always those of one.
+    runner: a model that is loaded already; None loads it. Raises EngineError for a model or precision that cannot run
+    here.
     """
 
-    def __init__(self, model: nn.Module, stop_ids: Sequence[int], chunk_tokens: int, cached_tokens: int) -> None:
-        self.model = model
-        self.cached_tokens = cached_tokens
-        self.device = next(model.parameters()).device
-        self.limit = context_limit(model.config)
-        self.layers = int(model.config.get_text_config().num_hidden_layers)  # type: ignore[union-attr, operator, arg-type]
-        self._stop_ids = frozenset(stop_ids)
-        self._chunk = chunk_tokens
+    def __init__(self, config: EngineConfig, longest: int, runner: ModelRunner | None = None) -> None:
+        self._config = config
+        self._runner = load_runner(config) if runner is None else runner
+        self.device, self.precision = self._runner.device, self._runner.precision.name
+        self.limit = context_limit(self._runner.model.config)
+        self._longest = longest
+        self._stop_ids = stop_token_ids(self._runner.model)
+        self._arm: Arm | None = None
+
+    def allocate(self, share: float) -> None:
+        """Make the arena, in a share of what memory is free. Raises EngineError if not even one answer fits."""
+        tokens = aligned(self._longest)
+        rows = 4
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0] * KV_SHARE * share
+            rows = min(MOST_ROWS, int(free // (self._runner.bytes_per_token() * tokens)) - 1)
+        if rows < 1:
+            raise EngineError(
+                f"keys and values of {tokens:,} tokens in {self.precision} do not fit {self.device} twice: give "
+                "shorter --lengths or fewer values of --precision"
+            )
+        self._arena = self._runner.new_arena((rows + 1) * tokens)
+        extents = [self._arena.extents.allocate(tokens) for _ in range(rows + 1)]
+        self._extents = [extent for extent in extents if extent is not None]
+        self._batch = DecodeBatch(rows, self.device)
+        on_gpu = self.device.type == "cuda"
+        self._decode = DecodeRunner(self._runner, self._arena, self._batch, self._longest, on_gpu)
+        self._decode.prepare()
+
+    def use(self, arm: Arm) -> None:
+        """Switch to an arm's attention. Raises EngineError for blocks that the precision cannot take."""
+        self._runner.attend(arm.config)
+        self._arm = arm
 
     @torch.inference_mode()
-    def read(
-        self,
-        readings: Sequence[Reading],
-        arms: Sequence[Arm],
-        dense: dict[tuple[str, str], Answer] | None,
-        probed: frozenset[str],
-    ) -> list[Answer]:
-        """Answers to all questions and lookups of some documents under each of some arms.
+    def read(self, reading: Reading, reference: Reference) -> list[Answer]:
+        """Answers to all questions and lookups of a document under the arm in use.
 
-        dense: the dense answers by key, None in the dense run itself. probed: names of the documents to look into.
+        reference: filled where it is empty, else compared with.
         """
-        answers = []
-        for group in self._groups([entry for arm in arms for entry in entries_of(readings, arm)]):
-            answers += self._read_group(group, dense, probed)
+        answers: list[Answer] = []
+        fill = not reference
+        for index, prompts in enumerate(self._by_blocks(reading)):
+            # Whole blocks of dense attention under every arm, so that all look up the same.
+            unit = max(DENSE_BLOCK_SIZE, self._block_size)
+            shared = reading.shared // unit * unit
+            lookups = [item for item in reading.lookups if item.second[1] <= shared and not index]
+            lookups.sort(key=lambda item: item.second)
+            prefill = self._prefill(prompts[0].ids, prompts[0].max_new_tokens)
+            places = [place - 1 for item in lookups for place in range(*item.second)]
+            begun = self._now()
+            logits = self._run(prefill, shared, places)
+            seconds = self._now() - begun
+            density = self.density(len(prompts[0].ids))
+            values_of = logits.split([item.second[1] - item.second[0] for item in lookups]) if lookups else ()
+            for item, mine in zip(lookups, values_of, strict=True):
+                answer = Answer(self._used, reading, len(prompts[0].ids), lookup=item, density=density)
+                answer.kl, _ = self._compare(item, mine, reference, fill)
+                values = torch.from_numpy(prompts[0].ids[slice(*item.second)]).to(self.device)
+                answer.nll, answer.top1 = likelihood(mine, values)
+                answer.correct = answer.top1 == 1.0
+                answers.append(answer)
+            asked = [prompt for prompt in prompts if prompt.max_new_tokens]
+            for first in range(0, len(asked), self._batch.rows):
+                answers += self._ask(
+                    reading, prefill, asked[first : first + self._batch.rows], reference, fill, density
+                )
+            for answer in answers:
+                answer.prefill_seconds = answer.prefill_seconds or seconds
         return answers
 
-    def _groups(self, entries: Sequence[Entry]) -> list[list[Entry]]:
-        """Entries in portions whose documents fit the cache together."""
-        groups: list[list[Entry]] = [[]]
-        for entry in entries:
-            longest = max(entry.length, *(other.length for other in groups[-1]), 0)
-            if groups[-1] and longest * (len(groups[-1]) + 1) > self.cached_tokens:
-                groups.append([])
-            groups[-1].append(entry)
-        return groups
+    @torch.inference_mode()
+    def read_text(self, text: Text, reference: Reference) -> list[Answer]:
+        """What the arm in use predicts along a text: inside the prompt, and behind it, where an answer would be."""
+        fill = not reference
+        length = text.prompt_tokens
+        ids = torch.from_numpy(text.ids).to(self.device)
+        prefill = self._prefill(text.ids[:length], len(text.ids) - length)
+        begun = self._now()
+        inside = self._run(prefill, length, text.places)
+        seconds = self._now() - begun
+        # What is decoded attends densely, to the keys and values that the arm left.
+        branch = prefill.branch(text.ids, self._extents[0], dense=True)
+        behind = self._run(branch, len(text.ids), range(length, len(text.ids) - 1))
+        answers = []
+        for part, logits, places in (
+            ("inside", inside, torch.tensor(text.places, device=self.device)),
+            ("behind", behind, torch.arange(length, len(text.ids) - 1, device=self.device)),
+        ):
+            answer = Answer(self._used, text, length, part=part, prefill_seconds=seconds)
+            answer.density = self.density(length)
+            answer.kl, answer.top1 = self._compare(part, logits, reference, fill)
+            answer.nll, _ = likelihood(logits, ids[places + 1])
+            answers.append(answer)
+        return answers
 
-    def _read_group(
-        self,
-        entries: Sequence[Entry],
-        dense: dict[tuple[str, str], Answer] | None,
-        probed: frozenset[str],
-    ) -> list[Answer]:
-        per_entry = max(len(entry.prompts) for entry in entries)
-        tail = max(len(prompt.ids) - entry.shared for entry in entries for prompt in entry.prompts)
-        new = max(prompt.max_new_tokens for entry in entries for prompt in entry.prompts)
-        shared = torch.tensor([entry.shared for entry in entries], device=self.device)
-        documents = DocumentKeys(len(entries), max(entry.length for entry in entries), shared)
-        tails = TailKeys(len(entries) * per_entry, tail + new + COMPARED_TOKENS, self.device)
-        logits: list[Tensor | None] = [None] * (len(entries) * per_entry)
-        answers: dict[int, Answer] = {}
-        lookups: list[Answer] = []
-        for index, entry in enumerate(entries):
-            documents.entry = index
-            begun = time.perf_counter()
-            probe = self._prefill(entry, documents, lookups, probed)
-            seconds = self._seconds_since(begun)
-            for slot, prompt in enumerate(entry.prompts):
-                row = index * per_entry + slot
-                answer = answers[row] = Answer(entry.arm, entry.reading, prompt, prefill_seconds=seconds)
-                logits[row] = self._ask(entry, prompt, documents, answer, probe)
-                tails.take(row, documents, entry.shared, len(prompt.ids))
-        if len(entries) * max(entry.length for entry in entries) <= self.cached_tokens:
-            documents.widen()
-        some = next(row for row in logits if row is not None)
-        first = torch.stack([torch.zeros_like(some) if row is None else row for row in logits])
-        begun = time.perf_counter()
-        answering = Answers(documents, tails)
-        if dense is not None:
-            self._compare(answering, first, answers, dense)
-        self._decode(answering, first, answers, keep=dense is None)
-        seconds = self._seconds_since(begun) / len(answers)
-        for answer in answers.values():
-            answer.answer_seconds = seconds
-        return lookups + [answer for answer in answers.values() if answer.prompt.max_new_tokens]
+    @property
+    def _used(self) -> Arm:
+        assert self._arm is not None, "use() an arm first"
+        return self._arm
 
-    def _seconds_since(self, begun: float) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter() - begun
+    @property
+    def _block_size(self) -> int:
+        return DENSE_BLOCK_SIZE if self._used.config is None else self._used.config.block_size
 
-    def _prefill(
-        self, entry: Entry, documents: DocumentKeys, lookups: list[Answer], probed: frozenset[str]
-    ) -> Probe | None:
-        """The entry's shared tokens; appends what became of its lookups."""
-        prompt, arm, probe = entry.prompts[0], entry.arm, None
-        if entry.reading.document.name in probed and entry.shared:
-            probe = Probe([(lookup.first, lookup.second[0] - 1) for lookup in entry.lookups])
-        expected: dict[int, int] = {}
-        inside = [lookup for lookup in entry.lookups if lookup.second[1] <= entry.shared]
-        for lookup in inside:
-            expected |= {place - 1: int(prompt.ids[place]) for place in range(*lookup.second)}
-        right: dict[int, bool] = {}
-        pieces: list[Probe] = []
-        begun = time.perf_counter()
-        chunk = max(arm.block_size, self._chunk // arm.block_size * arm.block_size)
-        for start in range(0, entry.shared, chunk):
-            end = min(start + chunk, entry.shared)
-            rows = sorted(place for place in expected if start <= place < end)
-            here = None
-            if probe is not None:
-                here = Probe([needle for needle in probe.needles if start <= needle[1] < end], rows=end - start)
-                pieces.append(here)
-            logits = self._forward(
-                prompt.ids[start:end], documents, start, Chunk(arm, len(prompt.ids), start, here), rows or [end - 1]
-            )
-            best = logits.argmax(-1).tolist()
-            right |= {place: guess == expected[place] for place, guess in zip(rows, best, strict=True)} if rows else {}
-        seconds = self._seconds_since(begun)
-        merged = merge_probes(pieces, self.layers) if probe is not None else None
-        for lookup in inside:
-            answer = Answer(arm, entry.reading, prompt, lookup, prefill_seconds=seconds)
-            answer.correct = all(right[place - 1] for place in range(*lookup.second))
-            if merged is not None:
-                answer.mass = answer.document_mass = [merged.mass[layer] for layer in range(self.layers)]
-                order = [needle for piece in pieces for needle in piece.needles]
-                wanted = order.index((lookup.first, lookup.second[0] - 1))
-                answer.needles = [merged.kept[layer][wanted] for layer in range(self.layers)]
-            lookups.append(answer)
-        return merged
+    def _by_blocks(self, reading: Reading) -> list[list[Prompt]]:
+        """The prompts that may share a prefill: those of as many blocks; all where attention is dense."""
+        found: dict[int, list[Prompt]] = {}
+        for prompt in reading.prompts:
+            blocks = -(-len(prompt.ids) // self._block_size) if self._used.config is not None else 0
+            found.setdefault(blocks, []).append(prompt)
+        return list(found.values())
+
+    def density(self, prompt_tokens: int) -> tuple[float, float]:
+        """Computed share of the causal blocks under the arm in use: of the sparsest layer, and over all layers."""
+        plan = attention_plan(self._runner, prompt_tokens)
+        return min(plan.density_by_layer), plan.density
+
+    def _prefill(self, ids: np.ndarray, more: int) -> Prefill:
+        asked = self._config.chunk_tokens
+        if self._used.name == AGAIN:
+            asked = min(asked, len(ids)) * 3 // 5
+        chunk = chunk_size(asked, self._used.config)
+        select = None if self._used.score is None else self._used.select
+        return Prefill(self._runner, self._arena, self._extents[0], ids, more, chunk, every_row=True, select=select)
+
+    def _run(self, prefill: Prefill, end: int, places: Sequence[int]) -> Tensor:
+        """Prefill up to `end`. Returns logits [len(places), V] at `places`, ascending, in the model's dtype."""
+        found: list[Tensor] = []
+        waiting = list(places)
+        while prefill.start < end:
+            last = min(end, prefill.start + prefill.chunk_tokens)
+            count = int(np.searchsorted(waiting, last))
+            here, waiting = waiting[:count], waiting[count:]
+            logits = prefill.step(here or None, end)
+            assert logits is not None
+            if here:
+                found.append(logits)
+        return torch.cat(found) if found else torch.empty(0, self._runner.vocabulary, device=self.device)
+
+    def _compare(self, key: object, logits: Tensor, reference: Reference, fill: bool) -> tuple[float, float]:
+        if fill:
+            reference[key] = logits
+        return comparison(logits, reference[key].to(logits.device))
 
     def _ask(
-        self, entry: Entry, prompt: Prompt, documents: DocumentKeys, answer: Answer, document: Probe | None
-    ) -> Tensor:
-        """The prompt's tokens behind the shared ones. Returns float32 logits [V] of its last token."""
-        last = len(prompt.ids) - 1
-        probe = None
-        if document is not None:
-            probe = Probe([(needle, last) for needle in prompt.needles])
-        chunk = Chunk(entry.arm, len(prompt.ids), entry.shared, probe)
-        logits = self._forward(prompt.ids[entry.shared :], documents, entry.shared, chunk, [last])
-        if probe is not None and document is not None:
-            layers = range(self.layers)
-            answer.mass = [probe.mass.get(layer, 1.0) for layer in layers]
-            answer.document_mass = [document.mass[layer] for layer in layers]
-            if prompt.needles:
-                answer.needles = [float(np.mean(probe.kept.get(layer, [1.0]))) for layer in layers]
-        return logits[0]
+        self, reading: Reading, prefill: Prefill, prompts: Sequence[Prompt], reference: Reference, fill: bool,
+        density: tuple[float, float],
+    ) -> list[Answer]:  # fmt: skip
+        """Answers to some questions behind a prefill of what they share, decoded together."""
+        begun = self._now()
+        answers = []
+        for row, prompt in enumerate(prompts):
+            extent = Extent(self._extents[row + 1].start, len(prompt.ids) + prompt.max_new_tokens)
+            self._arena.copy(self._extents[0], extent, prefill.start)
+            logits = self._run(prefill.branch(prompt.ids, extent), len(prompt.ids), [len(prompt.ids) - 1])
+            answer = Answer(self._used, reading, len(prompt.ids), prompt, density=density)
+            answer.kl, _ = self._compare(prompt.question, logits, reference, fill)
+            answers.append(answer)
+            start = RowStart(extent, len(prompt.ids), prompt.max_new_tokens, 0, self._stop_ids, 0.0, 1.0)
+            self._batch.begin(row, start)
+            self._batch.advance(logits, row, sampled=False)
+        for step in self._steps(len(prompts)):
+            for answer, token in zip(answers, step, strict=True):
+                if token == NOT_FINITE:
+                    raise EngineError(f"{self._used.name}, {reading.document.name}: logits that are not finite")
+                answer.token_ids += [] if token == IDLE else [token]
+        for answer in answers:
+            answer.answer_seconds = (self._now() - begun) / len(answers)
+        return answers
 
-    def _forward(
-        self, ids: np.ndarray, documents: DocumentKeys, start: int, chunk: Chunk, rows: Sequence[int]
-    ) -> Tensor:
-        """One chunk of a prompt. Returns float32 logits [len(rows), V] at the positions `rows`."""
-        documents.seen = start
-        positions = torch.arange(start, start + len(ids), device=self.device)[None]
-        wanted = torch.tensor([row - start for row in rows], device=self.device)
-        out = self.model(
-            input_ids=torch.from_numpy(ids)[None].to(self.device),
-            position_ids=positions,
-            past_key_values=documents,
-            use_cache=True,
-            logits_to_keep=wanted,
-            evaluation=chunk,
-        )
-        return out.logits[0].float()
+    def _steps(self, rows: int) -> Iterator[list[int]]:
+        """The tokens of each row, step by step, until all have stopped."""
+        key = StepKey(batch_bucket(rows, self._batch.rows), sampled=False)
+        for row in range(rows, key.rows):
+            self._batch.clear(row)
+        step = self._batch.report[:rows].tolist()
+        while any(token != IDLE for token in step):
+            yield step
+            self._decode.run(key)
+            step = self._batch.report[:rows].tolist()
 
-    def _extend(self, answering: Answers, tokens: Tensor) -> Tensor:
-        """Add tokens int64 [rows, L] to every row. Returns float32 logits [rows, L, V]."""
-        tails = answering.tails
-        entries = len(answering.documents.shared)
-        shared = answering.documents.shared.repeat_interleave(len(tails.tokens) // entries)
-        positions = (shared + tails.tokens)[:, None] + torch.arange(tokens.shape[1], device=self.device)
-        out = self.model(
-            input_ids=tokens, position_ids=positions, past_key_values=tails, use_cache=True, evaluation=answering
-        )
-        tails.tokens += tokens.shape[1]
-        return out.logits.float()
-
-    def _compare(
-        self, answering: Answers, first: Tensor, answers: dict[int, Answer], dense: dict[tuple[str, str], Answer]
-    ) -> None:
-        """Fill in first_kl and answer_kl: this arm's predictions along the dense answers. Leaves the tails as found."""
-        asked = answering.tails.tokens.clone()
-        known = {row: dense[answer.key] for row, answer in answers.items() if answer.key in dense}
-        forced = torch.zeros(len(first), COMPARED_TOKENS - 1, dtype=torch.int64, device=self.device)
-        for row, answer in known.items():
-            ids = answer.token_ids[: COMPARED_TOKENS - 1]
-            forced[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-        longest = max((len(answer.log_probs) for answer in known.values() if answer.log_probs is not None), default=0)
-        steps = [first]
-        for part in forced[:, : longest - 1].split(4, dim=1) if longest > 1 else ():
-            steps += self._extend(answering, part).unbind(1)
-        for row, answer in known.items():
-            if answer.log_probs is None:
-                continue
-            theirs = answer.log_probs.to(self.device)
-            mine = F.log_softmax(torch.stack([step[row] for step in steps[: len(theirs)]]), -1)
-            divergence = F.kl_div(mine, theirs, log_target=True, reduction="none").sum(-1).tolist()
-            answers[row].first_kl, answers[row].answer_kl = divergence[0], float(np.mean(divergence))
-        answering.tails.tokens.copy_(asked)
-
-    def _decode(self, answering: Answers, first: Tensor, answers: dict[int, Answer], keep: bool) -> None:
-        """Greedy answers of all rows together, each until it stops or has its number of tokens."""
-        open_rows = {row: answer for row, answer in answers.items() if answer.prompt.max_new_tokens}
-        logits = first
-        kept: list[Tensor] = []
-        while open_rows:
-            if keep and len(kept) < COMPARED_TOKENS:
-                kept.append(F.log_softmax(logits, -1).cpu())
-            tokens = logits.argmax(-1)
-            for (row, answer), token in zip(list(open_rows.items()), tokens[list(open_rows)].tolist(), strict=True):
-                answer.token_ids.append(token)
-                if token in self._stop_ids or len(answer.token_ids) == answer.prompt.max_new_tokens:
-                    del open_rows[row]
-            if open_rows:
-                logits = self._extend(answering, tokens[:, None])[:, 0]
-        for row, answer in answers.items():
-            if keep and answer.token_ids:
-                answer.log_probs = torch.stack([step[row] for step in kept[: len(answer.token_ids)]])
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()

@@ -1,9 +1,9 @@
-"""One row for each question and arm, as Parquet; recall with intervals from the rows."""
+"""One row for each question and arm, as Parquet."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.evaluate.answers import Answer
 from jobs.evaluate.documents import Span
+from jobs.evaluate.prompts import Text
+from jobs.evaluate.reader import Answer
 from pipeline.errors import JobError
 
 Row = dict[str, Any]
-PER_LAYER = pa.list_(pa.float32())
 SCHEMA = pa.schema(
     [
         ("document", pa.string()),
@@ -26,29 +26,23 @@ SCHEMA = pa.schema(
         ("prompt_tokens", pa.int32()),
         ("depth", pa.float32()),  # of the needle, or mean of several; null where the whole document is the needle
         ("arm", pa.string()),
-        ("precision", pa.string()),  # of the engine; null where the evaluation's own reader answered
+        ("precision", pa.string()),
         ("block_size", pa.int32()),  # 0 for dense
-        ("blocks", pa.int32()),
-        ("dense_tail", pa.int32()),
-        ("target_density", pa.float32()),  # null where the arm has a schedule of its own
-        ("density", pa.float32()),  # kept share of the causal blocks in a sparse layer
+        ("density", pa.float32()),  # computed share of the causal blocks in the sparsest layer
         ("mean_density", pa.float32()),  # over all layers, leading dense ones included
         ("config", pa.string()),  # fingerprint of the StemConfig
         ("question", pa.string()),
         ("references", pa.list_(pa.string())),
         ("answer", pa.string()),
-        ("recall", pa.float32()),  # share of the references in the answer
+        ("recall", pa.float32()),  # share of the references in the answer, of a list in their order; null along text
         ("exact", pa.bool_()),  # the answer is the expected one word for word; null where wordings may differ
-        ("first_token_kl", pa.float32()),  # nats, against dense
-        ("answer_kl", pa.float32()),  # mean over the first tokens of the dense answer
-        ("retained_mass", PER_LAYER),  # at the question's rows (a lookup: at rows of the document), by layer
-        ("document_mass", PER_LAYER),  # at rows of the document
-        ("needle_kept", PER_LAYER),  # share of heads that keep the needle's blocks where it is needed, by layer
+        ("top1", pa.float32()),  # of a lookup: share of the value's tokens put first; along text: agreement with dense
+        ("kl", pa.float32()),  # nats, against dense in the first precision; of a question at the first token
+        ("nll", pa.float32()),  # nats a token, of a lookup's value and of text
         ("prefill_seconds", pa.float32()),  # of the document, shared by its questions
         ("answer_seconds", pa.float32()),
     ]
 )
-RESAMPLES = 2000
 # The engine's precisions. What the first of them that ran found is what the others are compared with.
 BY_EXACTNESS = ("fp32", "fp16", "bf16", "fp8")
 
@@ -59,33 +53,39 @@ def recall_of(answer: str, references: Sequence[str]) -> float:
     return sum(reference.lower() in said for reference in references) / len(references)
 
 
-def row_of(answer: Answer, layers: int, decode: Callable[[Sequence[int]], str]) -> Row:
+def ordered_recall(answer: str, references: Sequence[str]) -> float:
+    """The share of the references that the answer contains in their order: the longest rising run of their places."""
+    said = answer.lower()
+    places = [place for reference in references if (place := said.find(reference.lower())) >= 0]
+    run: list[int] = []
+    for place in places:
+        at = bisect_left(run, place)
+        run[at : at + 1] = [place]
+    return len(run) / len(references)
+
+
+def row_of(answer: Answer, precision: str, decode: Callable[[Sequence[int]], str]) -> Row:
     """The result row of an answer. decode: ids to text without control tokens."""
-    document, prompt, arm = answer.reading.document, answer.prompt, answer.arm
-    config = arm.config
-    density, mean_density = arm.density(len(prompt.ids), layers)
-    row: Row = {
-        "document": document.name,
-        "kind": document.kind,
-        "length": document.length,
-        "prompt_tokens": len(prompt.ids),
-        "arm": arm.name,
-        "precision": arm.precision,
+    config = answer.arm.config
+    row: Row = dict.fromkeys(SCHEMA.names) | {
+        "prompt_tokens": answer.prompt_tokens,
+        "arm": answer.arm.name,
+        "precision": precision,
         "block_size": config.block_size if config else 0,
-        "blocks": -(-len(prompt.ids) // config.block_size) if config else 0,
-        "dense_tail": config.dense_tail if config else 0,
-        "target_density": config.density if config else 1.0,
-        "density": density,
-        "mean_density": mean_density,
+        "density": answer.density[0],
+        "mean_density": answer.density[1],
         "config": config.fingerprint() if config else "",
-        "first_token_kl": answer.first_kl,
-        "answer_kl": answer.answer_kl,
-        "retained_mass": answer.mass,
-        "document_mass": answer.document_mass,
-        "needle_kept": answer.needles,
+        "top1": answer.top1,
+        "kl": answer.kl,
+        "nll": answer.nll,
         "prefill_seconds": answer.prefill_seconds,
         "answer_seconds": answer.answer_seconds,
     }
+    if isinstance(answer.document, Text):
+        text = answer.document
+        return row | {"document": text.name, "kind": text.kind, "length": text.length, "task": f"text {answer.part}"}
+    document = answer.document.document
+    row |= {"document": document.name, "kind": document.kind, "length": document.length}
     if answer.lookup is not None:
         lookup = answer.lookup.lookup
         return row | {
@@ -97,15 +97,17 @@ def row_of(answer: Answer, layers: int, decode: Callable[[Sequence[int]], str]) 
             "recall": float(answer.correct),
             "exact": answer.correct,
         }
-    text, question = decode(answer.token_ids), prompt.question
+    assert answer.prompt is not None
+    said, question = decode(answer.token_ids), answer.prompt.question
+    recall = ordered_recall if question.task == "summary" else recall_of
     return row | {
         "task": question.task,
         "depth": _depth(question.needles, document.text),
         "question": question.text,
         "references": list(question.references),
-        "answer": text,
-        "recall": recall_of(text, question.references),
-        "exact": text.strip() == question.expected if question.expected else None,
+        "answer": said,
+        "recall": recall(said, question.references),
+        "exact": said.strip() == question.expected if question.expected else None,
     }
 
 
@@ -129,35 +131,12 @@ def read_rows(folders: Sequence[Path]) -> list[Row]:
         if not parts:
             raise JobError(f"{folder} holds no rows of an evaluation (rows/part-*.parquet)")
         for part in parts:
-            for row in pq.read_table(part, schema=SCHEMA).to_pylist():
+            table = pq.read_table(part)
+            if table.schema.names != SCHEMA.names:
+                raise JobError(f"{part} was written by another version of jobs.evaluate: evaluate again")
+            for row in table.to_pylist():
                 rows[setting_key(row), question_key(row)] = row
     return list(rows.values())
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with its 95% interval; n questions of `documents` documents."""
-
-    mean: float
-    low: float
-    high: float
-    n: int
-    documents: int
-
-
-def estimate(values: Sequence[float], documents: Sequence[str], seed: int = 0) -> Estimate:
-    """Mean of `values` and a bootstrap interval over documents: questions of one document are not independent."""
-    names = sorted(set(documents))
-    sums = dict.fromkeys(names, 0.0)
-    counts = dict.fromkeys(names, 0)
-    for value, name in zip(values, documents, strict=True):
-        sums[name] += value
-        counts[name] += 1
-    totals, weights = np.array(list(sums.values())), np.array(list(counts.values()))
-    drawn = np.random.default_rng(seed).integers(0, len(names), (RESAMPLES, len(names)))
-    means = totals[drawn].sum(1) / weights[drawn].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(float(totals.sum() / weights.sum()), float(low), float(high), len(values), len(names))
 
 
 def question_key(row: Row) -> tuple[Any, ...]:
@@ -167,4 +146,4 @@ def question_key(row: Row) -> tuple[Any, ...]:
 
 def setting_key(row: Row) -> tuple[Any, ...]:
     """One arm as it ran: everything that tells its rows from those of the others."""
-    return row["length"], row["block_size"], row["target_density"] or 0.0, row["dense_tail"], row["arm"], row["config"]
+    return row["length"], row["arm"], row["config"], row["precision"]

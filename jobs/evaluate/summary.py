@@ -1,4 +1,4 @@
-"""From rows to what is reported: recall by setting and task, paired with dense, as a table and as JSON."""
+"""What the rows say: as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -11,43 +11,40 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jobs.evaluate.results import BY_EXACTNESS, Estimate, Row, estimate, question_key, setting_key
+from jobs.evaluate.estimates import Estimate, estimate, mean, paired
+from jobs.evaluate.results import BY_EXACTNESS, Row, question_key, setting_key
 
-# Pooled as "retrieval"; lookups and summaries are told apart, since they ask for more than the end of the prompt.
-APART = ("lookup", "summary", "common_words", "frequent_words")
+# Pooled as "retrieval"; these are told apart, since they ask for more than one place of the prompt, or before its end.
+APART = ("lookup", "summary", "variable_tracking", "common_words", "frequent_words")
+TEXT_TASKS = ("text inside", "text behind")
 # A task that dense attention itself fails more often than this says nothing about a selection.
 LEARNED = 0.5
+
+
+def group(row: Row) -> str:
+    """Where a row is counted: "retrieval" or a task of its own."""
+    return row["task"] if row["task"] in (*APART, *TEXT_TASKS) else "retrieval"
+
+
+def baseline(rows: Sequence[Row]) -> list[Row]:
+    """The rows of dense that all others are compared with: those of the most exact precision."""
+    dense = [row for row in rows if row["arm"] == "dense"]
+    best = min((BY_EXACTNESS.index(row["precision"]) for row in dense), default=0)
+    return [row for row in dense if BY_EXACTNESS.index(row["precision"]) == best]
+
+
+def dense_recall(rows: Sequence[Row]) -> dict[tuple[int, str], Estimate]:
+    """Recall of dense by (length, task)."""
+    found: dict[tuple[int, str], list[Row]] = {}
+    for row in baseline(rows):
+        if row["recall"] is not None:
+            found.setdefault((row["length"], row["task"]), []).append(row)
+    return {key: estimate([r["recall"] for r in each], [r["document"] for r in each]) for key, each in found.items()}
 
 
 def unlearned_tasks(rows: Sequence[Row]) -> set[tuple[int, str]]:
     """(length, task) that the model does not do well enough when dense."""
     return {key for key, found in dense_recall(rows).items() if found.mean < LEARNED}
-
-
-def baseline(rows: Sequence[Row]) -> list[Row]:
-    """The rows of dense that all others are compared with: the evaluation's own, or the engine's most exact."""
-    dense = [row for row in rows if not row["block_size"]]
-    best = min((_inexactness(row["precision"]) for row in dense), default=0)
-    return [row for row in dense if _inexactness(row["precision"]) == best]
-
-
-def _inexactness(precision: str | None) -> int:
-    return -1 if precision is None else BY_EXACTNESS.index(precision)
-
-
-def dense_recall(rows: Sequence[Row]) -> dict[tuple[int, str], Estimate]:
-    """Recall of the dense arm by (length, task); of the most exact precision, if the engine ran in several."""
-    found: dict[tuple[int, str], list[Row]] = {}
-    for row in baseline(rows):
-        found.setdefault((row["length"], row["task"]), []).append(row)
-    return {
-        key: estimate([row["recall"] for row in each], [row["document"] for row in each]) for key, each in found.items()
-    }
-
-
-def group(row: Row) -> str:
-    """Where a row is counted: "retrieval" or a task of its own."""
-    return row["task"] if row["task"] in APART else "retrieval"
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
@@ -57,139 +54,98 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     settings: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         settings.setdefault(setting_key(row), []).append(row)
+    order = sorted(settings, key=lambda key: (key[0], BY_EXACTNESS.index(key[3])))  # arms as they were asked for
     return {
         "dense_recall": [
             {"length": length, "task": task, "recall": found.mean, **asdict(found)}
             for (length, task), found in sorted(dense_recall(rows).items())
         ],
         "left_out": sorted([list(key) for key in unlearned]),
-        "settings": [_setting(settings[key], dense, unlearned) for key in sorted(settings, key=str)],
+        "settings": [_setting(settings[key], dense, unlearned) for key in order],
         "precisions": _precisions([row for row in rows if (row["length"], row["task"]) not in unlearned]),
     }
 
 
-def _precisions(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """How recall in each setting of the engine differs from its most exact precision, question by question.
+def _setting(rows: Sequence[Row], dense: dict[tuple[Any, ...], Row], unlearned: set[tuple[int, str]]) -> dict[str, Any]:
+    asked = [row for row in rows if row["recall"] is not None]
+    counted = [row for row in asked if (row["length"], row["task"]) not in unlearned]
+    record: dict[str, Any] = {name: rows[0][name] for name in ("length", "arm", "precision", "block_size", "config")}
+    record |= {name: float(np.mean([row[name] for row in rows])) for name in ("density", "mean_density")}
+    record["prefill_seconds"] = float(np.median([*{row["document"]: row["prefill_seconds"] for row in rows}.values()]))
+    record["recall"] = {
+        name: _against([row for row in counted if group(row) == name], dense) for name in sorted({*map(group, counted)})
+    }
+    record["tasks"] = {
+        name: _against([row for row in asked if row["task"] == name], dense)
+        for name in sorted({row["task"] for row in asked})
+    }
+    record["exact"] = {
+        name: float(np.mean([row["exact"] for row in asked if row["task"] == name and row["exact"] is not None]))
+        for name in sorted({row["task"] for row in asked if row["exact"] is not None})
+    }
+    record["predictions"] = {
+        name: _predictions([row for row in rows if group(row) == name], dense)
+        for name in sorted({*map(group, rows)} & {"retrieval", "lookup", *TEXT_TASKS})
+    }
+    return record
 
-    All lengths together: documents of any length tell of the precision alike.
-    """
+
+def _against(rows: Sequence[Row], dense: dict[tuple[Any, ...], Row]) -> dict[str, Any]:
+    """Recall, and its difference to dense on the same questions where dense ran."""
+    record: dict[str, Any] = asdict(estimate([row["recall"] for row in rows], [row["document"] for row in rows]))
+    pairs = [(row, dense[question_key(row)]) for row in rows if question_key(row) in dense]
+    if pairs and any(row is not other for row, other in pairs):
+        record["to_dense"] = asdict(_recall_gap(pairs))
+    return record
+
+
+def _recall_gap(pairs: Sequence[tuple[Row, Row]]) -> Estimate:
+    values, others = [row["recall"] for row, _ in pairs], [other["recall"] for _, other in pairs]
+    return paired(values, others, [row["document"] for row, _ in pairs])
+
+
+def _predictions(rows: Sequence[Row], dense: dict[tuple[Any, ...], Row]) -> dict[str, Any]:
+    """KL to dense, top-1, and the loss of the text itself less dense's, each with an interval over documents."""
+    pairs = [(row, dense[question_key(row)]) for row in rows if question_key(row) in dense]
+    values = {
+        "kl": [(row["kl"], row["document"]) for row in rows],
+        "top1": [(row["top1"], row["document"]) for row in rows],
+        "nll": [(row["nll"], row["document"]) for row in rows],
+        "nll_to_dense": [(row["nll"] - o["nll"], row["document"]) for row, o in pairs if row["nll"] is not None],
+    }
+    known = {
+        name: [(value, document) for value, document in found if value is not None] for name, found in values.items()
+    }
+    return {name: asdict(mean(*zip(*found, strict=True))) for name, found in known.items() if found}
+
+
+def _precisions(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """How each arm in each precision differs from the same arm in the most exact one, question by question."""
     by_setting: dict[tuple[Any, ...], dict[str, dict[tuple[Any, ...], Row]]] = {}
     for row in rows:
-        if row["precision"] is not None:
-            arm = row["arm"].removesuffix(f" {row['precision']}")
-            setting = (*setting_key(row | {"arm": arm})[1:], arm)
-            by_setting.setdefault(setting, {}).setdefault(row["precision"], {})[question_key(row)] = row
+        length, arm, config, precision = setting_key(row)
+        by_setting.setdefault((length, arm, config), {}).setdefault(precision, {})[question_key(row)] = row
     records = []
-    for setting in sorted(by_setting, key=str):
-        base, *others = sorted(by_setting[setting], key=BY_EXACTNESS.index)
-        exact = by_setting[setting][base]
+    for (length, arm, _), found in sorted(by_setting.items(), key=lambda item: item[0][0]):
+        base, *others = sorted(found, key=BY_EXACTNESS.index)
         for precision in others:
-            pairs = [(row, exact[key]) for key, row in by_setting[setting][precision].items() if key in exact]
-            if pairs:
-                records.append({"arm": setting[-1], "precision": precision, "base": base, **_difference(pairs)})
+            pairs = [(row, found[base][key]) for key, row in found[precision].items() if key in found[base]]
+            asked = [pair for pair in pairs if pair[0]["recall"] is not None]
+            groups = {"all": asked} | {name: [p for p in asked if group(p[0]) == name] for name in map(group, rows)}
+            if asked:
+                record = {"length": length, "arm": arm, "precision": precision, "base": base}
+                record["changed"] = sum(row["recall"] != other["recall"] for row, other in asked)
+                record["recall"] = {name: asdict(_recall_gap(each)) for name, each in groups.items() if each}
+                records.append(record)
     return records
 
 
-def _difference(pairs: Sequence[tuple[Row, Row]]) -> dict[str, Any]:
-    """Rows of one setting and the base precision's rows on the same questions."""
-    record: dict[str, Any] = {name: pairs[0][0][name] for name in ("block_size", "dense_tail")}
-    record["lengths"] = sorted({row["length"] for row, _ in pairs})
-    record["density"] = _mean([row for row, _ in pairs], "density")
-    record["changed"] = sum(row["recall"] != other["recall"] for row, other in pairs)
-    groups = {"all": pairs} | {
-        name: [pair for pair in pairs if group(pair[0]) == name] for name in {group(row) for row, _ in pairs}
-    }
-    record["recall"] = {
-        name: asdict(
-            estimate([row["recall"] - other["recall"] for row, other in found], [row["document"] for row, _ in found])
-        )
-        for name, found in sorted(groups.items())
-    }
-    return record
-
-
-def _setting(rows: Sequence[Row], dense: dict[tuple[Any, ...], Row], unlearned: set[tuple[int, str]]) -> dict[str, Any]:
-    first = rows[0]
-    counted = [row for row in rows if (row["length"], row["task"]) not in unlearned]
-    about = ("length", "arm", "block_size", "target_density", "dense_tail", "config")
-    record: dict[str, Any] = {name: first[name] for name in about}
-    record["blocks"] = max(row["blocks"] for row in rows)
-    record |= {name: _mean(rows, name) for name in ("density", "mean_density", "first_token_kl", "answer_kl")}
-    record |= {name: _by_layer(rows, name) for name in ("retained_mass", "document_mass", "needle_kept")}
-    once = {row["document"]: row["prefill_seconds"] for row in rows}
-    record["prefill_seconds"] = float(np.median(list(once.values())))
-    record["recall"] = {
-        name: _paired([row for row in counted if group(row) == name], dense) for name in sorted({*map(group, counted)})
-    }
-    record["tasks"] = {
-        name: _paired([row for row in rows if row["task"] == name], dense)
-        for name in sorted({row["task"] for row in rows})
-    }
-    record["exact"] = {
-        name: float(np.mean([row["exact"] for row in rows if row["task"] == name and row["exact"] is not None]))
-        for name in sorted({row["task"] for row in rows if row["exact"] is not None})
-    }
-    return record
-
-
-def _paired(rows: Sequence[Row], dense: dict[tuple[Any, ...], Row]) -> dict[str, Any]:
-    """Recall, and its difference to dense on the same questions where dense ran."""
-    found = estimate([row["recall"] for row in rows], [row["document"] for row in rows])
-    pairs = [(row, dense[question_key(row)]) for row in rows if question_key(row) in dense]
-    record: dict[str, Any] = asdict(found)
-    if pairs and any(row is not other for row, other in pairs):
-        gaps = [row["recall"] - other["recall"] for row, other in pairs]
-        record["to_dense"] = asdict(estimate(gaps, [row["document"] for row, _ in pairs]))
-    return record
-
-
-def _mean(rows: Sequence[Row], name: str) -> float | None:
-    values = [row[name] for row in rows if row[name] is not None]
-    return float(np.mean(values)) if values else None
-
-
-def _by_layer(rows: Sequence[Row], name: str) -> list[float] | None:
-    values = [row[name] for row in rows if row[name] is not None]
-    return np.mean(values, axis=0).tolist() if values else None
-
-
 def print_summary(summary: dict[str, Any], file: Any = None) -> None:
-    """The settings as a table, and what was left out of it."""
+    """The settings as tables, and what was left out of them."""
     console = Console(file=file or sys.stdout, width=190 if file or not sys.stdout.isatty() else None)
-    dense = Table(title="dense recall by task, with its 95% interval and number of questions", title_justify="left")
-    lengths = sorted({record["length"] for record in summary["dense_recall"]})
-    dense.add_column("task")
-    for length in lengths:
-        dense.add_column(f"{length:,}", justify="right")
-    known = {(record["length"], record["task"]): _dense(record) for record in summary["dense_recall"]}
-    for task in dict.fromkeys(record["task"] for record in summary["dense_recall"]):
-        dense.add_row(task, *(known.get((length, task), "") for length in lengths))
-    if known:
-        console.print(dense)
-    names = sorted({name for record in summary["settings"] for name in record["recall"]}, key=_column)
-    table = Table(
-        title="recall; of dense its 95% interval, of the others the difference to dense in points with its interval",
-        title_justify="left",
-    )
-    for heading in ("tokens", "B", "arm", "tail", "density"):
-        table.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=heading != "arm")
-    for name in names:
-        table.add_column(name, no_wrap=True)
-    for heading in ("KL 1st", "KL answer", "mass", "needle", "s/doc"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for record in summary["settings"]:
-        table.add_row(
-            f"{record['length']:,}",
-            str(record["block_size"] or ""),
-            record["arm"],
-            str(record["dense_tail"] or ""),
-            f"{record['density']:.3f}",
-            *(_recall(record["recall"].get(name)) for name in names),
-            *(_number(record[name]) for name in ("first_token_kl", "answer_kl")),
-            *(_number(_overall(record[name])) for name in ("retained_mass", "needle_kept")),
-            f"{record['prefill_seconds']:.2f}",
-        )
-    console.print(table)
+    for table in (_dense_table(summary), _recall_table(summary), _prediction_table(summary)):
+        if table.row_count:
+            console.print(table)
     for record in summary["precisions"]:
         console.print(_precision_line(record))
     left_out: dict[int, list[str]] = {}
@@ -199,38 +155,94 @@ def print_summary(summary: dict[str, Any], file: Any = None) -> None:
         console.print(f"not counted, since dense fails them at {length:,} tokens: {', '.join(tasks)}")
 
 
-def _dense(record: dict[str, Any]) -> str:
-    return f"{record['mean']:.3f} ({record['low']:.3f}..{record['high']:.3f}) of {record['n']}"
+def _dense_table(summary: dict[str, Any]) -> Table:
+    table = Table(title="dense recall by task, with its 95% interval and number of questions", title_justify="left")
+    table.add_column("task")
+    lengths = sorted({record["length"] for record in summary["dense_recall"]})
+    for length in lengths:
+        table.add_column(f"{length:,}", justify="right")
+    known = {
+        (record["length"], record["task"]): f"{_share(record)} of {record['n']}" for record in summary["dense_recall"]
+    }
+    for task in dict.fromkeys(record["task"] for record in summary["dense_recall"]):
+        table.add_row(task, *(known.get((length, task), "") for length in lengths))
+    return table
 
 
-def _column(name: str) -> tuple[bool, str]:
-    return name != "retrieval", name
+def _setting_columns(title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for heading in ("tokens", "arm", "precision", "density"):
+        table.add_column(
+            heading, justify="right" if heading in ("tokens", "density") else "left", no_wrap=heading != "arm"
+        )
+    return table
 
 
-def _overall(layers: list[float] | None) -> float | None:
-    return float(np.mean(layers)) if layers else None
+def _setting_cells(record: dict[str, Any]) -> tuple[str, ...]:
+    return f"{record['length']:,}", record["arm"], record["precision"], f"{record['mean_density']:.3f}"
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+def _recall_table(summary: dict[str, Any]) -> Table:
+    names = {name for record in summary["settings"] for name in record["recall"]}
+    ordered = sorted(names, key=lambda name: (name != "retrieval", name != "lookup", name))
+    table = _setting_columns(
+        "recall; of dense its 95% interval, of the others the difference to dense in points with its"
+    )
+    for name in (*ordered, "s/doc"):
+        table.add_column(name, no_wrap=True, justify="right" if name == "s/doc" else "left")
+    for record in summary["settings"] if names else ():
+        cells = [_recall(record["recall"].get(name)) for name in ordered]
+        table.add_row(*_setting_cells(record), *cells, f"{record['prefill_seconds']:.2f}")
+    return table
+
+
+def _prediction_table(summary: dict[str, Any]) -> Table:
+    table = _setting_columns(
+        "predictions against dense: KL(dense || arm) in nats, same most likely token, loss of the text"
+    )
+    for part in ("inside", "behind"):
+        for heading in (f"KL {part}", "top-1", "NLL - dense"):
+            table.add_column(heading, no_wrap=True)
+    for heading in ("KL lookup", "KL answer's first"):
+        table.add_column(heading, no_wrap=True)
+    for record in summary["settings"]:
+        cells = []
+        for task in TEXT_TASKS:
+            found = record["predictions"].get(task, {})
+            cells += [_number(found.get("kl")), _number(found.get("top1"), 3), _number(found.get("nll_to_dense"))]
+        cells += [_number(record["predictions"].get(name, {}).get("kl")) for name in ("lookup", "retrieval")]
+        if any(cells):
+            table.add_row(*_setting_cells(record), *cells)
+    return table
+
+
+def _share(found: dict[str, Any]) -> str:
+    return f"{found['mean']:.3f} ({found['low']:.3f}..{found['high']:.3f})"
+
+
+def _number(found: dict[str, Any] | None, digits: int = 4) -> str:
+    if found is None:
+        return ""
+    told = f"{found['mean']:.{digits}f}"
+    return told if found["low"] is None else f"{told} ({found['low']:.{digits}f}..{found['high']:.{digits}f})"
 
 
 def _recall(found: dict[str, Any] | None) -> str:
     if found is None:
         return ""
     gap = found.get("to_dense")
-    if gap is None:
-        return f"{found['mean']:.3f} ({found['low']:.2f}..{found['high']:.2f})"
-    return f"{found['mean']:.3f} {100 * gap['mean']:+.1f} ({100 * gap['low']:+.0f}..{100 * gap['high']:+.0f})"
+    return _share(found) if gap is None else f"{found['mean']:.3f} {_points(gap)}"
+
+
+def _points(gap: dict[str, Any]) -> str:
+    return f"{100 * gap['mean']:+.1f} ({100 * gap['low']:+.1f}..{100 * gap['high']:+.1f})"
 
 
 def _precision_line(record: dict[str, Any]) -> str:
-    gap, shortest, longest = record["recall"]["all"], record["lengths"][0], record["lengths"][-1]
-    setting = f"{record['arm']} B={record['block_size']} tail={record['dense_tail']}"
-    lengths = f"{shortest:,}" if shortest == longest else f"{shortest:,} to {longest:,}"
+    gaps = "; ".join(f"{name} {_points(gap)}" for name, gap in record["recall"].items())
+    gap = record["recall"]["all"]
     return (
-        f"{record['precision']} - {record['base']}: {setting if record['block_size'] else record['arm']}, "
-        f"density {record['density']:.3f}, {lengths} tokens: {100 * gap['mean']:+.1f} points of recall "
-        f"({100 * gap['low']:+.1f}..{100 * gap['high']:+.1f}); "
+        f"{record['precision']} - {record['base']}: {record['arm']}, {record['length']:,} tokens, points of recall: "
+        f"{gaps}; "
         f"{record['changed']} of {gap['n']} questions in {gap['documents']} documents differ"
     )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-import stem_core.attention
 from jobs.inspect.cells import Grid, LayerCells
 from kernels.block_selection import BlockSelection
 from pipeline.config import JobConfig
@@ -27,6 +25,7 @@ from pipeline.prompts import PromptBuilder, make_task
 from pipeline.tokens import Tokens, load_tokens
 from stem_core.config import StemConfig
 from stem_core.policy import LayerPolicy, cutting_window
+from stem_core.selection import stem_selection
 
 Note = Callable[[int, int, BlockSelection], None]
 
@@ -95,38 +94,19 @@ def capture(job: JobConfig, text: str) -> Capture:
 
 def prefill(runner: ModelRunner, config: EngineConfig, prompt: np.ndarray, note: Note) -> None:
     """The engine's prefill of a prompt; `note` gets layer, first query block and selection of each layer and chunk."""
+
+    def noting(layer: int, *args: Any, **kwargs: Any) -> BlockSelection:
+        selection = stem_selection(*args, **kwargs)
+        note(layer, kwargs["start"] // args[3].block_size, selection)
+        return selection
+
     chunk = chunk_size(config.chunk_tokens, config.attention)
     arena = runner.new_arena(len(prompt) + ALIGNMENT)
     # The last layer, too, runs on every chunk: its earlier rows are of interest here, and of none to the engine.
-    steps = Prefill(runner, arena, Extent(0, len(prompt)), prompt, 1, chunk, every_row=True)
-    with _noting(runner, note), torch.inference_mode():
+    steps = Prefill(runner, arena, Extent(0, len(prompt)), prompt, 1, chunk, every_row=True, select=noting)
+    with torch.inference_mode():
         while not steps.done:
             steps.step()
-
-
-@contextmanager
-def _noting(runner: ModelRunner, note: Note) -> Iterator[None]:
-    """Hand each selection of the product's attention to `note` on its way from selection to attention."""
-    select = stem_core.attention.stem_selection
-    current: list[int] = []
-
-    def noting(*args: Any, **kwargs: Any) -> BlockSelection:
-        selection = select(*args, **kwargs)
-        note(current[-1], kwargs["start"] // args[3].block_size, selection)
-        return selection
-
-    def entering(module: torch.nn.Module, *_: Any) -> None:
-        current[:] = [module.stem_policy.layer]  # type: ignore[union-attr, list-item]
-
-    modules = [module for module in runner.model.modules() if hasattr(module, "stem_policy")]
-    hooks = [module.register_forward_pre_hook(entering) for module in modules]
-    stem_core.attention.stem_selection = noting
-    try:
-        yield
-    finally:
-        stem_core.attention.stem_selection = select
-        for hook in hooks:
-            hook.remove()
 
 
 def _prompt(job: JobConfig, tokens: Tokens, text: str, context: int) -> np.ndarray:

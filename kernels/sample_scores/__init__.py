@@ -2,19 +2,48 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kernels.block_scores.checks import check_inputs
-from kernels.dispatch import Choice, choose_portable, on_its_gpu
+from kernels.block_sparse_attention.descriptors import tma_obstacle
+from kernels.dispatch import Choice, choose_portable, hopper_unavailable, on_its_gpu
 from kernels.fp8_heads import FP8, HeadScales, fp8_obstacle
 from kernels.sample_scores.reference import PEAKS
 
 __all__ = ["PEAKS", "choose_sample_scores", "sample_scores"]
 
 
-def choose_sample_scores(q: Tensor, impl: str = "auto") -> Choice:
-    """The implementation that `sample_scores` uses for queries like `q`."""
-    return choose_portable("sample_scores", q.device, impl)
+def choose_sample_scores(
+    q: Tensor, block_size: int = 128, every: int = 8, impl: str = "auto", *, k: Tensor | None = None
+) -> Choice:
+    """The implementation that `sample_scores` uses for queries like `q` (only its shape, type and device count).
+
+    k matters to the Hopper path only. Raises ValueError if `impl` names one that cannot run.
+    """
+    obstacle = _hopper_obstacle(q, k, block_size, every) if q.device.type == "cuda" else "no GPU"
+    if impl == "gluon":
+        if obstacle:
+            raise ValueError(f"sample_scores: impl='gluon' cannot run: {obstacle}")
+        return Choice("gluon")
+    choice = choose_portable("sample_scores", q.device, impl)
+    if impl != "auto" or choice.impl != "triton":
+        return choice
+    return Choice("triton", obstacle) if obstacle else Choice("gluon")
+
+
+def _hopper_obstacle(q: Tensor, k: Tensor | None, block_size: int, every: int) -> str:
+    """Why the Hopper path cannot take this call; empty if it can."""
+    if missing := hopper_unavailable(q.device):
+        return missing
+    if q.shape[-1] not in (64, 128) or q.dtype not in (torch.bfloat16, torch.float16):
+        return f"the Hopper path takes D 64 and 128 in bfloat16 or float16, got {q.shape[-1]} and {q.dtype}"
+    if block_size != 128 or every < 2 or every & (every - 1):
+        return (
+            "the Hopper path takes blocks of 128 tokens and a power of two above 1 as every, got "
+            f"{block_size} and {every}"
+        )
+    return "" if k is None else tma_obstacle(k)
 
 
 @on_its_gpu
@@ -43,7 +72,8 @@ def sample_scores(
     k: [N, Hkv, Lk, D], at least the tokens up to query_start + Lq; later ones are ignored. Last dimension contiguous.
     every: divides block_size. scale: defaults to 1 / sqrt(D).
     scales: for keys in float8_e4m3fn: what k is to be multiplied with, and under which scale the sampled queries (still
-        in 16 or 32 bits) are rounded to e4m3 themselves; D must be at least 32.
+        in 16 or 32 bits) are rounded to e4m3 themselves; D must be at least 32. The Hopper path raises the scale of a
+        row by a power of two where its products could leave float16, in which it sums them.
     Returns float32 [N, H, rows, n_keys] in [0, 1], -inf for j > i, rows = ceil(Lq / block_size),
     n_keys = ceil((query_start + Lq) / block_size). Raises ValueError for what does not fit.
     """
@@ -52,12 +82,14 @@ def sample_scores(
         raise ValueError(f"q and k must share a floating-point type, got {q.dtype} and {k.dtype}")
     if every < 1 or block_size % every:
         raise ValueError(f"every must divide block_size={block_size}, got {every}")
-    choice = choose_sample_scores(q, impl)
+    choice = choose_sample_scores(q, block_size, every, impl, k=k)
     if scales is not None:
         _check_fp8(q, k, scales, choice)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if choice.impl == "triton":
-        from kernels.sample_scores import triton as implementation
+    if choice.impl == "gluon":
+        from kernels.sample_scores import gluon as implementation
+    elif choice.impl == "triton":
+        from kernels.sample_scores import triton as implementation  # type: ignore[no-redef]
     else:
         from kernels.sample_scores import reference as implementation  # type: ignore[no-redef]
     return implementation.sample_scores(q, k, query_start, block_size, every, scale, scales)
@@ -70,5 +102,5 @@ def _check_fp8(q: Tensor, k: Tensor, scales: HeadScales, choice: Choice) -> None
         raise ValueError(f"keys in fp8 need D of at least 32, got {q.shape[3]}")
     scales.check(q.shape[1], k.shape[1], q.device)
     obstacle = fp8_obstacle(q.device)
-    if obstacle and choice.impl == "triton":
+    if obstacle and choice.impl != "reference":
         raise ValueError(f"sample_scores with keys in fp8 cannot run: {obstacle}")

@@ -5,7 +5,7 @@ Offline lengths are bounded before a document starts (prompt + max_new_tokens), 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -150,6 +150,10 @@ class Arena:
         """Random keys and values in an extent, for measuring."""
         raise NotImplementedError
 
+    def copy(self, source: Extent, target: Extent, tokens: int) -> None:
+        """The first `tokens` tokens of one extent to another."""
+        raise NotImplementedError
+
     def _allocate(self, layer: int, *shape: int, dtype: torch.dtype) -> Tensor:
         device = self._device if isinstance(self._device, torch.device) else self._device[layer]
         tensor = torch.empty(*shape, dtype=dtype, device=device)
@@ -190,6 +194,16 @@ class KVArena(Arena):
         arena_k.index_copy_(1, slots, k[:, :, 0].transpose(0, 1))
         arena_v.index_copy_(1, slots, v[:, :, 0].transpose(0, 1))
         return arena_k[None], arena_v[None]
+
+    def copy(self, source: Extent, target: Extent, tokens: int) -> None:
+        """See Arena."""
+        self._copy([*self.k.values(), *self.v.values()], source, target, tokens)
+
+    @staticmethod
+    def _copy(tensors: Sequence[Tensor], source: Extent, target: Extent, tokens: int) -> None:
+        """Tensors [Hkv, T, any]."""
+        for tensor in tensors:
+            tensor[:, target.start : target.start + tokens] = tensor[:, source.start : source.start + tokens]
 
     def fill(self, extent: Extent) -> None:
         """See Arena."""
@@ -245,6 +259,11 @@ class Fp8KVArena(KVArena):
             return self._whole
         part = slice(extent.start, extent.start + aligned(extent.tokens))
         return {i: QuantizedKV(kv.k[:, part], kv.vt[..., part], kv.scales) for i, kv in self._whole.items()}
+
+    def copy(self, source: Extent, target: Extent, tokens: int) -> None:
+        """See Arena. Whole units of ALIGNMENT are copied: values lie in groups of 16 keys."""
+        super().copy(source, target, tokens)
+        self._copy([vt.mT for vt in self.vt.values()], source, target, aligned(tokens))
 
     def fill(self, extent: Extent) -> None:
         """See Arena; the same in all heads."""

@@ -113,6 +113,6 @@ def _choices(runner: ModelRunner, prompt_tokens: int, dense: bool) -> dict[str, 
         },
     }
     if stem is not None:
-        choices["scores"] = {f"{stem.estimator} ": [ESTIMATORS[stem.estimator].choose(q)]}
+        choices["scores"] = {f"{stem.estimator} ": [ESTIMATORS[stem.estimator].choose(q, stem)]}
         choices["selection"] = {"": [selection_rule(stem).choose(runner.device)]}
     return choices

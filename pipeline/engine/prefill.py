@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +16,7 @@ from pipeline.engine.cache import PrefillCache
 from pipeline.engine.kept import ProbeReadings, probe_readings
 from pipeline.engine.runner import ModelRunner
 from stem_core.config import StemConfig
-from stem_core.context import PrefillContext, PromptGoesOn
+from stem_core.context import PrefillContext, PromptGoesOn, Select
 from stem_core.policy import DENSE_BLOCK_SIZE, cutting_window
 
 
@@ -74,8 +76,8 @@ class Prefill:
     depends neither on other documents nor on chunk_tokens.
 
     prompt_ids: int64 [prompt tokens]. chunk_tokens: see chunk_size(). every_row: run the last layer on all chunks, for
-    those who look at hidden states, and measure nothing; otherwise only on the last one, since nothing else reads its
-    output. plan: how the prompt attends, as far as it is known.
+    those who look at every row, and measure nothing; otherwise only on the last one, since nothing else reads its
+    output. select: see PrefillContext. plan: how the prompt attends, as far as it is known.
     """
 
     def __init__(
@@ -87,14 +89,11 @@ class Prefill:
         max_new_tokens: int,
         chunk_tokens: int,
         every_row: bool = False,
+        select: Select | None = None,
     ) -> None:
-        device = runner.device
-        ids = torch.from_numpy(prompt_ids)
-        if device.type == "cuda":
-            ids = ids.pin_memory()
-        self._ids = ids.to(device, non_blocking=True)[None]
         self._runner = runner
-        self._bound = torch.full((1,), len(prompt_ids) + max_new_tokens, device=device)
+        self._ids = self._on_device(prompt_ids)
+        self._bound = torch.full((1,), len(prompt_ids) + max_new_tokens, device=runner.device)
         self._arena = arena
         self._extent = extent
         self._chunk = chunk_tokens
@@ -105,6 +104,7 @@ class Prefill:
             quantized=arena.quantized(extent),
             last_layer=None if every_row else runner.layers[-1][0].layer,
             probe=None if self._measured is None else self._measured.probe,
+            select=select,
         )
         # Budgets are copied to the layers' devices now: a copy between launches would wait for all that is queued.
         for policy, window in runner.layers:
@@ -112,22 +112,72 @@ class Prefill:
             if budget.budgets is not None:
                 budget.rows(0, 1, runner.layer_devices[policy.layer])
 
+    def _on_device(self, prompt_ids: np.ndarray) -> Tensor:
+        ids = torch.from_numpy(prompt_ids)
+        if self._runner.device.type == "cuda":
+            ids = ids.pin_memory()
+        return ids.to(self._runner.device, non_blocking=True)[None]
+
+    @property
+    def start(self) -> int:
+        """Tokens that are prefilled."""
+        return self._context.start
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens that a step reads at most."""
+        return self._chunk
+
     @property
     def done(self) -> bool:
-        return self._context.start >= self._context.prompt_length
+        return self.start >= self._context.prompt_length
 
-    def step(self) -> Tensor | None:
+    def branch(self, prompt_ids: np.ndarray, extent: Extent, dense: bool = False) -> Prefill:
+        """A prefill of another prompt that begins with the tokens prefilled here, which it does not read again.
+
+        For a prefill with every_row. Keys and values of these tokens must be in the branch's extent before its first
+        step (Arena.copy), or it goes on in this one's. What follows them attends as in a prefill from the start, if
+        they end at a block's border and both prompts have as many blocks (budgets go by these; ValueError otherwise);
+        with `dense`, densely, whatever was prefilled here. Branches of one prefill run one after the other.
+        """
+        config = self._runner.layers[-1][0].config
+        if not dense and config is not None:
+            size = config.block_size
+            blocks = [-(-length // size) for length in (self._context.prompt_length, len(prompt_ids))]
+            if self.start % size or blocks[0] != blocks[1]:
+                raise ValueError(
+                    f"a branch behind {self.start} tokens, of {blocks[1]} blocks of {size} tokens where the prefill "
+                    f"has {blocks[0]}, would not attend as its own prefill: branch at a block's border, with as many "
+                    "blocks"
+                )
+        branch = copy(self)
+        branch._ids, branch._extent = self._on_device(prompt_ids), extent
+        branch._bound = self._bound - self._context.prompt_length + len(prompt_ids)
+        branch._context = replace(
+            self._context,
+            prompt_length=len(prompt_ids),
+            keys={layer: copy(state) for layer, state in self._context.keys.items()},
+            quantized=self._arena.quantized(extent),
+            dense=dense,
+        )
+        return branch
+
+    def step(self, rows: Sequence[int] | None = None, end: int | None = None) -> Tensor | None:
         """Run the next chunk. Returns logits [1, V] of its last token, which is the prompt's last one when done.
 
         None for an earlier chunk, unless every_row, and where the prefill begins again.
+        rows: with every_row, positions in the prompt, of this chunk, whose logits [len(rows), V] are returned instead.
+        end: where the chunk ends at the latest.
         """
         begin = self._context.start
-        end = min(begin + self._chunk, self._context.prompt_length)
+        end = min(begin + self._chunk, self._context.prompt_length if end is None else end)
+        wanted = None if rows is None else torch.tensor([row - begin for row in rows], device=self._ids.device)
         positions = torch.arange(begin, end, device=self._ids.device)[None]
         cache = PrefillCache(self._arena, self._extent, seen=begin)
         logits = None
         with suppress(PromptGoesOn):
-            logits = self._runner.logits(self._ids[:, begin:end], positions, cache, self._context, self._bound)
+            ids = self._ids[:, begin:end]
+            logits = self._runner.logits(ids, positions, cache, self._context, self._bound, wanted)
         self._context.start = end
         if self._measured is not None:
             self._measured.send(begin, end)

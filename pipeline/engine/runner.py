@@ -83,11 +83,18 @@ class ModelRunner:
 
     @torch.inference_mode()
     def logits(
-        self, input_ids: Tensor, position_ids: Tensor, cache: EngineCache, context: StemContext, bounds: Tensor
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        cache: EngineCache,
+        context: StemContext,
+        bounds: Tensor,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """One forward pass. input_ids, position_ids int64 [N, L] -> logits [N, V] of each row's last token.
 
         bounds: int64 [N], tokens that each row's document can come to, prompt and output.
+        rows: int64 [R]: with N = 1, the logits [R, V] of these tokens instead.
         """
         self._rope.rows = bounds
         out = self.model(
@@ -95,10 +102,10 @@ class ModelRunner:
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=1 if rows is None else rows,
             stem_context=context,
         )
-        return out.logits[:, -1]
+        return out.logits[:, -1] if rows is None else out.logits[0]
 
     def _calibrate(self) -> Calibration:
         """Static fp8 scales of every layer, or that it is wide, from fixed prompts."""

@@ -34,7 +34,7 @@ class Oam(Estimator):
         """A pair of blocks takes `stride` products of summed rows; dense attention two for each pair of tokens."""
         return config.stride / (2 * config.block_size**2)
 
-    def choose(self, q: Tensor) -> Choice:
+    def choose(self, q: Tensor, config: StemConfig) -> Choice:
         from kernels.block_scores import choose_block_scores
 
         return choose_block_scores(q)

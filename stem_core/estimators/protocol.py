@@ -99,7 +99,7 @@ class Estimator(ABC):
         """Flops of the scores of a long prompt, as a share of dense attention's."""
 
     @abstractmethod
-    def choose(self, q: Tensor) -> Choice:
+    def choose(self, q: Tensor, config: StemConfig) -> Choice:
         """The implementation that scores queries like `q`."""
 
     def new_key_state(self, config: StemConfig, k: Tensor, prompt_tokens: int, device: torch.device) -> KeyState | None:

@@ -34,10 +34,10 @@ class Sample(Estimator):
         """One product for each pair of a sampled query and a key; dense attention two for each pair of tokens."""
         return config.sample_rows / (2 * config.block_size)
 
-    def choose(self, q: Tensor) -> Choice:
+    def choose(self, q: Tensor, config: StemConfig) -> Choice:
         from kernels.sample_scores import choose_sample_scores
 
-        return choose_sample_scores(q)
+        return choose_sample_scores(q, config.block_size, config.block_size // config.sample_rows)
 
     def scores(self, chunk: Chunk, config: StemConfig) -> Tensor:
         from kernels.sample_scores import sample_scores

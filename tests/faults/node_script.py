@@ -19,10 +19,10 @@ os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP
 
 from ray.cluster_utils import Cluster
 
-from jobs.faults import processes
-from jobs.faults.processes import LOG
-from jobs.faults.runs import prepare
 from pipeline import read_results
+from tools.faults import processes
+from tools.faults.processes import LOG
+from tools.faults.runs import prepare
 
 DOCUMENTS = 400
 # The head notices a killed raylet by its silence; usually after 15 s.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.faults.blows import Blow, blows
+from tools.faults.blows import Blow, blows
 
 PROGRESS = "16:16:44 108/3,000 documents · 9,052 tokens · 3,453 tokens/s · about 1:04 left"
 ERROR = "error: Ray failed: its node manager (raylet) is gone; what is finished is written, run the same command again"

@@ -18,7 +18,7 @@ from pipeline.source import DocumentReader, find_files, list_documents
 from pipeline.store import Store
 
 pytest.importorskip("moto.server", reason="needs moto[server]")
-from jobs.faults.bucket import credentials, server, upload
+from tools.faults.bucket import credentials, server, upload
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 

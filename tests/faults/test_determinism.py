@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs.faults.corpus import write_model
 from pipeline import read_results
 from pipeline.config import JobConfig
 from pipeline.engine import Engine, EngineConfig, Request
 from pipeline.engine.config import Sampling
 from pipeline.job import run
 from stem_core.config import StemConfig
+from tools.faults.corpus import write_model
 
 GREEDY, SEEDED = Sampling(), Sampling(temperature=0.8, top_p=0.9, seed=5)
 SPARSE = StemConfig.preset("release", block_size=16, stride=8, dense_below=0, dense_layers=0)
@@ -92,5 +92,5 @@ def test_jobs_give_the_same_outputs_whatever_their_workers_and_deaths(
     (tiny / "prefill.once").unlink(missing_ok=True)
     first = job("one", rows, "pipeline.engine:Engine", workers=1, max_live=1)
     assert len(first) == 15
-    assert job("two", rows[::-1], "jobs.faults.engines:DiesInPrefill", workers=2, max_live=5) == first
+    assert job("two", rows[::-1], "tools.faults.engines:DiesInPrefill", workers=2, max_live=5) == first
     assert (tiny / "prefill.once").exists(), "one of its workers was killed"

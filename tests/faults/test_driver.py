@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import run_main
-from jobs.faults import processes
-from jobs.faults.runs import AHEAD, LIVE, kills, prepare
+from tools.faults import processes
+from tools.faults.runs import AHEAD, LIVE, kills, prepare
 
 pytestmark = pytest.mark.ray
 

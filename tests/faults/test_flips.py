@@ -1,4 +1,4 @@
-"""Flipped bits in what a job wrote: none passes unseen. python -m jobs.faults flips does thousands."""
+"""Flipped bits in what a job wrote: none passes unseen. python -m tools.faults flips does thousands."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.faults.flips import flips
 from pipeline import read_results
 from pipeline.errors import JobError
 from pipeline.records import new_row, result_schema, to_table
 from pipeline.sink import encode, recover
 from pipeline.store import Store
+from tools.faults.flips import flips
 
 
 def test_no_flipped_bit_is_silent(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.faults.runs import AHEAD, LIVE
+from tools.faults.runs import AHEAD, LIVE
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.faults.corpus import count_rows
 from pipeline import manifest
 from pipeline.config import JobConfig
 from pipeline.errors import JobError
@@ -23,6 +22,7 @@ from pipeline.repair import remove_rows
 from pipeline.sink import Sink, read_results, recover
 from pipeline.source import DocumentReader, input_hash
 from pipeline.store import Store
+from tools.faults.corpus import count_rows
 
 TEXTS = {f"d{i}": f"text number {i}" for i in range(6)}
 

@@ -13,7 +13,6 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from jobs import submit
-from jobs.faults.corpus import write_model
 from pipeline import manifest
 from pipeline.config import JobConfig
 from pipeline.errors import JobError, one_line, without_secrets
@@ -26,6 +25,7 @@ from pipeline.source import find_files
 from pipeline.store import Store
 from pipeline.tokens import Tokens, load_tokens
 from pipeline.worker import part_request, whole_request
+from tools.faults.corpus import write_model
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,4 +1,4 @@
-"""jobs.faults: the table of faults, the shares of identical outputs, and folders that are in use."""
+"""tools.faults: the table of faults, the shares of identical outputs, and folders that are in use."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs.faults import determinism, table
-from jobs.faults.__main__ import main
-from jobs.faults.bucket import bucket
-from jobs.faults.corpus import Count, write_model
-from jobs.faults.engines import BAD_WORD, VICTIM
-from jobs.faults.runs import Place
 from pipeline.engine.config import Completion, EngineConfig, Request
 from pipeline.errors import JobError
 from pipeline.records import new_row, result_schema
 from pipeline.sink import Sink
 from pipeline.store import Store
+from tools.faults import determinism, table
+from tools.faults.__main__ import main
+from tools.faults.bucket import bucket
+from tools.faults.corpus import Count, write_model
+from tools.faults.engines import BAD_WORD, VICTIM
+from tools.faults.runs import Place
 
 
 def test_a_used_folder_is_refused_by_every_command(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_memory_that_is_taken_on_a_gpu_is_given_back(monkeypatch: pytest.MonkeyP
     """The order of calls; that a real GPU then runs out is seen only on one."""
     import torch
 
-    from jobs.faults import engines
+    from tools.faults import engines
 
     calls: list[Any] = []
     room = {2 << 20: 2, 1 << 20: 1, 512: 3}

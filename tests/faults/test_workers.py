@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from jobs.faults.corpus import write_model
 from pipeline import read_results
 from pipeline.config import JobConfig
 from pipeline.errors import JobError
 from pipeline.job import run
 from pipeline.summary import JobReport
+from tools.faults.corpus import write_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 WORDS = "the harbour committee reviewed the winter budget "
@@ -42,7 +42,7 @@ def rows(tmp_path: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("moment", ["Prefill", "Decode"])
 def test_a_worker_killed_at_work_loses_nothing(tmp_path: Path, tiny: Path, moment: str) -> None:
-    report = job(tmp_path, tiny, f"jobs.faults.engines:DiesIn{moment}")
+    report = job(tmp_path, tiny, f"tools.faults.engines:DiesIn{moment}")
     assert (tiny / f"{moment.lower()}.once").exists(), "the worker was killed"
     assert report.counts == {"ok": len(TEXTS)}
     found = rows(tmp_path)
@@ -52,7 +52,7 @@ def test_a_worker_killed_at_work_loses_nothing(tmp_path: Path, tiny: Path, momen
 
 
 def test_results_that_wait_to_be_written_survive_their_worker(tmp_path: Path, tiny: Path) -> None:
-    report = job(tmp_path, tiny, "jobs.faults.engines:DiesAfterResults", flush_documents=1000, flush_seconds=1000)
+    report = job(tmp_path, tiny, "tools.faults.engines:DiesAfterResults", flush_documents=1000, flush_seconds=1000)
     assert (tiny / "results.once").exists(), "the worker was killed"
     assert report.counts == {"ok": len(TEXTS)}
     attempts = [row["attempts"] for row in rows(tmp_path).values()]
@@ -61,7 +61,7 @@ def test_results_that_wait_to_be_written_survive_their_worker(tmp_path: Path, ti
 
 
 def test_a_tokenizer_that_raises_costs_one_document(tmp_path: Path, tiny: Path) -> None:
-    report = job(tmp_path, tiny, "jobs.faults.engines:BadTokenizer", TEXTS | {"bad": "BADTOKEN here"})
+    report = job(tmp_path, tiny, "tools.faults.engines:BadTokenizer", TEXTS | {"bad": "BADTOKEN here"})
     assert report.counts == {"ok": len(TEXTS), "error": 1}
     assert rows(tmp_path)["bad"]["error"] == "OverflowError: the tokenizer has a fault"
 
@@ -73,7 +73,7 @@ def test_a_chat_template_that_raises_ends_the_job_with_its_message(tmp_path: Pat
 
 
 def test_out_of_memory_is_tried_once_more_in_smaller_chunks(tmp_path: Path, tiny: Path) -> None:
-    report = job(tmp_path, tiny, "jobs.faults.engines:ShortOfMemory", chunk_tokens=512)
+    report = job(tmp_path, tiny, "tools.faults.engines:ShortOfMemory", chunk_tokens=512)
     assert report.counts == {"ok": len(TEXTS)}
     found = rows(tmp_path)
     assert found["victim"]["attempts"] == 2
@@ -81,7 +81,7 @@ def test_out_of_memory_is_tried_once_more_in_smaller_chunks(tmp_path: Path, tiny
 
 
 def test_out_of_memory_in_the_smallest_chunks_is_a_row(tmp_path: Path, tiny: Path) -> None:
-    report = job(tmp_path, tiny, "jobs.faults.engines:ShortOfMemory", chunk_tokens=4096)
+    report = job(tmp_path, tiny, "tools.faults.engines:ShortOfMemory", chunk_tokens=4096)
     assert report.counts == {"ok": len(TEXTS) - 1, "oom": 1}
     row = rows(tmp_path)["victim"]
     assert row["attempts"] == 2

@@ -23,11 +23,11 @@ from jobs.audit.measure import Point, Reference, check_reference, likeness_of, s
 from jobs.audit.options import Limits, options_of, parser
 from jobs.audit.results import SCHEMA, read_audit
 from jobs.audit.sample import choose
-from jobs.faults.corpus import write_model
 from pipeline.engine import Completion
 from pipeline.errors import JobError
 from pipeline.source import find_files, list_documents
 from stem_core.estimators import ESTIMATORS
+from tools.faults.corpus import write_model
 
 ROOT = Path(__file__).parents[2]
 READER = ROOT / "models" / "tiny-reader"
@@ -160,6 +160,27 @@ def test_a_selection_that_is_bad_on_purpose_agrees_less(tmp_path: Path, monkeypa
     assert good[0] > 0.9
     assert bad[0] < good[0] - 0.1
     assert bad[1] > 10 * good[1]
+
+
+def test_known_answers_are_woven_into_the_documents_and_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What dense attention finds of them, a selection that is bad on purpose loses."""
+    (tmp_path / "documents").mkdir()
+    (tmp_path / "documents/a.txt").write_text(REPORT[:7000], encoding="utf-8")
+    right = ESTIMATORS["oam"].scores
+
+    def upside_down(*args: Any, **kwargs: Any) -> torch.Tensor:
+        scores = right(*args, **kwargs)
+        return torch.where(scores.isfinite(), -scores, scores)
+
+    monkeypatch.setattr(ESTIMATORS["oam"], "scores", upside_down)
+    _, found, _ = audit(tmp_path / "documents", READER, tmp_path / "out", "--preset release --budget 0.3 --known 1")
+    assert (found["known"], found["why_none"]) == (1, "")
+    dense, arm = (each["known"] for each in found["arms"])
+    assert dense["lookups"]["dense"] > 0.7
+    assert (dense["lookups"]["mean"], dense["lookups"]["n"]) == (0.0, arm["lookups"]["n"])
+    assert arm["lookups"]["mean"] < -0.3
+    assert found["advice"]["verdict"] != "use"
+    assert "lookups" in (tmp_path / "out" / "audit.html").read_text(encoding="utf-8")
 
 
 def test_the_most_exact_dense_is_the_measure_of_every_precision(documents: Path, model: Path, tmp_path: Path) -> None:
@@ -406,23 +427,29 @@ def figures(name: str, hours: float, agreement: float, rouge: float, **changes: 
     preset, _, precision = name.partition("-")
 
     def over(value: float) -> dict[str, Any]:
-        return {"mean": value, "low": value - 0.04, "high": min(1.0, value + 0.04), "documents": 8}
+        return {"mean": value, "low": value - 0.04, "high": min(1.0, value + 0.04), "documents": 24}
 
     return {
         "arm": name,
         "preset": preset,
         "budget": None,
         "precision": precision,
-        "documents": 8,
+        "documents": 24,
         "failed": 0,
-        "sparse_documents": 0 if preset == "dense" else 8,
+        "sparse_documents": 0 if preset == "dense" else 24,
         "density": 1.0 if preset == "dense" else 0.3,
         "documents_per_hour": hours,
         "first_token_vs_reference": hours / 100,
         "repeat_seconds": (1.0, 1.01),
         "token_agreement": over(agreement),
         "rouge_l": over(rouge),
+        "known": known(0.0),
     } | changes
+
+
+def known(lost: float, half: float = 0.05, dense: float = 0.9, name: str = "lookups") -> dict[str, Any]:
+    gap = {"dense": dense, "mean": -lost, "low": -lost - half, "high": half - lost, "n": 64, "documents": 8}
+    return {name: gap}
 
 
 DENSE = figures("dense-bf16", 100, 1.0, 1.0)
@@ -460,21 +487,54 @@ def test_recommendation(others: list[dict[str, Any]], verdict: str, arm: str) ->
     assert f"--precision {arm.partition('-')[2]}" in found.flags
     assert len(found.reasons) == len(others)
     # It says how few documents there were, and what they cannot show.
-    assert any("8 of 500 documents were compared" in text and "31%" in text for text in found.caveats)
+    assert any("24 of 500 documents were compared" in text and "12%" in text for text in found.caveats)
+
+
+def test_what_loses_known_answers_is_never_recommended() -> None:
+    """However fast and like dense its outputs are; a loss where dense finds nothing itself is none."""
+    lossy = figures("release-bf16", 300, 1.0, 1.0, known=known(0.2))
+    alone = recommend([DENSE, lossy], Limits(), 500)
+    assert (alone.verdict, alone.arm) == ("stay", "dense-bf16")
+    assert "not recommended: it loses 20 points of lookups, of which dense finds 90%" in alone.reasons[0][1]
+    beside = recommend([DENSE, lossy, figures("sampled-bf16", 150, 0.97, 0.95)], Limits(), 500)
+    assert (beside.verdict, beside.arm) == ("use", "sampled-bf16")
+    asked = figures("release-bf16", 300, 1.0, 1.0, known=known(0.2, name="questions"))
+    assert recommend([DENSE, asked], Limits(), 500).verdict == "stay"
+    hopeless = figures("release-bf16", 300, 1.0, 1.0, known=known(0.2, dense=0.3))
+    found = recommend([figures("dense-bf16", 100, 1.0, 1.0, known=known(0.0, dense=0.3)), hopeless], Limits(), 500)
+    assert found.verdict == "use"
+    assert any("Nothing is known of lookups" in text and "does not find them" in text for text in found.caveats)
+    no_text = recommend([DENSE | {"known": {}}, hopeless | {"known": {}}], Limits(), 500, why_none="too short")
+    assert any("sparse attention loses first: too short" in text for text in no_text.caveats)
+
+
+def test_too_few_documents_recommend_nothing() -> None:
+    few = {"mean": 1.0, "low": 0.8, "high": 1.0, "documents": 8}
+    arm = figures("sampled-bf16", 150, 1.0, 1.0, rouge_l=few)
+    found = recommend([DENSE, arm], Limits(), 500)
+    assert (found.verdict, found.arm, found.flags) == ("none", "sampled-bf16", "")
+    assert found.headline.startswith("Not enough documents to recommend preset sampled")
+    assert "8 were compared, 20 are needed (--sample 20)" in found.headline
+    assert "not enough documents" in found.reasons[0][1]
+    assert recommend([DENSE, arm], Limits(), 8).verdict == "use"  # all there are
+    unseen_loss = figures("sampled-bf16", 150, 1.0, 1.0, known=known(0.0, half=0.3))
+    found = recommend([DENSE, unseen_loss], Limits(), 500)
+    assert (found.verdict, found.flags) == ("none", "")
+    assert "up to 30 points of lookups may be lost unseen in 8 documents" in found.headline
 
 
 def test_what_a_recommendation_says_of_its_doubts() -> None:
     limits = Limits(agreement=0.95, rouge=0.9)
-    sure = recommend([DENSE, figures("sampled-bf16", 150, 1.0, 1.0)], limits, 8)
+    sure = recommend([DENSE, figures("sampled-bf16", 150, 1.0, 1.0)], limits, 24)
     assert not any("interval" in text for text in sure.caveats)
-    assert sure.caveats[1].startswith("All 8 documents")
+    assert sure.caveats[1].startswith("All 24 documents")
     assert "by up to 1.01x" in sure.caveats[0]
     busy = recommend([DENSE, figures("sampled-bf16", 300, 1.0, 1.0, repeat_seconds=(2.0, 5.0))], limits, 8)
     assert (busy.verdict, busy.flags) == ("none", "")
     assert "by 2.50x" in busy.headline
     open_one = recommend([DENSE, figures("sampled-bf16", 150, 0.96, 1.0, sparse_documents=5)], limits, 500)
     assert any("0.920 to 1.000" in text and "reaches below 0.95" in text for text in open_one.caveats)
-    assert any("read 3 of 8 documents densely" in text for text in open_one.caveats)
+    assert any("read 19 of 24 documents densely" in text for text in open_one.caveats)
     strict = recommend([DENSE, figures("sampled-bf16", 150, 0.96, 1.0)], Limits(agreement=0.99), 500)
     assert strict.verdict == "stay"
     assert "96.0%" in strict.reasons[0][1]

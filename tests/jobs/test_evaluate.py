@@ -1,10 +1,11 @@
-"""jobs.evaluate: its documents, its arms against the product, its reader against the engine, its figures."""
+"""jobs.evaluate: its documents, its arms, its reader against the engine, its figures."""
 
 from __future__ import annotations
 
 import json
 import sys
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
@@ -13,32 +14,20 @@ import pytest
 import torch
 
 from jobs.evaluate.__main__ import main
-from jobs.evaluate.answers import Answer, entries_of
-from jobs.evaluate.arms import (
-    EQUAL_DENSITY,
-    Arm,
-    Place,
-    attention_mass,
-    block_size_for,
-    make_arms,
-    random_scores,
-    window_scores,
-)
-from jobs.evaluate.attention import prepare_model
+from jobs.evaluate.arms import CONTROLS, Arm, attention_mass, make_arms, random_scores, window_scores
 from jobs.evaluate.documents import Fact, weave
-from jobs.evaluate.engine_reader import engine_arms
+from jobs.evaluate.estimates import estimate, mean, paired, wilson
 from jobs.evaluate.haystacks import KINDS, TASKS
-from jobs.evaluate.probe import Probe, merge_probes
-from jobs.evaluate.prompts import Reading, Tokenizer, make_document, read_prompts
-from jobs.evaluate.reader import Reader
-from jobs.evaluate.results import SCHEMA, Row, estimate, question_key, read_rows, recall_of
+from jobs.evaluate.options import options_of, parser
+from jobs.evaluate.prompts import Reading, Tokenizer, make_document, make_texts, read_prompts
+from jobs.evaluate.reader import Answer, Reader, Reference, comparison, likelihood
+from jobs.evaluate.results import SCHEMA, Row, ordered_recall, read_rows, recall_of
+from jobs.evaluate.run import model_folder, stretched
 from jobs.evaluate.summary import summarise
 from jobs.evaluate.wording import REPORT, RULER, pick_style
-from kernels.block_selection import BlockSelection
 from pipeline.engine import Engine, EngineConfig, Request
-from pipeline.engine.loading import load_model, stop_token_ids
+from pipeline.engine.loading import context_limit, load_config, load_model
 from pipeline.errors import JobError
-from stem_core.config import StemConfig
 
 MODEL = str(Path(__file__).parents[2] / "models/tiny-reader")
 
@@ -49,9 +38,10 @@ def tokenizer() -> Tokenizer:
 
 
 @cache
-def reader() -> Reader:
-    model = load_model(EngineConfig(MODEL, device="cpu"))
-    return Reader(prepare_model(model), stop_token_ids(model), chunk_tokens=256, cached_tokens=20_000)
+def reader(precision: str = "fp32", chunk_tokens: int = 256) -> Reader:
+    made = Reader(EngineConfig(MODEL, device="cpu", precision=precision, chunk_tokens=chunk_tokens), 1600)
+    made.allocate(1.0)
+    return made
 
 
 @cache
@@ -60,8 +50,13 @@ def reading(kind: str = "report", length: int = 700, questions: int = 2) -> Read
     return read_prompts(document, REPORT, tokenizer())
 
 
-def arm(spec: str, density: float = 0.5, tail: int = 0) -> Arm:
-    return make_arms([spec], [16], [density], [tail], dense_layers=1)[0]
+def arm(spec: str, block_size: int = 16) -> Arm:
+    return make_arms([spec], block_size)[-1]
+
+
+def read(chosen: Arm, precision: str = "fp32", reference: Reference | None = None) -> list[Answer]:
+    reader(precision).use(chosen)
+    return reader(precision).read(reading(), {} if reference is None else reference)
 
 
 @pytest.mark.parametrize("style", [REPORT, RULER], ids=lambda style: style.name)
@@ -101,181 +96,205 @@ def test_too_short_a_document_is_refused() -> None:
         make_document("essay", 300, 0, REPORT, tokenizer(), 4, seed=0)
 
 
+def test_texts() -> None:
+    """Whole blocks of an essay, spread over it; other ones with another seed; synthetic sentences without one."""
+    essay = " ".join(f"The bridge of {index} was built." for index in range(900))
+    texts = make_texts(1100, 3, tokenizer(), 0, essay)
+    assert {text.prompt_tokens for text in texts} == {1024}
+    assert {len(text.ids) for text in texts} == {1024 + 512}
+    assert all(tokenizer().decode(text.ids[:900]).strip() in essay for text in texts)
+    assert len({text.ids[:50].tobytes() for text in texts + make_texts(1100, 3, tokenizer(), 1, essay)}) == 6
+    assert texts[0].places[0] == 256
+    assert texts[0].places[-1] < 1023
+    with pytest.raises(JobError, match=r"^--essay has [\d,]+ tokens, task text takes 66,048 at 65,536 tokens"):
+        make_texts(65_536, 1, tokenizer(), 0, essay)
+    with pytest.raises(JobError, match="of 256 tokens or more, got 255"):
+        make_texts(255, 1, tokenizer(), 0, essay)
+    (synthetic,) = make_texts(1100, 1, tokenizer(), 0, "")
+    assert len(synthetic.ids) == 1536
+
+
 def test_styles() -> None:
     assert pick_style("auto", 2048) is REPORT
     assert pick_style("auto", 128_256) is RULER
     assert pick_style("ruler", 2048) is RULER
 
 
-def qkv(tokens: int, seed: int = 0) -> list[torch.Tensor]:
-    torch.manual_seed(seed)
-    return [torch.randn(1, heads, tokens, 16) for heads in (4, 2, 2)]
+@pytest.mark.parametrize("spec", CONTROLS)
+def test_controls_keep_as_much_and_do_not_depend_on_chunks(spec: str) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 500, 16) for heads in (4, 2, 2))
+    chosen = arm(f"{spec}:density=0.6")
+    assert chosen.config is not None
+    reader().use(chosen)
+    budget = next(policy.budget(500, None) for policy, _ in reader()._runner.layers if not policy.leading)
+
+    def select(start: int, end: int) -> torch.Tensor:
+        part = chosen.select(
+            3, q[:, :, start:end], k[:, :, :end], v[:, :, :end], chosen.config, budget, start=start, scale=None
+        )  # type: ignore[arg-type]
+        return part.to_mask(32)
+
+    whole = select(0, 500)
+    assert whole.sum() / (4 * 32 * 33 / 2) == pytest.approx(budget.density)
+    assert budget.density == pytest.approx(0.6, abs=0.02)
+    assert not whole.triu(1).any()
+    for start, end in pairwise((0, 160, 320, 500)):
+        assert torch.equal(select(start, end), whole[:, :, start // 16 : -(-end // 16)])
 
 
-def kept(selection: BlockSelection | None, blocks: int) -> torch.Tensor:
-    assert selection is not None
-    return selection.to_mask(blocks)
-
-
-@pytest.mark.parametrize("spec", [*EQUAL_DENSITY])
-def test_arms_of_one_density_keep_as_much(spec: str) -> None:
-    q, k, v = qkv(1000)
-    chosen = arm(spec, density=0.4, tail=2)
-    selection = chosen.select(q, k, v, Place(5, 0, 1000, None))
-    density = chosen.density(1000, layers=8)
-    assert selection is not None
-    assert selection.density() == pytest.approx(density[0])
-    assert density[0] == pytest.approx(0.4, abs=0.01)
-    assert density[1] == pytest.approx((1 + 7 * density[0]) / 8)
-    assert chosen.select(q, k, v, Place(0, 0, 1000, None)) is None  # the leading layer
-    mask = kept(selection, 63)
-    assert mask[0, :, :, :4].tril().sum() == mask.shape[1] * (63 * 4 - 6)  # sink
-    assert mask[0, 0, -2:].sum() == 63 + 62  # dense tail
-    assert not mask.triu(1).any()
-
-
-@pytest.mark.parametrize("spec", [*EQUAL_DENSITY])
-def test_selection_does_not_depend_on_chunks(spec: str) -> None:
-    q, k, v = qkv(500)
-    chosen = arm(spec, density=0.5)
-    whole = kept(chosen.select(q, k, v, Place(3, 0, 500, None)), 32)
-    for start, end in ((0, 160), (160, 320), (320, 500)):
-        part = chosen.select(q[:, :, start:end], k[:, :, :end], v[:, :, :end], Place(3, start, 500, None))
-        rows = slice(start // 16, -(-end // 16))
-        assert torch.equal(kept(part, 32), whole[:, :, rows])
-
-
-def test_scores_of_arms_that_are_no_product() -> None:
-    q, k, _ = qkv(40)
-    place, config = Place(0, 0, 40, None), StemConfig(block_size=16)
-    weights = (
-        (q @ k.repeat_interleave(2, 1).mT / 4).masked_fill(~torch.ones(40, 40).tril().bool(), -torch.inf).softmax(-1)
-    )
+def test_scores_of_controls() -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 4, 40, 16), torch.randn(1, 2, 40, 16)
+    hidden = ~torch.ones(40, 40).tril().bool()
+    weights = (q @ k.repeat_interleave(2, 1).mT / 4).masked_fill(hidden, -torch.inf).softmax(-1)
     expected = torch.zeros(1, 4, 3, 3)
     for row in range(3):
         for column in range(3):
             part = weights[..., 16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
             expected[..., row, column] = part.sum((-1, -2))
-    torch.testing.assert_close(attention_mass(q, k, k, place, config), expected)
-    window = window_scores(q, k, k, place, config)
-    assert (window.diff(dim=-1) > 0).all()
-    drawn = random_scores(q, k, k, place, config)
+    torch.testing.assert_close(attention_mass(0, q, k, 0, 16, None), expected)
+    assert (window_scores(0, q, k, 0, 16, None).diff(dim=-1) > 0).all()
+    drawn = random_scores(0, q, k, 0, 16, None)
     assert len(drawn.unique()) == drawn.numel()
     assert 0 <= drawn.min() < drawn.max() < 1
-    assert not torch.equal(drawn, random_scores(q, k, k, Place(1, 0, 40, None), config))
+    assert not torch.equal(drawn, random_scores(1, q, k, 0, 16, None))
 
 
 def test_arm_specs() -> None:
-    arms = make_arms(
-        ["sample:sample_rows=8,dense_tail=1", "dense", "sampled", "paper"], [16, 32], [0.25, 0.5], [0, 4], 0
-    )
-    assert [item.name for item in arms[:2]] == ["dense", "sample:sample_rows=8,dense_tail=1"]
-    assert len(arms) == 1 + 2 * (2 + 2 + 2)
+    arms = make_arms(["release:density=0.2,dense_tail=1", "window", "sampled", "dense-again"], None)
+    assert [item.name for item in arms] == [
+        "dense",
+        "release:density=0.2,dense_tail=1",
+        "window",
+        "sampled",
+        "dense-again",
+    ]
     config = arms[1].config
     assert config is not None
-    assert (config.sample_rows, config.dense_tail, config.density, config.block_size) == (8, 1, 0.25, 16)
-    with pytest.raises(JobError, match="did you mean 'oracle'"):
-        make_arms(["orakel"], [16], [0.5], [0], 0)
-    with pytest.raises(JobError, match=r"^--arms sampled:max_output_error=0.1: max_output_error makes some"):
-        make_arms(["sampled:max_output_error=0.1"], [32], [0.25], [4], 0)
-    with pytest.raises(JobError, match="did you mean 'sample_rows'"):
-        make_arms(["sample:samplerows=2"], [16], [0.5], [0], 0)
-    with pytest.raises(JobError, match="sample_rows must divide"):
-        make_arms(["sample:sample_rows=7"], [16], [0.5], [0], 0)
-    assert [block_size_for(length) for length in (1000, 4096, 16_384, 32_768, 131_072)] == [16, 16, 64, 128, 128]
+    assert (config.schedule, config.dense_tail, config.density, config.block_size) == ("density", 1, 0.2, 128)
+    assert config.dense_below == 6144  # a preset stays as a job runs it
+    small = arm("release").config
+    assert small is not None
+    assert (small.block_size, small.dense_below) == (16, 0)
+    for spec, told in {
+        "orakel": "did you mean 'oracle'",
+        "release:densty=0.2": "did you mean 'density'",
+        "release:density=x": "density must be float, got 'x'",
+        "release:stride=7": "stride must divide",
+        "dense:density=0.5": "dense attention has no settings",
+    }.items():
+        with pytest.raises(JobError, match=told):
+            make_arms([spec], None)
+    with pytest.raises(JobError, match=r"--precision fp8: its kernels take blocks of 32, .* got block_size=16"):
+        make_arms(["sampled"], 16, ["bf16", "fp8"])
+    with pytest.raises(JobError, match="oracle: it cannot run with --precision fp8"):
+        make_arms(["oracle"], 32, ["fp8"])
 
 
-@pytest.mark.parametrize("spec", ["dense", "stem", "sampled"])
-def test_reader_answers_as_the_engine(spec: str) -> None:
-    """Shared prefill, chunks and batched answers change no token."""
-    chosen = arm(spec)
-    answers = reader().read([reading()], [chosen], None, frozenset())
-    engine = Engine(EngineConfig(MODEL, device="cpu", attention=chosen.config, arena_tokens=4000, max_live=2))
-    asked = {}
-    for answer in answers:
-        if answer.lookup is None:
-            asked[answer.key[1]] = answer
-            engine.add(Request(answer.key[1], answer.prompt.ids, answer.prompt.max_new_tokens))
+@pytest.mark.parametrize("precision", ["fp32", "fp8"])
+@pytest.mark.parametrize("spec", ["dense", "release:density=0.5", "sampled:base_blocks=8"])
+def test_reader_answers_as_the_engine(spec: str, precision: str) -> None:
+    """A shared prefill, chunks, copies and answers in one batch change no token."""
+    chosen = arm(spec, block_size=32)
+    answers = read(chosen, precision)
+    config = EngineConfig(MODEL, device="cpu", precision=precision, attention=chosen.config, arena_tokens=4000)
+    engine = Engine(config)
+    asked, expected = {}, {}
+    whole = reading().prompts[0].ids
+    for index, answer in enumerate(answers):
+        if answer.prompt is not None:
+            asked[str(index)] = answer
+            engine.add(Request(str(index), answer.prompt.ids, answer.prompt.max_new_tokens))
+        elif spec == "dense" and answer.lookup is not None:  # a prompt that ends before the value is said again
+            first, last = answer.lookup.second
+            expected[str(index)] = answer, whole[first:last].tolist()
+            engine.add(Request(str(index), whole[:first], last - first))
     done = []
     while engine.has_work:
         done += engine.step()
-    assert len(done) == len(asked) == 3
+    assert len(asked) == 3
+    assert len(done) == len(asked) + len(expected)
     for completion in done:
         assert completion.status == "ok"
-        assert completion.token_ids == asked[completion.request_id].token_ids
-        density = chosen.density(completion.prompt_tokens, reader().layers)[1]
-        assert completion.density == pytest.approx(density)
+        if completion.request_id in expected:
+            answer, value = expected[completion.request_id]
+            assert answer.correct == (completion.token_ids == value)
+            continue
+        answer = asked[completion.request_id]
+        assert completion.token_ids == answer.token_ids
+        assert completion.density == pytest.approx(answer.density[1])
 
 
 def test_answers_do_not_depend_on_their_neighbours() -> None:
-    """One reading alone gives what it gives beside another reading and under several arms at once."""
-    arms = [arm("stem"), arm("window")]
-    together = reader().read([reading(), reading("noise")], arms, None, frozenset())
-    alone = reader().read([reading("noise")], [arms[1]], None, frozenset())
-
-    def found(answers: list[Answer]) -> dict[str, list[int]]:
-        return {
-            answer.key[1]: answer.token_ids
-            for answer in answers
-            if answer.arm.name == "window" and answer.reading.document.kind == "noise"
-        }
-
-    assert found(together) == found(alone) != {}
-
-
-def test_answers_do_not_depend_on_the_cache() -> None:
-    """Keys that are widened to float32 once answer as those that each step converts."""
-    model = prepare_model(load_model(EngineConfig(MODEL, device="cpu", precision="bf16")))
-    readings = [reading("noise", 400, 1)]
-    roomy, tight = (Reader(model, stop_token_ids(model), 256, cached_tokens) for cached_tokens in (20_000, 1))
+    """Few rows at a time, and questions that share no prefill, answer as all together."""
+    chosen = arm("release:density=0.5")
+    reader().use(chosen)
+    together = reader().read(reading("essay"), {})
+    alone = []
+    for prompt in reading("essay").prompts:
+        only = Reading(reading("essay").document, (prompt,), (), reading("essay").shared)
+        alone += reader().read(only, {})
     found = [
-        [answer.token_ids for answer in each.read(readings, [arm("stem")], None, frozenset())]
-        for each in (roomy, tight)
+        {answer.prompt.question.text: answer.token_ids for answer in each if answer.prompt}
+        for each in (together, alone)
     ]
-    assert found[0] == found[1] != []
+    assert len(found[0]) == 6
+    assert found[0] == found[1]
 
 
-def test_dense_and_full_selection_agree() -> None:
-    """A selection of nearly everything has the mass and the predictions of dense attention, a narrow window not."""
-    name = frozenset([reading().document.name])
-    dense = reader().read([reading()], [Arm("dense", None)], None, name)
-    known = {answer.key: answer for answer in dense}
-    full = make_arms(["oracle"], [16], [0.999999], [0], dense_layers=0)[0]
-    for answer in reader().read([reading()], [full], known, name):
-        assert answer.mass == pytest.approx([1.0] * 8, abs=0.02)
-        assert answer.needles is not None
-        if answer.lookup is not None:
-            assert answer.correct == known[answer.key].correct
-            continue
-        assert answer.first_kl == pytest.approx(0.0, abs=0.02)
-        assert answer.answer_kl == pytest.approx(0.0, abs=0.02)
-    cut = reader().read([reading()], [arm("window", density=0.4)], known, name)
-    assert max(answer.answer_kl or 0.0 for answer in cut) > 0.1
-    assert min(min(answer.mass or [1.0]) for answer in cut) < 0.9
+def test_predictions_against_dense() -> None:
+    """Nothing of a KL in chunks of another length or where everything is kept; much behind a narrow window."""
+    reference: Reference = {}
+    dense = read(arm("dense"), reference=reference)
+    assert all(answer.kl == 0.0 for answer in dense)
+    for spec in ("dense-again", "window:density=0.999999"):
+        for answer, other in zip(read(arm(spec), reference=reference), dense, strict=True):
+            assert answer.kl == pytest.approx(0.0, abs=0.02)
+            assert (answer.correct, answer.token_ids) == (other.correct, other.token_ids)
+    cut = read(arm("window"), reference=reference)
+    assert max(answer.kl or 0.0 for answer in cut) > 1.0
+    inside = [answer for answer in cut if answer.lookup is not None]
+    assert len(inside) > 2
+    assert all(answer.correct == (answer.top1 == 1.0) for answer in inside)
+    assert not all(answer.correct for answer in inside)
 
 
-def test_the_mass_of_a_document_is_a_mean_over_its_rows() -> None:
-    needle = ((0, 4), 10)
-    chunks = [
-        Probe([needle], rows=300, mass={0: 0.9, 1: 1.0}, kept={0: [0.5], 1: [1.0]}),
-        Probe([], rows=100, mass={0: 0.5, 1: 0.2}, kept={0: [], 1: []}),
-        Probe([needle, needle], rows=100, mass={0: 0.4}, kept={0: [0.25, 0.75]}),  # layer 1 has a sliding window
-    ]
-    whole = merge_probes(chunks, layers=2)
-    assert whole.rows == 500
-    assert whole.mass == {0: pytest.approx(0.72), 1: pytest.approx(0.84)}
-    assert whole.kept == {0: [0.5, 0.25, 0.75], 1: [1.0, 1.0, 1.0]}
-    assert len(whole.needles) == 3
+def test_predictions_along_text() -> None:
+    """As transformers' own attention predicts; an arm's differ inside and, less, behind the prompt."""
+    (text,) = make_texts(768, 1, tokenizer(), 0, "")
+    reference: Reference = {}
+    reader().use(arm("dense"))
+    inside, behind = reader().read_text(text, reference)
+    model = load_model(EngineConfig(MODEL, device="cpu"))
+    ids = torch.from_numpy(text.ids)
+    with torch.inference_mode():
+        logits = model(input_ids=ids[None]).logits[0]
+    places = torch.tensor(text.places)
+    torch.testing.assert_close(reference["inside"], logits[places], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(reference["behind"], logits[768:-1], atol=1e-3, rtol=1e-3)
+    assert inside.nll == pytest.approx(
+        float(torch.nn.functional.cross_entropy(logits[places], ids[places + 1])), abs=1e-3
+    )
+    assert (inside.kl, behind.kl, inside.top1, behind.top1) == (0.0, 0.0, 1.0, 1.0)
+    reader().use(arm("window:density=0.2"))
+    cut = reader().read_text(text, reference)
+    assert all((answer.kl or 0.0) > 1e-5 for answer in cut)
+    assert cut[0].top1 is not None
+    assert cut[0].top1 < 1.0
 
 
-def test_entries_share_a_prefill_by_blocks_only() -> None:
-    entries = entries_of([reading()], arm("stem"))
-    assert sum(len(entry.prompts) for entry in entries) == 3
-    for entry in entries:
-        assert len({-(-len(prompt.ids) // 16) for prompt in entry.prompts}) == 1
-        assert entry.shared % 16 == 0
-        assert entry.shared <= reading().shared
-    assert len(entries_of([reading()], Arm("dense", None))) == 1
+def test_comparison_by_its_formula() -> None:
+    torch.manual_seed(0)
+    mine, theirs = torch.randn(600, 50), torch.randn(600, 50)
+    p, q = theirs.double().softmax(-1), mine.double().softmax(-1)
+    kl, same = comparison(mine, theirs)
+    assert kl == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-4)
+    assert same == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+    targets = torch.randint(50, (600,))
+    nll, first = likelihood(mine, targets)
+    assert nll == pytest.approx(float(-q.log().gather(1, targets[:, None]).mean()), rel=1e-4)
+    assert first == pytest.approx(float((q.argmax(-1) == targets).double().mean()))
 
 
 def test_estimates() -> None:
@@ -284,6 +303,8 @@ def test_estimates() -> None:
     values = [float(rng.random() < 0.7) for _ in documents]
     found = estimate(values, documents)
     assert found.mean == pytest.approx(sum(values) / 100)
+    assert found.low is not None
+    assert found.high is not None
     assert found.low < found.mean < found.high
     assert (found.n, found.documents) == (100, 20)
     assert found == estimate(values, documents)
@@ -292,34 +313,109 @@ def test_estimates() -> None:
     assert (few.low, few.high) == (0.0, 1.0)
 
 
+@pytest.mark.parametrize("n", [1, 4, 40, 200])
+def test_intervals_have_a_width_where_all_answers_are_the_same(n: int) -> None:
+    """A bootstrap has none there, and would call 4 right answers of 4 certain."""
+    documents = [f"d{index // 2}" for index in range(n)]
+    right, wrong = estimate([1.0] * n, documents), estimate([0.0] * n, documents)
+    z2 = 1.959964**2
+    assert (right.low, right.high) == (pytest.approx(n / (n + z2)), 1.0)
+    assert (wrong.low, wrong.high) == (0.0, pytest.approx(z2 / (n + z2)))
+    for value in (0.0, 1.0):
+        same = paired([value] * n, [value] * n, documents)
+        assert (same.mean, same.low, same.high) == (0.0, pytest.approx(-z2 / (n + z2)), pytest.approx(z2 / (n + z2)))
+    lost = paired([0.0] * n, [1.0] * n, documents)
+    assert (lost.mean, lost.low, lost.high) == (-1.0, -1.0, pytest.approx(-n / (n + z2)))
+
+
+def test_intervals_of_one_document_and_of_differences() -> None:
+    assert estimate([1.0, 0.0, 1.0, 1.0], ["a"] * 4).low == pytest.approx(wilson(3, 4)[0])
+    assert wilson(3, 4) == pytest.approx((0.3006, 0.9544), abs=1e-4)
+    assert mean([0.5, 0.7], ["a", "a"]).low is None
+    two = mean([0.5, 0.7], ["a", "b"])
+    assert (two.low, two.high) == (0.5, 0.7)
+    # Paired: what both miss does not widen the interval of the difference.
+    documents = [f"d{index}" for index in range(40)]
+    others = [float(index % 2) for index in range(40)]
+    values = [0.0 if index == 1 else other for index, other in enumerate(others)]
+    gap = paired(values, others, documents)
+    assert gap.mean == pytest.approx(-1 / 40)
+    assert gap.low is not None
+    assert gap.low == pytest.approx(-0.1)
+
+
 def test_recall() -> None:
     assert recall_of("It is 123 and Ab.", ["123", "AB", "77"]) == pytest.approx(2 / 3)
+    assert ordered_recall("1. 123\n2. 45\n3. 77", ["123", "45", "77"]) == 1.0
+    assert ordered_recall("1. 45\n2. 123\n3. 77", ["123", "45", "77"]) == pytest.approx(2 / 3)
+    assert ordered_recall("77, 45 and 123", ["123", "45", "77"]) == pytest.approx(1 / 3)
+    assert ordered_recall("none", ["123"]) == 0.0
+
+
+def test_stretched_context(tmp_path: Path) -> None:
+    flags = ["--model", MODEL, "--rope-scaling", "2", "--output", str(tmp_path)]
+    options = options_of(parser("").parse_args(flags), torch.device("cpu"))
+    folder = model_folder(options)
+    loaded = load_config(EngineConfig(folder, device="cpu"))
+    limit = context_limit(load_config(EngineConfig(MODEL, device="cpu")))
+    assert context_limit(loaded) == 2 * limit
+    assert loaded.rope_parameters["rope_type"] == "yarn"
+    assert model_folder(options) == folder  # and once more
+    assert (Path(folder) / "model.safetensors").is_file()
+    model = load_model(EngineConfig(folder, device="cpu"))
+    frequencies = model.model.rotary_emb.inv_freq  # type: ignore[union-attr]
+    plain = load_model(EngineConfig(MODEL, device="cpu")).model.rotary_emb.inv_freq  # type: ignore[union-attr]
+    assert not torch.equal(frequencies, plain)  # type: ignore[arg-type]
+    with pytest.raises(JobError, match=r"this model's RoPE \(yarn\) is not a plain one"):
+        stretched(json.loads((Path(folder) / "config.json").read_text()), 2.0)
+    hub = options_of(parser("").parse_args(["--model", "a/b", "--rope-scaling", "4"]), torch.device("cpu"))
+    with pytest.raises(JobError, match="needs a model folder, which 'a/b' is not"):
+        model_folder(hub)
 
 
 def test_job_writes_rows_and_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "out"
+    out, essay = tmp_path / "out", tmp_path / "essay.txt"
+    essay.write_text(" ".join(f"The bridge of {index} was built. It is old." for index in range(400)))
     common = ["--model", MODEL, "--lengths", "600", "--questions", "1", "--no-plots", "--output", str(out)]
-    assert main([*common, "--tasks", "niah_noise", "summary", "--arms", "dense", "sample", "--device", "cpu"]) == 0
-    said = capsys.readouterr().out
-    assert "B = 16 (38 blocks), the smallest B" in said
+    common += ["--block-size", "32", "--essay", str(essay), "--precision", "fp8,fp32", "--device", "cpu"]
+    assert main([*common, "--tasks", "niah_essay", "lookup", "summary", "text", "--arms", "dense", "sampled"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "sampled B=32 density" in said
     rows = read_rows([out])
-    assert {(row["task"], row["arm"]) for row in rows} == {
-        (task, name) for task in ("niah_noise", "summary") for name in ("dense", "sample")
+    tasks = {"niah_essay", "lookup", "summary", "text inside", "text behind"}
+    assert {(row["task"], row["arm"], row["precision"]) for row in rows} == {
+        (task, name, precision) for task in tasks for name in ("dense", "sampled") for precision in ("fp32", "fp8")
     }
-    assert all(row["recall"] == recall_of(row["answer"], row["references"]) for row in rows)
-    assert all(row["density"] == 1.0 for row in rows if row["arm"] == "dense")
-    assert all(len(row["retained_mass"]) == len(row["needle_kept"]) == 8 for row in rows)
+    for row in rows:
+        text = row["task"].startswith("text")
+        assert (row["recall"] is None) == text
+        assert row["kl"] is not None
+        if not text and row["task"] == "niah_essay":
+            assert row["recall"] == recall_of(row["answer"], row["references"])
+    assert {row["kl"] for row in rows if (row["arm"], row["precision"]) == ("dense", "fp32")} == {0.0}
+    assert max(row["kl"] for row in rows if (row["arm"], row["precision"]) == ("dense", "fp8")) > 0
     summary = json.loads((out / "summary.json").read_text())
     assert summary["run"]["command"].startswith("python -m jobs.evaluate --model")
-    assert {setting["arm"] for setting in summary["settings"]} == {"dense", "sample"}
+    assert [(setting["arm"], setting["precision"]) for setting in summary["settings"]] == [
+        ("dense", "fp32"), ("sampled", "fp32"), ("dense", "fp8"), ("sampled", "fp8"),
+    ]  # fmt: skip
     for record in summary["dense_recall"]:
-        mine = [row["recall"] for row in rows if (row["arm"], row["task"]) == ("dense", record["task"])]
+        mine = [
+            row["recall"]
+            for row in rows
+            if (row["arm"], row["precision"], row["task"]) == ("dense", "fp32", record["task"])
+        ]
         assert record["recall"] == pytest.approx(np.mean(mine))
-        assert record["low"] <= record["recall"] <= record["high"]
+        assert record["low"] < record["high"]
         assert record["n"] == len(mine)
-    assert "retrieval" in (out / "summary.txt").read_text()
+    assert summary["settings"][1]["predictions"]["text inside"]["kl"]["mean"] >= 0
+    assert {(record["arm"], record["precision"], record["base"]) for record in summary["precisions"]} == {
+        ("dense", "fp8", "fp32"), ("sampled", "fp8", "fp32"),
+    }  # fmt: skip
+    assert "fp8 - fp32: dense, 600 tokens, points of recall: all" in said
+    assert "KL inside" in (out / "summary.txt").read_text()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["--report", str(out), str(out), "--output", str(tmp_path / "again")]) == 0
     assert "0 plots are in" in (told := capsys.readouterr().err)
@@ -328,72 +424,28 @@ def test_job_writes_rows_and_report(
     assert again["settings"] == summary["settings"]  # rows that come twice count once
 
 
-def test_engine_precisions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The engine answers as the reader in fp32, beside it in fp8; a lookup is what the reader expects inside."""
-    common = ["--model", MODEL, "--device", "cpu", "--lengths", "500", "--questions", "1", "--no-plots"]
-    common += ["--tasks", "lookup", "report_facts", "--block-sizes", "32", "--dense-layers", "0"]
-    own, engine = tmp_path / "own", tmp_path / "engine"
-    assert main([*common, "--arms", "dense", "--output", str(own)]) == 0
-    assert main([*common, "--arms", "dense", "--engine", "fp8", "fp32", "--output", str(engine)]) == 0
-    assert "fp8 - fp32: dense, density 1.000, 500 tokens: " in " ".join(capsys.readouterr().out.split())
-    rows = read_rows([engine])
-    assert {row["arm"] for row in rows} == {"dense fp32", "dense fp8"}
-    assert all(row["retained_mass"] is row["needle_kept"] is row["first_token_kl"] is None for row in rows)
-    dense = {question_key(row): row for row in rows if row["arm"] == "dense fp32"}
-    expected = {question_key(row): row for row in read_rows([own])}
-    assert len(dense) == len(rows) / 2 == 5
-    assert all(row["precision"] is None for row in expected.values())
-    assert len(expected) > 2  # the reader looks up nothing behind the last whole block
-    for key, row in expected.items():
-        assert (dense[key]["answer"], dense[key]["recall"]) == (row["answer"], row["recall"])
-    assert any(row["recall"] for row in dense.values())
-    summary = json.loads((engine / "summary.json").read_text())
-    assert {"to_dense" in part for setting in summary["settings"] for part in setting["recall"].values()} == {
-        True,
-        False,
-    }
-    (record,) = summary["precisions"]
-    assert (record["arm"], record["precision"], record["base"]) == ("dense", "fp8", "fp32")
-    gaps = [row["recall"] - dense[question_key(row)]["recall"] for row in rows if row["precision"] == "fp8"]
-    assert record["recall"]["all"]["mean"] == pytest.approx(np.mean(gaps))
-
-
-def test_precisions_are_compared_with_the_most_exact_of_the_same_setting() -> None:
-    def row(arm: str, precision: str, question: str, recall: float) -> Row:
-        known = dict.fromkeys(SCHEMA.names) | {"length": 900, "document": question[0], "task": "niah_noise"}
-        known |= {"arm": f"{arm} {precision}", "precision": precision, "question": question, "recall": recall}
-        return (
-            known
-            | {"block_size": 0 if arm == "dense" else 32, "dense_tail": 0, "density": 0.5, "blocks": 9}
-            | {
-                "prefill_seconds": 1.0,
-                "config": arm,
-            }
-        )
+def test_summary_compares_question_by_question() -> None:
+    def row(arm: str, precision: str, question: str, recall: float, task: str = "niah_noise") -> Row:
+        known = dict.fromkeys(SCHEMA.names) | {"length": 900, "document": question[0], "task": task, "config": arm}
+        known |= {"arm": arm, "precision": precision, "question": question, "recall": recall}
+        return known | {"block_size": 32, "density": 0.5, "mean_density": 0.5, "prefill_seconds": 1.0, "kl": 0.1}
 
     rows = [row("dense", precision, name, 1.0) for name in ("a1", "a2", "b1") for precision in ("fp8", "bf16")]
-    rows += [row("stem", "bf16", name, recall) for name, recall in (("a1", 1.0), ("a2", 0.0), ("b1", 1.0))]
-    rows += [row("stem", "fp8", name, recall) for name, recall in (("a1", 0.0), ("a2", 0.0), ("b1", 0.5))]
+    rows += [row("dense", "bf16", "a1", 0.4, "multiquery"), row("release", "bf16", "a1", 1.0, "multiquery")]
+    rows += [row("release", "bf16", name, recall) for name, recall in (("a1", 1.0), ("a2", 0.0), ("b1", 1.0))]
+    rows += [row("release", "fp8", name, recall) for name, recall in (("a1", 0.0), ("a2", 0.0), ("b1", 0.5))]
     summary = summarise(rows)
-    dense, stem = summary["precisions"]
-    assert (dense["arm"], dense["changed"], dense["recall"]["all"]["low"]) == ("dense", 0, 0.0)
-    assert (stem["arm"], stem["base"], stem["changed"]) == ("stem", "bf16", 2)
-    assert stem["recall"]["all"]["mean"] == pytest.approx(-0.5)
-    settings = {setting["arm"]: setting["recall"]["retrieval"] for setting in summary["settings"]}
-    assert "to_dense" not in settings["dense bf16"]
-    assert settings["dense fp8"]["to_dense"]["mean"] == 0.0
-    assert settings["stem fp8"]["to_dense"]["mean"] == pytest.approx(0.5 / 3 - 1.0)
-
-
-def test_engine_refuses_arms_that_it_cannot_run() -> None:
-    arms = make_arms(["dense", "stem", "paper"], [32], [0.5], [0], 0)
-    assert [arm.name for arm in engine_arms(arms, ["fp8"])] == ["dense fp8", "stem fp8", "paper fp8"]
-    with pytest.raises(JobError, match=r"^--engine: it cannot run arm 'oracle'; it runs dense, sampled, .*, oam$"):
-        engine_arms(make_arms(["oracle"], [32], [0.5], [0], 0), ["fp32"])
-    small = make_arms(["stem"], [16], [0.5], [0], 0)
-    assert len(engine_arms(small, ["fp32"])) == 1
-    with pytest.raises(JobError, match=r"kernels take blocks of 32, .* got block_size=16; choose with --block-sizes"):
-        engine_arms(small, ["fp8"])
+    dense, release = summary["precisions"]
+    assert (dense["arm"], dense["changed"]) == ("dense", 0)
+    assert dense["recall"]["all"]["low"] < 0.0 < dense["recall"]["all"]["high"]
+    assert (release["arm"], release["base"], release["changed"]) == ("release", "bf16", 2)
+    assert release["recall"]["all"]["mean"] == pytest.approx(-0.5)
+    settings = {(record["arm"], record["precision"]): record["recall"]["retrieval"] for record in summary["settings"]}
+    assert "to_dense" not in settings["dense", "bf16"]
+    assert settings["dense", "fp8"]["to_dense"]["mean"] == 0.0
+    assert settings["release", "fp8"]["to_dense"]["mean"] == pytest.approx(0.5 / 3 - 1.0)
+    assert summary["left_out"] == [[900, "multiquery"]]  # dense fails it, so it says nothing about a selection
+    assert settings["release", "bf16"]["n"] == 3
 
 
 def test_user_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,13 +455,24 @@ def test_user_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return str(error.value)
 
     assert "did you mean 'summary'" in refused("--tasks", "sumary")
-    assert "takes up to 40960 tokens" in refused("--lengths", "50000")
-    assert "is not one of 16, 32" in refused("--block-sizes", "48")
-    assert "(0, 1]" in refused("--densities", "25")
-    assert "cannot run arm 'window'" in refused("--engine", "fp8", "--arms", "dense", "window")
-    assert "does not go with --engine" in refused("--engine", "fp8", "--precision", "fp32")
-    assert "invalid choice: 'fp9'" in refused("--engine", "fp9")
+    assert "takes up to 40960 tokens; --rope-scaling stretches that" in refused("--lengths", "50000")
+    assert "is not one of 16, 32" in refused("--block-size", "48")
+    assert "'fp9' is not one of auto, fp32" in refused("--precision", "bf16,fp9")
+    assert "must be above 1" in refused("--rope-scaling", "1")
     assert "holds no rows" in refused("--report", str(tmp_path))
+    assert "cannot be read as UTF-8" in refused("--essay", str(tmp_path / "none.txt"))
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    assert "cannot be read as UTF-8" in refused("--essay", str(tmp_path / "binary.txt"))
+    (tmp_path / "empty.txt").write_text(" \n")
+    assert "it is empty" in refused("--essay", str(tmp_path / "empty.txt"))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(JobError, match=r"plots need matplotlib: pip install -e '.\[bench\]', or leave out --plots"):
         main(["--model", MODEL, "--plots"])
+
+
+def test_it_runs_without_ray() -> None:
+    """A machine with a GPU needs torch, triton and transformers for an evaluation, and no cluster."""
+    import subprocess
+
+    code = "import sys; sys.modules['ray'] = None; import jobs.evaluate.__main__, jobs.evaluate.run"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from jobs.benchmark._attention_cases import random_selection
-from jobs.benchmark._attention_fp8 import Fp8Layer
-from jobs.benchmark._row_errors import (
+from kernels.block_selection import BlockSelection
+from kernels.block_sparse_attention import block_sparse_attention
+from kernels.block_sparse_attention_fp8.reference import WEIGHT_SCALE, round_weights
+from tools.benchmark._attention_cases import random_selection
+from tools.benchmark._attention_fp8 import Fp8Layer
+from tools.benchmark._row_errors import (
     ERROR_LIMIT,
     RowError,
     even_operands,
@@ -19,9 +22,6 @@ from jobs.benchmark._row_errors import (
     visible_keys,
     worst_bias,
 )  # fmt: skip
-from kernels.block_selection import BlockSelection
-from kernels.block_sparse_attention import block_sparse_attention
-from kernels.block_sparse_attention_fp8.reference import WEIGHT_SCALE, round_weights
 
 HEADS, LENGTH, DIM = 4, 16_384, 64
 AT_ONCE = 32  # keys of one instruction

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from jobs.benchmark._attention_cases import random_selection
-from jobs.benchmark._attention_fp8 import Fp8Layer
-from jobs.benchmark._row_errors import BLOCK, even_operands, plain_operands, problem_of, row_errors
 from kernels.block_sparse_attention import block_sparse_attention, choose_block_sparse_attention
 from kernels.block_sparse_attention_fp8 import block_sparse_attention_fp8, choose_block_sparse_attention_fp8
 from kernels.fp8_heads import fp8_obstacle
+from tools.benchmark._attention_cases import random_selection
+from tools.benchmark._attention_fp8 import Fp8Layer
+from tools.benchmark._row_errors import BLOCK, even_operands, plain_operands, problem_of, row_errors
 
 pytestmark = pytest.mark.gpu
 

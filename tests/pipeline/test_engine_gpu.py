@@ -11,10 +11,10 @@ import torch
 from engine_models import generate, last_logits, prompts, run, save_model
 from test_engine_wide_layers import biased_model
 
-from jobs.benchmark.engine.agreement import check_agreement
 from pipeline.engine import Engine, EngineConfig, Request, Sampling
 from pipeline.engine.loading import load_model
 from stem_core import StemConfig
+from tools.benchmark.engine.agreement import check_agreement
 
 pytestmark = [
     pytest.mark.gpu,

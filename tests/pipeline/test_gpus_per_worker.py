@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.benchmark._shapes import shape_folder
+from jobs.shapes import shape_folder
 from pipeline.config import STEM_OVERRIDES, JobConfig
 from pipeline.engine import EngineConfig, EngineError, estimate_plan
 from pipeline.errors import JobError

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from jobs.benchmark._attention_cases import random_selection
-from jobs.benchmark._attention_fp8 import Fp8Layer
-from jobs.benchmark._row_errors import even_operands, problem_of, row_errors
 from kernels.block_sparse_attention_fp8 import block_sparse_attention_fp8
 from tests.kernels import fp8_cases as cases
 from tests.kernels.attention_cases import Case
 from tests.kernels.selection_cases import Decode, Scores
+from tools.benchmark._attention_cases import random_selection
+from tools.benchmark._attention_fp8 import Fp8Layer
+from tools.benchmark._row_errors import even_operands, problem_of, row_errors
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Outputs in bfloat16 are tested on a GPU.

@@ -1,1 +1,0 @@
-"""Benchmarks that check before they time: `python -m jobs.benchmark attention --lengths 4096 32768 --output DIR`."""

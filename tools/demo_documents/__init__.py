@@ -1,0 +1,1 @@
+"""The documents of the demo, and the findings in them."""

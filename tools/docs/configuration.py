@@ -1,0 +1,215 @@
+"""docs/configuration.md: every setting of a job, and what the presets are."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from dataclasses import Field, fields, is_dataclass
+from typing import Any
+
+import yaml
+
+from pipeline.config import STEM_OVERRIDES, JobConfig, flag, from_mapping
+from pipeline.manifest import READING
+from stem_core.budget import prompt_budget
+from stem_core.config import BLOCK_SIZES, DENSE_BELOW, PRESETS, SCHEDULES, StemConfig
+from stem_core.estimators import ESTIMATORS
+from tools.docs.markdown import table
+
+REQUIRED = ("input", "output", "model")
+# Settings that decide whether a folder's results are of the same job, although they are no setting of the output.
+READ_ANEW = (*READING, "prompt_file")
+TYPES = {
+    "str": "text",
+    "int": "whole number",
+    "float": "number",
+    "bool": "true or false",
+    "list": "a name or a list of names",
+    "map": "mapping; JSON after the flag",
+    "auto_int": "whole number or `auto`",
+    "shard": "`i/n`",
+    "date": "date, `2026-11-28`",
+}
+GROUPS = {
+    "data": "What is read, and where results go.",
+    "model": "The model. A folder needs `config.json`, a tokenizer and `*.safetensors`.",
+    "prompt": "What the model is asked about each document.",
+    "generation": "How the output is generated.",
+    "attention": "How prompts are read. What each setting means in full, and the presets' values: "
+    "[Stem's fields and presets](#stems-fields-and-presets).",
+    "engine": "Device, number format and memory of each worker.",
+    "run": "Workers, failures, files, and going on where an earlier run stopped.",
+}
+STEM_CHOICES: dict[str, tuple[Any, ...]] = {
+    "schedule": SCHEDULES,
+    "block_size": BLOCK_SIZES,
+    "estimator": tuple(ESTIMATORS),
+}
+LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
+EXAMPLE = """\
+input: [reports/2024, reports/2025.parquet]
+output: results
+model: Qwen/Qwen3-8B
+keep_columns: [year, author]        # columns of the Parquet file, copied into the results
+
+question: What went wrong, and what was done about it?
+chat_template_args: {enable_thinking: false}
+too_long: truncate
+max_new_tokens: 400
+
+preset: sampled
+budget: 0.25                        # in place of the preset's share
+precision: bf16
+workers: 4
+"""
+
+
+def configuration_page() -> str:
+    """The text of docs/configuration.md."""
+    example = JobConfig(**from_mapping(yaml.safe_load(EXAMPLE), "the example"))  # raises if it is no valid job
+    groups: dict[str, list[Field[Any]]] = {}
+    for item in fields(JobConfig):
+        groups.setdefault(item.metadata["group"], []).append(item)
+    parts = [_INTRO, _COMBINING, "## An example\n", f"```yaml\n{EXAMPLE}```\n", _example_note(example)]
+    for name, items in groups.items():
+        header = ("flag", "YAML key", "type", "default", "values", "meaning")
+        parts += [f"## {name.capitalize()}\n", GROUPS[name] + "\n", table(header, map(_setting, items)) + "\n"]
+    return "\n".join([*parts, _stem_section()])
+
+
+_NEEDED = ", ".join(f"`{flag(name)}`" for name in REQUIRED)
+_INTRO = f"""\
+# Configuration
+
+Every setting of `python -m jobs.summarize` (and of `jobs.submit`, which takes the same).
+{_NEEDED} are needed, all others have defaults. In Python, the YAML keys are the arguments' names:
+`pipeline.run_job(input=..., output=..., model=...)`.
+
+This page is written by `python -m tools.docs` from the code; do not edit it by hand.
+"""
+_COMBINING = """\
+## How settings combine
+
+1. A flag wins over the same key in the file of `--config`, and that wins over the default.
+2. `--preset` fills in Stem's fields. A single attention setting, such as `block_size`, replaces the preset's
+   value, whether it comes from a flag or from the file. So with `block_size: 64` in the file, `--preset release`
+   is `release` with blocks of 64.
+3. `--budget X` takes the place of the preset's schedule: layers that are not dense keep that share of the causal
+   blocks.
+4. With `--attention dense` the preset plays no part, and single attention settings are refused.
+
+The file holds `key: value` lines. `-` and `_` in keys are the same; a key that is not a setting is refused,
+with the nearest one that is. `null` is allowed where the default is unset or the preset's. Paths, in the file
+too, start at the folder in which the command runs. Settings that are true or false have two flags, `--compact`
+and `--no-compact`.
+
+Settings marked with a star decide what the results are. A job goes on in a folder that holds results only if they
+are as they were, or with `--force` ([what a resume replaces](results.md#what-a-resume-replaces)); all others may
+change from run to run.
+"""
+
+
+def _example_note(config: JobConfig) -> str:
+    stem = config.stem()
+    assert stem is not None
+    return (
+        "`python -m jobs.summarize --config job.yaml --max-new-tokens 600` runs it with longer outputs.\n"
+        f"Its attention is the preset `{config.preset}` at a density of {stem.density}.\n"
+        "With `--dry-run`, it only prints the plan.\n"
+    )
+
+
+def _setting(item: Field[Any]) -> tuple[str, ...]:
+    rules, name = item.metadata, item.name
+    negative = f", `--no-{flag(name)[2:]}`" if rules["kind"] == "bool" else ""
+    star = " *" if rules["changes_output"] or name in READ_ANEW else ""
+    kind, meaning = TYPES[rules["kind"]], rules["meaning"]
+    return f"`{flag(name)}`{negative}{star}", f"`{name}`", kind, _default(item), _values(item), meaning
+
+
+def _default(item: Field[Any]) -> str:
+    if item.name in REQUIRED:
+        return "needed"
+    if item.default in (None, ()):
+        return "the preset's" if item.name in STEM_OVERRIDES else "unset"
+    return f"`{yaml.safe_dump(item.default).splitlines()[0]}`"
+
+
+def _values(item: Field[Any]) -> str:
+    choices = item.metadata["choices"] or STEM_CHOICES.get(item.name, ())
+    low, high = item.metadata["low"], item.metadata["high"]
+    if choices:
+        return ", ".join(f"`{choice}`" for choice in choices)
+    if item.name in ("budget", "top_p"):
+        return f"above {low}, at most {high}"
+    if high is not None:
+        return f"{low} to {high:,}"
+    return "" if low is None else f"at least {low}"
+
+
+def _stem_section() -> str:
+    named = tuple(f"`{name}`" for name in PRESETS)
+    meanings = field_meanings()
+    rows = []
+    for name in StemConfig().to_dict():
+        setting = "budget" if name in ("schedule", "density") else name
+        choices = ", ".join(f"`{choice}`" for choice in STEM_CHOICES.get(name, ()))
+        values = [_plain(getattr(preset, name)) for preset in PRESETS.values()]
+        rows.append((f"`{name}`", f"`{flag(setting)}`", *values, choices, meanings[name]))
+    estimators = []
+    for name, estimator in ESTIMATORS.items():
+        cost = f"{estimator.cost(StemConfig(estimator=name)):.2%}"
+        limits = str(estimator.largest_block), str(estimator.least_fp8_head)
+        estimators.append((f"`{name}`", estimator.meaning, cost, *limits))
+    header = ("estimator", "scores", "cost", "largest block", "smallest head in fp8")
+    densities = []
+    for length in LENGTHS:
+        shares = [f"{prompt_budget(length, preset).density:.2f}" for preset in PRESETS.values()]
+        densities.append((f"{length:,}", *shares))
+    fields_table = table(("field", "flag", *named, "values", "meaning"), rows)
+    return f"""\
+## Stem's fields and presets
+
+A preset is a named `StemConfig` (`stem_core/config.py`). `sampled` is ours and the default: it loses least on real
+models. `paper` follows the text of the Stem paper and `release` its published code, for those who want the published
+algorithm: they lose many facts that a document states once. In Python:
+`StemConfig.preset("sampled", block_size=64)`.
+
+{fields_table}
+
+Estimators ([what they compute](algorithm.md)); cost is their flops as a share of dense attention's, as they are set by
+default:
+
+{table(header, estimators)}
+
+`--budget 0.25` is `schedule` `density` with `density` 0.25. Below {DENSE_BELOW:,} tokens dense attention is
+faster, so the presets leave shorter prompts dense.
+
+Share of the causal key blocks that the presets read, in each layer that is not dense, by tokens of the prompt
+(1.00 is dense):
+
+{table(("tokens", *named), densities)}
+
+What a document's prefill did read, over all layers, is the column [`density`](results.md#columns) of its row.
+"""
+
+
+def _plain(value: Any) -> str:
+    return "-" if value is None else f"{value}"
+
+
+def field_meanings() -> dict[str, str]:
+    """The strings below StemConfig's fields. Raises ValueError if a field has none."""
+    found = {}
+    for part in filter(is_dataclass, reversed(StemConfig.__mro__)):  # the estimators' fields come first
+        tree = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0]
+        assert isinstance(tree, ast.ClassDef)
+        for statement, below in zip(tree.body, tree.body[1:], strict=False):
+            if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
+                continue
+            text = below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else None
+            if not isinstance(text, str):
+                raise ValueError(f"{part.__name__}.{statement.target.id} has no string below it that says what it is")
+            found[statement.target.id] = " ".join(text.split())
+    return found
