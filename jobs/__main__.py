@@ -1,9 +1,18 @@
-"""What a person can run: python -m jobs prints it."""
+"""The command stemline, and python -m jobs, which does the same: stemline COMMAND [flags]
+
+A command is imported only when it runs.
+"""
 
 from __future__ import annotations
 
 import ast
+import importlib
+from collections.abc import Sequence
 from pathlib import Path
+
+from jobs.cli import by_script, run_main
+from pipeline.errors import JobError, nearest, visible
+from pipeline.versions import versions
 
 FOLDER = Path(__file__).parent
 FIRST = ("summarize", "submit", "report", "audit", "evaluate", "inspect", "demo")
@@ -28,10 +37,31 @@ def _about(path: Path) -> str:
 
 def show(folder: Path = FOLDER) -> None:
     """Print them."""
-    print(f"usage: python -m {folder.name}.COMMAND [flags]; --help explains the flags of a command\n")
+    program = "stemline COMMAND" if by_script() else f"python -m {folder.name}.COMMAND"
+    print(f"usage: {program} [flags]; --help explains the flags of a command\n")
     for name, about in commands(folder).items():
         print(f"  {name:18}{about}")
 
 
+def main(arguments: Sequence[str]) -> int:
+    """Run a command, or list them all; the exit code. Raises JobError."""
+    name, *rest = arguments or ["--help"]
+    if name in ("--help", "-h"):
+        show()
+        return 0
+    if name == "--version":
+        print(f"stemline {versions(('stemline',))['stemline']}")
+        return 0
+    if name not in (known := commands()):
+        raise JobError(f"{visible(name)} is not a command{nearest(name, known) or '; see --help'}")
+    inner = f"jobs.{name}.__main__" if (FOLDER / name).is_dir() else f"jobs.{name}"
+    return importlib.import_module(inner).main(rest)
+
+
+def script() -> None:
+    """Entry point of the console script."""
+    run_main(main)
+
+
 if __name__ == "__main__":
-    show()
+    run_main(main)

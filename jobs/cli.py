@@ -13,14 +13,15 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.answering import left_behind
-from pipeline.config import JobConfig, flag, read_job_file
+from pipeline.config import JobConfig, declared, flag, read_job_file
 from pipeline.errors import JobError, nearest
 from pipeline.imports import WrongPackageError, check_kernels
+from stem_core.settings import kind_of
 
 
 class _Help(argparse.HelpFormatter):
@@ -38,12 +39,19 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are JobError: exit code 2 means something else here.
 
     A description "What it does: python -m jobs.name ARGUMENTS" gives the usage, too: a list of all flags would hide it.
+    Of the script `stemline`, usage is `stemline name ARGUMENTS`.
     """
 
     def __init__(self, **settings: Any) -> None:
         what, colon, usage = (settings.get("description") or "").partition(": python -m ")
         if colon:
             settings |= {"description": what, "usage": f"python -m {usage} [flags]"}
+        if by_script():
+            settings |= {
+                key: settings[key].replace("python -m jobs.", "stemline ")
+                for key in ("usage", "prog")
+                if settings.get(key)
+            }
         super().__init__(**{"formatter_class": _Help} | settings)
 
     def error(self, message: str) -> NoReturn:
@@ -61,35 +69,27 @@ def add_job_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()
         "--config", metavar="JOB.yaml", help="settings from a YAML file, named like the flags; a flag wins"
     )
     groups: dict[str, Any] = {}
-    for item in fields(JobConfig):
-        if item.name in without:
-            continue
-        rules = item.metadata
-        group = groups.setdefault(rules["group"], parser.add_argument_group(rules["group"]))
-        group.add_argument(flag(item.name), dest=item.name, default=argparse.SUPPRESS, **_argument(rules, item.default))
+    for item in declared():
+        if item.name not in without:
+            title = item.metadata["group"]
+            group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
+            group.add_argument(flag(item.name), dest=item.name, default=argparse.SUPPRESS, **_argument(item))
 
 
-def _argument(rules: Any, default: Any) -> dict[str, Any]:
-    told = ("on" if default else None) if rules["kind"] == "bool" else default
+_PLACEHOLDERS = {"int": "N", "float": "X", "auto_int": "N|auto", "shard": "I/N", "date": "DATE", "map": "JSON"}
+
+
+def _argument(item: Field[Any]) -> dict[str, Any]:
+    kind, choices = kind_of(item), item.metadata["choices"]
+    told = ("on" if item.default else None) if kind == "bool" else item.default
     shown = "" if told in (None, "", ()) else f" (default: {told})"
-    about: dict[str, Any] = {"help": (rules["meaning"] + shown).replace("%", "%%")}
-    if rules["kind"] == "bool":
+    about: dict[str, Any] = {"help": (item.metadata["meaning"] + shown).replace("%", "%%")}
+    if kind == "bool":
         return about | {"action": argparse.BooleanOptionalAction}
-    if rules["kind"] == "list":
+    if kind in ("list", "columns"):
         return about | {"nargs": "+", "metavar": "NAME"}
-    about["type"] = _converter(rules["kind"])
-    if rules["choices"]:
-        about["metavar"] = "{" + ",".join(rules["choices"]) + "}"
-    else:
-        about["metavar"] = {
-            "int": "N",
-            "float": "X",
-            "auto_int": "N|auto",
-            "shard": "I/N",
-            "date": "DATE",
-            "map": "JSON",
-        }.get(rules["kind"], "TEXT")
-    return about
+    placeholder = "{" + ",".join(map(str, choices)) + "}" if choices else _PLACEHOLDERS.get(kind, "TEXT")
+    return about | {"type": _converter(kind), "metavar": placeholder}
 
 
 def _converter(kind: str) -> Callable[[str], Any]:
@@ -118,12 +118,27 @@ def job_config(arguments: argparse.Namespace) -> JobConfig:
     return JobConfig(**values)
 
 
+def by_script() -> bool:
+    """Whether the console script `stemline` runs."""
+    return Path(sys.argv[0]).stem == "stemline"
+
+
 def this_python() -> str:
     """The interpreter as one types it: `python` if that finds it, else its path, from the working folder if below."""
-    here = Path(sys.executable)
-    if shutil.which("python") == str(here):
-        return "python"
-    return shlex.quote(str(here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here))
+    return _as_typed("python", Path(sys.executable))
+
+
+def command(name: str) -> str:
+    """How one types another command of ours: with the script `stemline` if that runs, else with this Python."""
+    if by_script():
+        return f"{_as_typed('stemline', Path(sys.argv[0]).absolute())} {name}"
+    return f"{this_python()} -m jobs.{name}"
+
+
+def _as_typed(name: str, program: Path) -> str:
+    if shutil.which(name) == str(program):
+        return name
+    return shlex.quote(str(program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program))
 
 
 def run_main(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> NoReturn:

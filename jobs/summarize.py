@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.cli import Parser, add_job_flags, job_config, run_main, this_python, unheard
+from jobs.cli import Parser, add_job_flags, command, job_config, run_main, this_python, unheard
 from pipeline.answering import stop_signals
 from pipeline.config import JobConfig, flag
 from pipeline.errors import JobError, visible
@@ -81,12 +81,11 @@ def show(report: JobReport) -> None:
     for document_id, status, error in report.first_errors:
         console.print(visible(f"{status}: {document_id}: {error}"), markup=False, highlight=False)
     if report.counts:
-        python = this_python()
-        look = f"look at it: {python} -m jobs.report {shlex.quote(report.output)}"
+        look = f"look at it: {command('report')} {shlex.quote(report.output)}"
         console.print(visible(look), markup=False, highlight=False, soft_wrap=True)
         columns = "['document_id', 'status', 'output']"
         code = f"from pipeline import read_results; print(read_results({report.output!r}, {columns}).to_pandas())"
-        line = f'{python} -c "{code}"'
+        line = f'{this_python()} -c "{code}"'
         console.print(visible("read them: " + line), markup=False, highlight=False, soft_wrap=True)
     if report.cut:
         verb = "output is" if report.cut == 1 else "outputs are"

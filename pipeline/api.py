@@ -19,8 +19,8 @@ from pipeline.inprocess import LocalPool
 from pipeline.plan import Survey, make_worker_config
 from pipeline.progress import Progress
 from pipeline.prompts import make_task
-from pipeline.records import Row, new_row, result_schema, to_table, utc_now
-from pipeline.scheduler import Limits, Scheduler
+from pipeline.records import Row, error_row, result_schema, to_table
+from pipeline.scheduler import Limits, Scheduler, hang_after
 from pipeline.source import Catalogue, Document
 
 # Settings of a run on Ray that mean something in one process too.
@@ -97,7 +97,7 @@ class Summarizer:
         todo = []
         for document in given.documents:
             if document.error:
-                rows[document.document_id] = _row(document, document.error)
+                rows[document.document_id] = error_row(document, document.error)
             else:
                 todo.append(document)
         told = Progress(len(todo), sum(document.size_bytes for document in todo)) if progress else None
@@ -114,7 +114,7 @@ class Summarizer:
                 problem = self._schedule(todo, done, told)
         for document in todo:
             if document.document_id not in rows:
-                rows[document.document_id] = _row(document, problem)
+                rows[document.document_id] = error_row(document, problem)
         if told:
             told.finish()
         return to_table([rows[document.document_id] for document in given.documents], schema)
@@ -122,8 +122,8 @@ class Summarizer:
     def _schedule(self, todo: list[Document], done: Any, told: Progress | None) -> str:
         """Run documents; why there are some without a row, if there are."""
         todo = sorted(todo, key=lambda document: -document.size_bytes)
-        hang_after = self._config.deadline + 3 * self._worker_config.grace if self._config.deadline else 0.0
-        limits = Limits(1, max_attempts=self._config.max_attempts, start_tries=1, hang_after=hang_after)
+        bound = hang_after(self._config.deadline, self._worker_config.grace)
+        limits = Limits(1, max_attempts=self._config.max_attempts, start_tries=1, hang_after=bound)
         tick, log = (told.tick, told.message) if told else (lambda: None, lambda message: None)
         try:
             Scheduler(self._pool, iter(todo), len(todo), limits, done, tick=tick, log=log).run()
@@ -143,12 +143,6 @@ class Summarizer:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def _row(document: Document, error: str) -> Row:
-    """The row of a document that no worker has seen to its end."""
-    stamp = {"input_stamp": document.stamp, "finished_at": utc_now()}
-    return new_row(document.document_id, document.source, "error", error, **stamp)
 
 
 def _config(model: str | Path, settings: dict[str, Any]) -> JobConfig:

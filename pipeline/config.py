@@ -1,234 +1,165 @@
-"""Every setting of a job, once: the flags, the keys of a job file and the keyword arguments come from this record."""
+"""Every setting of a job: the flags, the keys of a job file and the keyword arguments come from this record.
+
+A setting is declared once, where it is used: those of the engine and of sampling in pipeline.settings, Stem's in
+stem_core.config, all others here.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, field, fields
 from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.errors import JobError, nearest, one_line
-from pipeline.options import checked, flag, option, short
-from stem_core.config import PRESETS, REMOVED_PRESETS, StemConfig
-from stem_core.estimators import ESTIMATORS, EstimatorSettings
+from pipeline.options import check_flags, flag, short, told
+from pipeline.settings import EngineSettings, Sampling
+from stem_core.config import DEFAULT_PRESET, PRESETS, REMOVED_PRESETS, StemConfig
+from stem_core.settings import SettingError, setting
 
 Config = TypeVar("Config")
+# Headings of --help and of docs/configuration.md, in their order.
+GROUPS = {
+    "data": "What is read, and where results go.",
+    "model": "The model. A folder needs `config.json`, a tokenizer and `*.safetensors`.",
+    "prompt": "What the model is asked about each document.",
+    "generation": "How the output is generated.",
+    "attention": "How prompts are read. What each setting means in full, and the presets' values: "
+    "[Stem's fields and presets](#stems-fields-and-presets).",
+    "engine": "Device, number format and memory of each worker.",
+    "run": "Workers, failures, files, and going on where an earlier run stopped.",
+}
 
 
-def stem_option(kind: str, meaning: str, choices: tuple[str, ...] = ()) -> Any:
-    """A field that overrides the preset's; None leaves it."""
-    return option(None, kind, meaning, choices=choices, group="attention", changes_output=True)
-
-
-def with_estimator_settings(config: type[Config]) -> type[Config]:
-    """Declares the estimators' own settings in `config`, behind `estimator`, as the estimators' files describe them."""
-    declared = {}
-    for name, kind in config.__annotations__.items():
-        declared[name] = kind
-        for item in fields(EstimatorSettings) if name == "estimator" else ():
-            declared[item.name] = f"{item.type} | None"
-            setattr(config, item.name, stem_option(str(item.type), item.metadata["meaning"]))
-    config.__annotations__ = declared
+def with_stem_settings(config: type[Config]) -> type[Config]:
+    """Declares StemConfig's settings in `config`, behind its own, to override the preset's; None leaves it."""
+    items = StemConfig.__dataclass_fields__
+    for name in dict.fromkeys((*StemConfig.__annotations__, *items)):  # those of single estimators last
+        if name not in ("schedule", "density"):  # --budget sets both
+            rules = dict(items[name].metadata) | {"group": "attention", "changes_output": True}
+            setattr(config, name, field(default=None, metadata=rules))
+            config.__annotations__[name] = f"{items[name].type} | None"
     return config
 
 
 @dataclass(frozen=True)
-@with_estimator_settings
-class JobConfig:
+@with_stem_settings
+class JobConfig(Sampling, EngineSettings):
     """A summarising job. Values are checked on construction; JobError says what is wrong and how to mend it."""
 
-    input: tuple[str, ...] = option((), "list", "files, folders or globs; local, s3:// or gs://", group="data")
-    output: str = option("", "str", "folder for the results; made if missing", group="data")
-    model: str = option("", "str", "folder of a transformers model, or its hub id", group="model", changes_output=True)
-
-    text_column: str = option("text", "str", "column (Parquet) or key (JSONL) that holds the text", group="data")
-    id_column: str | None = option(
+    input: tuple[str, ...] = setting((), "files, folders or globs; local, s3:// or gs://", kind="list", group="data")
+    output: str = setting("", "folder for the results; made if missing", group="data")
+    text_column: str = setting("text", "column, or key of JSON lines, that holds the text", group="data")
+    id_column: str | None = setting(
         None,
-        "str",
         "column that holds the id; unset: `id` or `document_id` if there is one; else, and if empty: file name and row",
         group="data",
     )
-    keep_columns: tuple[str, ...] = option((), "list", "columns of the input to copy into the results", group="data")
-    shard: str | None = option(
-        None, "shard", "i/n: only the i-th (from 0) of n stable shares of the documents", group="data"
+    keep_columns: tuple[str, ...] = setting(
+        (), "columns of the input to copy into the results", kind="columns", group="data"
+    )
+    shard: str | None = setting(
+        None, "i/n: only the i-th (from 0) of n stable shares of the documents", kind="shard", group="data"
     )
 
-    task: str = option(
+    task: str = setting(
         "summarize",
-        "str",
         "what to do with each document",
         choices=("summarize", "ask"),
         group="prompt",
         changes_output=True,
     )
-    question: str | None = option(
-        None, "str", "the question or instruction that follows the document", group="prompt", changes_output=True
+    question: str | None = setting(
+        None, "the question or instruction that follows the document", group="prompt", changes_output=True
     )
-    prompt_file: str | None = option(
-        None, "str", "Jinja file that makes the user message from {{ document }} and {{ question }}", group="prompt"
+    prompt_file: str | None = setting(
+        None, "Jinja file that makes the user message from {{ document }} and {{ question }}", group="prompt"
     )
-    chat_template_args: Mapping[str, Any] | None = option(
+    chat_template_args: Mapping[str, Any] | None = setting(
         None,
-        "map",
         'arguments of the model\'s chat template, as JSON: {"enable_thinking": false}',
+        kind="map",
         group="prompt",
         changes_output=True,
     )
-    prompt_date: str | None = option(
+    prompt_date: str | None = setting(
         None,
-        "date",
         "today for chat templates that print the date; unset: the day on which the output was begun",
+        kind="date",
         group="prompt",
         changes_output=True,
+        added_later=True,
     )
-    too_long: str = option(
+    too_long: str = setting(
         "error",
-        "str",
         "documents beyond the context: error row, truncate (cut out the middle), map-reduce (do parts, then merge)",
         choices=("error", "truncate", "map-reduce"),
         group="prompt",
         changes_output=True,
     )
 
-    max_new_tokens: int = option(256, "int", "most tokens to generate", low=1, group="generation", changes_output=True)
-    temperature: float = option(0.0, "float", "randomness; 0 is greedy", low=0, group="generation", changes_output=True)
-    top_p: float = option(
-        1.0,
-        "float",
-        "share of the probability that sampling draws from",
-        low=0,
-        high=1,
-        group="generation",
-        changes_output=True,
-    )
-    seed: int = option(
-        0,
-        "int",
-        "seed of sampling; what is drawn for a document depends only on this and on the document's id",
-        group="generation",
-        changes_output=True,
-    )
+    max_new_tokens: int = setting(256, "most tokens to generate", low=1, group="generation", changes_output=True)
 
-    attention: str = option(
-        "stem", "str", "attention of the prefill", choices=("stem", "dense"), group="attention", changes_output=True
+    attention: str = setting(
+        "stem", "attention of the prefill", choices=("stem", "dense"), group="attention", changes_output=True
     )
-    preset: str = option(
-        "sampled",
-        "str",
+    preset: str = setting(
+        DEFAULT_PRESET,
         "how key blocks are chosen: sampled is the default; paper and release are Stem as published, which loses facts "
         "that a document states once",
-        choices=tuple(PRESETS),
+        choices=PRESETS,
         group="attention",
         changes_output=True,
     )
-    budget: float | None = option(
+    budget: float | None = setting(
         None,
-        "float",
         "share of the causal blocks to keep, in place of the preset's schedule",
-        low=0,
+        above=0,
         high=1,
         group="attention",
         changes_output=True,
     )
-    base_blocks: int | None = stem_option("int", "blocks that every row keeps, with the schedule of sampled")
-    growth: float | None = stem_option("float", "share of its causal blocks that a row keeps besides, likewise")
-    block_size: int | None = stem_option("int", "tokens in a block")
-    decay: float | None = stem_option("float", "last row's budget as a share of the first one's")
-    sink_blocks: int | None = stem_option("int", "leading blocks always kept")
-    local_blocks: int | None = stem_option("int", "nearest blocks always kept")
-    max_output_error: float | None = stem_option(
-        "float", "documents whose attention output sparse prefill changes by more, relatively, are read again, densely"
-    )
-    dense_layers: int | None = stem_option("int", "leading layers that stay dense")
-    dense_below: int | None = stem_option("int", "prompts of fewer tokens stay dense")
-    dense_tail: int | None = stem_option("int", "blocks at the prompt's end that see everything")
-    estimator: str | None = stem_option("str", "how blocks are scored", tuple(ESTIMATORS))
 
-    device: str = option(
+    device: str = setting(
         "auto",
-        "str",
         "where models run; auto: on GPUs if there are any",
         choices=("auto", "cpu", "cuda"),
         group="engine",
     )
-    precision: str = option(
-        "auto",
-        "str",
-        "number format of weights, attention and KV; fp8 needs GPUs that have it; auto: bf16 on GPUs, fp32 on CPUs",
-        choices=("auto", "bf16", "fp16", "fp32", "fp8"),
-        group="engine",
-        changes_output=True,
-    )
-    chunk_tokens: int = option(16896, "int", "prompt tokens in one prefill step", low=16, group="engine")
-    max_live: int = option(8, "int", "documents that a worker decodes together", low=1, high=1024, group="engine")
-    max_context: int | None = option(
-        None,
-        "int",
-        "most tokens of prompt and output; unset: the model's own limit",
-        low=2,
-        group="engine",
-        changes_output=True,
-    )
-    arena_tokens: int | None = option(None, "int", "tokens of KV memory; unset: what is free", low=2, group="engine")
-    load_format: str = option(
-        "auto",
-        "str",
-        "auto: the model's weights; dummy: random ones, for measuring",
-        choices=("auto", "dummy"),
-        group="engine",
-        changes_output=True,
-    )
-    revision: str | None = option(None, "str", "revision of a hub model", group="model", changes_output=True)
-    trust_remote_code: bool = option(
-        False, "bool", "run code that comes with the model", group="model", changes_output=True
-    )
 
-    workers: int | str = option(
+    workers: int | str = setting(
         "auto",
-        "auto_int",
         "engines to run; auto: all that the GPUs hold, as the cluster changes; without GPUs, one for each core up to 4",
+        kind="auto_int",
         low=1,
         group="run",
     )
-    gpus_per_worker: int = option(
-        1, "int", "GPUs of one node that a worker's model is spread over, by layers", low=1, high=64, group="run"
+    gpus_per_worker: int = setting(
+        1, "GPUs of one node that a worker's model is spread over, by layers", low=1, high=64, group="run"
     )
-    deadline: float = option(3600.0, "float", "seconds for one document in a worker; 0: none", low=0, group="run")
-    max_attempts: int = option(
-        3, "int", "times a document may end its worker before it is given up", low=1, group="run"
+    deadline: float = setting(3600.0, "seconds for one document in a worker; 0: none", low=0, group="run")
+    max_attempts: int = setting(3, "times a document may end its worker before it is given up", low=1, group="run")
+    flush_documents: int = setting(64, "most results in one part file", low=1, group="run")
+    flush_seconds: float = setting(10.0, "most seconds that a result waits to be written", low=0, group="run")
+    compact: bool = setting(True, "at the end, merge part files if there are more than 100", group="run")
+    resume: bool = setting(
+        True, "go on where an earlier run stopped; off: refuse an output that holds results", group="run"
     )
-    flush_documents: int = option(64, "int", "most results in one part file", low=1, group="run")
-    flush_seconds: float = option(10.0, "float", "most seconds that a result waits to be written", low=0, group="run")
-    compact: bool = option(True, "bool", "at the end, merge part files if there are more than 100", group="run")
-    resume: bool = option(
-        True, "bool", "go on where an earlier run stopped; off: refuse an output that holds results", group="run"
-    )
-    retry_failed: bool = option(False, "bool", "do again the documents whose rows are not ok", group="run")
-    force: bool = option(
-        False, "bool", "go on although settings, model or input differ from the earlier run's", group="run"
-    )
-    dry_run: bool = option(False, "bool", "print the plan and stop", group="run")
-    ray_address: str | None = option(
-        None, "str", "cluster to use; unset: $RAY_ADDRESS, else this machine alone", group="run"
-    )
+    retry_failed: bool = setting(False, "do again the documents whose rows are not ok", group="run")
+    force: bool = setting(False, "go on although settings, model or input differ from the earlier run's", group="run")
+    dry_run: bool = setting(False, "print the plan and stop", group="run")
+    ray_address: str | None = setting(None, "cluster to use; unset: $RAY_ADDRESS, else this machine alone", group="run")
 
     def __post_init__(self) -> None:
         if isinstance(self.preset, str) and self.preset in REMOVED_PRESETS:
             raise JobError(f"{flag('preset')} {self.preset} is no more: {REMOVED_PRESETS[self.preset]}")
-        for item in fields(self):
-            object.__setattr__(
-                self, item.name, checked(item.name, getattr(self, item.name), item.metadata, item.default)
-            )
+        check_flags(self)
         for name in ("input", "output", "model"):
             if not getattr(self, name):
                 raise JobError(f"{flag(name)} is missing; it is needed: {meaning(name)}")
-        if self.budget == 0 or self.top_p == 0:
-            raise JobError(
-                f"{flag('budget') if self.budget == 0 else flag('top_p')} must be above 0 and at most 1, got 0"
-            )
         if self.task == "ask" and not self.question and not self.prompt_file:
             raise JobError("--task ask needs --question: what to ask about each document")
         given = [name for name in STEM_OVERRIDES if getattr(self, name) is not None]
@@ -256,6 +187,8 @@ class JobConfig:
             changes |= {"schedule": "density", "density": float(changes.pop("budget"))}
         try:
             return StemConfig.preset(self.preset, **changes)
+        except SettingError as error:
+            raise told(error) from None
         except ValueError as error:
             raise JobError(f"attention settings: {error}") from None
 
@@ -277,11 +210,10 @@ class JobConfig:
         for name in (*STEM_OVERRIDES, "preset", "attention", "model"):
             values.pop(name, None)
         settings = stem.to_dict() if stem else None
-        # Results that are older than these settings are of the same job.
-        if settings and not settings["max_output_error"]:
-            del settings["max_output_error"]
-        if self.prompt_date is None:
-            del values["prompt_date"]
+        for held, record in ((values, JobConfig), (settings or {}, StemConfig)):
+            for item in fields(record):
+                if item.metadata["added_later"] and held.get(item.name, item.default) == item.default:
+                    held.pop(item.name, None)
         return values | {"stem": settings}
 
     def fingerprint(self) -> str:
@@ -289,9 +221,15 @@ class JobConfig:
         return hashlib.sha256(json.dumps(self.output_settings(), sort_keys=True).encode()).hexdigest()[:12]
 
 
+def declared() -> list[Field[Any]]:
+    """The settings of a job by group, in the order of GROUPS; in a group, those that are the job's own come first."""
+    groups, own = list(GROUPS), JobConfig.__annotations__
+    return sorted(fields(JobConfig), key=lambda item: (groups.index(item.metadata["group"]), item.name not in own))
+
+
 # Those that are unset by default.
 STEM_OVERRIDES = tuple(
-    item.name for item in fields(JobConfig) if item.metadata["group"] == "attention" and item.default is None
+    item.name for item in declared() if item.metadata["group"] == "attention" and item.default is None
 )
 
 

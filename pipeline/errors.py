@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import unicodedata
-from collections.abc import Iterable
 
 from pipeline.redact import without_secrets
+from stem_core.settings import nearest
+
+__all__ = ["DocumentError", "JobError", "nearest", "one_line", "visible", "without_secrets"]
 
 # Unicode's control and format characters, ends of lines, and halves of characters: they command a terminal, or turn the
 # direction of writing.
@@ -29,12 +30,6 @@ class DocumentError(Exception):
 
     def __str__(self) -> str:
         return str(self.args[0])
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?" for the known name that is closest to `name`, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def one_line(error: BaseException | str, limit: int = 500) -> str:

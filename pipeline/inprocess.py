@@ -9,9 +9,8 @@ from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any
 
-from pipeline.errors import JobError, one_line
 from pipeline.given import TextReader
-from pipeline.loop import EngineBrokenError
+from pipeline.loop import EngineBrokenError, describe_error
 from pipeline.pool import Event, WorkerId
 from pipeline.source import Document, DocumentReader
 from pipeline.worker import Worker, WorkerConfig
@@ -83,8 +82,8 @@ class LocalPool:
         def loaded(future: Future[dict[str, Any]]) -> None:
             if future.cancelled():
                 return
-            if future.exception():
-                self._events.put(Event("start_failed", number, reason=_reason(future.exception())))
+            if error := future.exception():
+                self._events.put(Event("start_failed", number, reason=describe_error(error)))
                 return
             if number == self._count:
                 self._info = future.result()
@@ -105,7 +104,7 @@ class LocalPool:
                 self._events.put(Event("result", worker, name, row=future.result()))
             else:
                 self._hung = isinstance(error, EngineBrokenError) and error.hung
-                self._events.put(Event("hung" if self._hung else "failed", worker, name, reason=_reason(error)))
+                self._events.put(Event("hung" if self._hung else "failed", worker, name, reason=describe_error(error)))
 
         self._spawn(self._worker.process(document, careful)).add_done_callback(done)
 
@@ -154,9 +153,3 @@ class LocalPool:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=CLOSE_SECONDS)
-
-
-def _reason(error: BaseException | None) -> str:
-    assert error is not None
-    text = one_line(error)
-    return text if isinstance(error, JobError | EngineBrokenError) else f"{type(error).__name__}: {text}"

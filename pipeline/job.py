@@ -6,8 +6,6 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,12 +16,12 @@ from pipeline.config import JobConfig, from_mapping
 from pipeline.errors import JobError, one_line
 from pipeline.imports import check_kernels
 from pipeline.metrics import JobMetrics
-from pipeline.plan import Plan, Survey, make_plan, make_worker_config, survey_input
+from pipeline.plan import Plan, Survey, make_plan, survey_input
 from pipeline.progress import Progress
-from pipeline.records import Row, new_row, result_schema, utc_now
+from pipeline.records import error_row, result_schema
 from pipeline.repair import remove_rows
 from pipeline.sink import COMPACT_ABOVE, Sink, compact, part_names, recover
-from pipeline.source import Catalogue, Document
+from pipeline.source import Catalogue
 from pipeline.store import Store
 from pipeline.summary import JobReport, summarize_results
 
@@ -61,7 +59,7 @@ def run(
             return summarize_results(store, len(survey.catalogue), messages=tuple(messages))
         if plan.already:
             messages.append(f"going on: {plan.already:,} rows are there, {len(plan.pending):,} documents are left")
-        return _execute(plan, store, messages, engine_factory, progress, grace)
+        return _Run(plan, store, messages, progress).execute(engine_factory, grace)
 
 
 def _note_finished(store: Store, survey: Survey) -> None:
@@ -78,166 +76,94 @@ def _save_manifest(store: Store, survey: Survey, state: str, **more: Any) -> Non
     manifest.save(store, survey.config, survey.prints, **more)
 
 
-def _execute(
-    plan: Plan, store: Store, messages: list[str], engine_factory: str, progress: Progress | None, grace: float | None
-) -> JobReport:
-    # Ray and the engine are imported here, so that "nothing to do" and user errors come at once.
-    from ray.exceptions import RayError
+class _Run:
+    """A job that has documents left, from the manifest's "running" to its "finished" or "stopped". `execute` is all.
 
-    from pipeline.cluster_size import ClusterSize
-    from pipeline.pool import EventKind
-    from pipeline.pulse import pulse
-    from pipeline.ray_pool import RayPool, connected, divide, room_for, room_now
-    from pipeline.scheduler import Limits, Scheduler, StopRequestedError
+    progress: of tests and benchmarks, else one that tells on standard error.
+    """
 
-    survey, config, begun = plan.survey, plan.survey.config, time.monotonic()
-    _save_manifest(store, survey, "running")
-    schema = result_schema(survey.catalogue.kept)
-    progress = progress or Progress(len(plan.pending), plan.pending.total_bytes)
-    metrics = JobMetrics(progress.message)
-    sink = Sink(
-        store, schema, flush_documents=config.flush_documents, flush_seconds=config.flush_seconds,
-        replaces=plan.replaced, written=metrics.written,
-    )  # fmt: skip
-    for message in messages:
-        progress.message(message)
-    left = _write_unreadable(plan.pending, sink, progress)
-    stats: dict[str, Any] = {}
-    stopped = False
-    clock = _Clock(progress)
+    def __init__(self, plan: Plan, store: Store, messages: list[str], progress: Progress | None) -> None:
+        config = plan.survey.config
+        self._begun = time.monotonic()
+        self._plan, self._store, self._messages = plan, store, messages
+        self._progress = progress or Progress(len(plan.pending), plan.pending.total_bytes)
+        self._metrics = JobMetrics(self._progress.message)
+        self._sink = Sink(
+            store,
+            result_schema(plan.survey.catalogue.kept),
+            flush_documents=config.flush_documents,
+            flush_seconds=config.flush_seconds,
+            replaces=plan.replaced,
+            written=self._metrics.written,
+        )
+        self._stats: dict[str, Any] = {}
+        self._stopped = False
 
-    def done(row: Row, document: Document) -> None:
-        progress.add(row, document.size_bytes)
-        sink.add(row)
+    def execute(self, engine_factory: str, grace: float | None) -> JobReport:
+        """Give every document that is left its row, as far as nobody stops it. Raises JobError."""
+        _save_manifest(self._store, self._plan.survey, "running")
+        for message in self._messages:
+            self._progress.message(message)
+        try:
+            left = self._write_unreadable()
+            if len(left):
+                self._process(left, engine_factory, grace)
+            self._sink.flush()
+        finally:
+            self._progress.finish()
+        return self._conclude()
 
-    def tick() -> None:
-        sink.tick()
-        heart.check()
-        progress.workers(scheduler.live, scheduler.starting, scheduler.in_flight)
-        progress.tick()
-        metrics.tick(scheduler.waiting, scheduler.in_flight, scheduler.live, scheduler.starting)
-        clock.start_once(bool(scheduler.started))
-        if size is not None:
-            size.tick()
+    def _write_unreadable(self) -> Catalogue:
+        """Rows for documents that the listing already found unreadable; what is left to process."""
+        pending = self._plan.pending
+        readable = np.ones(len(pending), dtype=bool)
+        for position in sorted(pending.errors):
+            document = pending.document(position)
+            row = error_row(document, document.error)
+            readable[position] = False
+            self._progress.add(row, document.size_bytes)
+            self._sink.add(row)
+        return pending.select(readable) if pending.errors else pending
 
-    def lost(kind: EventKind) -> None:
-        metrics.worker_lost(kind)
-        if size is not None:
-            size.worker_lost()
+    def _process(self, documents: Catalogue, engine_factory: str, grace: float | None) -> None:
+        """Take documents through workers on Ray."""
+        # Ray and the engine are imported here, so that "nothing to do" and user errors come at once.
+        from ray.exceptions import RayError
 
-    size: ClusterSize | None = None
-    try:
-        if len(left):
-            with connected(config.ray_address) as cluster, _StopFlag() as flag:
-                share = divide(cluster, config.device, config.workers, len(left), config.gpus_per_worker)
-                worker_config = make_worker_config(survey, share.device, share.threads, engine_factory, grace)
-                heart = pulse(cluster.local)
-                pool = RayPool(worker_config, share, local=cluster.local)
-                limits = Limits(
-                    workers=share.workers,
-                    max_attempts=config.max_attempts,
-                    hang_after=config.deadline + 3 * worker_config.grace if config.deadline else 0.0,
-                )
-                workers, documents = "s" * (share.workers != 1), "s" * (len(left) != 1)
-                progress.message(
-                    f"starting {share.workers} worker{workers} on {share.device} for {len(left):,} document{documents}"
-                )
-                room = room_for(cluster, share.device, config.gpus_per_worker)
-                if share.device == "cuda" and share.workers > room:
-                    progress.message(f"the cluster has room for {room} of them now; the others wait until it has more")
-                scheduler = Scheduler(
-                    pool,
-                    left.documents(),
-                    len(left),
-                    limits,
-                    done,
-                    tick=tick,
-                    should_stop=flag.is_set,
-                    log=progress.message,
-                    on_loss=lost,
-                )
-                if config.workers == "auto" and not cluster.local:
-                    now = partial(room_now, share, config.gpus_per_worker)
-                    size = ClusterSize(room, now, scheduler.resize, progress.message)
-                with contextlib.closing(pool), metrics, _flushed(sink):
-                    try:
-                        scheduler.run()
-                        sink.flush()
-                        stats = _stats(pool, clock.seconds, sink)
-                    except StopRequestedError:
-                        stopped = True
-        sink.flush()
-    except (RayError, ConnectionError) as error:  # the latter of Ray's client
-        raise JobError(f"Ray failed: {one_line(error, 300)}; what was finished is written, run it again") from None
-    finally:
-        progress.finish()
-    if not stopped and config.compact and len(part_names(store)) > COMPACT_ABOVE:
-        compact(store)
-    state = "stopped" if stopped else "finished"
-    _save_manifest(store, survey, state, seconds=time.monotonic() - begun)
-    if stopped:
-        messages.append("stopped; what was finished is written, the same command goes on from there")
-        if sink.rows_to_replace:
-            messages.append(f"{sink.rows_to_replace:,} documents that were to be done again have their earlier rows")
-    return summarize_results(
-        store, len(survey.catalogue), done_now=sink.rows_written, seconds=clock.seconds, stopped=stopped,
-        messages=tuple(messages), stats=stats,
-    )  # fmt: skip
+        from pipeline.ray_pool import connected
+        from pipeline.ray_run import RayRun
+        from pipeline.scheduler import StopRequestedError
 
+        survey = self._plan.survey
+        try:
+            with connected(survey.config.ray_address) as cluster, _StopFlag() as flag:
+                work = RayRun(
+                    survey, documents, cluster, sink=self._sink, progress=self._progress, metrics=self._metrics,
+                    should_stop=flag.is_set, engine_factory=engine_factory, grace=grace,
+                )  # fmt: skip
+                try:
+                    self._stats = work.run()
+                except StopRequestedError:
+                    self._stopped = True
+        except (RayError, ConnectionError) as error:  # the latter of Ray's client
+            raise JobError(f"Ray failed: {one_line(error, 300)}; what was finished is written, run it again") from None
 
-@contextlib.contextmanager
-def _flushed(sink: Sink) -> Iterator[None]:
-    """Write what is finished before anything else is cleared away, also when the block fails."""
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(JobError):  # the reason why the block failed is told, not this
-            sink.flush()
-        raise
-    sink.flush()
-
-
-class _Clock:
-    """Seconds since the first worker was ready."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._begun = 0.0
-
-    def start_once(self, ready: bool) -> None:
-        if ready and not self._begun:
-            self._begun = time.monotonic()
-            self._progress.start_clock()
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self._begun if self._begun else 0.0
-
-
-def _stats(pool: Any, seconds: float, sink: Sink) -> dict[str, Any]:
-    """Where the time of a run went: seconds of all engines, readers and workers together, and of the run."""
-    workers = pool.stats()
-    return {
-        "workers": len(workers),
-        "seconds": seconds,
-        "engine_seconds": sum(item["engine_seconds"] for item in workers),
-        "reader_seconds": sum(item["reader_seconds"] for item in workers),
-        "span_seconds": sum(item["span_seconds"] for item in workers),
-        "documents": sink.rows_written,
-    }
-
-
-def _write_unreadable(pending: Catalogue, sink: Sink, progress: Progress) -> Catalogue:
-    """Rows for documents that the listing already found unreadable; what is left to process."""
-    keep = np.ones(len(pending), dtype=bool)
-    for position in sorted(pending.errors):
-        document = pending.document(position)
-        stamp = {"input_stamp": document.stamp, "finished_at": utc_now()}
-        row = new_row(document.document_id, document.source, "error", document.error, **stamp)
-        keep[position] = False
-        progress.add(row, document.size_bytes)
-        sink.add(row)
-    return pending.select(keep) if pending.errors else pending
+    def _conclude(self) -> JobReport:
+        """Tidy up, note how it ended, and report."""
+        survey, store, messages = self._plan.survey, self._store, list(self._messages)
+        if not self._stopped and survey.config.compact and len(part_names(store)) > COMPACT_ABOVE:
+            compact(store)
+        state = "stopped" if self._stopped else "finished"
+        _save_manifest(store, survey, state, seconds=time.monotonic() - self._begun)
+        if self._stopped:
+            messages.append("stopped; what was finished is written, the same command goes on from there")
+            if self._sink.rows_to_replace:
+                what = f"{self._sink.rows_to_replace:,} documents that were to be done again have their earlier rows"
+                messages.append(what)
+        return summarize_results(
+            store, len(survey.catalogue), done_now=self._sink.rows_written, seconds=self._progress.seconds,
+            stopped=self._stopped, messages=tuple(messages), stats=self._stats,
+        )  # fmt: skip
 
 
 class _StopFlag(contextlib.AbstractContextManager["_StopFlag"]):

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 from pipeline.engine.config import Completion, Request
+from pipeline.errors import JobError, one_line
 
 
 class EngineLike(Protocol):
@@ -38,6 +39,12 @@ class EngineBrokenError(Exception):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+def describe_error(error: BaseException) -> str:
+    """An exception's message, with its type unless the message is made for people."""
+    text = one_line(error)
+    return text if isinstance(error, JobError | EngineBrokenError) else f"{type(error).__name__}: {text}"
 
 
 class EngineLoop:

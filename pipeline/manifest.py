@@ -19,7 +19,8 @@ from pipeline.options import short
 from pipeline.prompts import Task
 from pipeline.records import utc_now
 from pipeline.seal import json_seal
-from pipeline.source.files import SourceFile, content_stamp
+from pipeline.source import SourceFile
+from pipeline.source.files import content_stamp
 from pipeline.store import Store
 from pipeline.versions import job_versions
 

@@ -20,10 +20,12 @@ from pipeline.kept import PROMOTE
 from pipeline.location import safe_name
 from pipeline.prompts import Task, make_task
 from pipeline.records import NAMES, result_schema
+from pipeline.settings import EngineSettings, Sampling
 from pipeline.sink import PART, done_rows, part_names
 from pipeline.source import Catalogue, Document, DocumentReader, find_files, input_hash, list_documents
 from pipeline.source.files import directly_in
 from pipeline.store import Store
+from stem_core.settings import values_of
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,6 @@ def make_worker_config(
     survey: Survey, device: str, threads: int, engine_factory: str = "", grace: float | None = None
 ) -> Any:
     """The job's settings in the form a worker takes them (pipeline.worker.WorkerConfig)."""
-    from pipeline.engine.config import Sampling
     from pipeline.worker import GRACE_SECONDS, WorkerConfig
 
     config = survey.config
@@ -201,7 +202,7 @@ def make_worker_config(
         task=survey.task,
         too_long=config.too_long,
         max_new_tokens=config.max_new_tokens,
-        sampling=Sampling(config.temperature, config.top_p, config.seed),
+        sampling=Sampling(**values_of(config, Sampling)),
         text_column=config.text_column,
         model_name=safe_name(config.model),
         config_hash=config.fingerprint(),
@@ -220,21 +221,10 @@ def make_engine_config(config: JobConfig, device: str) -> Any:
     from pipeline.engine.config import EngineConfig
 
     folder = Path(config.model).expanduser()
-    return EngineConfig(
-        model=str(folder.absolute()) if folder.is_dir() else config.model,
-        device=device,
-        gpus=config.gpus_per_worker,
-        precision=config.precision,
-        attention=config.stem(),
-        chunk_tokens=config.chunk_tokens,
-        max_live=config.max_live,
-        arena_tokens=config.arena_tokens,
-        max_context=config.max_context,
-        load_format=config.load_format,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-        seed=config.seed,
-    )
+    values = values_of(config, EngineSettings)
+    if folder.is_dir():
+        values["model"] = str(folder.absolute())
+    return EngineConfig(**values, device=device, gpus=config.gpus_per_worker, attention=config.stem(), seed=config.seed)
 
 
 def describe_plan(config: JobConfig) -> Iterator[str]:

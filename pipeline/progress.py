@@ -53,8 +53,14 @@ class Progress:
         self._live, self._starting, self._held = live, starting, held
 
     def start_clock(self) -> None:
-        """Rates count from now on: workers are ready."""
-        self._begun, self._ready = self._clock(), True
+        """Rates count from now on: workers are ready. Only the first call does anything."""
+        if not self._ready:
+            self._begun, self._ready = self._clock(), True
+
+    @property
+    def seconds(self) -> float:
+        """Since `start_clock`; 0 before."""
+        return self._clock() - self._begun if self._ready else 0.0
 
     def tick(self) -> None:
         """Tell, if it is time to."""

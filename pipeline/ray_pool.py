@@ -19,7 +19,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from pipeline.errors import JobError, one_line, without_secrets
 from pipeline.imports import ROOT
-from pipeline.loop import EngineBrokenError
+from pipeline.loop import EngineBrokenError, describe_error
 from pipeline.pool import Event, WorkerId
 from pipeline.source import Document
 from pipeline.worker import Worker, WorkerConfig
@@ -284,12 +284,6 @@ class RayPool:
             f"(free: {one_line(str(ray.available_resources()), 200)}) or its model loads too slowly"
         ) if late else ""  # fmt: skip
         return [Event("start_failed", worker, reason=reason) for worker in late]
-
-
-def describe_error(error: BaseException) -> str:
-    """An exception's message, with its type unless the message is made for people."""
-    text = one_line(error)
-    return text if isinstance(error, JobError | EngineBrokenError) else f"{type(error).__name__}: {text}"
 
 
 def describe_death(error: BaseException) -> str:

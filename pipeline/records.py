@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pipeline.errors import JobError
+from pipeline.errors import JobError, one_line
+
+if TYPE_CHECKING:
+    from pipeline.source import Document
 
 STATUSES = {
     "ok": "the output is there",
@@ -128,6 +131,13 @@ def new_row(document_id: str, source: str, status: str, error: str = "", **value
     return row | values
 
 
+def error_row(document: Document, error: str, status: str = "error") -> Row:
+    """The row of a document that no worker made one of."""
+    return new_row(
+        document.document_id, document.source, status, error, input_stamp=document.stamp, finished_at=utc_now()
+    )
+
+
 def is_cut(row: Row) -> bool:
     """Whether a row's output ends where --max-new-tokens cut it off."""
     return row["status"] == "ok" and row["finish_reason"] == "length"
@@ -177,6 +187,6 @@ def _single(row: Row, schema: pa.Schema) -> pa.Table:
     try:
         return pa.Table.from_pylist([row], schema=schema)
     except _MISFITS as error:
-        message = f"its row does not fit the result schema: {error}"
-        bad = new_row(row["document_id"], row["source"], "error", valid_text(" ".join(message.split()))[:500])
+        message = one_line(f"its row does not fit the result schema: {error}")
+        bad = new_row(row["document_id"], row["source"], "error", message)
         return pa.Table.from_pylist([bad | {"attempts": row["attempts"]}], schema=schema)

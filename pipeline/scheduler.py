@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.errors import JobError
 from pipeline.pace import Pace, Shift
 from pipeline.pool import Event, EventKind, Pool, WorkerId
-from pipeline.records import Row, new_row, utc_now
+from pipeline.records import Row, error_row
 from pipeline.source import Document
 
 # What a document is blamed with when its worker is lost in this way while it holds nothing else.
@@ -41,6 +41,14 @@ class Limits:
     hang_after: float = 0.0
     ahead: int = 2
     settle: float = 10.0
+
+
+def hang_after(deadline: float, grace: float) -> float:
+    """Limits.hang_after for documents with a deadline: after their worker had time to give each up by itself.
+
+    deadline: seconds, 0 for none. grace: for how long a worker waits then for its engine (pipeline.worker).
+    """
+    return deadline + 3 * grace if deadline else 0.0
 
 
 @dataclass
@@ -282,8 +290,7 @@ class Scheduler:
             document, attempts = jobs[0].document, jobs[0].attempts
             times = f"each of {attempts} attempts, in the last it was alone" if attempts > 1 else "its only attempt"
             what = f"its worker was lost in {times}: {reason}"
-            stamp = {"input_stamp": document.stamp, "finished_at": utc_now()}
-            self._finish(new_row(document.document_id, document.source, status, what, **stamp), document, attempts)
+            self._finish(error_row(document, what, status), document, attempts)
         else:
             self._suspects.extend(jobs)
 

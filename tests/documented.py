@@ -67,6 +67,8 @@ def _command(page: str, words: list[str], in_block: bool) -> Command | None:
     words[0] = words[0].removeprefix(".venv/bin/")
     if words[:2] == ["python", "-m"]:
         words, python = words[2:], True
+    elif words[0] == "stemline":
+        words, python = ["jobs." + words[1], *words[2:]] if len(words) > 1 and words[1][0] != "-" else words, True
     else:
         python = in_block
     if not in_block and re.fullmatch(r"(jobs|tools)(\.\w+)+", words[0]):

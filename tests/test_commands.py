@@ -14,8 +14,11 @@ import inspect
 import os
 import shutil
 import subprocess
+import sys
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ import pytest
 import torch
 from documented import ROOT, Command
 
+from jobs import cli
 from jobs.__main__ import commands, show
 from pipeline.engine.config import EngineConfig
 from pipeline.errors import JobError
@@ -89,12 +93,16 @@ RUN_BY = {
     "make test": ".ci/run: make --no-print-directory test",
     "prometheus": "tests/pipeline/test_prometheus.py: test_all_panels_show_a_running_job",
     "pytest": ".ci/run: make --no-print-directory test",
+    "stemline": "tests/test_commands.py: test_the_script_runs_commands",
     "ray job": "tests/jobs/test_submit.py: test_both_ways_of_submitting",
     "ray start": "tests/jobs/test_submit.py: def cluster",
     "ray status": "tests/jobs/test_submit.py: def cluster",
 }
 # What cannot run here: other machines, or this environment's own making.
-ELSEWHERE = {"kubectl": "a Kubernetes cluster", "ssh": "another machine", "pip": "the Makefile makes the environment"}
+ELSEWHERE = {
+    "docker": "an engine for containers", "kubectl": "a Kubernetes cluster", "ssh": "another machine",
+    "pip": "the Makefile makes the environment",
+}  # fmt: skip
 # Words of the text that are no commands.
 NAMES = {("make",), ("python",), ("ray",), ("tools.benchmark", "...")}
 EARLIER_FLAGS = {("--dtype",)}  # told under "Upgrading"
@@ -346,6 +354,64 @@ def test_they_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
         run_block(block)
     assert main_of(SUMMARIZE[0])(line) == 0
     assert "nothing to do" in capsys.readouterr().out, "the same command again continues, says the README"
+
+
+def python(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def stemline(*words: str, code: str = "") -> subprocess.CompletedProcess[str]:
+    """The console script, as installing makes it; `code` runs at its end."""
+    entry = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]["stemline"]
+    module, _, function = entry.partition(":")
+    program = f"import atexit, sys\natexit.register(lambda: exec({code!r}))\n"
+    program += "sys.argv = ['/opt/bin/stemline', *sys.argv[1:]]\n"
+    return python("-c", f"{program}from {module} import {function}\n{function}()", *words)
+
+
+def test_the_script_runs_commands(tmp_path: Path) -> None:
+    for words in ([], ["--help"], ["-h"]):
+        listed = stemline(*words)
+        assert (listed.returncode, listed.stderr) == (0, "")
+        assert listed.stdout.startswith("usage: stemline COMMAND [flags]; --help")
+        assert all(f"  {name} " in listed.stdout and about in listed.stdout for name, about in commands().items())
+    assert stemline("--version").stdout == f"stemline {metadata.version('stemline')}\n"
+    shown = stemline("summarize", "--help")
+    assert shown.stdout.startswith("usage: stemline summarize --input DOCS --output OUT --model PATH_OR_ID [flags]\n")
+    wrong = stemline("summarize", "--input", "a", "--output", str(tmp_path / "out"), "--model", "m", "--presett", "x")
+    assert (wrong.returncode, wrong.stdout) == (1, "")
+    assert wrong.stderr == "error: --presett is not a flag; did you mean '--preset'?\n"
+    module = python("-m", "jobs", "report")
+    assert (module.returncode, module.stderr) == (1, "error: the following arguments are required: OUTPUT_DIR\n")
+
+
+def test_an_unknown_command_is_told_with_the_nearest() -> None:
+    ended = stemline("sumarize", "--input", "a")
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == "error: sumarize is not a command; did you mean 'summarize'?\n"
+    assert stemline("xyzzy").stderr == "error: xyzzy is not a command; see --help\n"
+    assert stemline("cli").stderr.startswith("error: cli is not a command"), "a module that is no command"
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--help"], ["summarize", "--help"], ["sumarize"]], ids=str)
+def test_the_script_says_what_it_is_without_what_runs_models(words: list[str]) -> None:
+    code = "import sys; print('heavy', sorted({'torch', 'ray', 'transformers', 'plotly'} & set(sys.modules)))"
+    assert stemline(*words, code=code).stdout.endswith("heavy []\n")
+
+
+def test_commands_are_told_as_they_are_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / ".venv/bin/stemline"
+    script.parent.mkdir(parents=True)
+    script.write_text("")
+    script.chmod(0o755)
+    monkeypatch.setattr("sys.argv", [".venv/bin/stemline", "summarize"])
+    assert cli.command("report") == ".venv/bin/stemline report"
+    monkeypatch.setattr("sys.argv", [str(script), "summarize"])
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert cli.command("report") == "stemline report"
+    monkeypatch.setattr("sys.argv", ["jobs/summarize.py"])
+    assert cli.command("report").endswith(" -m jobs.report")
 
 
 def test_the_list_of_commands_names_each(capsys: pytest.CaptureFixture[str]) -> None:

@@ -120,7 +120,7 @@ class Toy(Estimator):
     def cost(self, config: StemConfig) -> float:
         return 1 / (2 * config.block_size**2)
 
-    def choose(self, q: Tensor) -> Choice:
+    def choose(self, q: Tensor, config: StemConfig) -> Choice:
         return Choice("reference", "toys have no other")
 
     def new_key_state(self, config: StemConfig, k: Tensor, prompt_tokens: int, device: torch.device) -> BlockMeans:

@@ -12,19 +12,21 @@ from jobs.evaluate.options import read_essay
 from jobs.evaluate.results import BY_EXACTNESS
 from jobs.shapes import SHAPES, shape_folder
 from pipeline.config import JobConfig, read_job_file
-from pipeline.engine.config import PRECISIONS, EngineConfig
+from pipeline.engine.config import EngineConfig
 from pipeline.engine.loading import context_limit, load_config, load_precision
 from pipeline.errors import JobError
 from pipeline.plan import make_engine_config
-from stem_core.config import PRESETS
+from pipeline.settings import PRECISIONS, Sampling
+from stem_core.config import DEFAULT_PRESET, PRESETS
 
 # What of a job the audit decides itself (greedy outputs, one engine at a time) or takes several of.
 OWN = ("output", "attention", "preset", "budget", "precision", "seed")
 UNUSED = (
-    "keep_columns", "temperature", "top_p", "workers", "deadline", "max_attempts", "flush_documents", "flush_seconds",
-    "compact", "resume", "retry_failed", "force", "dry_run", "ray_address",
+    *(item.name for item in fields(Sampling)),
+    "keep_columns", "workers", "deadline", "max_attempts", "flush_documents", "flush_seconds", "compact",
+    "resume", "retry_failed", "force", "dry_run", "ray_address",
 )  # fmt: skip
-DEFAULT_PRESETS = ("sampled", "release")
+DEFAULT_PRESETS = (DEFAULT_PRESET, "release")
 GPU_SAMPLE, CPU_SAMPLE = 24, 4
 # Documents with known answers.
 GPU_KNOWN, CPU_KNOWN = 8, 1

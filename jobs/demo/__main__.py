@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from jobs.cli import Parser, run_main, this_python
+from jobs.cli import Parser, command, run_main
 from jobs.demo.outcome import Outcome, judge, print_comparison, print_outcomes, save_comparison
 from jobs.demo.scoring import read_findings
 from pipeline import read_results
@@ -32,10 +32,10 @@ ARMS = {
 
 def run_arm(arm: str, output: Path, findings: dict[str, list[str]]) -> Outcome:
     """Run jobs.summarize for one arm and judge the rows that it wrote. Raises SystemExit if the job fails."""
-    command = ["-m", "jobs.summarize", *ARMS[arm], "--output", str(output)]
-    print(f"\n$ python {shlex.join(command)}", flush=True)
+    words = ["-m", "jobs.summarize", *ARMS[arm], "--output", str(output)]
+    print(f"\n$ python {shlex.join(words)}", flush=True)
     started = time.monotonic()
-    status = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
+    status = subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode
     if status:
         raise SystemExit(f"the job for arm {arm!r} ended with exit code {status}")
     print(f"{arm}: {time.monotonic() - started:.0f} s with the start of Ray", flush=True)
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
         print_comparison(COMPARISON, without={outcome.arm for outcome in outcomes})
     print(f"\nResults: {output / args.arms[0]}; the demo took {time.monotonic() - started:.0f} s")
     print("This model only lists sentences that are marked as key findings; for other documents take another one, say:")
-    print(f"{this_python()} -m jobs.summarize --input reports/ --output results/ --model Qwen/Qwen3-8B")
+    print(f"{command('summarize')} --input reports/ --output results/ --model Qwen/Qwen3-8B")
     if outcomes[0].total.recall < args.floor:
         print(f"FAILED: {outcomes[0].arm} found fewer than {args.floor:.0%} of the findings")
         return 2

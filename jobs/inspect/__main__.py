@@ -19,13 +19,15 @@ from jobs.page import render_page
 from jobs.page.charts import graph_objects
 from pipeline.config import JobConfig
 from pipeline.errors import DocumentError, JobError, nearest, without_secrets
+from pipeline.settings import Sampling
 from pipeline.source import DocumentReader, find_files, list_documents
 
 PAGE = "inspect.html"
 SHOWN = 4
 # Settings of the job that a single prefill knows nothing of.
 WITHOUT = {
-    *("input", "output", "keep_columns", "shard", "max_live", "arena_tokens", "temperature", "top_p"),
+    *("input", "output", "keep_columns", "shard", "max_live", "arena_tokens"),
+    *(item.name for item in fields(Sampling) if item.name != "seed"),  # which is that of dummy weights, too
     *(item.name for item in fields(JobConfig) if item.metadata["group"] == "run"),
 }
 
@@ -57,7 +59,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog="python -m jobs.inspect", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--document", required=True, metavar="FILE", help="a text file, or JSONL or Parquet with --id")
+    parser.add_argument(
+        "--document", required=True, metavar="FILE", help="an input file; with --id if it holds several documents"
+    )
     parser.add_argument("--id", dest="document_id", metavar="TEXT", help="which document of the file")
     parser.add_argument(
         "--layers", nargs="+", metavar="N", help=f"layers to show, or all; unset: up to {SHOWN} that differ"

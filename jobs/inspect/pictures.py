@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
-from jobs.inspect.canvas import ADVANCE, FAINT, INK, WHITE, Canvas, Colour, mixed
 from jobs.inspect.cells import Grid, LayerCells
 
+Colour = tuple[int, int, int]
+WHITE, INK, GREY, FAINT = (255, 255, 255), (27, 31, 36), (89, 99, 110), (190, 196, 203)
 # Light to dark: kept by no head, by half of them, by all.
-LOW, MIDDLE, HIGH = (240, 244, 248), (104, 163, 216), (14, 50, 92)
+SCALE = ((240, 244, 248), (104, 163, 216), (14, 50, 92))
 RULE: Colour = (232, 143, 66)
-GREY = (89, 99, 110)
 RULES = "kept by rule: sink (left), local (diagonal), rows that keep all"
 MAP_PIXELS = 720
 # A page of jobs.page is 1,016 pixels wide; four maps of 240 fit.
 SMALL_PIXELS, COLUMNS, MARGIN = 240, 4, 10
 # Where there are more maps than these, eight of 120 pixels.
 MANY, MANY_PIXELS, MANY_COLUMNS = 16, 120, 8
-KEY_PIXELS = 820
 BY_HEADS, OF_A_CELL = ("by no head", "by all"), ("no block", "all of a cell")
+FONT = ImageFont.load_default(15)  # comes with Pillow
 
 
 def map_colours(grid: Grid, shares: np.ndarray) -> np.ndarray:
     """uint8 [cells, cells, 3] of LayerCells.shares: blue by score, orange by rule, white where nothing is causal."""
-    filled = np.nan_to_num(shares)
-    low = mixed(LOW, MIDDLE, (filled * 2).clip(0, 1))
-    high = mixed(MIDDLE, HIGH, (filled * 2 - 1).clip(0, 1))
-    colours = np.where((filled > 0.5)[..., None], high, low)
+    colours = _blues(np.nan_to_num(shares))
     colours[mostly_rule(grid)] = RULE
     colours[grid.causal == 0] = WHITE
-    return colours.astype(np.uint8)
+    return colours
+
+
+def _blues(shares: np.ndarray) -> np.ndarray:
+    """Shares from 0 to 1 -> their colours, uint8 [..., 3]."""
+    channels = [np.interp(shares, (0.0, 0.5, 1.0), channel) for channel in zip(*SCALE, strict=True)]
+    return np.stack(channels, -1).round().astype(np.uint8)
 
 
 def mostly_rule(grid: Grid) -> np.ndarray:
@@ -44,64 +49,83 @@ def layer_picture(layer: int, cells: LayerCells, tokens: int) -> bytes:
     grid = cells.grid
     scale = max(1, MAP_PIXELS // grid.cells)
     side = grid.cells * scale
-    left, top, bars = 92, 76, 150
-    canvas = Canvas(left + side + 24 + bars + MARGIN, top + side + 108)
-    canvas.text(left, 14, f"Layer {layer}: share of its {cells.heads} heads that keep a block")
-    canvas.text(left, 40, f"density {cells.density:.3f}: that share of the causal blocks is kept", colour=GREY)
-    canvas.image(left, top, map_colours(grid, cells.shares()), scale)
-    canvas.frame(left, top, side, side)
-    canvas.text(left + side - 12, top + 14, "no token sees", colour=FAINT, align="right")
-    canvas.text(left + side - 12, top + 34, "a later one", colour=FAINT, align="right")
-    _axes(canvas, left, top, side, tokens)
-    _profile(canvas, left + side + 24, top, scale, bars, cells)
-    _key(canvas, left, top + side + 56)
-    return canvas.png()
+    left, top, bars = 80, 64, 150
+    picture, draw = _canvas(left + side + 24 + bars + MARGIN, top + side + 108)
+    _write(draw, (left, 12), f"Layer {layer}: share of its {cells.heads} heads that keep a block", INK)
+    _write(draw, (left, 34), f"density {cells.density:.3f}: that share of the causal blocks is kept")
+    _map(picture, draw, (left, top), map_colours(grid, cells.shares()), scale)
+    _write(draw, (left + side - 12, top + 12), "no token sees\na later one", FAINT, "ra")
+    _axes(picture, draw, left, top, side, tokens)
+    _profile(draw, left + side + 24, top, scale, bars, cells)
+    _key(picture, draw, left, top + side + 56)
+    return _png(picture)
 
 
 def maps_picture(title: str, maps: Sequence[tuple[str, np.ndarray]], ends: tuple[str, str] = BY_HEADS) -> bytes:
     """PNG: small maps beside each other, (label, colours as of map_colours) each. ends: of the scale, in words."""
     columns, pixels = (COLUMNS, SMALL_PIXELS) if len(maps) <= MANY else (MANY_COLUMNS, MANY_PIXELS)
-    maps = [(name, _smaller(colours, -(-len(colours) // pixels))) for name, colours in maps]
-    scale = max(1, pixels // len(maps[0][1]))
-    side = len(maps[0][1]) * scale
-    rows = -(-len(maps) // columns)
-    top, label, gap = 44, 20, 14
-    wide = max(side, *(2 * ADVANCE * len(name) for name, _ in maps)) + MARGIN
-    width = max(min(len(maps), columns) * wide + MARGIN, KEY_PIXELS)
-    canvas = Canvas(width, top + rows * (side + label + gap) + 60)
-    canvas.text(MARGIN, 14, title)
+    by = -(-len(maps[0][1]) // pixels)
+    cells = -(-len(maps[0][1]) // by)
+    scale = max(1, pixels // cells)
+    side = cells * scale
+    top, label, gap = 40, 22, 14
+    wide = max(side, *(round(FONT.getlength(name)) for name, _ in maps)) + MARGIN
+    width = max(min(len(maps), columns) * wide + MARGIN, _key_width(ends) + 2 * MARGIN)
+    height = top + -(-len(maps) // columns) * (side + label + gap) + 60
+    picture, draw = _canvas(width, height)
+    _write(draw, (MARGIN, 12), title, INK)
     for place, (name, colours) in enumerate(maps):
         x, y = MARGIN + place % columns * wide, top + place // columns * (side + label + gap)
-        canvas.text(x, y, name, colour=GREY)
-        canvas.image(x, y + label, colours, scale)
-        canvas.frame(x, y + label, side, side)
-    _key(canvas, MARGIN, canvas.pixels.shape[0] - 52, ends)
-    return canvas.png()
+        _write(draw, (x, y), name)
+        _map(picture, draw, (x, y + label), colours, scale, by)
+    _key(picture, draw, MARGIN, height - 52, ends)
+    return _png(picture)
 
 
-def _smaller(colours: np.ndarray, by: int) -> np.ndarray:
-    """An image, uint8 [h, w, 3], `by` times smaller: means of squares, white beyond the edge."""
-    if by == 1:
-        return colours
-    height, width, _ = colours.shape
-    padded = np.pad(colours, ((0, -height % by), (0, -width % by), (0, 0)), constant_values=255)
-    squares = padded.reshape(padded.shape[0] // by, by, padded.shape[1] // by, by, 3)
-    return squares.mean((1, 3)).round().astype(np.uint8)
+def _canvas(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    picture = Image.new("RGB", (width, height), WHITE)
+    return picture, ImageDraw.Draw(picture)
 
 
-def _axes(canvas: Canvas, left: int, top: int, side: int, tokens: int) -> None:
+def _png(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
+def _write(
+    draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, colour: Colour = GREY, anchor: str = "la"
+) -> None:
+    """anchor: which point of the text is `at`, as Pillow names them: left ascender, right, middle."""
+    draw.text(at, text, colour, FONT, anchor, align={"l": "left", "m": "center", "r": "right"}[anchor[0]])
+
+
+def _map(
+    picture: Image.Image, draw: ImageDraw.ImageDraw, at: tuple[int, int], colours: np.ndarray, scale: int, by: int = 1
+) -> None:
+    """colours, uint8 [h, w, 3], in a frame: means of `by` by `by`, each a square of `scale` pixels."""
+    image = Image.fromarray(colours).reduce(by)
+    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    picture.paste(image, at)
+    draw.rectangle((at[0] - 1, at[1] - 1, at[0] + image.width, at[1] + image.height), outline=FAINT)
+
+
+def _axes(picture: Image.Image, draw: ImageDraw.ImageDraw, left: int, top: int, side: int, tokens: int) -> None:
     step = next(step for step in (1 << k for k in range(30)) if tokens / step <= 8.5)
     for at in range(0, tokens + 1, step):
         place = round(at / tokens * side)
-        canvas.rectangle(left - 6, top + place, 5, 1, INK)
-        canvas.rectangle(left + place, top + side + 1, 1, 5, INK)
-        canvas.text(left - 10, top + place - 6, _short(at), colour=GREY, align="right")
-        canvas.text(left + place, top + side + 10, _short(at), colour=GREY, align="centre")
-    canvas.text_up(4, top + side // 2, "query token, downwards")
-    canvas.text(left + side // 2, top + side + 32, "key token", align="centre")
+        draw.line((left - 6, top + place, left - 2, top + place), INK)
+        draw.line((left + place, top + side + 1, left + place, top + side + 5), INK)
+        _write(draw, (left - 10, top + place), _short(at), anchor="rm")
+        _write(draw, (left + place, top + side + 8), _short(at), anchor="ma")
+    _write(draw, (left + side // 2, top + side + 28), "key token", INK, "ma")
+    words = "query token, downwards"
+    upright, on = _canvas(round(FONT.getlength(words)), 20)
+    _write(on, (0, 0), words, INK)
+    picture.paste(upright.rotate(90, expand=True), (8, top + (side - upright.width) // 2))
 
 
-def _profile(canvas: Canvas, left: int, top: int, scale: int, width: int, cells: LayerCells) -> None:
+def _profile(draw: ImageDraw.ImageDraw, left: int, top: int, scale: int, width: int, cells: LayerCells) -> None:
     """Kept blocks of each row as bars, on a faint ground of the causal ones."""
     grid = cells.grid
     starts = np.arange(0, grid.blocks, grid.per_cell)
@@ -109,21 +133,31 @@ def _profile(canvas: Canvas, left: int, top: int, scale: int, width: int, cells:
     kept = np.add.reduceat(cells.kept, starts) / rows / cells.heads
     causal = np.add.reduceat(np.arange(1, grid.blocks + 1), starts) / rows
     for row in range(grid.cells):
-        canvas.rectangle(left, top + row * scale, round(width * causal[row] / grid.blocks), scale, FAINT)
-        canvas.rectangle(left, top + row * scale, round(width * kept[row] / grid.blocks), scale, HIGH)
-    canvas.text(left, top + grid.cells * scale + 10, "blocks kept")
-    canvas.text(left, top + grid.cells * scale + 32, f"of up to {grid.blocks:,}", colour=GREY)
+        for blocks, colour in ((causal[row], FAINT), (kept[row], SCALE[-1])):
+            if long := round(width * blocks / grid.blocks):
+                y = top + row * scale
+                draw.rectangle((left, y, left + long - 1, y + scale - 1), colour)
+    _write(draw, (left, top + grid.cells * scale + 8), "blocks kept", INK)
+    _write(draw, (left, top + grid.cells * scale + 28), f"of up to {grid.blocks:,}")
 
 
-def _key(canvas: Canvas, left: int, top: int, ends: tuple[str, str] = BY_HEADS) -> None:
+def _key(
+    picture: Image.Image, draw: ImageDraw.ImageDraw, left: int, top: int, ends: tuple[str, str] = BY_HEADS
+) -> None:
     """What the colours mean, in two lines."""
-    canvas.rectangle(left, top, 14, 14, RULE)
-    canvas.text(left + 20, top, RULES, colour=GREY)
-    canvas.text(left, top + 24, f"chosen by score: {ends[0]}", colour=GREY)
-    bar = mixed(LOW, MIDDLE, np.linspace(0, 1, 60)), mixed(MIDDLE, HIGH, np.linspace(0, 1, 60))
-    canvas.image(left + 336, top + 24, np.concatenate(bar)[None].repeat(14, 0))
-    canvas.frame(left + 336, top + 24, 120, 14)
-    canvas.text(left + 468, top + 24, ends[1], colour=GREY)
+    draw.rectangle((left, top, left + 13, top + 13), RULE)
+    _write(draw, (left + 20, top - 1), RULES)
+    chosen = f"chosen by score: {ends[0]}"
+    _write(draw, (left, top + 23), chosen)
+    bar = left + round(FONT.getlength(chosen)) + 10
+    _map(picture, draw, (bar, top + 24), _blues(np.linspace(0, 1, 120)[None].repeat(14, 0)), 1)
+    _write(draw, (bar + 130, top + 23), ends[1])
+
+
+def _key_width(ends: tuple[str, str]) -> int:
+    """Pixels that `_key` takes."""
+    scale = sum(FONT.getlength(text) for text in (f"chosen by score: {ends[0]}", ends[1])) + 140
+    return round(max(scale, FONT.getlength(RULES) + 20))
 
 
 def _short(tokens: int) -> str:

@@ -22,10 +22,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import device as kernels_device
+from kernels._common.scores import empty_scores
+from kernels._common.sizes import ceil_div, power_of_2
 from kernels.block_scores import KeySummary
 from kernels.block_scores import triton_gemm as gemm
 from kernels.block_scores.reference import MIN_NORM, STD_EPS
-from kernels.sizes import ceil_div, power_of_2
 
 # Fixed point of the statistics: |log norm| < 89 in float32, so a million groups leave the squares below 2^62.
 FIXED_POINT = tl.constexpr(float(1 << 28))
@@ -126,12 +127,6 @@ def value_term_kernel(
         tl.store(out + block, value_weight * term, mask=block < n_keys)
         sum_before += tl.sum(in_block, axis=0)
         square_before += tl.sum(squares_in_block, axis=0)
-
-
-def empty_scores(N: int, H: int, rows: int, n_keys: int, device: torch.device) -> Tensor:
-    """[N, H, rows, n_keys] with rows 16 scores apart or a multiple of it: kernels are compiled once for such strides,
-    and not again for other prompt lengths."""
-    return torch.empty(N, H, rows, -(-n_keys // 16) * 16, dtype=torch.float32, device=device)[..., :n_keys]
 
 
 def sums_dtype(dtype: torch.dtype) -> torch.dtype:

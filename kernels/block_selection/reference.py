@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.block_selection import BlockSelection
+from kernels._common.selection import BlockSelection
 
 
 def select_blocks(

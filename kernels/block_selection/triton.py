@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.block_selection import BlockSelection
-from kernels.sizes import power_of_2
+from kernels._common.selection import BlockSelection
+from kernels._common.sizes import power_of_2
 
 # Inline assembly does not run under Triton's interpreter.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")

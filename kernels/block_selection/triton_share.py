@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._common.sizes import power_of_2
 from kernels.block_selection.triton import from_order, hits_from
-from kernels.sizes import power_of_2
 
 # A row's scores that stay in registers: 64 to a thread of 16 warps.
 RESIDENT = 32 * 1024

@@ -7,8 +7,6 @@ any mask. On Hopper operands are read by TMA through host-made descriptors, else
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -16,11 +14,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import device
-from kernels.block_selection import BlockSelection
-from kernels.block_sparse_attention.descriptors import tma_obstacle, tma_strides
-from kernels.sizes import ceil_div, power_of_2
-
-LOG2E = 1.4426950408889634
+from kernels._common.attention import allocate_output
+from kernels._common.attention_triton import Tiling, hide, keys_before, launch, place_of_tile, token_of_step
+from kernels._common.selection import BlockSelection
+from kernels._common.sizes import power_of_2
+from kernels._common.tma import tma_obstacle, tma_strides
 
 
 @triton.jit
@@ -55,10 +53,7 @@ def _step(
 ):  # fmt: skip
     """Online softmax over one tile of keys. m and total are in the log2 domain of scores * log2_scale."""
     s = tl.dot(q, tl.trans(key_tile), input_precision=PRECISION)
-    if CAUSAL:
-        s = tl.where(keys[None, :] <= positions[:, None], s, -float("inf"))
-    if WINDOW:
-        s = tl.where(keys[None, :] > positions[:, None] - window, s, -float("inf"))
+    s = hide(s, positions, keys, window, CAUSAL, WINDOW)
     m_next = tl.maximum(m, tl.max(s, 1) * log2_scale)
     # With a window a row may not have met a visible key yet: -inf - -inf would be NaN.
     shift = tl.where(m_next == -float("inf"), 0.0, m_next) if WINDOW else m_next
@@ -84,14 +79,7 @@ def block_sparse_attention_kernel(
     """q, k, v, out: pointers, or with TMA descriptors of [N, heads, tokens, D]. `rows` counts BLOCK_SIZE-row query
     blocks; dense calls use BLOCK_SIZE = TILE_M."""
     TILES_PER_ROW: tl.constexpr = BLOCK_SIZE // TILE_M
-    # All tiles of the heads that share a KV head are adjacent (their K and V stay in L2), longest first.
-    per_kv_head = rows * (TILES_PER_ROW * GROUP)
-    lane = tl.program_id(0) // per_kv_head
-    rest = tl.program_id(0) % per_kv_head
-    n = lane // KV_HEADS
-    kv_head = lane % KV_HEADS
-    head = kv_head * GROUP + rest % GROUP
-    tile = rows * TILES_PER_ROW - 1 - rest // GROUP
+    n, head, kv_head, tile = place_of_tile(rows, KV_HEADS, GROUP, TILES_PER_ROW)
     row = tile // TILES_PER_ROW
     flat_head = n * (KV_HEADS * GROUP) + head
 
@@ -120,19 +108,11 @@ def block_sparse_attention_kernel(
 
     # Everything before: no causal mask, no bounds.
     PER_BLOCK: tl.constexpr = BLOCK_SIZE // TILE_N
-    if DENSE:
-        begin = tl.maximum(first - window + 1, 0) // TILE_N if WINDOW else 0
-        end = diagonal // TILE_N
-        kept = indices
-    else:
-        flat_row = flat_head * rows + row
-        begin = 0
-        end = (tl.load(counts + flat_row) - 1) * PER_BLOCK
-        kept = indices + flat_row.to(tl.int64) * max_blocks
+    begin, end, kept = keys_before(
+        indices, counts, flat_head * rows + row, max_blocks, first, diagonal, window, PER_BLOCK, TILE_N, DENSE, WINDOW
+    )
     for step in range(begin, end):
-        token = step * TILE_N
-        if not DENSE:
-            token = tl.load(kept + step // PER_BLOCK) * BLOCK_SIZE + step % PER_BLOCK * TILE_N
+        token = token_of_step(step, kept, BLOCK_SIZE, PER_BLOCK, TILE_N, DENSE)
         key_tile = _load(
             k, k_stride_n, k_stride_h, k_stride_t, n, kv_head, token, known, TILE_N, D, BLOCK_D, TMA, False
         )
@@ -157,17 +137,6 @@ def block_sparse_attention_kernel(
         pointers = out + start + tl.arange(0, TILE_M)[:, None] * out_stride_t + dims[None, :]
         inside = (offsets < n_queries)[:, None] & (dims < D)[None, :]
         tl.store(pointers, acc.to(out.dtype.element_ty), mask=inside)
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """Query rows and keys of a tile, warps of a program, depth of the load pipeline."""
-
-    tile_m: int
-    tile_n: int
-    warps: int
-    stages: int
-    tma: bool
 
 
 def choose_tiling(
@@ -207,21 +176,14 @@ def block_sparse_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """See kernels.block_sparse_attention, which has checked shapes, types and the device. `tma=False` keeps Hopper on
     the pointer path."""
-    N, H, Lq, D = q.shape
-    known = query_start + Lq
+    D = q.shape[-1]
+    known = query_start + q.shape[2]
     block_d = max(16, power_of_2(D))
-    out = torch.empty(N, Lq, H, D, dtype=q.dtype, device=q.device).transpose(1, 2)
-    lse = torch.empty(N, H, Lq, dtype=torch.float32, device=q.device) if return_lse else None
+    out, lse = allocate_output(q, q.dtype, return_lse)
     tma = tma and not tma_obstacle(q, k, v, out)
     tiling = choose_tiling(
         device.capability(q.device), q.dtype, block_d, block_size if selection is not None else None, tma
     )
-    if selection is None:
-        block_size = tiling.tile_m
-        indices = counts = out  # stand-ins, never read
-    else:
-        indices, counts = selection.indices.contiguous(), selection.counts.contiguous()
-    rows = ceil_div(Lq, block_size)
     operands: tuple[Tensor | TensorDescriptor, ...] = (q, k, v, out)
     if tiling.tma:
         operands = (
@@ -230,33 +192,11 @@ def block_sparse_attention(
             _descriptor(v[:, :, :known], tiling.tile_n, block_d),
             _descriptor(out, tiling.tile_m, block_d),
         )
-    grid = (N * H * rows * (block_size // tiling.tile_m),)
-    block_sparse_attention_kernel[grid](
-        *operands,
-        out if lse is None else lse,
-        indices,
-        counts,
-        *(stride for tensor in (q, k, v, out) for stride in tensor.stride()[:3]),
-        Lq,
-        query_start,
-        rows,
-        indices.shape[-1],
-        scale * LOG2E,
-        0 if window is None else window,
-        KV_HEADS=k.shape[1],
-        GROUP=H // k.shape[1],
-        D=D,
-        BLOCK_D=block_d,
-        BLOCK_SIZE=block_size,
-        TILE_M=tiling.tile_m,
-        TILE_N=tiling.tile_n,
-        DENSE=selection is None,
-        WINDOW=window is not None,
-        WITH_LSE=return_lse,
+    launch(
+        block_sparse_attention_kernel, tiling, operands, (q, k, v, out), lse, (),
+        selection, query_start, block_size, block_d, scale, window,
         TMA=tiling.tma,
         # Three TF32 products reach float32's accuracy on tensor cores.
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
-    )
+    )  # fmt: skip
     return out, lse

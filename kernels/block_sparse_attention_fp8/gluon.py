@@ -1,8 +1,9 @@
 """Hopper path of fp8 block-sparse attention, written in Gluon: D 64 or 128, blocks of 128.
 
-Roles and barriers as in kernels.block_sparse_attention.gluon, which also lists the compilers' traps. At fp8's speed the
-exponentials of a block cost as much as its two matrix products, so the score tile is double buffered and the softmax
-runs one block ahead of the tensor cores. Step j of a tile, X_j being scores in the log2 domain less their maximum:
+Roles and barriers: kernels._common.hopper_attention; traps of the compilers: kernels.block_sparse_attention.gluon. At
+fp8's speed the exponentials of a block cost as much as its two matrix products, so the score tile is double buffered
+and the softmax runs one block ahead of the tensor cores. Step j of a tile, X_j being scores in the log2 domain less
+their maximum:
 
     issue P_{j-1} V_{j-1}, first half of D; meanwhile the first half of P_j = exp2(X_j)
     wait, add it to O
@@ -25,181 +26,137 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma_wait,
-)
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
 
-from kernels import device
-from kernels.block_selection import BlockSelection
-from kernels.block_sparse_attention.descriptors import tma_strides
+from kernels._common.attention import HOPPER_BLOCK
+from kernels._common.fp8 import KEY_GROUP, HeadScales
+from kernels._common.hopper import advance, row_max
+from kernels._common.hopper_attention import diagonal_scores, issue_scores, launch, run_roles, send, store_lse
+from kernels._common.selection import BlockSelection
+from kernels._common.sizes import ceil_div
 from kernels.block_sparse_attention_fp8.step import (
     WEIGHT_BITS,
     halves,
     issue_half,
-    issue_scores,
     issue_total,
     pack_fp8,
     rescale,
     step,
     weights_operand,
 )
-from kernels.fp8_heads import KEY_GROUP, HeadScales
-from kernels.gluon_common import advance, count_turns, log2_approx, opaque, row_max, tile_of
-
-BLOCK = 128  # rows of a query block and of a key block
-HALF = 64  # query rows of one consumer warpgroup
-LOG2E = 1.4426950408889634
 
 
 @gluon.jit
-def produce(
-    q_desc, k_desc, v_desc, indices, counts, order, q_s, k_s, v_s, q_full, q_empty, full, empty,
-    rows, lanes, row0, max_blocks,
-    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
-    ORDERED: gl.constexpr,
+def load_blocks(
+    k_desc, v_desc, kept, diagonal, count, n, kv_head, k_s, v_s, full, empty, stage, phase,
+    STAGES: gl.constexpr, DENSE: gl.constexpr,
 ):  # fmt: skip
-    """One warp: per tile the two halves of Q, then count + 2 steps: K of block j (j < count), V of block j - 2."""
+    """count + 2 steps: K of block j (j < count), V of block j - 2."""
     TILE: gl.constexpr = k_desc.block_type.nbytes  # of V^T too
-    stage = 0
-    phase = 1
-    q_phase = 1
-    for turn in range(count_turns(rows, lanes, GROUP)):
-        there, n, head, kv_head, row = tile_of(turn, order, rows, lanes, KV_HEADS, GROUP, ORDERED)
-        if there:
-            if DENSE:
-                count = row0 + row + 1
-                kept = indices
-            else:
-                flat_row = (n * (KV_HEADS * GROUP) + head) * rows + row
-                count = gl.load(counts + flat_row)
-                kept = indices + flat_row.to(gl.int64) * max_blocks
-            for half in gl.static_range(2):
-                mbarrier.wait(q_empty.index(half), q_phase)
-                mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes)
+    # The diagonal block, then the others. block, block1, block2 are blocks j, j - 1 and j - 2; they start as
+    # different values: Triton finds what a loop carries by comparing handles, and would drop block2 = block1.
+    block = diagonal
+    block1 = block + 0
+    block2 = block - 0
+    for j in range(count + 2):
+        following = j if DENSE else gl.load(kept + j, mask=j < count, other=0)
+        if (j != 1) | (count > 1):  # with one block only, step 1 has nothing to load
+            mbarrier.wait(empty.index(stage), phase)
+            if j >= count:
+                mbarrier.expect(full.index(stage), TILE)
                 tma.async_copy_global_to_shared(
-                    q_desc, [n, head, row * 128 + half * 64, 0], q_full.index(half), q_s.index(half)
+                    v_desc, [n, kv_head, 0, block2 * 128], full.index(stage), v_s.index(stage)
                 )
-            q_phase ^= 1
-            # The diagonal block, then the others. block, block1, block2 are blocks j, j - 1 and j - 2; they start as
-            # different values: Triton finds what a loop carries by comparing handles, and would drop block2 = block1.
-            block = row0 + row
-            block1 = block + 0
-            block2 = block - 0
-            for j in range(count + 2):
-                following = j if DENSE else gl.load(kept + j, mask=j < count, other=0)
-                if (j != 1) | (count > 1):  # with one block only, step 1 has nothing to load
-                    mbarrier.wait(empty.index(stage), phase)
-                    if j >= count:
-                        mbarrier.expect(full.index(stage), TILE)
-                        tma.async_copy_global_to_shared(
-                            v_desc, [n, kv_head, 0, block2 * 128], full.index(stage), v_s.index(stage)
-                        )
-                    else:
-                        if j < 2:
-                            mbarrier.expect(full.index(stage), TILE)
-                        else:
-                            mbarrier.expect(full.index(stage), 2 * TILE)
-                            tma.async_copy_global_to_shared(
-                                v_desc, [n, kv_head, 0, block2 * 128], full.index(stage), v_s.index(stage)
-                            )
-                        tma.async_copy_global_to_shared(
-                            k_desc, [n, kv_head, block * 128, 0], full.index(stage), k_s.index(stage)
-                        )
-                    stage, phase = advance(stage, phase, STAGES)
-                block2 = block1
-                block1 = block
-                block = following
+            else:
+                if j < 2:
+                    mbarrier.expect(full.index(stage), TILE)
+                else:
+                    mbarrier.expect(full.index(stage), 2 * TILE)
+                    tma.async_copy_global_to_shared(
+                        v_desc, [n, kv_head, 0, block2 * 128], full.index(stage), v_s.index(stage)
+                    )
+                tma.async_copy_global_to_shared(
+                    k_desc, [n, kv_head, block * 128, 0], full.index(stage), k_s.index(stage)
+                )
+            stage, phase = advance(stage, phase, STAGES)
+        block2 = block1
+        block1 = block
+        block = following
+    return stage, phase
 
 
 @gluon.jit
-def consume(
-    WARPGROUP: gl.constexpr, o_desc, lse, counts, order, q_scale, k_scale, v_scale, q_s, k_s, v_s, one_s, o_s,
-    q_full, q_empty, full, empty, rows, lanes, row0, n_queries, log2_scale,
-    D: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
-    ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
+def attend(
+    WARPGROUP: gl.constexpr, o_desc, lse, scales, q, k_s, v_s, one_s, o_s, q_full, q_empty, full, empty,
+    stage, phase, q_phase, n, head, kv_head, flat_head, row, count, n_queries, log2_scale,
+    D: gl.constexpr, STAGES: gl.constexpr, WITH_LSE: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: 64 query rows of every tile."""
+    """64 query rows of one tile."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     h_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // 2, 32])
     t_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
-    stage = 0
-    phase = 0
-    q_phase = 0
-    q = q_s.index(WARPGROUP).reshape([64, D])
+    q_scale, k_scale, v_scale = scales
     ones = one_s.permute((1, 0))
-    for turn in range(count_turns(rows, lanes, GROUP)):
-        there, n, head, kv_head, row = tile_of(turn, order, rows, lanes, KV_HEADS, GROUP, ORDERED)
-        if there:
-            flat_head = n * (KV_HEADS * GROUP) + head
-            count = row0 + row + 1 if DENSE else gl.load(counts + (flat_head * rows + row))
-            factor = gl.load(q_scale + head) * gl.load(k_scale + kv_head) * log2_scale
-            mbarrier.wait(q_full.index(WARPGROUP), q_phase)
-            q_phase ^= 1
-            # The diagonal block. Its mask also hides the keys past the last token, which TMA has filled with zeros.
-            mbarrier.wait(full.index(stage), phase)
-            s = warpgroup_mma_wait(0, deps=[issue_scores(q, k_s, stage, D, s_layout)])
-            mbarrier.arrive(empty.index(stage))
-            stage, phase = advance(stage, phase, STAGES)
-            local = gl.arange(0, 64, row_layout) + opaque(WARPGROUP * 64)
-            s = gl.where(local[:, None] >= gl.arange(0, 128, gl.SliceLayout(0, s_layout))[None, :], s, -float("inf"))
-            m = row_max(s, row_layout) * factor
-            x_a, x_b = halves(s * factor - (m - WEIGHT_BITS)[:, None])
-            packed_a = pack_fp8(gl.exp2(x_a))
-            packed_b = pack_fp8(gl.exp2(x_b))
-            shrink = gl.full([64], 1.0, gl.float32, row_layout)
-            o_lo = gl.zeros([64, D // 2], gl.float32, h_layout)
-            o_hi = gl.zeros([64, D // 2], gl.float32, h_layout)
-            total = gl.zeros([64, 8], gl.float32, t_layout)
-            mbarrier.wait(full.index(stage), phase)
-            if count > 1:
-                s = warpgroup_mma_wait(0, deps=[issue_scores(q, k_s, stage, D, s_layout)])
-                mbarrier.arrive(empty.index(stage))
-                stage, phase = advance(stage, phase, STAGES)
-                m_next = gl.maximum(m, row_max(s, row_layout) * factor)
-                x = s * factor - (m_next - WEIGHT_BITS)[:, None]
-                shrink0 = shrink
-                shrink = gl.exp2(m - m_next)
-                m = m_next
-                mbarrier.wait(full.index(stage), phase)
-                for _ in range(count - 2):
-                    stage, phase, x, packed_a, packed_b, o_lo, o_hi, total, shrink0, shrink, m = step(
-                        q, k_s, v_s, ones, full, empty, stage, phase, x, packed_a, packed_b, o_lo, o_hi, total,
-                        shrink0, shrink, m, factor, count, STAGES, D, s_layout, h_layout, t_layout, True,
-                    )  # fmt: skip
-                stage, phase, x, packed_a, packed_b, o_lo, o_hi, total, shrink0, shrink, m = step(
-                    q, k_s, v_s, ones, full, empty, stage, phase, x, packed_a, packed_b, o_lo, o_hi, total,
-                    shrink0, shrink, m, factor, count, STAGES, D, s_layout, h_layout, t_layout, False,
-                )  # fmt: skip
-            # The last block's P V, normalisation, output.
-            mbarrier.arrive(q_empty.index(WARPGROUP))
-            p = weights_operand(packed_a, packed_b, h_layout)
-            lo = issue_half(p, v_s, stage, 0, D, h_layout)
-            hi = issue_half(p, v_s, stage, 1, D, h_layout)
-            sums = issue_total(p, ones, t_layout)
-            lo, hi, sums = warpgroup_mma_wait(0, deps=[lo, hi, sums])
-            mbarrier.arrive(empty.index(stage))
-            stage, phase = advance(stage, phase, STAGES)
-            # The 8 columns are equal: a maximum takes one of them.
-            row_total = gl.convert_layout(gl.max(rescale(total, shrink, sums), axis=1), row_layout)
-            if WITH_LSE:
-                query = row * 128 + WARPGROUP * 64 + gl.arange(0, 64, row_layout)
-                natural = (m - WEIGHT_BITS + log2_approx(row_total)) * 0.6931471805599453
-                gl.store(lse + flat_head.to(gl.int64) * n_queries + query, natural, mask=query < n_queries)
-            inverse = gl.convert_layout(gl.load(v_scale + kv_head) / row_total, gl.SliceLayout(1, h_layout))[:, None]
-            o_lo = rescale(o_lo, shrink, lo) * inverse
-            o_hi = rescale(o_hi, shrink, hi) * inverse
-            tma.store_wait(0)
-            staged = o_s.index(WARPGROUP)
-            staged.reshape([64, D]).slice(0, D // 2, dim=1).store(o_lo.to(o_desc.dtype))
-            staged.reshape([64, D]).slice(D // 2, D // 2, dim=1).store(o_hi.to(o_desc.dtype))
-            fence_async_shared()
-            tma.async_copy_shared_to_global(o_desc, [n, head, row * 128 + WARPGROUP * 64, 0], staged)
+    factor = gl.load(q_scale + head) * gl.load(k_scale + kv_head) * log2_scale
+    mbarrier.wait(q_full.index(WARPGROUP), q_phase)
+    q_phase ^= 1
+    s, stage, phase = diagonal_scores(WARPGROUP, q, k_s, full, empty, stage, phase, D, STAGES, s_layout)
+    m = row_max(s, row_layout) * factor
+    x_a, x_b = halves(s * factor - (m - WEIGHT_BITS)[:, None])
+    packed_a = pack_fp8(gl.exp2(x_a))
+    packed_b = pack_fp8(gl.exp2(x_b))
+    shrink = gl.full([64], 1.0, gl.float32, row_layout)
+    o_lo = gl.zeros([64, D // 2], gl.float32, h_layout)
+    o_hi = gl.zeros([64, D // 2], gl.float32, h_layout)
+    total = gl.zeros([64, 8], gl.float32, t_layout)
+    mbarrier.wait(full.index(stage), phase)
+    if count > 1:
+        s = warpgroup_mma_wait(0, deps=[issue_scores(q, k_s, stage, D, s_layout)])
+        mbarrier.arrive(empty.index(stage))
+        stage, phase = advance(stage, phase, STAGES)
+        m_next = gl.maximum(m, row_max(s, row_layout) * factor)
+        x = s * factor - (m_next - WEIGHT_BITS)[:, None]
+        shrink0 = shrink
+        shrink = gl.exp2(m - m_next)
+        m = m_next
+        mbarrier.wait(full.index(stage), phase)
+        for _ in range(count - 2):
+            stage, phase, x, packed_a, packed_b, o_lo, o_hi, total, shrink0, shrink, m = step(
+                q, k_s, v_s, ones, full, empty, stage, phase, x, packed_a, packed_b, o_lo, o_hi, total,
+                shrink0, shrink, m, factor, count, STAGES, D, s_layout, h_layout, t_layout, True,
+            )  # fmt: skip
+        stage, phase, x, packed_a, packed_b, o_lo, o_hi, total, shrink0, shrink, m = step(
+            q, k_s, v_s, ones, full, empty, stage, phase, x, packed_a, packed_b, o_lo, o_hi, total,
+            shrink0, shrink, m, factor, count, STAGES, D, s_layout, h_layout, t_layout, False,
+        )  # fmt: skip
+    # The last block's P V, normalisation, output.
+    mbarrier.arrive(q_empty.index(WARPGROUP))
+    p = weights_operand(packed_a, packed_b, h_layout)
+    lo = issue_half(p, v_s, stage, 0, D, h_layout)
+    hi = issue_half(p, v_s, stage, 1, D, h_layout)
+    sums = issue_total(p, ones, t_layout)
+    lo, hi, sums = warpgroup_mma_wait(0, deps=[lo, hi, sums])
+    mbarrier.arrive(empty.index(stage))
+    stage, phase = advance(stage, phase, STAGES)
+    # The 8 columns are equal: a maximum takes one of them.
+    row_total = gl.convert_layout(gl.max(rescale(total, shrink, sums), axis=1), row_layout)
+    if WITH_LSE:
+        store_lse(WARPGROUP, lse, flat_head, row, n_queries, m - WEIGHT_BITS, row_total, row_layout)
+    inverse = gl.convert_layout(gl.load(v_scale + kv_head) / row_total, gl.SliceLayout(1, h_layout))[:, None]
+    o_lo = rescale(o_lo, shrink, lo) * inverse
+    o_hi = rescale(o_hi, shrink, hi) * inverse
     tma.store_wait(0)
+    staged = o_s.index(WARPGROUP)
+    staged.reshape([64, D]).slice(0, D // 2, dim=1).store(o_lo.to(o_desc.dtype))
+    staged.reshape([64, D]).slice(D // 2, D // 2, dim=1).store(o_hi.to(o_desc.dtype))
+    send(WARPGROUP, o_desc, staged, n, head, row)
+    return stage, phase, q_phase
+
+
+@gluon.jit
+def declare_nothing(WARPGROUP: gl.constexpr):
+    pass
 
 
 # Lengths change from call to call: specialising on them (== 1, % 16 == 0) would only compile the kernel again.
@@ -210,43 +167,15 @@ def block_sparse_attention_fp8_hopper(
     D: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
     ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
 ):  # fmt: skip
-    """Shared memory, barriers (full = data has landed, empty = both warpgroups are done with it), three roles."""
-    q_s = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, 64, D], q_desc.layout)
-    k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, 128, D], k_desc.layout)
-    v_s = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, D, 128], v_desc.layout)
-    o_s = gl.allocate_shared_memory(o_desc.dtype, [2, 1, 1, 64, D], o_desc.layout)
     one_s = gl.allocate_shared_memory(k_desc.dtype, [8, 128], gl.NVMMASharedLayout(128, element_bitwidth=8, rank=2))
     # 1.0 by its bits: ptxas 12.8 converts a constant to fp8 wrongly.
     bits = gl.full([8, 128], 0x38, gl.int8, gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
     one_s.store(bits.to(k_desc.dtype, bitcast=True))
-    barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
-    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    for half in gl.static_range(2):
-        mbarrier.init(q_full.index(half), count=1)
-        mbarrier.init(q_empty.index(half), count=1)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
-    fence_async_shared()
-    gl.warp_specialize([
-        (consume, (0, o_desc, lse, counts, order, q_scale, k_scale, v_scale, q_s, k_s, v_s, one_s, o_s,
-                   q_full, q_empty, full, empty, rows, lanes, row0, n_queries, log2_scale,
-                   D, KV_HEADS, GROUP, STAGES, DENSE, ORDERED, WITH_LSE)),
-        (consume, (1, o_desc, lse, counts, order, q_scale, k_scale, v_scale, q_s, k_s, v_s, one_s, o_s,
-                   q_full, q_empty, full, empty, rows, lanes, row0, n_queries, log2_scale,
-                   D, KV_HEADS, GROUP, STAGES, DENSE, ORDERED, WITH_LSE)),
-        (produce, (q_desc, k_desc, v_desc, indices, counts, order, q_s, k_s, v_s, q_full, q_empty, full, empty,
-                   rows, lanes, row0, max_blocks, KV_HEADS, GROUP, STAGES, DENSE, ORDERED)),
-    ], [4, 1], [240, 24])  # fmt: skip
-
-
-def _descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    size = tensor.element_size()
-    layout = gl.NVMMASharedLayout(min(128, columns * size), element_bitwidth=8 * size, rank=4)
-    return TensorDescriptor(tensor, list(tensor.shape), tma_strides(tensor), [1, 1, rows, columns], layout)
+    run_roles(
+        q_desc, k_desc, v_desc, o_desc, lse, indices, counts, order, (q_scale, k_scale, v_scale), one_s,
+        rows, lanes, row0, n_queries, max_blocks, log2_scale,
+        D, KV_HEADS, GROUP, STAGES, DENSE, ORDERED, WITH_LSE, load_blocks, declare_nothing, attend,
+    )  # fmt: skip
 
 
 def block_sparse_attention_fp8(
@@ -262,42 +191,9 @@ def block_sparse_attention_fp8(
     stages: int = 4,
 ) -> tuple[Tensor, Tensor | None]:
     """See kernels.block_sparse_attention_fp8, which has checked shapes, types, strides and the device."""
-    N, H, Lq, D = q.shape
-    kv_heads = k.shape[1]
-    rows = -(-Lq // BLOCK)
-    known = query_start + Lq  # what lies past it is never read, but for the values that share its group of 16
-    out = torch.empty(N, Lq, H, D, dtype=dtype, device=q.device).transpose(1, 2)
-    lse = torch.empty(N, H, Lq, dtype=torch.float32, device=q.device) if return_lse else None
-    # Stand-ins keep the pointer types when there is no selection or no lse to write: never dereferenced.
-    unused = out if selection is None else selection.counts
-    indices = unused if selection is None else selection.indices.contiguous()
-    counts = unused if selection is None else selection.counts.contiguous()
-    order = None if selection is None else selection.order
-    block_sparse_attention_fp8_hopper[(min(device.multiprocessors(q.device), N * H * rows),)](
-        _descriptor(q, HALF, D),
-        _descriptor(k[:, :, :known], BLOCK, D),
-        _descriptor(vt[..., : -(-known // KEY_GROUP) * KEY_GROUP], D, BLOCK),
-        _descriptor(out, HALF, D),
-        out if lse is None else lse,
-        indices,
-        counts,
-        counts if order is None else order,
-        scales.q,
-        scales.k,
-        scales.v,
-        rows,
-        N * kv_heads,
-        query_start // BLOCK,
-        Lq,
-        indices.shape[-1],
-        scale * LOG2E,
-        D=D,
-        KV_HEADS=kv_heads,
-        GROUP=H // kv_heads,
-        STAGES=stages,
-        DENSE=selection is None,
-        ORDERED=order is not None,
-        WITH_LSE=return_lse,
-        num_warps=4,
-    )
-    return out, lse
+    known = query_start + q.shape[2]  # what lies past it is never read, but for the values that share its group of 16
+    values = vt[..., : ceil_div(known, KEY_GROUP) * KEY_GROUP]
+    return launch(
+        block_sparse_attention_fp8_hopper, q, k[:, :, :known], values, (q.shape[-1], HOPPER_BLOCK),
+        (scales.q, scales.k, scales.v), selection, query_start, scale, dtype, return_lse, stages,
+    )  # fmt: skip

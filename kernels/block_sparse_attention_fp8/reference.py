@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.block_selection import BlockSelection
-from kernels.block_sparse_attention import reference as wide
-from kernels.fp8_heads import FP8, HeadScales
-from kernels.fp8_heads.reference import restore_keys
+from kernels._common.attention_reference import attend_to_blocks
+from kernels._common.fp8 import FP8, HeadScales, restore_keys
+from kernels._common.selection import BlockSelection
 
 # Probabilities are at most 1: times 2^8 they use e4m3 down to 2^-17 of the row's largest.
 WEIGHT_SCALE = 256.0
@@ -39,7 +38,7 @@ def block_sparse_attention_fp8(
     """
     known = query_start + q.shape[2]
     v = restore_keys(vt[..., : -(-known // 16) * 16])[..., :known].mT
-    out, lse = wide.block_sparse_attention(
+    out, lse = attend_to_blocks(
         q.float() * scales.q[:, None, None],
         k[:, :, :known].float() * scales.k[:, None, None],
         v.float() * scales.v[:, None, None],

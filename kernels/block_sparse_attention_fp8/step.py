@@ -9,7 +9,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from kernels.gluon_common import advance, fence, row_max
+from kernels._common.hopper import advance, fence, row_max
+from kernels._common.hopper_attention import issue_scores
 
 WEIGHT_BITS = gl.constexpr(8.0)  # P times 2^8: e4m3 then covers 2^-17 .. 1 of the row's largest
 
@@ -65,12 +66,6 @@ def unpack_fp8(packed):
     # rows (warp, r, lane // 4), words (pair, g, lane % 4)
     by_bit = joined.reshape([4, 2, 8, PAIRS, 2, 4, 2, 2])
     return by_bit.permute([0, 6, 2, 3, 7, 5, 4, 1]).reshape([64, 32 * PAIRS])
-
-
-@gluon.jit
-def issue_scores(q, k_s, stage, D: gl.constexpr, S_LAYOUT: gl.constexpr):
-    key = k_s.index(stage).reshape([128, D]).permute((1, 0))
-    return warpgroup_mma(q, key, gl.zeros([64, 128], gl.float32, S_LAYOUT), use_acc=False, is_async=True)
 
 
 @gluon.jit

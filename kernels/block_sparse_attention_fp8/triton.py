@@ -6,19 +6,19 @@ are stored (kernels.fp8_heads), so that scores and values agree on what a column
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels import device
-from kernels.block_selection import BlockSelection
-from kernels.fp8_heads import HeadScales
-from kernels.fp8_heads.triton import key_at
+from kernels._common.attention import allocate_output
+from kernels._common.attention_triton import Tiling, hide, keys_before, launch, place_of_tile, token_of_step
+from kernels._common.fp8 import HeadScales
+from kernels._common.fp8_triton import key_at
+from kernels._common.selection import BlockSelection
+from kernels._common.sizes import power_of_2
 
-LOG2E = 1.4426950408889634
 WEIGHT_BITS = tl.constexpr(8.0)  # P times 2^8: e4m3 then covers 2^-17 .. 1 of the row's largest
 
 
@@ -48,10 +48,7 @@ def _step(
         key_tile = tl.load(k_pointers)
         value_tile = tl.load(v_pointers)
     s = tl.dot(q, tl.trans(key_tile))
-    if CAUSAL:
-        s = tl.where(keys[None, :] <= positions[:, None], s, -float("inf"))
-    if WINDOW:
-        s = tl.where(keys[None, :] > positions[:, None] - window, s, -float("inf"))
+    s = hide(s, positions, keys, window, CAUSAL, WINDOW)
     m_next = tl.maximum(m, tl.max(s, 1) * factor)
     # With a window a row may not have met a visible key yet: -inf - -inf would be NaN.
     shift = tl.where(m_next == -float("inf"), 0.0, m_next) if WINDOW else m_next
@@ -78,14 +75,7 @@ def block_sparse_attention_fp8_kernel(
 ):  # fmt: skip
     """`rows` counts BLOCK_SIZE-row query blocks; dense calls use BLOCK_SIZE = TILE_M."""
     TILES_PER_ROW: tl.constexpr = BLOCK_SIZE // TILE_M
-    # All tiles of the heads that share a KV head are adjacent (their K and V stay in L2), longest first.
-    per_kv_head = rows * (TILES_PER_ROW * GROUP)
-    lane = tl.program_id(0) // per_kv_head
-    rest = tl.program_id(0) % per_kv_head
-    n = lane // KV_HEADS
-    kv_head = lane % KV_HEADS
-    head = kv_head * GROUP + rest % GROUP
-    tile = rows * TILES_PER_ROW - 1 - rest // GROUP
+    n, head, kv_head, tile = place_of_tile(rows, KV_HEADS, GROUP, TILES_PER_ROW)
     row = tile // TILES_PER_ROW
     flat_head = n * (KV_HEADS * GROUP) + head
 
@@ -117,19 +107,11 @@ def block_sparse_attention_fp8_kernel(
 
     # Everything before: no causal mask, no bounds.
     PER_BLOCK: tl.constexpr = BLOCK_SIZE // TILE_N
-    if DENSE:
-        begin = tl.maximum(first - window + 1, 0) // TILE_N if WINDOW else 0
-        end = diagonal // TILE_N
-        kept = indices
-    else:
-        flat_row = flat_head * rows + row
-        begin = 0
-        end = (tl.load(counts + flat_row) - 1) * PER_BLOCK
-        kept = indices + flat_row.to(tl.int64) * max_blocks
+    begin, end, kept = keys_before(
+        indices, counts, flat_head * rows + row, max_blocks, first, diagonal, window, PER_BLOCK, TILE_N, DENSE, WINDOW
+    )
     for index in range(begin, end):
-        token = index * TILE_N
-        if not DENSE:
-            token = tl.load(kept + index // PER_BLOCK) * BLOCK_SIZE + index % PER_BLOCK * TILE_N
+        token = token_of_step(index, kept, BLOCK_SIZE, PER_BLOCK, TILE_N, DENSE)
         acc, m, total = _step(
             acc, m, total, query, k, vt, k_stride_t, v_stride_d, token, positions, known, factor, window,
             TILE_N, D, BLOCK_D, False, WINDOW,
@@ -142,16 +124,6 @@ def block_sparse_attention_fp8_kernel(
     out += n.to(tl.int64) * out_stride_n + head.to(tl.int64) * out_stride_h
     pointers = out + offsets.to(tl.int64)[:, None] * out_stride_t + dims[None, :]
     tl.store(pointers, acc.to(out.dtype.element_ty), mask=inside)
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """Query rows and keys of a tile, warps of a program, depth of the load pipeline."""
-
-    tile_m: int
-    tile_n: int
-    warps: int
-    stages: int
 
 
 def choose_tiling(capability: tuple[int, int], block_d: int, block_size: int | None) -> Tiling:
@@ -179,47 +151,12 @@ def block_sparse_attention_fp8(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """See kernels.block_sparse_attention_fp8, which has checked shapes, types and the device."""
-    N, H, Lq, D = q.shape
-    block_d = max(32, triton.next_power_of_2(D))
-    out = torch.empty(N, Lq, H, D, dtype=dtype, device=q.device).transpose(1, 2)
-    lse = torch.empty(N, H, Lq, dtype=torch.float32, device=q.device) if return_lse else None
+    block_d = max(32, power_of_2(q.shape[-1]))
+    out, lse = allocate_output(q, dtype, return_lse)
     tiling = choose_tiling(device.capability(q.device), block_d, block_size if selection is not None else None)
-    if selection is None:
-        block_size = tiling.tile_m
-        indices = counts = out  # stand-ins, never read
-    else:
-        indices, counts = selection.indices.contiguous(), selection.counts.contiguous()
-    rows = triton.cdiv(Lq, block_size)
-    grid = (N * H * rows * (block_size // tiling.tile_m),)
-    block_sparse_attention_fp8_kernel[grid](
-        q,
-        k,
-        vt,
-        out,
-        out if lse is None else lse,
-        indices,
-        counts,
-        scales.q,
-        scales.k,
-        scales.v,
-        *(stride for tensor in (q, k, vt, out) for stride in tensor.stride()[:3]),
-        Lq,
-        query_start,
-        rows,
-        indices.shape[-1],
-        scale * LOG2E,
-        0 if window is None else window,
-        KV_HEADS=k.shape[1],
-        GROUP=H // k.shape[1],
-        D=D,
-        BLOCK_D=block_d,
-        BLOCK_SIZE=block_size,
-        TILE_M=tiling.tile_m,
-        TILE_N=tiling.tile_n,
-        DENSE=selection is None,
-        WINDOW=window is not None,
-        WITH_LSE=return_lse,
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
-    )
+    tensors = (q, k, vt, out)
+    launch(
+        block_sparse_attention_fp8_kernel, tiling, tensors, tensors, lse, (scales.q, scales.k, scales.v),
+        selection, query_start, block_size, block_d, scale, window,
+    )  # fmt: skip
     return out, lse

@@ -15,14 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import device as kernels_device
-from kernels.sizes import ceil_div, power_of_2
-
-LOG2E = 1.4426950408889634
-# A share of fewer keys would spend its time on starting up.
-MIN_SHARE = 256
-PROGRAMS_PER_MULTIPROCESSOR = 2
-NO_WINDOW = 2**31 - 1
+from kernels._common.attention import LOG2E
+from kernels._common.decode_triton import NO_WINDOW, allocate_shares, merge
+from kernels._common.sizes import power_of_2
 
 
 @triton.jit(do_not_specialize=["window"])
@@ -76,48 +71,6 @@ def share_kernel(
         tl.store(partial_lse + place * SHARES + share, top + tl.log2(total), mask=g < GROUP)
 
 
-@triton.jit
-def merge_kernel(
-    partial, partial_lse, out, out_stride_s, out_stride_h,
-    D: tl.constexpr, SHARES: tl.constexpr, PART: tl.constexpr,
-):  # fmt: skip
-    """Program (head, document): the shares' outputs weighted by their parts of the softmax; zeros if there are none."""
-    head = tl.program_id(0)
-    s = tl.program_id(1).to(tl.int64)
-    share = tl.arange(0, triton.next_power_of_2(SHARES))
-    d = tl.arange(0, triton.next_power_of_2(D))
-    place = (s * tl.num_programs(0) + head) * SHARES + share
-    lse = tl.load(partial_lse + place, mask=share < SHARES, other=float("-inf"))
-    top = tl.max(lse, axis=0)
-    total = tl.sum(tl.where(lse > float("-inf"), tl.exp2(lse - top), 0.0), axis=0)
-    result = tl.zeros((triton.next_power_of_2(D),), tl.float32)
-    # PART shares at a time: all of them would not fit the registers where one KV head fills the GPU.
-    for first in tl.static_range(0, SHARES, PART):
-        share = first + tl.arange(0, PART)
-        place = (s * tl.num_programs(0) + head) * SHARES + share
-        lse = tl.load(partial_lse + place, mask=share < SHARES, other=float("-inf"))
-        used = lse > float("-inf")
-        weight = tl.where(used, tl.exp2(lse - top), 0.0)
-        parts = tl.load(partial + place[:, None] * D + d[None, :], mask=used[:, None] & (d < D)[None, :], other=0.0)
-        result += tl.sum(parts * weight[:, None], axis=0)
-    result /= tl.where(total > 0.0, total, 1.0)
-    target = out + s * out_stride_s + head * out_stride_h + d
-    tl.store(target, result.to(out.dtype.element_ty), mask=d < D)
-
-
-def count_shares(kv_heads: int, longest: int, device: torch.device) -> int:
-    """Programs for one KV head of one document: enough that a document alone fills the GPU."""
-    fill = ceil_div(PROGRAMS_PER_MULTIPROCESSOR * kernels_device.multiprocessors(device), kv_heads)
-    return max(1, min(fill, ceil_div(longest, MIN_SHARE)))
-
-
-def merge(partial: Tensor, partial_lse: Tensor, out: Tensor) -> None:
-    """out [S, H, D] from the shares' outputs float32 [S, H, shares, D] and base-2 log-sum-exps [S, H, shares]."""
-    S, H, shares, D = partial.shape
-    part = min(power_of_2(shares), 8192 // power_of_2(D))
-    merge_kernel[(H, S)](partial, partial_lse, out, *out.stride()[:2], D=D, SHARES=shares, PART=part, num_warps=4)
-
-
 def _tile(element_size: int, head_dim: int) -> dict[str, Any]:
     """16 KiB of keys a step: three stages of keys and values leave room for two programs on a multiprocessor."""
     row = element_size * power_of_2(head_dim)
@@ -139,10 +92,8 @@ def decode_attention(
         raise ValueError("the last dimension of q, k and v must be contiguous")
     S, H, D = q.shape
     kv_heads = k.shape[0]
-    shares = count_shares(kv_heads, max_length if window is None else min(max_length, window), q.device)
-    partial = torch.empty(S, H, shares, D, dtype=torch.float32, device=q.device)
-    partial_lse = torch.empty(S, H, shares, dtype=torch.float32, device=q.device)
-    out = torch.empty(S, H, D, dtype=q.dtype, device=q.device)
+    partial, partial_lse = allocate_shares(q, kv_heads, max_length if window is None else min(max_length, window))
+    shares = partial.shape[2]
     share_kernel[(shares, kv_heads, S)](
         q, k, v, starts, lengths, partial, partial_lse, scale * LOG2E, NO_WINDOW if window is None else window,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
@@ -150,5 +101,4 @@ def decode_attention(
         BG=max(16, power_of_2(H // kv_heads)),
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", **_tile(q.element_size(), D),
     )  # fmt: skip
-    merge(partial, partial_lse, out)
-    return out
+    return merge(partial, partial_lse, q.dtype)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.decode_attention import reference as wide
-from kernels.fp8_heads import KEY_GROUP, HeadScales
-from kernels.fp8_heads.reference import restore_keys
+from kernels._common.fp8 import KEY_GROUP, HeadScales, restore_keys
+from kernels.decode_attention import decode_attention
 
 
 def decode_attention_fp8(
@@ -29,7 +28,15 @@ def decode_attention_fp8(
         keys = k[:, start : start + length].float() * scales.k[:, None, None]
         values = restore_keys(vt[..., start:end])[..., :length].mT.float() * scales.v[:, None, None]
         document = slice(s, s + 1)
-        out[document] = wide.decode_attention(
-            q[document], keys, values, zero, lengths[document], max_length, scale, window
+        out[document] = decode_attention(
+            q[document],
+            keys,
+            values,
+            zero,
+            lengths[document],
+            max_length=max_length,
+            scale=scale,
+            window=window,
+            impl="reference",
         )
     return out

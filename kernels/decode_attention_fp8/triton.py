@@ -8,14 +8,14 @@ values agree on what a column is.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.decode_attention.triton import LOG2E, NO_WINDOW, count_shares, merge
-from kernels.fp8_heads import HeadScales
-from kernels.fp8_heads.triton import key_at
+from kernels._common.attention import LOG2E
+from kernels._common.decode_triton import NO_WINDOW, allocate_shares, merge
+from kernels._common.fp8 import HeadScales
+from kernels._common.fp8_triton import key_at
 
 WEIGHT_BITS = tl.constexpr(14.0)
 
@@ -101,11 +101,8 @@ def decode_attention_fp8(
     """See kernels.decode_attention_fp8."""
     S, H, D = q.shape
     kv_heads = k.shape[0]
-    longest = max_length if window is None else min(max_length, window + 15)
-    shares = count_shares(kv_heads, longest, q.device)
-    partial = torch.empty(S, H, shares, D, dtype=torch.float32, device=q.device)
-    partial_lse = torch.empty(S, H, shares, dtype=torch.float32, device=q.device)
-    out = torch.empty(S, H, D, dtype=q.dtype, device=q.device)
+    partial, partial_lse = allocate_shares(q, kv_heads, max_length if window is None else min(max_length, window + 15))
+    shares = partial.shape[2]
     # 16 KiB of keys a step; three stages of keys and values leave room for two programs on a multiprocessor.
     block_d = triton.next_power_of_2(D)
     share_kernel[(shares, kv_heads, S)](
@@ -115,5 +112,4 @@ def decode_attention_fp8(
         BG=max(16, triton.next_power_of_2(H // kv_heads)), BN=max(32, min(128, 16384 // block_d)), STAGES=3,
         num_warps=4,
     )  # fmt: skip
-    merge(partial, partial_lse, out)
-    return out
+    return merge(partial, partial_lse, q.dtype)

@@ -5,22 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.fp8_heads import FP8, FP8_MAX, KEY_GROUP, HeadScales
-
-
-def quantize(x: Tensor, scale: Tensor) -> Tensor:
-    """x / scale in e4m3, saturated at +-448; NaN stays NaN. scale: float32, broadcast against x."""
-    return (x.float() * (1.0 / scale)).clamp(-FP8_MAX, FP8_MAX).to(FP8)
-
-
-def store_order(values: Tensor) -> Tensor:
-    """values [..., T], 16 | T, keys in order -> the order in which they are stored."""
-    return values.unflatten(-1, (-1, 2, 4, 2)).transpose(-3, -2).flatten(-4)
-
-
-def restore_keys(stored: Tensor) -> Tensor:
-    """The inverse of `store_order`."""
-    return stored.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4)
+from kernels._common.fp8 import KEY_GROUP, HeadScales, quantize, restore_keys, store_order
 
 
 def quantize_heads(x: Tensor, scale: Tensor) -> Tensor:

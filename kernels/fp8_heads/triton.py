@@ -1,4 +1,4 @@
-"""fp8 heads in Triton: one pass over the data; and the helpers of kernels that read fp8 keys and values."""
+"""fp8 heads in Triton: one pass over the data."""
 
 from __future__ import annotations
 
@@ -7,32 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fp8_heads import FP8, KEY_GROUP, HeadScales
+from kernels._common.fp8 import FP8, KEY_GROUP, HeadScales
+from kernels._common.fp8_triton import key_at, place_of, to_fp8
 
 GROUP = tl.constexpr(KEY_GROUP)
 # Of a program. Transposed values are stored in runs of this many bytes: whole lines of the cache.
 TOKENS = 128
-
-
-@triton.jit
-def key_at(place):
-    """The key that stored place `place` of the transposed values holds (kernels.fp8_heads says why)."""
-    within = place % 16
-    return place - within + within // 2 % 2 * 8 + within // 4 * 2 + within % 2
-
-
-@triton.jit
-def place_of(key):
-    """The inverse of `key_at`."""
-    within = key % 16
-    return key - within + within % 8 // 2 * 4 + within // 8 * 2 + within % 2
-
-
-@triton.jit
-def to_fp8(x, scale):
-    """x / scale in e4m3, saturated; NaN stays NaN. scale: float32 scalar."""
-    scaled = x.to(tl.float32) * tl.div_rn(1.0, scale)
-    return tl.clamp(scaled, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
 
 
 @triton.jit(do_not_specialize=["tokens"])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kernels.rows import FP8, FP8_MAX, LEAST_AMAX
+from kernels._common.fp8 import FP8, FP8_MAX
+from kernels._common.rows import LEAST_AMAX
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

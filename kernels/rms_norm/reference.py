@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.quantize import reference as quantize
+from kernels.quantize import quantize_rows
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, weight_offset: float, round_before_weight: bool) -> Tensor:
@@ -24,5 +24,5 @@ def rms_norm_fp8(
 ) -> tuple[Tensor, Tensor]:
     """See kernels.rms_norm.rms_norm_fp8. Returns values [..., D], scales [..., 1]."""
     y = rms_norm(x, weight, eps, weight_offset, round_before_weight)
-    values, scales = quantize.quantize_rows(y.reshape(-1, y.shape[-1]))
-    return values.view(x.shape), scales.view(*x.shape[:-1], 1)
+    rows = quantize_rows(y.reshape(-1, y.shape[-1]), impl="reference")
+    return rows.values.view(x.shape), rows.scales.view(*x.shape[:-1], 1)

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.rows import FP8, in_memory_order, row_layout
-from kernels.rows.triton import quantize_tile, row_start, warps
+from kernels._common.fp8 import FP8
+from kernels._common.rows import in_memory_order, row_layout
+from kernels._common.rows_triton import quantize_tile, row_start, warps
 
 
 # Sizes that follow the number of tokens are not specialised: no recompilation for a last chunk or a batch size.
@@ -17,7 +18,7 @@ def rms_norm_kernel(
     x, weight, y, scales, rows, columns, eps, weight_offset, n2, n3, s1, s2, s3,
     WEIGHT: tl.constexpr, ROUND: tl.constexpr, QUANTIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """x: rows as kernels.rows.row_layout says; y contiguous. QUANTIZE: y fp8, `scales` float32 [rows]."""
+    """x: rows as kernels._common.rows.row_layout says; y contiguous. QUANTIZE: y fp8, `scales` float32 [rows]."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (column < columns)[None, :]

@@ -26,11 +26,11 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels import device
-from kernels.block_scores.triton import empty_scores
-from kernels.block_sparse_attention.descriptors import tma_strides
-from kernels.fp8_heads import HeadScales
-from kernels.gluon_common import advance, log2_approx
-from kernels.sizes import ceil_div
+from kernels._common.fp8 import HeadScales
+from kernels._common.hopper import advance, log2_approx
+from kernels._common.scores import empty_scores
+from kernels._common.sizes import ceil_div
+from kernels._common.tma import tma_strides
 
 BLOCK = 128
 WARPGROUPS = 4

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kernels.fp8_heads import HeadScales
-from kernels.fp8_heads.reference import quantize
+from kernels._common.fp8 import HeadScales, quantize
 
 # Groups of a block's keys, each weighed by its largest logit. Key u belongs to group u // 2 % PEAKS: what one lane of a
 # tensor core's accumulator holds, so that a GPU finds the maxima without exchanging anything.

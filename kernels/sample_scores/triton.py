@@ -17,13 +17,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import device as kernels_device
-from kernels.block_scores.triton import empty_scores
-from kernels.block_sparse_attention.descriptors import tma_obstacle, tma_strides
-from kernels.fp8_heads import HeadScales
-from kernels.fp8_heads.triton import to_fp8
+from kernels._common.fp8 import HeadScales
+from kernels._common.fp8_triton import to_fp8
+from kernels._common.scores import empty_scores
+from kernels._common.sizes import ceil_div
+from kernels._common.tma import tma_obstacle, tma_strides
 from kernels.sample_scores.reference import PEAKS
 from kernels.sample_scores.triton_shares import load_keys, store_shares, tile_of
-from kernels.sizes import ceil_div
 
 LOG2E = 1.4426950408889634
 PROGRAMS_PER_MULTIPROCESSOR = 2

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.rows import FP8
-from kernels.rows.triton import quantize_tile, warps
+from kernels._common.fp8 import FP8
+from kernels._common.rows_triton import quantize_tile, warps
 
 
 @triton.jit

@@ -15,8 +15,8 @@ from torch import Tensor
 from pipeline.engine.arena import Extent
 from pipeline.engine.sampling import greedy, sample, uniforms
 
-TOKEN, START, LENGTH, EMITTED, LIMIT, SEED = range(6)
-FIELDS = 6
+TOKEN, START, LENGTH, EMITTED, LIMIT, SEED, TOP_K = range(7)
+FIELDS = 7
 # Stop ids per document; models have a handful of end-of-sequence ids.
 MAX_STOP_IDS = 32
 # What a step reports for a row: a token id, or one of these.
@@ -34,13 +34,15 @@ class RowStart:
     stop_ids: tuple[int, ...]
     temperature: float
     top_p: float
+    top_k: int = 0  # all
 
 
 class DecodeBatch:
     """State of `rows` documents.
 
     ints: int64 [FIELDS + MAX_STOP_IDS, rows]; by row: the newest token, the extent's start, tokens in the arena with
-        the newest one counted (0: idle), tokens generated, their limit, the seed, and the stop ids (-1 where fewer).
+        the newest one counted (0: idle), tokens generated, their limit, the seed, top_k (0: all), and the stop ids (-1
+        where fewer).
     floats: float32 [2, rows]: temperature, top_p. report: int64 [rows]: what the last step gave.
     """
 
@@ -55,7 +57,7 @@ class DecodeBatch:
         stops = [*start.stop_ids, *[-1] * (MAX_STOP_IDS - len(start.stop_ids))]
         if len(stops) > MAX_STOP_IDS:
             raise ValueError(f"at most {MAX_STOP_IDS} stop ids are supported, got {len(start.stop_ids)}")
-        values = [0, start.extent.start, start.prompt_tokens, 0, start.max_new_tokens, start.seed, *stops]
+        values = [0, start.extent.start, start.prompt_tokens, 0, start.max_new_tokens, start.seed, start.top_k, *stops]
         ints = torch.tensor(values, dtype=torch.int64)
         floats = torch.tensor([start.temperature, start.top_p], dtype=torch.float32)
         if self.ints.is_cuda:
@@ -83,7 +85,7 @@ class DecodeBatch:
         live = ints[LENGTH] > 0
         if sampled:
             draws = uniforms(ints[SEED], ints[EMITTED])
-            token = sample(logits, self.floats[0, rows], self.floats[1, rows], draws)
+            token = sample(logits, self.floats[0, rows], self.floats[1, rows], ints[TOP_K], draws)
         else:
             token = greedy(logits)
         finite = torch.isfinite(logits.amax(dim=-1))

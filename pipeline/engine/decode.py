@@ -16,6 +16,7 @@ from pipeline.engine.cache import DecodeCache
 from pipeline.engine.graphs import Graphs
 from pipeline.engine.runner import ModelRunner
 from stem_core.context import DecodeContext
+from stem_core.errors import first_line
 
 Tag = TypeVar("Tag")
 
@@ -103,7 +104,7 @@ class DecodeRunner:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self.mode = f"eager for {key} at least (capture failed: {str(error).splitlines()[0]})"
+            self.mode = f"eager for {key} at least (capture failed: {first_line(error)})"
             warnings.warn(f"decode steps {key} run without CUDA graphs: {error}", RuntimeWarning, stacklevel=2)
             return None
 

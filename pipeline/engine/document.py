@@ -65,6 +65,7 @@ class Document:
             stop_ids=self.stop_ids,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
+            top_k=sampling.top_k or 0,
         )
 
     def completion(self, status: Status, error: str, finish_reason: str, kernel: str) -> Completion:

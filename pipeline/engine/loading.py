@@ -19,6 +19,7 @@ from pipeline.engine.keys import conversion_problem, keys_problem, load_report
 from pipeline.engine.precision import Precision, resolve_precision
 from pipeline.engine.skeleton import chunk_bytes, rooms, skeleton
 from pipeline.engine.stages import Placement, connect, move, place
+from stem_core.errors import first_line
 from stem_core.fp8 import Fp8Linear, prepare_quantized_config, quantize_linears
 
 # A context that no arena reaches, for configs that state none.
@@ -40,7 +41,7 @@ def load_config(config: EngineConfig) -> Any:
             config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except Exception as error:
-        raise ModelLoadError(f"cannot read the config of model {config.model!r}: {_first_line(error)}") from error
+        raise ModelLoadError(f"cannot read the config of model {config.model!r}: {first_line(error, 1000)}") from error
 
 
 def load_precision(config: EngineConfig) -> Precision:
@@ -79,7 +80,7 @@ def load_model(config: EngineConfig, devices: Sequence[torch.device] | None = No
     except EngineError:
         raise
     except Exception as error:
-        raise ModelLoadError(f"cannot load model {config.model!r}: {_first_line(error)}") from error
+        raise ModelLoadError(f"cannot load model {config.model!r}: {first_line(error, 1000)}") from error
     return model.eval().requires_grad_(False)
 
 
@@ -199,8 +200,3 @@ def _check_hub(config: EngineConfig) -> None:
 
     if not Path(config.model).is_dir() and find_adapter_config_file(config.model, revision=config.revision):
         raise ModelLoadError(f"model {config.model!r}: it holds an adapter, which is not read. {MERGE}")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"

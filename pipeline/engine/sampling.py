@@ -38,19 +38,25 @@ def greedy(logits: Tensor) -> Tensor:
     return logits.argmax(dim=-1)
 
 
-def sample(logits: Tensor, temperatures: Tensor, top_ps: Tensor, draws: Tensor) -> Tensor:
-    """Top-p sampling by inverse CDF over the tokens from the most likely down.
+def sample(logits: Tensor, temperatures: Tensor, top_ps: Tensor, top_ks: Tensor, draws: Tensor) -> Tensor:
+    """Top-k, then top-p sampling by inverse CDF over the tokens from the most likely down, as transformers orders them.
 
-    logits [S, V]; temperatures, top_ps float32 [S]; draws float64 [S] in [0, 1). A temperature of 0 takes the argmax.
-    Returns int64 [S]. A row's result depends on that row alone. Ties go to the lower token id.
+    logits [S, V]; temperatures, top_ps float32 [S]; top_ks int64 [S], 0 keeps all; draws float64 [S] in [0, 1). A
+    temperature of 0 takes the argmax. Returns int64 [S]. A row's result depends on that row alone. Ties go to the lower
+    token id.
     """
     rows = logits.float()
     scaled = rows / temperatures.clamp(min=1e-6)[:, None]
     probabilities, order = torch.softmax(scaled, dim=-1).sort(dim=-1, descending=True, stable=True)
     total = probabilities.double().cumsum(dim=-1)
     before = total - probabilities
-    # A token is kept while the more likely ones together fall short of top_p; the first one always is.
-    kept = before < top_ps.double()[:, None]
+    some = top_ks > 0
+    last = (top_ks.clamp(1, logits.shape[-1]) - 1)[:, None]
+    held = torch.where(some[:, None], total.gather(1, last), 1.0)
+    # A token is kept while the more likely ones together fall short of top_p of what the top k hold; the first one
+    # always is.
+    kept = before < top_ps.double()[:, None] * held
+    kept &= (torch.arange(logits.shape[-1], device=logits.device) <= last) | ~some[:, None]
     kept[:, 0] = True
     mass = probabilities.masked_fill(~kept, 0.0).sum(dim=-1, dtype=torch.float64)
     below = (total <= (draws * mass)[:, None]) & kept

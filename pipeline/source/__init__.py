@@ -1,9 +1,10 @@
-"""Documents from Parquet, JSON lines and text files; the driver lists them, workers read them one by one."""
+"""Documents from files of the formats in FORMATS; the driver lists them, workers read them one by one."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from typing import Any
 
 import pyarrow as pa
@@ -11,28 +12,25 @@ import pyarrow as pa
 from pipeline.answering import answering
 from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.kept import Kept, keep
-from pipeline.location import open_filesystem
-from pipeline.source.catalogue import Catalogue, CatalogueBuilder, Document, Locator, in_shard
-from pipeline.source.files import SourceFile, find_files
+from pipeline.source.catalogue import Catalogue, CatalogueBuilder, Document, in_shard
+from pipeline.source.files import find_files
+from pipeline.source.formats import FORMATS
 from pipeline.source.ids import id_name, id_texts, json_id
-from pipeline.source.jsonl import JsonlReader, list_jsonl
-from pipeline.source.parquet import ParquetReader, list_parquet
-from pipeline.source.streams import MOST_BYTES
+from pipeline.source.protocol import Format, Locator, Reader, SourceFile
 from pipeline.source.texts import checked_text
 
 __all__ = [
+    "FORMATS",
     "Catalogue",
     "Document",
     "DocumentReader",
+    "Format",
     "Locator",
     "SourceFile",
     "find_files",
     "input_hash",
     "list_documents",
 ]
-
-# Up to so many bytes of Parquet the listing reads the texts to know their sizes; beyond, it takes row groups' means.
-EXACT_SIZES_BYTES = 4 << 30
 
 
 def list_documents(
@@ -49,13 +47,15 @@ def list_documents(
     lists what there is), ids that occur twice, nothing readable at all.
     """
     builder = CatalogueBuilder(text_column, id_column, keep_columns)
-    exact = sum(file.size for file in files if file.kind == "parquet") <= EXACT_SIZES_BYTES
-    if keep_columns and all(file.kind == "text" for file in files):
+    if keep_columns and not any(file.format.has_columns for file in files):
         raise JobError(f"--keep-columns {keep_columns[0]}: text files have no columns")
+    sizes: Counter[str] = Counter()
     for file in files:
-        builder.start_file(file)
+        sizes[file.format.name] += file.size
+    for file in files:
+        builder.start_file(file, sizes[file.format.name])
         try:
-            answering(bool(file.filesystem), _list_file, file, builder, exact)
+            answering(bool(file.filesystem), file.format.lister, file, builder)
         except Exception as error:
             if not file.filesystem:
                 raise
@@ -71,23 +71,13 @@ def list_documents(
     return catalogue if count == 1 else catalogue.select(in_shard(catalogue.ids.to_pylist(), index, count))
 
 
-def _list_file(file: SourceFile, builder: CatalogueBuilder, exact_sizes: bool) -> None:
-    if file.kind == "parquet":
-        list_parquet(file, builder, exact_sizes)
-    elif file.kind == "text":
-        builder.add(file.label, 0, file.size, file.size)
-    else:
-        list_jsonl(file, builder)
-
-
 class DocumentReader:
     """Reads documents by locator, inside a worker."""
 
     def __init__(self, text_column: str, kept: list[pa.Field]) -> None:
         self._text_column = text_column
         self._kept = kept
-        self._jsonl = JsonlReader()
-        self._parquet = ParquetReader((text_column, *(field.name for field in kept)))
+        self._readers: dict[str, Reader] = {}  # by format, made when it first occurs
 
     def read(self, document: Document) -> tuple[str, Kept]:
         """The text and the kept columns. Raises DocumentError with what is wrong with the document."""
@@ -101,24 +91,16 @@ class DocumentReader:
             raise DocumentError(f"cannot be read: {one_line(error)}") from None
 
     def _read(self, at: Locator) -> tuple[str, Kept]:
-        if at.kind == "text":
-            return checked_text(_read_file(at)), keep({}, self._kept)
-        values: dict[str, Any] = self._parquet.read(at) if at.kind == "parquet" else self._jsonl.read(at)
+        form = FORMATS[at.format]
+        if form.name not in self._readers:
+            self._readers[form.name] = form.reader((self._text_column, *(field.name for field in self._kept)))
+        values = self._readers[form.name].read(at)
+        if not form.has_columns:
+            return checked_text(values[self._text_column]), keep({}, self._kept)
         _refuse_another(values, at)
         if self._text_column not in values:
             raise DocumentError(f"it has no {self._text_column!r}; found: {', '.join(map(str, values))}")
         return checked_text(_python(values[self._text_column])), keep(values, self._kept)
-
-
-def _read_file(at: Locator) -> bytes:
-    try:
-        with open_filesystem(at.filesystem).open_input_file(at.path) as file:
-            data = file.read(MOST_BYTES + 1)
-    except (OSError, pa.ArrowException) as error:
-        raise DocumentError(f"cannot be read: {one_line(error)}") from None
-    if len(data) > MOST_BYTES:
-        raise DocumentError(f"its text has more than {MOST_BYTES:,} bytes; no more are read")
-    return data
 
 
 def _python(value: Any) -> Any:

@@ -14,28 +14,10 @@ import pyarrow.compute as pc
 from pipeline.errors import JobError, one_line
 from pipeline.kept import common_type
 from pipeline.records import valid_text
-from pipeline.source.files import SourceFile
+from pipeline.source.protocol import Locator, SourceFile
 from pipeline.source.streams import MOST_BYTES
 
 MOST_NAMES = 100
-
-
-@dataclass(frozen=True)
-class Locator:
-    """Where a worker finds a document.
-
-    start, length: byte offset and bytes of the line (jsonl; of the decompressed stream where compressed), row group and
-    row inside it (parquet), 0 and file size (text). id_column: as asked for. listed_id: what was found there, since the
-    file may be written to meanwhile.
-    """
-
-    filesystem: str
-    path: str
-    kind: str
-    start: int
-    length: int
-    id_column: str | None = None
-    listed_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,7 +62,7 @@ class Catalogue:
         file_index, start, length, size, number = (int(x) for x in self.columns[position])
         file = self.files[file_index]
         document_id = self.ids[position].as_py()
-        locator = Locator(file.filesystem, file.path, file.kind, start, length, self.id_column, document_id)
+        locator = Locator(file.filesystem, file.path, file.format.name, start, length, self.id_column, document_id)
         return Document(
             document_id, place(file, number), locator, size,
             self.errors.get(position, ""), self.stamp(position),
@@ -122,10 +104,8 @@ class Catalogue:
 
 
 def place(file: SourceFile, number: int) -> str:
-    """A document's source for people: file name, and line (from 1) or row (from 0)."""
-    if file.kind == "text" or number < 0:
-        return file.name
-    return f"{file.name} {'row' if file.kind == 'parquet' else 'line'} {number}"
+    """A document's source for people: file name, and line (from 1) or row (from 0) if the file holds several."""
+    return file.name if number < 0 else f"{file.name} {file.format.number} {number}"
 
 
 class CatalogueBuilder:
@@ -136,6 +116,7 @@ class CatalogueBuilder:
         self.id_column = id_column
         self.keep_columns = keep_columns
         self.files: list[SourceFile] = []
+        self.format_bytes = 0  # of all files together that are of the current one's format
         self.broken_files = 0
         self._kept: dict[str, pa.DataType] = {}
         self._columns: dict[str, None] = {}  # of all files, as far as people need to be told
@@ -147,9 +128,10 @@ class CatalogueBuilder:
     def __len__(self) -> int:
         return len(self._ids)
 
-    def start_file(self, file: SourceFile) -> None:
+    def start_file(self, file: SourceFile, format_bytes: int) -> None:
         """Documents added from now on are in `file`."""
         self.files.append(file)
+        self.format_bytes = format_bytes
 
     def add(self, document_id: str, start: int, length: int, size: int, number: int = -1, error: str = "") -> None:
         """A document of the current file; `error` marks it as unreadable."""

@@ -7,7 +7,6 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,33 +16,11 @@ from pipeline.answering import answering
 from pipeline.errors import JobError, one_line
 from pipeline.location import WILDCARD, is_remote, open_filesystem, printed, safe_name, split_location
 from pipeline.records import valid_text
+from pipeline.source.formats import SUFFIXES, format_of
+from pipeline.source.protocol import Format, SourceFile
 
-KINDS = {
-    ".parquet": "parquet",
-    ".jsonl": "jsonl", ".ndjson": "jsonl",
-    ".jsonl.gz": "jsonl.gz", ".ndjson.gz": "jsonl.gz",
-    ".jsonl.zst": "jsonl.zst", ".ndjson.zst": "jsonl.zst",
-    ".txt": "text", ".md": "text",
-}  # fmt: skip
 # What Spark and Delta keep beside the files of a table: unfinished writes, logs, checkpoints.
 BESIDE = ("_temporary", "_delta_log", "_spark_metadata")
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """A file of documents.
-
-    filesystem: URI that pyarrow opens the filesystem by; "" is this machine's. path: inside that filesystem.
-    label: short name that document ids are made of. name: for people; without credentials or query.
-    """
-
-    filesystem: str
-    path: str
-    label: str
-    name: str
-    kind: str
-    size: int
-    modified_ns: int
 
 
 class Found(NamedTuple):
@@ -70,7 +47,7 @@ def find_files(locations: tuple[str, ...]) -> tuple[list[SourceFile], list[str]]
             raise JobError(f"--input {safe_name(location)}: cannot be listed: {one_line(error)}") from None
         if not files:
             what = f"only files of other kinds ({', '.join(sorted(passed)[:3])})" if passed else "no files"
-            raise JobError(f"--input {safe_name(location)}: holds {what}; expected {', '.join(KINDS)}")
+            raise JobError(f"--input {safe_name(location)}: holds {what}; expected {', '.join(SUFFIXES)}")
         for file in files:
             found.setdefault(file.name, file)
         ignored += passed
@@ -89,11 +66,11 @@ def _find(location: str) -> tuple[list[SourceFile], list[str]]:
     filesystem = open_filesystem(uri)
     info = filesystem.get_file_info(path)
     if info.type == FileType.File:
-        kind = kind_of(path)
-        if kind is None:
-            raise JobError(f"--input {safe_name(location)}: its kind is not known; expected {', '.join(KINDS)}")
+        form = format_of(path)
+        if form is None:
+            raise JobError(f"--input {safe_name(location)}: its kind is not known; expected {', '.join(SUFFIXES)}")
         item = Found(info.path, info.size, info.mtime_ns or 0)
-        return [_source_file(uri, item, info.base_name, prefix, kind)], []
+        return [_source_file(uri, item, info.base_name, prefix, form)], []
     if info.type == FileType.Directory:
         base, wanted = path.rstrip("/"), None
     elif WILDCARD.search(path):
@@ -107,11 +84,11 @@ def _find(location: str) -> tuple[list[SourceFile], list[str]]:
     for item in _walk(filesystem, base):
         if wanted and not wanted.fullmatch(item.path):
             continue
-        kind = kind_of(item.path)
-        if kind is None:
+        form = format_of(item.path)
+        if form is None:
             passed.append(item.path.rpartition("/")[2])
         else:
-            files.append(_source_file(uri, item, item.path[len(base) :].lstrip("/"), prefix, kind))
+            files.append(_source_file(uri, item, item.path[len(base) :].lstrip("/"), prefix, form))
     if wanted and not files and not passed:
         raise JobError(f"--input {safe_name(location)}: no file matches")
     return sorted(files, key=lambda file: file.path), passed
@@ -156,12 +133,6 @@ def _walk_folder(base: str) -> Iterator[Found]:
                     yield Found(valid_text(path), about.st_size, about.st_mtime_ns)
 
 
-def kind_of(path: str) -> str | None:
-    """The kind by suffix, or None."""
-    name = path.rpartition("/")[2].lower()
-    return next((kind for suffix, kind in KINDS.items() if name.endswith(suffix)), None)
-
-
 def glob_regex(pattern: str) -> str:
     """A glob as a regular expression over whole paths: * and ? stay inside a folder, **/ crosses folders."""
     out, i = "", 0
@@ -182,8 +153,8 @@ def glob_regex(pattern: str) -> str:
     return out
 
 
-def _source_file(uri: str, found: Found, label: str, prefix: str, kind: str) -> SourceFile:
-    return SourceFile(uri, found.path, label, printed(prefix, found.path), kind, found.size, found.modified_ns)
+def _source_file(uri: str, found: Found, label: str, prefix: str, form: Format) -> SourceFile:
+    return SourceFile(uri, found.path, label, printed(prefix, found.path), form, found.size, found.modified_ns)
 
 
 _WHOLE = 8 << 20

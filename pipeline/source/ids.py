@@ -1,4 +1,4 @@
-"""Which column holds a document's id, and what text an id of any type is."""
+"""Which column holds what, and what text an id of any type is."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.errors import one_line
 from pipeline.records import valid_text
 
 DEFAULT_IDS = ("id", "document_id")
@@ -22,6 +23,14 @@ def id_name(names: Container[str], id_column: str | None) -> str | None:
     if id_column is None:
         return next((name for name in DEFAULT_IDS if name in names), None)
     return id_column or None
+
+
+def column_problem(names: list[str], name: str) -> str:
+    """Why a file with columns of these names has not the one of the name `name`; "" if it has."""
+    count = names.count(name)
+    if not count:
+        return f"it has no column {name!r}; found: {', '.join(one_line(found, 80) for found in names)}"
+    return f"it has {count} columns of the name {name!r}; rename them" if count > 1 else ""
 
 
 def json_id(value: Any) -> tuple[str, str]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any, BinaryIO
+from typing import Any
 
 from pipeline.errors import DocumentError, one_line
 from pipeline.kept import json_type
 from pipeline.location import open_filesystem
-from pipeline.source.catalogue import CatalogueBuilder, Locator
-from pipeline.source.files import SourceFile
+from pipeline.source.catalogue import CatalogueBuilder
 from pipeline.source.ids import id_name, json_id
-from pipeline.source.streams import MOST_BYTES, lines, open_stream, stream_errors
+from pipeline.source.protocol import Locator, SourceFile
+from pipeline.source.streams import MOST_BYTES, StretchReader, lines, open_stream, stream_errors
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def list_jsonl(file: SourceFile, builder: CatalogueBuilder) -> None:
     offset, number = 0, 0
     kept: dict[str, set[type]] = {name: set() for name in builder.keep_columns}
     try:
-        with open_stream(open_filesystem(file.filesystem), file.path, file.kind) as stream:
+        with open_stream(open_filesystem(file.filesystem), file.path) as stream:
             for line, length in lines(stream):
                 number, start, offset = number + 1, offset, offset + length
                 if not line.strip():
@@ -73,40 +73,11 @@ def _line_id(value: dict[str, Any], id_column: str | None) -> str:
 
 
 class JsonlReader:
-    """Reads lines by offset; a compressed file is read on from where the last document ended, if it can be."""
+    """Reads lines by their offsets."""
 
-    def __init__(self) -> None:
-        self._open: dict[tuple[str, str], tuple[BinaryIO, int]] = {}
+    def __init__(self, columns: tuple[str, ...]) -> None:
+        self._lines = StretchReader()
 
     def read(self, at: Locator) -> dict[str, Any]:
         """The object on the line at a locator. Raises DocumentError."""
-        if at.length > MOST_BYTES:
-            raise DocumentError(f"its line has {at.length:,} bytes; at most {MOST_BYTES:,} are read")
-        try:
-            line = self._plain(at) if at.kind == "jsonl" else self._compressed(at)
-        except stream_errors() as error:
-            raise DocumentError(f"cannot be read: {one_line(error)}") from None
-        return parse_line(line)
-
-    def _plain(self, at: Locator) -> bytes:
-        with open_filesystem(at.filesystem).open_input_file(at.path) as file:
-            file.seek(at.start)
-            return file.read(at.length)
-
-    def _compressed(self, at: Locator) -> bytes:
-        key = (at.filesystem, at.path)
-        stream, position = self._open.pop(key, (None, 0))
-        if stream is None or position > at.start:
-            if stream is not None:
-                stream.close()
-            while len(self._open) >= 4:
-                self._open.pop(next(iter(self._open)))[0].close()
-            stream, position = open_stream(open_filesystem(at.filesystem), at.path, at.kind), 0
-        while position < at.start:
-            skipped = len(stream.read(min(1 << 20, at.start - position)))
-            if not skipped:
-                raise DocumentError("cannot be read: the file is shorter than it was when it was listed")
-            position += skipped
-        line = stream.read(at.length)
-        self._open[key] = (stream, position + len(line))
-        return line
+        return parse_line(self._lines.read(at))

@@ -17,11 +17,14 @@ import pyarrow.parquet as pq
 from pipeline.errors import DocumentError, one_line
 from pipeline.kept import storable
 from pipeline.location import open_filesystem
-from pipeline.source.catalogue import CatalogueBuilder, Locator
-from pipeline.source.files import SourceFile
-from pipeline.source.ids import id_name, id_texts
+from pipeline.source.catalogue import CatalogueBuilder
+from pipeline.source.ids import column_problem, id_name, id_texts
+from pipeline.source.protocol import Locator, SourceFile
 from pipeline.source.streams import MOST_BYTES
 
+# Up to so many bytes of Parquet files together the listing reads the texts to know their sizes; beyond, it takes
+# row groups' means.
+EXACT_SIZES_BYTES = 4 << 30
 # A row group of up to so many bytes is read as a whole.
 WHOLE_BYTES = 128 << 20
 _CACHE_BYTES = 256 << 20
@@ -29,30 +32,29 @@ _BATCH_ROWS = 65536
 _READ_ERRORS = (OSError, pa.ArrowException, ValueError)
 
 
-def list_parquet(file: SourceFile, builder: CatalogueBuilder, exact_sizes: bool) -> None:
-    """Add a file's rows. exact_sizes: measure each text (reads the text column), else take the row group's mean."""
+def list_parquet(file: SourceFile, builder: CatalogueBuilder) -> None:
+    """Add a file's rows."""
     try:
         with open_filesystem(file.filesystem).open_input_file(file.path) as opened:
             about = pq.read_metadata(opened)
             if about.num_rows:
-                _list(opened, about, file, builder, exact_sizes)
+                _list(opened, about, file, builder)
     except _READ_ERRORS as error:
         builder.add_broken_file(f"not a readable Parquet file: {one_line(error)}")
 
 
-def _list(
-    opened: pa.NativeFile, about: pq.FileMetaData, file: SourceFile, builder: CatalogueBuilder, exact_sizes: bool
-) -> None:
+def _list(opened: pa.NativeFile, about: pq.FileMetaData, file: SourceFile, builder: CatalogueBuilder) -> None:
     schema = about.schema.to_arrow_schema()
     builder.saw(schema.names)
     id_column = id_name(schema.names, builder.id_column)
-    problem = _text_problem(schema, builder.text_column) or (id_column and _column_problem(schema, id_column))
+    problem = _text_problem(schema, builder.text_column) or (id_column and column_problem(schema.names, id_column))
     if problem:
         builder.add_broken_file(f"{problem}; its {about.num_rows:,} rows are not read")
         return
     for name in builder.keep_columns:
         if schema.names.count(name) == 1:
             builder.keep(name, storable(schema.field(name).type))
+    exact_sizes = builder.format_bytes <= EXACT_SIZES_BYTES
     columns = ([id_column] if id_column else []) + ([builder.text_column] if exact_sizes else [])
     row = 0
     for group in range(about.num_row_groups):
@@ -102,15 +104,8 @@ def _check_indices(column: pa.Array) -> None:
             raise pa.ArrowInvalid(f"a row refers to value {high} of {len(column.dictionary)}")
 
 
-def _column_problem(schema: pa.Schema, name: str) -> str:
-    count = schema.names.count(name)
-    if not count:
-        return f"it has no column {name!r}; found: {', '.join(schema.names)}"
-    return f"it has {count} columns of the name {name!r}; rename them" if count > 1 else ""
-
-
 def _text_problem(schema: pa.Schema, name: str) -> str:
-    problem = _column_problem(schema, name)
+    problem = column_problem(schema.names, name)
     if problem:
         return problem
     kind = schema.field(name).type

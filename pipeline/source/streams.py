@@ -5,28 +5,46 @@ from __future__ import annotations
 import io
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import pyarrow as pa
 from pyarrow.fs import FileSystem
+
+from pipeline.errors import DocumentError, one_line
+from pipeline.location import open_filesystem
+
+if TYPE_CHECKING:
+    from pipeline.source.protocol import Locator
 
 # A text, or a line of JSON, of more bytes is not read: no model reads so much, and a few bytes of an archive can hold
 # more than a machine's memory.
 MOST_BYTES = 256 << 20
 _PIECE = 4096
+_MOST_OPEN = 4
 
 
-def open_stream(filesystem: FileSystem, path: str, kind: str) -> BinaryIO:
-    """A buffered stream of the (decompressed) bytes."""
+def _zstd() -> Any:
+    import zstandard
+
+    return zstandard.ZstdDecompressor().decompressobj()
+
+
+# What compressed files' names end in; makes a decompressor of one frame.
+COMPRESSIONS: dict[str, Callable[[], Any]] = {".gz": lambda: zlib.decompressobj(31), ".zst": _zstd}
+
+
+def compression(path: str) -> str:
+    """Which of COMPRESSIONS a file's name ends in, or ""."""
+    return next((suffix for suffix in COMPRESSIONS if path.lower().endswith(suffix)), "")
+
+
+def open_stream(filesystem: FileSystem, path: str) -> BinaryIO:
+    """A buffered stream of the bytes, decompressed if the file's name says that it is compressed."""
     raw = cast(BinaryIO, io.BufferedReader(filesystem.open_input_file(path), 1 << 20))
-    if kind == "jsonl.gz":
-        return cast(BinaryIO, io.BufferedReader(Decompressed(raw, lambda: zlib.decompressobj(31)), 1 << 20))
-    if kind == "jsonl.zst":
-        import zstandard
-
-        new = zstandard.ZstdDecompressor().decompressobj
-        return cast(BinaryIO, io.BufferedReader(Decompressed(raw, new), 1 << 20))
-    return raw
+    packed = compression(path)
+    if not packed:
+        return raw
+    return cast(BinaryIO, io.BufferedReader(Decompressed(raw, COMPRESSIONS[packed]), 1 << 20))
 
 
 def stream_errors() -> tuple[type[BaseException], ...]:
@@ -45,6 +63,45 @@ def lines(stream: BinaryIO) -> Iterator[tuple[bytes, int]]:
             while not end.endswith(b"\n") and (end := stream.readline(1 << 20)):
                 length += len(end)
         yield line, length
+
+
+class StretchReader:
+    """Reads stretches of files; a compressed file is read on from where the last one ended, if it can be."""
+
+    def __init__(self) -> None:
+        self._open: dict[tuple[str, str], tuple[BinaryIO, int]] = {}
+
+    def read(self, at: Locator) -> bytes:
+        """The bytes at a locator whose start and length are bytes. Raises DocumentError."""
+        if at.length > MOST_BYTES:
+            raise DocumentError(f"its line has {at.length:,} bytes; at most {MOST_BYTES:,} are read")
+        try:
+            return self._compressed(at) if compression(at.path) else self._plain(at)
+        except stream_errors() as error:
+            raise DocumentError(f"cannot be read: {one_line(error)}") from None
+
+    def _plain(self, at: Locator) -> bytes:
+        with open_filesystem(at.filesystem).open_input_file(at.path) as file:
+            file.seek(at.start)
+            return file.read(at.length)
+
+    def _compressed(self, at: Locator) -> bytes:
+        key = (at.filesystem, at.path)
+        stream, position = self._open.pop(key, (None, 0))
+        if stream is None or position > at.start:
+            if stream is not None:
+                stream.close()
+            while len(self._open) >= _MOST_OPEN:
+                self._open.pop(next(iter(self._open)))[0].close()
+            stream, position = open_stream(open_filesystem(at.filesystem), at.path), 0
+        while position < at.start:
+            skipped = len(stream.read(min(1 << 20, at.start - position)))
+            if not skipped:
+                raise DocumentError("cannot be read: the file is shorter than it was when it was listed")
+            position += skipped
+        line = stream.read(at.length)
+        self._open[key] = (stream, position + len(line))
+        return line
 
 
 class Decompressed(io.RawIOBase):

@@ -45,10 +45,15 @@ def checked_text(value: Any) -> str:
     return value
 
 
-def _decoded(value: bytes) -> str:
+def refuse_marked(value: bytes) -> None:
+    """Raise DocumentError for what begins with the mark of another encoding than UTF-8."""
     name = next((name for mark, name in _MARKS if value.startswith(mark)), None)
     if name:
         raise DocumentError(f"its text is {name}; save it as UTF-8: iconv -f {name} -t UTF-8")
+
+
+def _decoded(value: bytes) -> str:
+    refuse_marked(value)
     try:
         return value.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:

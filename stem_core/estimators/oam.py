@@ -18,10 +18,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OamSettings:
-    stride: int = setting(16, "token stride of the sampled scores", divides_block=True)
-    """Token stride of the antidiagonal sampling, and group length of the value term; divides block_size."""
-    value_weight: float = setting(0.2, "weight of the value term", low=0.0, high=100.0)
-    """Weight of the value term in the output-aware metric (lambda in the paper)."""
+    stride: int = setting(
+        16,
+        "tokens between the antidiagonal samples of the estimator oam, and in a group of its value term",
+        divides_block=True,
+    )
+    value_weight: float = setting(
+        0.2,
+        "weight of the value term in the estimator oam",
+        more="lambda in the paper's output-aware metric",
+        low=0,
+        high=100,
+    )
 
 
 class Oam(Estimator):

@@ -6,8 +6,12 @@ Neither this file nor an estimator's imports torch before something is computed:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from stem_core.settings import setting
+
+__all__ = ["Chunk", "Estimator", "KeyState", "setting"]
 
 if TYPE_CHECKING:
     import torch
@@ -16,23 +20,6 @@ if TYPE_CHECKING:
     from kernels.dispatch import Choice
     from stem_core.config import StemConfig
     from stem_core.context import QuantizedKV
-
-
-def setting(
-    default: Any,
-    meaning: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    divides_block: bool = False,
-) -> Any:
-    """A field of StemConfig that belongs to one estimator, in a dataclass of its file: a flag of jobs, too.
-
-    meaning: the flag's help; the string below the field says the same in full. low and high, divides_block (block_size,
-    with no remainder): what StemConfig accepts, whichever estimator is chosen.
-    """
-    rules = {"meaning": meaning, "low": low, "high": high, "divides_block": divides_block}
-    return field(default=default, metadata=rules)
 
 
 class KeyState(Protocol):

@@ -16,9 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SampleSettings:
-    sample_rows: int = setting(16, "queries of each block that the estimator sample looks at", divides_block=True)
-    """Queries of each block that the sample estimator looks at, evenly spread; with blocks of 128 tokens 16 cost a 16th
-    of dense attention's flops."""
+    sample_rows: int = setting(
+        16,
+        "queries of each block that the estimator sample looks at",
+        more="evenly spread; with blocks of 128 tokens 16 cost a 16th of dense attention's flops",
+        divides_block=True,
+    )
 
 
 class Sample(Estimator):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.rows import FP8
+from kernels.quantize import FP8
 from stem_core.fp8.linear import Fp8Linear
 
 METHOD = "stemline_fp8"

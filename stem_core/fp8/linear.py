@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kernels.quantize import QuantizedRows, quantize_rows
-from kernels.rows import FP8, choose_row_kernel
+from kernels.quantize import FP8, QuantizedRows, choose_row_kernel, quantize_rows
 
 Model = TypeVar("Model", bound=nn.Module)
 

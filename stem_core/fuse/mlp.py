@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from kernels.quantize import QuantizedRows, quantize_rows
 from kernels.silu_mul import ACTIVATIONS, silu_mul, silu_mul_fp8
+from stem_core.errors import first_line
 from stem_core.fp8.linear import Fp8Linear
 from stem_core.fuse.projections import StackedLinear, free_blocks, stackable
-from stem_core.fuse.session import Session, activations_like, brief, has_own_forward, row_error, tolerance, trial_input
+from stem_core.fuse.session import Session, activations_like, has_own_forward, row_error, tolerance, trial_input
 
 KIND, GEMM_KIND = "gated_mlp", "gate_up_projection"
 
@@ -27,7 +28,7 @@ def fuse_mlps(model: nn.Module, session: Session, stack: bool) -> None:
             try:
                 _fuse(model, module, name, session, stack)
             except (ValueError, TypeError, RuntimeError) as error:
-                session.skipped(KIND, name, str(error) if type(error) is ValueError else brief(error))
+                session.skipped(KIND, name, str(error) if type(error) is ValueError else first_line(error))
 
 
 def _is_gated(module: Any) -> bool:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels.rms_norm import QuantizedRows, rms_norm, rms_norm_fp8
-from stem_core.fuse.session import Session, activations_like, brief, has_own_forward, row_error, tolerance, trial_input
+from stem_core.errors import first_line
+from stem_core.fuse.session import Session, activations_like, has_own_forward, row_error, tolerance, trial_input
 
 KIND = "rms_norm"
 
@@ -35,7 +36,7 @@ def fuse_norms(model: nn.Module, session: Session) -> None:
             try:
                 style = norm_style(module, activations_like(model, module), session.impl)
             except (ValueError, TypeError, RuntimeError) as error:
-                session.skipped(KIND, name, str(error) if type(error) is ValueError else brief(error))
+                session.skipped(KIND, name, str(error) if type(error) is ValueError else first_line(error))
                 continue
             session.replace_forward(module, partial(norm_forward, module, style, session.impl, False))
             session.fused(KIND, name)

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.quantize import QuantizedRows, quantize_rows
-from kernels.rows import FP8
+from kernels.quantize import FP8, QuantizedRows, quantize_rows
+from stem_core.errors import first_line
 from stem_core.fp8.linear import Fp8Linear, scaled_linear
-from stem_core.fuse.session import Session, activations_like, brief, has_own_forward, row_error, tolerance, trial_input
+from stem_core.fuse.session import Session, activations_like, has_own_forward, row_error, tolerance, trial_input
 
 KIND = "qkv_projection"
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -139,7 +139,7 @@ def _fuse_qkv(linears: list[Any], like: Tensor, session: Session) -> str:
     try:
         wanted = [linear(x) for linear in linears]
     except (RuntimeError, ValueError) as problem:
-        return brief(problem)
+        return first_line(problem)
     mark = session.mark()
     stacked = StackedLinear(linears)
     session.on_undo(stacked.undo)
@@ -150,7 +150,7 @@ def _fuse_qkv(linears: list[Any], like: Tensor, session: Session) -> str:
         error = max(row_error(linear(x), want) for linear, want in zip(linears, wanted, strict=True))
     except (RuntimeError, ValueError) as problem:
         session.undo_to(mark)
-        return brief(problem)
+        return first_line(problem)
     if error > tolerance(x.dtype):
         session.undo_to(mark)
         return f"one GEMM differs from three (relative error {error:.1e})"

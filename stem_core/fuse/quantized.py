@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stem_core.errors import first_line
 from stem_core.fp8.linear import Fp8Linear
 from stem_core.fuse.mlp import mlp_forward, takes_fp8
 from stem_core.fuse.norms import norm_forward
-from stem_core.fuse.session import Session, brief, row_error, tolerance
+from stem_core.fuse.session import Session, row_error, tolerance
 
 KIND = "fp8_norm"
 PROBE_TOKENS = 8
@@ -30,7 +31,7 @@ def fuse_quantised_norms(model: nn.Module, session: Session) -> None:
     try:
         probe = _Probe(model, session.norms)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        session.skipped(KIND, "", f"the model does not run on a prompt alone: {brief(error)}")
+        session.skipped(KIND, "", f"the model does not run on a prompt alone: {first_line(error)}")
         return
     for name in session.norms:
         readers = probe.readers[name]
@@ -73,7 +74,7 @@ def _switch(model: nn.Module, name: str, probe: _Probe, session: Session) -> str
         error = row_error(_first(run(*args, **kwargs)), wanted)
         reason = f"its layer's output changes (relative error {error:.1e})" if error > tolerance(wanted.dtype) else ""
     except (RuntimeError, ValueError, TypeError, AttributeError) as problem:
-        reason = f"its layer does more with it than pass it to linears: {brief(problem)}"
+        reason = f"its layer does more with it than pass it to linears: {first_line(problem)}"
     if reason:
         norm.forward = before  # type: ignore[method-assign]
     return reason

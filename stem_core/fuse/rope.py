@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels.rope import apply_rope
-from stem_core.fuse.session import Session, activations_like, brief, has_own_forward, row_error, tolerance, trial_input
+from stem_core.errors import first_line
+from stem_core.fuse.session import Session, activations_like, has_own_forward, row_error, tolerance, trial_input
 
 KIND = "rope"
 NAME = "apply_rotary_pos_emb"
@@ -53,7 +54,7 @@ class RopeDispatch:
                 wanted = self.original(q, k, cos, sin)
                 got = apply_rope(q, k, cos, sin, impl=self.impl)
             except (RuntimeError, ValueError, TypeError) as error:
-                reason = reason or brief(error)
+                reason = reason or first_line(error)
                 continue
             error_of = max(row_error(g, w) for g, w in zip(got, wanted, strict=True))
             if error_of <= tolerance(like.dtype):

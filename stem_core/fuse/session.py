@@ -96,9 +96,3 @@ def row_error(got: Tensor, wanted: Tensor) -> float:
 def tolerance(dtype: torch.dtype) -> float:
     """How far two evaluations of one formula may differ: orders of summation, single roundings."""
     return max(torch.finfo(dtype).eps, 1e-5)
-
-
-def brief(error: BaseException) -> str:
-    """The error's type and first line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]

@@ -15,6 +15,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from patience import patient
+
 os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
 
 from ray.cluster_utils import Cluster
@@ -39,12 +41,12 @@ def main(folder: Path, model: Path | None = None) -> None:
     place = prepare(
         folder, DOCUMENTS, "auto", model=model, ray_address=cluster.address, max_new_tokens=16, engine="WaitsForNode"
     )
-    begun = time.monotonic()
+    begun, limit = time.monotonic(), patient(240)
     with processes.driver(place.arguments, place.log, place.engine_log) as driver:
 
         def wait_for(what: str, happened: Callable[[], bool]) -> None:
             while not happened():
-                if driver.poll() is not None or time.monotonic() - begun > 240:
+                if driver.poll() is not None or time.monotonic() - begun > limit:
                     raise SystemExit(f"the job did not get to {what}: {place.log.read_text()}")
                 time.sleep(0.1)
 
@@ -54,7 +56,7 @@ def main(folder: Path, model: Path | None = None) -> None:
         os.kill(nodes[0].all_processes["raylet"][0].process.pid, signal.SIGKILL)
         wait_for("its loss", lambda: "the cluster has shrunk" in place.log.read_text(errors="replace"))
         cluster.add_node(num_cpus=1, **store)
-        code = driver.wait(timeout=240 - (time.monotonic() - begun))
+        code = driver.wait(timeout=limit - (time.monotonic() - begun))
     count = place.count()
     cluster.shutdown()
     rows = Counter(name.rpartition("/")[2] for name in read_results(place.output, ["worker"])["worker"].to_pylist())

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from patience import patient
 
 from jobs.cli import run_main
 from tools.faults import processes
@@ -41,7 +42,7 @@ def test_sigterm_writes_what_is_finished_within_three_seconds(tmp_path: Path) ->
     # Nothing would be written by number or by time, so what is there was written because of the signal.
     place = prepare(tmp_path / "run", 3000, 1, flush_documents=100_000, flush_seconds=100_000, max_new_tokens=32)
     with processes.driver(place.arguments, place.log, place.engine_log) as driver:
-        until = time.monotonic() + 120
+        until = time.monotonic() + patient(120)
         while not place.engine_log.exists() or place.engine_log.read_bytes().count(b"\n") < 60:
             assert driver.poll() is None, place.log.read_text()
             assert time.monotonic() < until, place.log.read_text()

@@ -89,7 +89,7 @@ JSON_VALUES = [None, True, 1, 2**53 + 1, 10**30, 0.5, "text", "\ud800", [1, "x"]
 
 NAMES = ["a", "a b", "run#1", "100%", "%20", "[x]", "*", "?", "\x1b[2J", "\u202e", "é", "_x", "-n", "~", "港", "a\nb"]
 FOLDERS = ["", "", "sub/", "_temporary/0/", "_delta_log/", "a b#1/%20/", ".hidden/"]
-KINDS = ["parquet"] * 6 + ["jsonl", "jsonl.gz", "jsonl.zst", "txt", "md", "pdf", "PARQUET"]
+KINDS = ["parquet"] * 6 + ["jsonl", "jsonl.gz", "jsonl.zst", "csv", "csv.gz", "tsv", "txt", "md", "pdf", "PARQUET"]
 
 
 def random_shard(chance: random.Random) -> dict[str, Any]:
@@ -121,9 +121,28 @@ def content(shard: dict[str, Any]) -> bytes:
             lines.append(json.dumps(values | ({"text": shard["text"]} if row % 2 else {})).encode() + b"\n")
         data = b"".join(lines)
         data = {"jsonl": bytes, "jsonl.gz": gzip.compress, "jsonl.zst": zstandard.compress}[kind](data)
+    elif kind[:3] in ("csv", "tsv"):
+        data = _delimited(shard, "\t" if kind == "tsv" else ",")
+        data = gzip.compress(data) if kind.endswith(".gz") else data
     else:
         data = shard["text"].encode()
     return _damaged(data, shard["damage"], shard["at"])
+
+
+def _delimited(shard: dict[str, Any], separator: str) -> bytes:
+    """Fields quoted or not, some as they must not be, and lines of too few."""
+    lines = [separator.join(shard["columns"])]
+    for row in range(shard["rows"]):
+        values = [str(shard["json"][(row + i) % 4]).encode(errors="replace").decode() for i in range(4)]
+        own = {"id": f"c{next(_numbers)}", "text": shard["text"]}
+        fields = [own.get(name, value) for name, value in zip(shard["columns"], values, strict=False)]
+        style = (shard["at"] + row) % 4
+        if style == 1:
+            fields = ['"' + field.replace('"', '""') + '"' for field in fields]
+        elif style == 2:
+            fields = [f'"{field}' for field in fields]
+        lines.append(separator.join(fields[style == 3 :]))
+    return "\n".join(lines).encode()
 
 
 def _parquet(types: dict[str, str], rows: int, text: str) -> bytes:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import patient
 
 from pipeline import lock
 from pipeline.errors import JobError
@@ -134,7 +135,7 @@ def test_a_renewal_under_way_does_not_outlive_the_job(monkeypatch: pytest.Monkey
         real(name, data)
 
     monkeypatch.setattr(store, "put", slow)
-    assert begun.wait(10)
+    assert begun.wait(patient(10))
     store.unlock()
     threading.Event().wait(0.5)
     assert store.list(lock.CLAIM) == []

@@ -99,7 +99,7 @@ def test_rows_of_a_large_row_group_are_read_one_by_one(tmp_path: Path, monkeypat
         text, kept = reader.read(catalogue.document(position))
         assert text == rows[position]["text"]
         assert kept.columns["kept"][0].as_py() == position
-    assert not reader._parquet._groups
+    assert not reader._readers["parquet"]._groups  # type: ignore[attr-defined]
     pq.write_table(pa.Table.from_pylist(rows[:90]), tmp_path / "a.parquet")
     with pytest.raises(DocumentError, match="the file has fewer rows than when it was listed"):
         DocumentReader("text", []).read(catalogue.document(99))
@@ -109,8 +109,8 @@ def test_a_line_that_grew_since_it_was_listed_is_not_read(tmp_path: Path, monkey
     (tmp_path / "a.jsonl").write_text(json.dumps({"id": "a", "text": "x" * 5000}) + "\n")
     (tmp_path / "b.txt").write_text("x" * 5000)
     catalogue = list_documents(find_files((str(tmp_path),))[0])
-    monkeypatch.setattr("pipeline.source.jsonl.MOST_BYTES", 1000)
-    monkeypatch.setattr("pipeline.source.MOST_BYTES", 1000)
+    monkeypatch.setattr("pipeline.source.streams.MOST_BYTES", 1000)
+    monkeypatch.setattr("pipeline.source.text_files.MOST_BYTES", 1000)
     for position in (0, 1):
         with pytest.raises(DocumentError, match=r"1,000 (bytes|are read)"):
             DocumentReader("text", []).read(catalogue.document(position))

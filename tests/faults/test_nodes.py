@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import patient
 
 from tools.faults.runs import AHEAD, LIVE
 
@@ -18,11 +19,11 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.ray
 def test_a_node_that_dies_costs_no_document_and_one_that_joins_works(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment["PYTHONPATH"] = str(ROOT)
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     script = Path(__file__).with_name("node_script.py")
     ended = subprocess.run(
         [sys.executable, str(script), str(tmp_path / "run")],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300,
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=patient(300),
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-2000:]
     told = json.loads(ended.stdout.strip().splitlines()[-1])

@@ -45,13 +45,15 @@ def write(folder: Path, kind: str, rows: list[dict[str, Any]]) -> Path:
     if kind == "parquet":
         pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
     else:
-        data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        path.write_bytes(PACK[kind.removeprefix("jsonl").lstrip(".")](data))
+        form, _, packed = kind.partition(".")
+        lines = [",".join(map(str, row.values())) for row in [{name: name for name in rows[0]}, *rows]]
+        data = "\n".join(lines if form == "csv" else map(json.dumps, rows)).encode() + b"\n"
+        path.write_bytes(PACK[packed](data))
     return path
 
 
 @pytest.mark.parametrize("id_column", [None, "name"])
-@pytest.mark.parametrize("kind", ["parquet", "jsonl", "jsonl.gz", "jsonl.zst"])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "jsonl.gz", "jsonl.zst", "csv", "csv.zst"])
 def test_a_document_never_gets_the_text_of_another_that_took_its_place(
     tmp_path: Path, kind: str, id_column: str | None
 ) -> None:
@@ -64,7 +66,7 @@ def test_a_document_never_gets_the_text_of_another_that_took_its_place(
     assert found["d0"] == "its file was written to after it was listed: 'd1' stands in its place; run the job again"
     assert "'d0' stands in its place" in found["d1"]
     assert (found["d2"], found["d3"]) == ("text 2", "text 3")
-    write(tmp_path, kind, [row | {"text": 5 * row["text"]} for row in rows] if kind == "jsonl" else rows[:1])
+    write(tmp_path, kind, [row | {"text": 5 * row["text"]} for row in rows] if kind in ("jsonl", "csv") else rows[:1])
     assert not {"text 1", "text 2", "text 3"} & set(told(catalogue).values())
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from patience import patient
 
 from pipeline.engine.config import Completion, EngineConfig, Request
 from pipeline.errors import JobError
@@ -99,7 +100,7 @@ def test_shares_of_a_real_engine(tmp_path: Path) -> None:
     prompts = determinism.make_prompts(config.model, 2, 400, texts=True)
     assert [len(ids) for ids in prompts.values()] == [300, 400]
     assert list(prompts) == ["random-0", "text-1"]
-    shares = list(determinism.compare(config, prompts, 4, until=time.monotonic() + 900))
+    shares = list(determinism.compare(config, prompts, 4, until=time.monotonic() + patient(900)))
     assert len(shares) == 2 * (len(determinism.VARIATIONS) + 2)
     assert {(share.same, share.documents) for share in shares} == {(2, 2)}
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import patient
 
 from jobs.cli import run_main
 from jobs.summarize import main, show
@@ -81,7 +82,7 @@ def test_the_exit_code_is_that_of_the_rows_wherever_the_report_goes(
         else:
             options = {"preexec_fn": lambda: os.close(1)}
         with program(FINISHED, tmp_path / "out", status, **options) as process:
-            _, err = process.communicate(timeout=120)
+            _, err = process.communicate(timeout=patient(120))
     assert (process.returncode, err) == (code, "")
 
 
@@ -92,7 +93,7 @@ def test_other_commands_end_quietly_too(out: str, code: int, told: str) -> None:
     with FULL.open("w") if out == "disk" else os.fdopen(writing, "w") as stream:
         talks = "from jobs.cli import run_main\nrun_main(lambda arguments: print('x' * 100_000) or 0)"
         with program(talks, stdout=stream) as process:
-            _, err = process.communicate(timeout=120)
+            _, err = process.communicate(timeout=patient(120))
     assert process.returncode == code
     assert err.startswith(told)
     assert err.count("\n") == bool(told)
@@ -132,14 +133,14 @@ def test_a_job_that_waits_for_a_store_answers_signals(
         wait_for_connection(process.pid, silent_server)
         begun = time.monotonic()
         process.send_signal(number)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=patient(60))
     assert (process.returncode, err) == (130, "stopped\n")
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < patient(10)
 
 
 def wait_for_connection(pid: int, address: str) -> None:
     port = f":{int(address.rpartition(':')[2]):04X} 01"
-    until = time.monotonic() + 60
+    until = time.monotonic() + patient(60)
     while time.monotonic() < until:
         if port in Path(f"/proc/{pid}/net/tcp").read_text():
             time.sleep(0.3)
@@ -184,7 +185,7 @@ def test_hugging_faces_store_without_a_network_is_one_line(monkeypatch: pytest.M
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     flags = ["--input", "hf://datasets/some/thing", "--output", "/tmp/none", "--model", "models/tiny-reader"]
     with program(SUMMARIZE, *flags, stdout=subprocess.DEVNULL) as process:
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=patient(120))
     assert process.returncode == 1
     assert err.startswith("error: --input hf://datasets/some/thing: cannot be listed: ")
     assert err.count("\n") == 1
@@ -289,6 +290,6 @@ def test_a_store_that_raises_anything_while_a_document_is_read_costs_that_docume
         raise ZeroDivisionError("the client's own\nmistake")
 
     assert DocumentReader("text", []).read(document)[0] == "fine"
-    monkeypatch.setattr("pipeline.source.open_filesystem", fails)
+    monkeypatch.setattr("pipeline.source.text_files.open_filesystem", fails)
     with pytest.raises(DocumentError, match="cannot be read: the client's own mistake"):
         DocumentReader("text", []).read(document)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import patient
 
 from pipeline import read_results
 from pipeline.config import JobConfig
@@ -90,7 +91,7 @@ def test_out_of_memory_in_the_smallest_chunks_is_a_row(tmp_path: Path, tiny: Pat
 
 def test_a_document_that_freezes_the_whole_process_times_out_alone(tmp_path: Path, model: Path) -> None:
     texts = {"a": "text", "frozen": "FREEZE " * 9, "b": "more text"}
-    report = job(tmp_path, model, "fake_engine:FakeEngine", texts, deadline=1.0)
+    report = job(tmp_path, model, "fake_engine:FakeEngine", texts, deadline=patient(1.0))
     assert report.counts == {"ok": 2, "timeout": 1}
     assert rows(tmp_path)["frozen"]["attempts"] == 2
 

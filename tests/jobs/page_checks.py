@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from patience import patient
+
 PHONE, DESKTOP = 390, 1280
 
 # Elements that reach beyond the window although nothing around them scrolls or cuts them.
@@ -56,7 +58,7 @@ def check_page(browser: Any, file: Path, *, width: int, dark: bool, screenshot: 
         count = page.locator(".chart").count()
         if count:
             try:
-                page.wait_for_selector("html[data-charts=drawn]", state="attached", timeout=30_000)
+                page.wait_for_selector("html[data-charts=drawn]", state="attached", timeout=patient(30_000))
             except TimeoutError:
                 told.append("the charts were not drawn in 30 s")
         if screenshot:

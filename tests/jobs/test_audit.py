@@ -263,7 +263,7 @@ def test_a_job_file_is_audited_as_it_is(documents: Path, model: Path, tmp_path: 
         ("--load-format dummy --model llama-3.1-8b", "shape without a tokenizer"),
         ("--workers 3", "--workers is not a flag"),
         ("--report nowhere", "it holds no audit"),
-        ("--block-size 17", "block_size"),
+        ("--block-size 17", "--block-size must be one of 16, 32"),
         ("--model nowhere/here/at-all", "does not exist"),
     ],
 )

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import json
 import re
-import struct
-import zlib
 from collections.abc import Callable
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import stem_core.attention
 import stem_core.selection
 from jobs.inspect.__main__ import PAGE, chosen_layers, main
-from jobs.inspect.canvas import WHITE, Canvas, lettering
 from jobs.inspect.capture import Capture, _why_dense, capture
 from jobs.inspect.cells import Grid, LayerCells
 from jobs.inspect.page import PATTERNS
-from jobs.inspect.pictures import RULE, RULES, _smaller, map_colours, maps_picture, mostly_rule
+from jobs.inspect.pictures import FAINT, INK, RULE, WHITE, map_colours, maps_picture, mostly_rule
 from jobs.page.numbers import stretches
 from kernels.block_selection import BlockSelection, select_blocks
 from pipeline.config import JobConfig
@@ -178,19 +177,26 @@ def test_colours_tell_rule_from_score() -> None:
 
 
 def test_many_maps_fit_a_page() -> None:
-    """Of 32 heads eight small maps stand beside each other; their pixels are means of squares."""
+    """Of 32 heads eight small maps stand beside each other."""
     one = np.zeros((190, 190, 3), np.uint8)
-    few, many = (png_size(maps_picture("t", [("head 31", one)] * heads)) for heads in (16, 32))
-    assert max(few[0], many[0]) <= 1016, "a page's width"
-    assert many[1] < few[1], "and no longer than that of half the heads"
-    colours = np.arange(5 * 5 * 3, dtype=np.uint8).reshape(5, 5, 3)
-    assert (_smaller(colours, 2)[0, 0] == colours[:2, :2].mean((0, 1)).round()).all()
-    assert np.abs(_smaller(colours, 2)[2, 2] - (colours[4, 4] + 3 * 255.0) / 4).max() <= 0.5
-    assert _smaller(colours, 1) is colours
+    few, many = (opened(maps_picture("t", [("head 31", one)] * heads)) for heads in (16, 32))
+    assert max(few.width, many.width) <= 1016, "a page's width"
+    assert many.height < few.height, "and no longer than that of half the heads"
 
 
-def png_size(png: bytes) -> tuple[int, int]:
-    return struct.unpack(">II", png[16:24])  # type: ignore[return-value]
+@pytest.mark.parametrize(("cells", "by"), [(80, 1), (480, 2)])
+def test_a_map_is_drawn_as_it_is_or_as_means_of_squares(cells: int, by: int) -> None:
+    colours = np.random.default_rng(0).integers(0, 255, (cells, cells, 3)).astype(np.uint8)
+    picture = np.asarray(opened(maps_picture("A title", [("head 0", colours)])), float)
+    (row, column), *_ = np.argwhere((picture == FAINT).all(-1)) + 1  # inside the frame
+    means = colours.reshape(cells // by, by, cells // by, by, 3).mean((1, 3))
+    drawn = picture[row : row + 240, column : column + 240]
+    assert np.abs(drawn - means.repeat(240 * by // cells, 0).repeat(240 * by // cells, 1)).max() <= 0.5
+    assert (picture[:row] == INK).all(-1).any(), "a title above it"
+
+
+def opened(png: bytes) -> Image.Image:
+    return Image.open(BytesIO(png))
 
 
 def test_a_leading_layer_with_a_window_is_not_called_dense() -> None:
@@ -198,25 +204,6 @@ def test_a_leading_layer_with_a_window_is_not_called_dense() -> None:
     assert _why_dense(LayerPolicy(stem, 0), 512) == "sliding window of 512 tokens"
     assert _why_dense(LayerPolicy(stem, 1), None) == "leading layer, dense by --dense-layers"
     assert stretches([0, 1, 2, 3, 4, 6, 8, 9]) == ["0 to 4", "6", "8 to 9"]
-
-
-def test_a_canvas_is_a_png_with_lettering() -> None:
-    canvas = Canvas(40, 20)
-    canvas.rectangle(30, 10, 100, 100, (1, 2, 3))
-    canvas.text(0, 0, "I", scale=1)
-    png = canvas.png()
-    assert png[:8] == b"\x89PNG\r\n\x1a\n"
-    assert struct.unpack(">II", png[16:24]) == (40, 20)
-    start = png.index(b"IDAT")
-    data = zlib.decompress(png[start + 4 :])
-    rows = np.frombuffer(data, np.uint8).reshape(20, 1 + 40 * 3)
-    assert not rows[:, 0].any(), "no filter"
-    assert rows[19, -3:].tolist() == [1, 2, 3]
-    assert (rows[:7, 1:].reshape(7, 40, 3)[:, :5, 0] < 128).sum() == 11, "the letter I has eleven pixels"
-    used = set((RULES + " query token downwards chosen by score share of its heads density").upper()) - {" "}
-    drawn = [lettering(letter).tobytes() for letter in sorted(used | set("0123456789:%.,"))]
-    assert len(set(drawn)) == len(drawn)
-    assert lettering(" ").tobytes() not in drawn
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from patience import patient
 
 from pipeline import read_results
 
@@ -59,7 +60,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             subprocess.Popen(command, env=environment(), stdout=file, stderr=file) as head,
         ):
             address = f"http://127.0.0.1:{dashboard}"
-            until = time.monotonic() + 90
+            until = time.monotonic() + patient(90)
             while True:
                 with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/api/version", timeout=2):
                     break
@@ -104,7 +105,7 @@ def outputs(folder: Path) -> dict[str, str | None]:
 
 def call(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, check=False
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=patient(240), check=False
     )
 
 
@@ -151,7 +152,7 @@ def test_a_stopped_job_has_written_what_was_finished(cluster: str, tmp_path: Pat
         for line in client.stdout:
             if "starting 1 worker on" in line:
                 break
-        until = time.monotonic() + 120
+        until = time.monotonic() + patient(120)
         while not list(out.glob("part-*")):  # until some documents are finished
             assert time.monotonic() < until
             time.sleep(0.05)
@@ -159,7 +160,7 @@ def test_a_stopped_job_has_written_what_was_finished(cluster: str, tmp_path: Pat
         client.send_signal(signal.SIGTERM)
         rest = client.stdout.read()
     assert client.returncode == 130, rest
-    until = time.monotonic() + 30
+    until = time.monotonic() + patient(30)
     while json.loads((out / "manifest.json").read_text())["state"] != "stopped":
         assert time.monotonic() < until
         time.sleep(0.2)

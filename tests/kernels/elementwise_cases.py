@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.quantize import quantize_rows
+from kernels.quantize import QuantizedRows, quantize_rows
 from kernels.rms_norm import rms_norm, rms_norm_fp8
 from kernels.rope import apply_rope
-from kernels.rows import QuantizedRows
 from kernels.silu_mul import silu_mul, silu_mul_fp8
 
 EPS = 1e-6

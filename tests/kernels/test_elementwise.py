@@ -110,7 +110,7 @@ def test_wrong_arguments_are_named(call, message):
 
 def test_fp8_on_a_gpu_without_it_says_so(monkeypatch):
     monkeypatch.setattr("kernels.device.capability", lambda device: (8, 0))
-    from kernels.rows import choose_row_kernel
+    from kernels.quantize import choose_row_kernel
 
     with pytest.raises(ValueError, match=r"fp8 needs compute capability 8\.9.* has 8\.0"):
         choose_row_kernel("quantize_rows", torch.device("cuda"), fp8=True)

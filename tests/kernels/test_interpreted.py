@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import patient
 
 FOLDER = Path(__file__).parent / "interpreted"
 
@@ -16,6 +17,8 @@ FOLDER = Path(__file__).parent / "interpreted"
 def test_interpreted(file: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(FOLDER / file)]
-    done = subprocess.run(command, env=environment, cwd=FOLDER.parents[2], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env=environment, cwd=FOLDER.parents[2], capture_output=True, text=True, timeout=patient(300)
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout, done.stdout[-2000:]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from patience import patient
 
 import pipeline
 from pipeline.api import Summarizer, summarize
@@ -76,7 +77,7 @@ def test_a_list_of_anything_gives_one_row_each_in_order(model: Path) -> None:
 
 def test_documents_that_break_the_engine_cost_nobody_else_a_row(model: Path) -> None:
     """As in the job: suspects are tried alone, in a new engine, and the next call finds one that works."""
-    with Summarizer(model=model, grace=0.3, deadline=1.0, **FAKE) as summarizer:
+    with Summarizer(model=model, grace=0.3, deadline=patient(1.0), **FAKE) as summarizer:
         found = rows(summarizer({"good": "fine", "bad": "RAISE it", "big": "an OOM once", "huge": "ALWAYSOOM"}))
         assert {name: row["status"] for name, row in found.items()} == {
             "good": "ok", "bad": "error", "big": "ok", "huge": "oom",
@@ -176,7 +177,7 @@ def test_an_interrupted_call_stops_and_the_next_one_works(model: Path) -> None:
             started = time.monotonic()
             with pytest.raises(KeyboardInterrupt):
                 summarizer([f"SLOW {i}" for i in range(100)])
-            assert time.monotonic() - started < 10
+            assert time.monotonic() - started < patient(10)
             assert rows(summarizer(["SLOW 1"]))["0"]["status"] == "ok", "ids of the interrupted call are free again"
     finally:
         signal.signal(signal.SIGALRM, before)

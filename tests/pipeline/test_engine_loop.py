@@ -80,6 +80,10 @@ def test_sampling_depends_on_seed_and_id_alone(folder: Path) -> None:
     assert together["a"].token_ids == alone
     assert together["d"].token_ids != alone, "another id draws other numbers"
     assert together["c"].token_ids == generate(folder, text[2], 3), "a greedy row beside sampled ones stays greedy"
+    few = [Request(name, text[0], NEW, Sampling(1.5, top_k=k, seed=3)) for name, k in (("a", 20), ("one", 1))]
+    beside = run(make(folder), [*few, *others])
+    assert beside["a"].token_ids == run(make(folder, decode_lag=2), few[:1])["a"].token_ids != alone
+    assert beside["one"].token_ids == generate(folder, text[0], NEW), "of one token there is no choice"
     other_seed = Request("a", text[0], NEW, Sampling(temperature=1.5, top_p=0.95, seed=4))
     assert run(make(folder), [other_seed])["a"].token_ids != alone
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from pipeline.engine.arena import ALIGNMENT, Extent, ExtentAllocator, KVArena, LayerShape
 from pipeline.engine.batch import IDLE, LENGTH, MAX_STOP_IDS, NOT_FINITE, DecodeBatch, RowStart
@@ -99,11 +100,12 @@ def test_sample_follows_the_distribution() -> None:
     logits = torch.tensor([0.5, 2.0, -1.0, 1.0]).expand(20_000, 4)
     draws = uniforms(torch.full((20_000,), 3), torch.arange(20_000))
     temperature, full = torch.full((20_000,), 0.7), torch.ones(20_000)
-    shares = torch.bincount(sample(logits, temperature, full, draws), minlength=4) / 20_000
+    every = torch.zeros(20_000, dtype=torch.int64)
+    shares = torch.bincount(sample(logits, temperature, full, every, draws), minlength=4) / 20_000
     expected = torch.softmax(logits[0] / 0.7, dim=-1)
     torch.testing.assert_close(shares, expected, atol=0.012, rtol=0)
     # Tokens 1 and 3 hold 0.90 of the probability: with top_p 0.8 nothing else comes, in their proportion.
-    kept = torch.bincount(sample(logits, temperature, full * 0.8, draws), minlength=4) / 20_000
+    kept = torch.bincount(sample(logits, temperature, full * 0.8, every, draws), minlength=4) / 20_000
     assert kept[0] == kept[2] == 0
     torch.testing.assert_close(kept[1], expected[1] / (expected[1] + expected[3]), atol=0.012, rtol=0)
 
@@ -111,11 +113,34 @@ def test_sample_follows_the_distribution() -> None:
 def test_sample_edges() -> None:
     logits = torch.tensor([[1.0, 1.0, 0.0], [0.0, 3.0, 3.0], [5.0, 0.0, 0.0]])
     almost_one = torch.full((3,), 1 - 2.0**-53, dtype=torch.float64)
-    hot, one = torch.ones(3), torch.ones(3)
-    assert sample(logits, 0 * hot, one, almost_one).tolist() == [0, 1, 0], "temperature 0 is the argmax, lower id first"
-    assert sample(logits, hot, one, 0 * almost_one).tolist() == [0, 1, 0], "the first draw is the most likely token"
-    assert sample(logits, hot, one * 1e-6, almost_one).tolist() == [0, 1, 0], "a tiny top_p keeps one token"
-    assert sample(logits, hot, one, almost_one).tolist() == [2, 0, 2], "the last draw is the least likely token"
+    hot, one, ks = torch.ones(3), torch.ones(3), torch.zeros(3, dtype=torch.int64)
+    assert sample(logits, 0 * hot, one, ks, almost_one).tolist() == [0, 1, 0], (
+        "temperature 0 is the argmax, lower id first"
+    )
+    assert sample(logits, hot, one, ks, 0 * almost_one).tolist() == [0, 1, 0], "the first draw is the most likely token"
+    assert sample(logits, hot, one * 1e-6, ks, almost_one).tolist() == [0, 1, 0], "a tiny top_p keeps one token"
+    assert sample(logits, hot, one, ks, almost_one).tolist() == [2, 0, 2], "the last draw is the least likely token"
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (3, 1.0), (3, 0.8), (5, 0.5), (8, 0.9), (99, 0.9)])
+def test_top_k_then_top_p_follow_transformers(top_k: int, top_p: float) -> None:
+    logits = torch.tensor([0.5, 2.0, -1.0, 1.0, 1.4, -0.2, 0.9, 0.1])
+    scores = TemperatureLogitsWarper(0.7)(None, logits[None])
+    expected = TopPLogitsWarper(top_p)(None, TopKLogitsWarper(top_k)(None, scores)).softmax(-1)[0]
+    rows = 20_000
+    draws = uniforms(torch.full((rows,), 3), torch.arange(rows))
+    ks = torch.full((rows,), top_k)
+    tokens = sample(logits.expand(rows, 8), torch.full((rows,), 0.7), torch.full((rows,), top_p), ks, draws)
+    shares = torch.bincount(tokens, minlength=8) / rows
+    assert (shares > 0).tolist() == (expected > 0).tolist()
+    torch.testing.assert_close(shares, expected, atol=0.012, rtol=0)
+
+
+def test_rows_of_one_step_have_their_own_top_k() -> None:
+    logits = torch.tensor([1.0, 3.0, 2.0, 3.0]).expand(4, 4)
+    draws = torch.full((4,), 1 - 2.0**-53, dtype=torch.float64)
+    ks = torch.tensor([0, 1, 2, 3])
+    assert sample(logits, torch.ones(4), torch.ones(4), ks, draws).tolist() == [0, 1, 3, 2]
 
 
 def row_start(**changes: object) -> RowStart:

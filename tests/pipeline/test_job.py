@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from patience import patient
 
 from pipeline import read_results
 from pipeline.config import JobConfig
@@ -171,7 +172,7 @@ def test_an_engine_that_breaks_is_the_error_of_the_document_alone_in_it(tmp_path
 
 def test_a_document_that_hangs_the_engine_times_out_alone(tmp_path: Path, out: Path, model: Path) -> None:
     docs = write(tmp_path / "docs", {"a": "text", "b": "more text", "hang": "HANG " * 9, "c": "text"})
-    report = job(docs, out, model, deadline=1.0, workers=1, grace=0.5)
+    report = job(docs, out, model, deadline=patient(1.0), workers=1, grace=0.5)
     assert report.counts == {"ok": 3, "timeout": 1}
     assert rows(out)["hang"]["attempts"] == 2
 

@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 import pytest
+from patience import patient
 
 from pipeline.engine.config import Completion, Request
 from pipeline.loop import EngineLoop
@@ -47,8 +48,8 @@ def test_a_doubled_id_does_not_cost_the_first_request_its_completion() -> None:
     loop = EngineLoop(lambda: engine)
     first, second = (loop.submit(Request("a#2.0", [1], 1)) for _ in range(2))
     with pytest.raises(ValueError, match="in the engine already"):
-        second.result(timeout=10)
+        second.result(timeout=patient(10))
     engine.gate.set()
     loop.abort([])  # wakes it
-    assert first.result(timeout=10).status == "ok"
+    assert first.result(timeout=patient(10)).status == "ok"
     loop.close()

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import patient
 from test_metrics import queries
 
 from pipeline import read_results
@@ -53,8 +54,8 @@ def free_ports(count: int) -> list[int]:
         return [item.getsockname()[1] for item in sockets]
 
 
-def wait_for(what: str, check: Callable[[], Any], seconds: float = 90.0) -> Any:
-    until = time.monotonic() + seconds
+def wait_for(what: str, check: Callable[[], Any]) -> Any:
+    until = time.monotonic() + patient(90)
     while not (found := check()):
         assert time.monotonic() < until, what
         time.sleep(0.3)
@@ -164,7 +165,7 @@ def test_all_panels_show_a_running_job_and_counts_stay_when_it_ends(
         assert server.ask('sum(ray_stemline_workers{state="live"})')[0][1] == 1
         assert server.ask("ray_stemline_workers_lost_total")[0][0]["reason"] == "died"
         driver.send_signal(signal.SIGTERM)
-        assert driver.wait(30) == 0, (tmp_path / "driver.log").read_text()
+        assert driver.wait(patient(30)) == 0, (tmp_path / "driver.log").read_text()
 
     rows = [row for name in ("killer", "slow") for row in read_results(tmp_path / name / "out").to_pylist()]
     assert 4 <= len(rows) < 400

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import io
+import pickle
+from dataclasses import fields
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -10,16 +14,22 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+import pipeline.config
 from pipeline import Summarizer, manifest
 from pipeline.config import JobConfig
+from pipeline.engine.config import EngineConfig
 from pipeline.errors import JobError
 from pipeline.location import open_filesystem, safe_name
+from pipeline.plan import make_engine_config
 from pipeline.progress import Progress
 from pipeline.prompts import make_task
 from pipeline.records import new_row, result_schema
+from pipeline.settings import EngineSettings, Sampling
 from pipeline.sink import Sink, compact, done_rows, part_names, read_results, recover
 from pipeline.source import DocumentReader, find_files, list_documents
 from pipeline.store import Store
+from stem_core.config import StemConfig
+from stem_core.settings import SettingError, values_of
 
 
 def config(**settings: Any) -> JobConfig:
@@ -37,13 +47,8 @@ def test_only_settings_that_can_change_an_output_are_fingerprinted() -> None:
         {"max_output_error": 0},
     ]
     other = [{"max_new_tokens": 9}, {"seed": 1}, {"budget": 0.3}, {"attention": "dense"}, {"too_long": "truncate"}]
-    other += [
-        {"preset": "release"},
-        {"precision": "fp16"},
-        {"block_size": 64},
-        {"temperature": 0.5},
-        {"max_output_error": 0.5},
-    ]
+    other += [{"preset": "release"}, {"precision": "fp16"}, {"block_size": 64}, {"temperature": 0.5}]
+    other += [{"max_output_error": 0.5}, {"top_k": 20}]
     assert {config(**changes).fingerprint() for changes in same} == {config().fingerprint()}
     prints = {config(**changes).fingerprint() for changes in other}
     assert len(prints | {config().fingerprint()}) == len(other) + 1
@@ -102,13 +107,64 @@ def test_credentials_stay_out_of_names_and_manifest(tmp_path: Path) -> None:
         ({"resume": "yes"}, "--resume must be true or false"),
         ({"input": ()}, "--input is missing"),
         ({"top_p": 0}, "--top-p must be above 0"),
+        ({"top_k": 0}, "--top-k must be at least 1, got 0"),
         ({"shard": "1/x"}, "--shard must be i/n"),
+        ({"decay": 0}, "--decay must be above 0 and at most 1, got 0$"),
+        ({"dense_layers": -1}, "--dense-layers must be in 0.."),
+        ({"stride": 24}, "--stride must be a divisor of block_size=128, got 24"),
+        ({"max_live": 1025}, "--max-live must be in 1..1,024, got 1025"),
+        ({"seed": 2**60}, "--seed must be a number of at most 9,007,199,254,740,992"),
+        ({"model": Path("a\0b")}, "--model must be text without NUL"),
+        ({"load_format": "dumy"}, "--load-format must be one of auto, dummy, got 'dumy'; did you mean 'dummy'"),
+        ({"text_column": {"https://u:secret@host/": 1}}, "^(?!.*secret).*--text-column must be text"),
         ({"prompt_date": "tomorrow"}, "--prompt-date must be a date like 2026-11-28, got 'tomorrow'"),
     ],
 )
 def test_wrong_values_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(JobError, match=message):
         config(**settings)
+
+
+# Of another value than its default, each setting that a worker's engine and its sampling get from the job.
+HANDED_ON = {
+    "model": "some/model", "revision": "main", "trust_remote_code": True, "precision": "bf16", "chunk_tokens": 64,
+    "max_live": 3, "max_context": 500, "arena_tokens": 900, "load_format": "dummy", "temperature": 0.5, "top_p": 0.9,
+    "top_k": 20, "seed": 4,
+}  # fmt: skip
+
+
+def test_what_engine_and_sampling_share_with_the_job_is_declared_once_and_handed_on() -> None:
+    shared = {item.name for item in (*fields(EngineSettings), *fields(Sampling))}
+    assert shared == set(HANDED_ON), "a new one needs a value here"
+    tree = ast.parse(inspect.getsource(pipeline.config))
+    (job,) = (node for node in tree.body if isinstance(node, ast.ClassDef))
+    own = {node.target.id for node in job.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
+    assert "output" in own
+    assert not own & (shared | {item.name for item in fields(StemConfig)})
+    job_config = config(**HANDED_ON)
+    engine = make_engine_config(job_config, "cpu")
+    assert (
+        values_of(engine, EngineSettings) | values_of(Sampling(**values_of(job_config, Sampling)), Sampling)
+        == HANDED_ON
+    )
+    assert all(HANDED_ON[item.name] != item.default for item in fields(JobConfig) if item.name in shared)
+
+
+def test_every_field_of_stem_is_a_setting_that_overrides_the_preset() -> None:
+    for item in fields(StemConfig):
+        if item.name not in ("schedule", "density", "estimator", "block_size"):
+            value = getattr(StemConfig.preset("sampled"), item.name)
+            changed = (value / 2 or 0.5) if isinstance(value, float) else value // 2 + 8 * (value < 8)
+            stem = config(**{item.name: changed}).stem()
+            assert stem is not None
+            assert getattr(stem, item.name) == changed != value
+
+
+def test_a_wrong_setting_survives_the_way_between_processes() -> None:
+    with pytest.raises(SettingError) as caught:
+        EngineConfig("m", precision="bf61")
+    told = "precision must be one of auto, bf16, fp16, fp32, fp8, got 'bf61'; did you mean 'bf16'?"
+    assert str(caught.value) == str(pickle.loads(pickle.dumps(caught.value))) == told
 
 
 def test_the_date_of_prompts_is_a_setting() -> None:

@@ -40,6 +40,10 @@ def write(folder: Path, kind: str) -> Path:
     path = folder / f"docs.{kind}"
     if kind == "parquet":
         pq.write_table(pa.Table.from_pylist([row | {"tags": "x"} for row in ROWS]), path, row_group_size=3)
+    elif kind in ("csv", "tsv"):
+        fields = [list(ROWS[0]), *([str(value) for value in row.values()] for row in ROWS)]
+        quoted = ({"csv": ",", "tsv": "\t"}[kind].join(f'"{field}"' for field in line) + "\n" for line in fields)
+        path.write_text("".join(quoted))
     elif kind == "jsonl.gz":
         path.write_bytes(gzip.compress(lines(ROWS)))
     elif kind == "jsonl.zst":
@@ -50,7 +54,7 @@ def write(folder: Path, kind: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["parquet", "jsonl", "jsonl.gz", "jsonl.zst"])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "jsonl.gz", "jsonl.zst", "csv", "tsv"])
 def test_every_kind_gives_the_same_documents(tmp_path: Path, kind: str) -> None:
     catalogue = listed(write(tmp_path, kind), keep_columns=("year",))
     found = read_all(catalogue)
@@ -182,7 +186,7 @@ def test_a_file_that_two_inputs_name_is_read_once(tmp_path: Path) -> None:
     assert [file.label for file in files] == ["b.txt", "sub/a.txt"]
 
 
-@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
 @pytest.mark.parametrize("option", ["text_column", "id_column", "keep_columns"])
 def test_a_missing_column_names_those_that_are_there(tmp_path: Path, kind: str, option: str) -> None:
     path = write(tmp_path, kind)

@@ -13,14 +13,13 @@ import pytest
 
 from jobs.cli import add_job_flags
 from pipeline import manifest
-from pipeline.config import JobConfig
+from pipeline.config import GROUPS, JobConfig
 from pipeline.engine.config import Completion
 from pipeline.meter import Meter
 from pipeline.records import COLUMNS, NAMES, STATUSES
 from pipeline.store import Store
 from stem_core.config import StemConfig
 from tools.docs.__main__ import FOLDER, main, pages
-from tools.docs.configuration import GROUPS, field_meanings
 from tools.docs.results import NULL_WHEN, null_when
 
 
@@ -72,11 +71,16 @@ def test_stars_mark_what_must_stay_as_it_was() -> None:
 
 def test_presets_stand_with_their_values() -> None:
     page = pages()["configuration.md"]
-    meanings = field_meanings()
-    assert list(meanings) == [item.name for item in fields(StemConfig)]
+    section = page.split("\n## Stem's fields and presets\n")[1].split("\nEstimators")[0]
+    rows = [line.split("`")[1] for line in lines_with(section, "| `")]
+    assert sorted(rows) == sorted(item.name for item in fields(StemConfig))
     (line,) = lines_with(page, "| `dense_tail` |")
-    assert [cell.strip() for cell in line.split("|")[3:7]] == ["1", "0", "0", "4"]
-    assert meanings["stride"] in page
+    assert [cell.strip() for cell in line.split("|")[3:7]] == ["1", "0", "0", "at least 0"]
+    assert all(
+        item.metadata["meaning"] + "; " + item.metadata["more"] in page
+        for item in fields(StemConfig)
+        if item.metadata["more"]
+    )
 
 
 def test_every_column_and_status_has_one_line() -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from jobs.measurement import stamp
+from stem_core.errors import first_line
 from tools.benchmark._attention_cases import Case, crossover_cases, table_cases
 from tools.benchmark._attention_check import error_of
 from tools.benchmark._measure import isolated_ms, sustained_ms, table, write_json
@@ -193,8 +194,7 @@ def _measure(
     except torch.OutOfMemoryError:
         return row | {"status": "no memory", "note": "skipped: memory"}
     except Exception as error:  # one broken baseline must not cost the other figures
-        text = (str(error).splitlines() or [""])[0][:150]
-        return row | {"status": "failed", "note": f"{type(error).__name__}: {text}"}
+        return row | {"status": "failed", "note": first_line(error)}
     row |= {"ms": ms, "sustained ms": sustained}
     if case.attends:
         n = -(-q.shape[2] // BLOCK)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
-from dataclasses import Field, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import Field
 from typing import Any
 
 import yaml
 
-from pipeline.config import STEM_OVERRIDES, JobConfig, flag, from_mapping
+from pipeline.config import GROUPS, STEM_OVERRIDES, JobConfig, declared, flag, from_mapping
 from pipeline.manifest import READING
 from stem_core.budget import prompt_budget
-from stem_core.config import BLOCK_SIZES, DENSE_BELOW, PRESETS, SCHEDULES, StemConfig
+from stem_core.config import DENSE_BELOW, PRESETS, StemConfig
 from stem_core.estimators import ESTIMATORS
+from stem_core.settings import bounds, kind_of
 from tools.docs.markdown import table
 
 REQUIRED = ("input", "output", "model")
@@ -26,26 +25,13 @@ TYPES = {
     "float": "number",
     "bool": "true or false",
     "list": "a name or a list of names",
+    "columns": "a name or a list of names",
     "map": "mapping; JSON after the flag",
     "auto_int": "whole number or `auto`",
     "shard": "`i/n`",
     "date": "date, `2026-11-28`",
 }
-GROUPS = {
-    "data": "What is read, and where results go.",
-    "model": "The model. A folder needs `config.json`, a tokenizer and `*.safetensors`.",
-    "prompt": "What the model is asked about each document.",
-    "generation": "How the output is generated.",
-    "attention": "How prompts are read. What each setting means in full, and the presets' values: "
-    "[Stem's fields and presets](#stems-fields-and-presets).",
-    "engine": "Device, number format and memory of each worker.",
-    "run": "Workers, failures, files, and going on where an earlier run stopped.",
-}
-STEM_CHOICES: dict[str, tuple[Any, ...]] = {
-    "schedule": SCHEDULES,
-    "block_size": BLOCK_SIZES,
-    "estimator": tuple(ESTIMATORS),
-}
+HUGE = 1_000_000  # upper limits that nobody meets are left out
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
 EXAMPLE = """\
 input: [reports/2024, reports/2025.parquet]
@@ -68,13 +54,11 @@ workers: 4
 def configuration_page() -> str:
     """The text of docs/configuration.md."""
     example = JobConfig(**from_mapping(yaml.safe_load(EXAMPLE), "the example"))  # raises if it is no valid job
-    groups: dict[str, list[Field[Any]]] = {}
-    for item in fields(JobConfig):
-        groups.setdefault(item.metadata["group"], []).append(item)
     parts = [_INTRO, _COMBINING, "## An example\n", f"```yaml\n{EXAMPLE}```\n", _example_note(example)]
-    for name, items in groups.items():
-        header = ("flag", "YAML key", "type", "default", "values", "meaning")
-        parts += [f"## {name.capitalize()}\n", GROUPS[name] + "\n", table(header, map(_setting, items)) + "\n"]
+    header = ("flag", "YAML key", "type", "default", "values", "meaning")
+    for name, about in GROUPS.items():
+        rows = [_setting(item) for item in declared() if item.metadata["group"] == name]
+        parts += [f"## {name.capitalize()}\n", about + "\n", table(header, rows) + "\n"]
     return "\n".join([*parts, _stem_section()])
 
 
@@ -122,10 +106,12 @@ def _example_note(config: JobConfig) -> str:
 
 def _setting(item: Field[Any]) -> tuple[str, ...]:
     rules, name = item.metadata, item.name
-    negative = f", `--no-{flag(name)[2:]}`" if rules["kind"] == "bool" else ""
+    kind = kind_of(item)
+    negative = f", `--no-{flag(name)[2:]}`" if kind == "bool" else ""
     star = " *" if rules["changes_output"] or name in READ_ANEW else ""
-    kind, meaning = TYPES[rules["kind"]], rules["meaning"]
-    return f"`{flag(name)}`{negative}{star}", f"`{name}`", kind, _default(item), _values(item), meaning
+    # What there is more to say of Stem's settings stands with the presets.
+    meaning = rules["meaning"] if name in STEM_OVERRIDES else in_full(item)
+    return f"`{flag(name)}`{negative}{star}", f"`{name}`", TYPES[kind], _default(item), _values(item), meaning
 
 
 def _default(item: Field[Any]) -> str:
@@ -137,26 +123,28 @@ def _default(item: Field[Any]) -> str:
 
 
 def _values(item: Field[Any]) -> str:
-    choices = item.metadata["choices"] or STEM_CHOICES.get(item.name, ())
-    low, high = item.metadata["low"], item.metadata["high"]
-    if choices:
-        return ", ".join(f"`{choice}`" for choice in choices)
-    if item.name in ("budget", "top_p"):
-        return f"above {low}, at most {high}"
-    if high is not None:
-        return f"{low} to {high:,}"
-    return "" if low is None else f"at least {low}"
+    rules: Mapping[str, Any] = item.metadata
+    if rules["divides_block"]:
+        return "divisors of `block_size`"
+    if rules["high"] is not None and rules["high"] > HUGE:
+        rules = {**rules, "high": None}
+    choices = ", ".join(f"`{choice}`" for choice in rules["choices"])
+    return choices or bounds(rules).removeprefix("in ").replace("..", " to ")
+
+
+def in_full(item: Field[Any]) -> str:
+    """All that is said of a setting."""
+    return "; ".join(filter(None, (item.metadata["meaning"], item.metadata["more"])))
 
 
 def _stem_section() -> str:
     named = tuple(f"`{name}`" for name in PRESETS)
-    meanings = field_meanings()
     rows = []
     for name in StemConfig().to_dict():
+        item = StemConfig.__dataclass_fields__[name]
         setting = "budget" if name in ("schedule", "density") else name
-        choices = ", ".join(f"`{choice}`" for choice in STEM_CHOICES.get(name, ()))
         values = [_plain(getattr(preset, name)) for preset in PRESETS.values()]
-        rows.append((f"`{name}`", f"`{flag(setting)}`", *values, choices, meanings[name]))
+        rows.append((f"`{name}`", f"`{flag(setting)}`", *values, _values(item), in_full(item)))
     estimators = []
     for name, estimator in ESTIMATORS.items():
         cost = f"{estimator.cost(StemConfig(estimator=name)):.2%}"
@@ -197,19 +185,3 @@ What a document's prefill did read, over all layers, is the column [`density`](r
 
 def _plain(value: Any) -> str:
     return "-" if value is None else f"{value}"
-
-
-def field_meanings() -> dict[str, str]:
-    """The strings below StemConfig's fields. Raises ValueError if a field has none."""
-    found = {}
-    for part in filter(is_dataclass, reversed(StemConfig.__mro__)):  # the estimators' fields come first
-        tree = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0]
-        assert isinstance(tree, ast.ClassDef)
-        for statement, below in zip(tree.body, tree.body[1:], strict=False):
-            if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
-                continue
-            text = below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else None
-            if not isinstance(text, str):
-                raise ValueError(f"{part.__name__}.{statement.target.id} has no string below it that says what it is")
-            found[statement.target.id] = " ".join(text.split())
-    return found

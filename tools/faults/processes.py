@@ -1,4 +1,4 @@
-"""A driver as a process of its own, the processes below it, their memory and their end. Linux: reads /proc."""
+"""A driver as a process of its own, the processes below it, their memory and their end."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 from pipeline.imports import ROOT
 
-WORKER = b"ray::Worker"
+WORKER = "ray::Worker"
 # Names the file in which engines note the documents that they take.
 LOG = "STEMLINE_FAULTS_LOG"
 # What a driver may be told of this machine; other settings of Ray here are not for it.
@@ -47,46 +49,28 @@ def driver(arguments: list[str], log: Path, engine_log: Path) -> Iterator[subpro
 
 
 def descendants(pid: int) -> list[int]:
-    """All processes below `pid`."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                children.setdefault(parent, []).append(int(entry.name))
-    found, todo = [], [pid]
-    while todo:
-        below = children.get(todo.pop(), [])
-        found += below
-        todo += below
-    return found
+    """All processes below `pid`; none if it is gone."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [process.pid for process in psutil.Process(pid).children(recursive=True)]
+    return []
 
 
 def workers(pid: int) -> list[int]:
     """A driver's worker processes (it started the cluster, so they are below it)."""
-    return [pid for pid in descendants(pid) if _command(pid).startswith(WORKER)]
+    return [pid for pid in descendants(pid) if name(pid).startswith(WORKER)]
 
 
 def name(pid: int) -> str:
-    """What a process calls itself."""
-    return _command(pid).replace(b"\0", b" ").decode(errors="replace")[:200]
-
-
-def _command(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
+    """What a process calls itself, or its command; empty if it is gone."""
+    with contextlib.suppress(psutil.Error):
+        return " ".join(psutil.Process(pid).cmdline())[:200]
+    return ""
 
 
 def memory_mib(pid: int) -> float:
     """Resident memory of a process; 0 if it is gone."""
-    try:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmRSS:"):
-                return int(line.split()[1]) / 1024
-    except OSError:
-        pass
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(pid).memory_info().rss / (1 << 20)
     return 0.0
 
 
@@ -110,8 +94,6 @@ def left_over(pids: list[int], seconds: float, ending: tuple[str, ...] = ()) -> 
 
 
 def _running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False

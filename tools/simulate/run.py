@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import resource
 import time
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 
 from pipeline.errors import JobError
@@ -18,9 +17,8 @@ from pipeline.progress import Progress
 from pipeline.records import Row, result_schema
 from pipeline.scheduler import Limits, Scheduler
 from pipeline.sink import Sink, compact, part_names, read_results
-from pipeline.source import Catalogue, Document
+from pipeline.source import FORMATS, Catalogue, Document, SourceFile
 from pipeline.source.catalogue import in_shard
-from pipeline.source.files import SourceFile
 from pipeline.store import Store
 from tools.simulate.cost import EngineCost, lengths, share
 from tools.simulate.pool import BYTES_PER_TOKEN, SimulatedPool
@@ -96,7 +94,9 @@ def catalogue(tokens: np.ndarray) -> Catalogue:
     starts = np.concatenate([[0], np.cumsum(size)[:-1]])
     columns = np.stack([np.zeros(count, np.int64), starts, size, size, np.arange(count)], axis=1)
     ids = pa.array((f"doc-{number:08}" for number in range(count)), pa.large_string())
-    file = SourceFile("", "/simulated.jsonl", "simulated.jsonl", "simulated.jsonl", "jsonl", int(size.sum()), 0)
+    file = SourceFile(
+        "", "/simulated.jsonl", "simulated.jsonl", "simulated.jsonl", FORMATS["jsonl"], int(size.sum()), 0
+    )
     return Catalogue([file], ids, columns, {}, [])
 
 
@@ -217,5 +217,4 @@ class _Writer:
 
 def resident() -> int:
     """Bytes of memory of this process."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+    return psutil.Process().memory_info().rss

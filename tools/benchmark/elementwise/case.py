@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.quantize import QuantizedRows
+from stem_core.errors import first_line
 from tools.benchmark._measure import isolated_ms, sustained_ms
 
 SAMPLE = 128  # rows at either end that are compared with float64
@@ -48,8 +49,7 @@ def measure(case: Case, count: int, idle: float) -> dict[str, Any]:
         ms = time_ms(case.ours, count, idle)
         eager = None if case.eager is None else time_ms(case.eager, count, idle)
     except Exception as error:  # one broken case must not cost the other figures
-        text = (str(error).splitlines() or [""])[0][:150]
-        return row | {"status": "failed", "note": f"{type(error).__name__}: {text}"}
+        return row | {"status": "failed", "note": first_line(error)}
     row |= {"ms": ms, "eager ms": eager, "faster": None if eager is None else eager / ms}
     row["GB/s"] = case.moved / ms / 1e6 if case.moved else None
     row["TFLOP/s"] = case.flops / ms / 1e9 if case.flops else None

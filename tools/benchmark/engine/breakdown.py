@@ -16,15 +16,16 @@ from pipeline.engine import Engine
 from tools.benchmark.engine.phases import Event, gpu_events, random_prompts, run_documents, union_length
 
 KERNELS = Path(__file__).parents[3] / "kernels"
-# Folders of kernels/, whose GPU functions are found by name in their sources.
+# Folders and files of kernels/, whose GPU functions are found by name in their sources.
 OPERATIONS = {
     "attention": (
         "block_sparse_attention",
         "block_sparse_attention_fp8",
         "decode_attention",
         "decode_attention_fp8",
+        "_common/decode_triton.py",
     ),
-    "selection": ("block_scores", "block_selection"),
+    "selection": ("block_scores", "sample_scores", "block_selection"),
     "elementwise": ("rms_norm", "silu_mul", "rope", "quantize", "fp8_heads"),
 }
 # What libraries call theirs. The names of matrix products come first: they can hold "elementwise" too (epilogues).
@@ -46,7 +47,8 @@ def own_kernels() -> dict[str, str]:
     names = {}
     for group, folders in OPERATIONS.items():
         for folder in folders:
-            for path in (KERNELS / folder).glob("*.py"):
+            place = KERNELS / folder
+            for path in place.glob("*.py") if place.is_dir() else [place]:
                 for name in JIT.findall(path.read_text()):
                     names[name] = group
     return names

@@ -13,6 +13,7 @@ import torch
 
 from jobs.measurement import stamp
 from pipeline.engine import EngineConfig
+from stem_core.errors import first_line
 from tools.benchmark.engine.report import ratios
 
 
@@ -47,7 +48,7 @@ class Run:
             try:
                 what()
             except torch.OutOfMemoryError as error:
-                self.results["skipped"].append(f"{name}: {str(error).splitlines()[0]}")
+                self.results["skipped"].append(f"{name}: {first_line(error)}")
             except Exception as error:  # the other phases' figures must not be lost with this one's
                 self.results["failed"].append(f"{name}: {type(error).__name__}: {error}")
                 print(f"{name} FAILED: {type(error).__name__}: {error}", flush=True)

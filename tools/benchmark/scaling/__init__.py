@@ -17,12 +17,13 @@ import torch
 from jobs.measurement import stamp
 from jobs.shapes import ALIASES, SHAPES
 from pipeline.config import JobConfig
-from pipeline.engine.config import PRECISIONS, EngineConfig
+from pipeline.engine.config import EngineConfig
 from pipeline.errors import JobError
 from pipeline.job import run
 from pipeline.records import utc_now
+from pipeline.settings import PRECISIONS
 from pipeline.sink import read_results
-from stem_core.config import PRESETS
+from stem_core.config import DEFAULT_PRESET, PRESETS
 from tools.benchmark._measure import write_json
 from tools.benchmark.scaling.documents import model_folder, write_documents
 from tools.benchmark.scaling.figures import COLUMNS, check_rows, figures, join, read, show
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--documents", type=int, default=192, help="best a multiple of workers x max-live (192)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768], metavar="N", help="prompts, in turn (32768)")
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--preset", default="sampled", choices=tuple(PRESETS))
+    parser.add_argument("--preset", default=DEFAULT_PRESET, choices=tuple(PRESETS))
     parser.add_argument("--budget", type=float, help="share of the blocks, instead of the preset's schedule")
     parser.add_argument("--chunk-tokens", type=int, default=EngineConfig.chunk_tokens)
     parser.add_argument("--max-live", type=int, default=8, help="documents that a worker decodes together (8)")

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """Device helpers of the row-wise Triton kernels."""
 
 from __future__ import annotations
@@ -5,7 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.rows import FP8_MAX, LEAST_AMAX
+from kernels._common.fp8 import FP8_MAX
+from kernels._common.rows import LEAST_AMAX
 
 _FP8_MAX = tl.constexpr(FP8_MAX)
 _LEAST_AMAX = tl.constexpr(LEAST_AMAX)
@@ -13,7 +15,7 @@ _LEAST_AMAX = tl.constexpr(LEAST_AMAX)
 
 @triton.jit
 def row_start(row, n2, n3, s1, s2, s3):
-    """Offset in elements of row numbers `row`; see kernels.rows.row_layout. int64."""
+    """Offset in elements of row numbers `row`; see kernels._common.rows.row_layout. int64."""
     outer = row // n3
     offset = (outer // n2).to(tl.int64) * s1 + (outer % n2).to(tl.int64) * s2
     return offset + (row % n3).to(tl.int64) * s3

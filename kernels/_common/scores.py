@@ -1,7 +1,8 @@
-"""What the estimators demand of their inputs."""
+"""What the operations that score blocks share: what they demand of their inputs, and where scores are written."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -38,3 +39,9 @@ def check_cache(name: str, blocks: int | None, query_start: int, block_size: int
             f"{name} holds {blocks} blocks, but this chunk starts at block {query_start // block_size}: "
             "pass the chunks of a prompt in order"
         )
+
+
+def empty_scores(N: int, H: int, rows: int, n_keys: int, device: torch.device) -> Tensor:
+    """[N, H, rows, n_keys] with rows 16 scores apart or a multiple of it: kernels are compiled once for such strides,
+    and not again for other prompt lengths."""
+    return torch.empty(N, H, rows, -(-n_keys // 16) * 16, dtype=torch.float32, device=device)[..., :n_keys]

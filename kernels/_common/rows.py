@@ -7,15 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import device as device_module
+from kernels._common.fp8 import fp8_obstacle
 from kernels.dispatch import Choice, choose_portable
 
-__all__ = ["FP8", "FP8_MAX", "QuantizedRows", "as_rows", "check_floating", "choose_row_kernel", "in_memory_order"]
-
-FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0  # largest finite e4m3fn
 # Rows that are zero get this largest magnitude, so that their scale can be divided by.
 LEAST_AMAX = 1e-30
+# What a program of the kernels that need a whole row holds in its registers.
+MAX_COLUMNS = 65536
 FLOATING = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -52,13 +50,8 @@ def choose_row_kernel(op: str, device: torch.device, impl: str = "auto", *, fp8:
 
     Raises ValueError where `impl` cannot run, and for fp8 on a GPU that has none (compute capability below 8.9).
     """
-    if fp8 and device.type == "cuda":
-        capability = device_module.capability(device)
-        if capability < (8, 9):
-            raise ValueError(
-                f"{op}: fp8 needs compute capability 8.9 (Ada, Hopper or later), this GPU has "
-                f"{capability[0]}.{capability[1]}; use bf16"
-            )
+    if fp8 and (obstacle := fp8_obstacle(device)):
+        raise ValueError(f"{op}: {obstacle}")
     return choose_portable(op, device, impl)
 
 
@@ -78,6 +71,12 @@ def check_floating(op: str, *tensors: Tensor, backward: bool = False) -> None:
             )
         if not backward and torch.is_grad_enabled() and t.requires_grad:
             raise RuntimeError(f"{op} has no backward pass here: run it under torch.inference_mode()")
+
+
+def check_columns(op: str, columns: int) -> None:
+    """Raise ValueError for rows that no program can hold."""
+    if not 1 <= columns <= MAX_COLUMNS:
+        raise ValueError(f"{op} takes rows of 1 to {MAX_COLUMNS} elements, got {columns}")
 
 
 def as_rows(op: str, x: Tensor) -> Tensor:

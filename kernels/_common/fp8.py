@@ -1,0 +1,64 @@
+"""fp8 on the host: which GPUs have it, scales per head, the order of stored values (`kernels.fp8_heads` says why)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import device as device_module
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0  # largest finite e4m3fn
+# Keys are permuted within groups of this many.
+KEY_GROUP = 16
+
+
+@dataclass(frozen=True)
+class HeadScales:
+    """Scales of one layer: value = e4m3 * scale. q: float32 [H]; k, v: float32 [Hkv]; contiguous, above 0."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    def check(self, heads: int | None, kv_heads: int, device: torch.device) -> None:
+        """Raise ValueError unless the shapes, types and device fit; heads None: whatever q has."""
+        heads = self.q.numel() if heads is None else heads
+        for name, tensor, length in (("q", self.q, heads), ("k", self.k, kv_heads), ("v", self.v, kv_heads)):
+            if tensor.shape != (length,) or tensor.dtype != torch.float32 or tensor.device != device:
+                raise ValueError(
+                    f"scales.{name} must be float32 [{length}] on {device}, got {tensor.dtype} {tuple(tensor.shape)} "
+                    f"on {tensor.device}"
+                )
+            if not tensor.is_contiguous():
+                raise ValueError(f"scales.{name} must be contiguous")
+
+
+def fp8_obstacle(device: torch.device) -> str:
+    """Why kernels with fp8 cannot run on this GPU; empty if they can, and on a CPU."""
+    if device.type != "cuda":
+        return ""
+    capability = device_module.capability(device)
+    if capability >= (8, 9):
+        return ""
+    return (
+        f"fp8 needs compute capability 8.9 (Ada, Hopper or later), this GPU has {capability[0]}.{capability[1]}; "
+        "use bf16"
+    )
+
+
+def quantize(x: Tensor, scale: Tensor) -> Tensor:
+    """x / scale in e4m3, saturated at +-448; NaN stays NaN. scale: float32, broadcast against x."""
+    return (x.float() * (1.0 / scale)).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+
+
+def store_order(values: Tensor) -> Tensor:
+    """values [..., T], 16 | T, keys in order -> the order in which they are stored."""
+    return values.unflatten(-1, (-1, 2, 4, 2)).transpose(-3, -2).flatten(-4)
+
+
+def restore_keys(stored: Tensor) -> Tensor:
+    """The inverse of `store_order`."""
+    return stored.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4)

@@ -1,0 +1,85 @@
+"""Settings that a job and its engine share, each declared once: how a model is loaded and held, how it generates.
+
+Read without torch: the command line asks for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stem_core.settings import check_all, setting
+
+PRECISIONS = ("auto", "bf16", "fp16", "fp32", "fp8")
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """A model, and how an engine holds it."""
+
+    model: str = setting("", "folder of a transformers model, or its hub id", group="model", changes_output=True)
+    revision: str | None = setting(None, "revision of a hub model", group="model", changes_output=True)
+    trust_remote_code: bool = setting(False, "run code that comes with the model", group="model", changes_output=True)
+    precision: str = setting(
+        "auto",
+        "number format of weights, attention and KV; fp8 needs GPUs that have it; auto: bf16 on GPUs, fp32 on CPUs",
+        more="fp8 (e4m3) is that of linear layers, attention and KV, the rest is in bf16, on a CPU in fp32; auto takes "
+        "fp8 for a checkpoint that is stored in it",
+        choices=PRECISIONS,
+        group="engine",
+        changes_output=True,
+    )
+    # 132 blocks of 128: an H100 has 132 multiprocessors, so that tiles fill whole rounds of them (measured,
+    # Llama-3.1-8B in fp8, 128K tokens: 3% sooner than steps of 8192).
+    chunk_tokens: int = setting(
+        16896, "prompt tokens in one prefill step", more="rounded up to whole blocks", low=16, group="engine"
+    )
+    max_live: int = setting(8, "documents that a worker decodes together", low=1, high=1024, group="engine")
+    max_context: int | None = setting(
+        None,
+        "most tokens of prompt and output; unset: the model's own limit",
+        low=2,
+        group="engine",
+        changes_output=True,
+    )
+    arena_tokens: int | None = setting(None, "tokens of KV memory; unset: what is free", low=2, group="engine")
+    load_format: str = setting(
+        "auto",
+        "auto: the model's weights; dummy: random ones, for measuring",
+        choices=("auto", "dummy"),
+        group="engine",
+        changes_output=True,
+    )
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Raises SettingError."""
+
+    temperature: float = setting(0.0, "randomness; 0 is greedy", low=0, group="generation", changes_output=True)
+    top_p: float = setting(
+        1.0,
+        "share of the probability that sampling draws from",
+        more="the smallest set of most likely tokens that reaches it",
+        above=0,
+        high=1,
+        group="generation",
+        changes_output=True,
+    )
+    top_k: int | None = setting(
+        None,
+        "most likely tokens that sampling draws from; unset: all",
+        more="top_p then takes its share of their probability",
+        low=1,
+        group="generation",
+        changes_output=True,
+        added_later=True,
+    )
+    seed: int = setting(
+        0,
+        "seed of sampling; what is drawn for a document depends only on this and on the document's id",
+        group="generation",
+        changes_output=True,
+    )
+
+    def __post_init__(self) -> None:
+        check_all(self)

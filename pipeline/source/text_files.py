@@ -1,0 +1,36 @@
+"""Text files: each is a document."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.errors import DocumentError, one_line
+from pipeline.location import open_filesystem
+from pipeline.source.catalogue import CatalogueBuilder
+from pipeline.source.protocol import Locator, SourceFile
+from pipeline.source.streams import MOST_BYTES
+
+
+def list_text_file(file: SourceFile, builder: CatalogueBuilder) -> None:
+    """Add the file; it is not opened."""
+    builder.add(file.label, 0, file.size, file.size)
+
+
+class TextFileReader:
+    """Reads whole files, as bytes."""
+
+    def __init__(self, columns: tuple[str, ...]) -> None:
+        self._text_column = columns[0]
+
+    def read(self, at: Locator) -> dict[str, Any]:
+        """The bytes, under the text column's name. Raises DocumentError."""
+        try:
+            with open_filesystem(at.filesystem).open_input_file(at.path) as file:
+                data = file.read(MOST_BYTES + 1)
+        except (OSError, pa.ArrowException) as error:
+            raise DocumentError(f"cannot be read: {one_line(error)}") from None
+        if len(data) > MOST_BYTES:
+            raise DocumentError(f"its text has more than {MOST_BYTES:,} bytes; no more are read")
+        return {self._text_column: data}
