@@ -49,9 +49,9 @@ def most(parts: Sequence[EngineFields], name: str) -> Any:
     return max(getattr(each, name) for each in parts)
 
 
-def least(parts: Sequence[EngineFields], name: str) -> Any:
-    """The least of those that were measured."""
-    return min((value for each in parts if (value := getattr(each, name)) is not None), default=None)
+def largest(parts: Sequence[EngineFields], name: str) -> Any:
+    """The largest of those that were measured."""
+    return max((value for each in parts if (value := getattr(each, name)) is not None), default=None)
 
 
 def of_the_first(parts: Sequence[EngineFields], name: str) -> Any:
@@ -84,7 +84,7 @@ def layers_by_tokens(parts: Sequence[EngineFields], name: str) -> Any:
 def reason_of_parts(parts: Sequence[EngineFields], name: str) -> Any:
     """Of the part that stands for the document; if parts of a sparse one went dense while they ran, theirs."""
     started = [each for each in parts if each.attention]
-    given_up = [each for each in started if each.attention == "dense" and each.retained_mass is not None]
+    given_up = [each for each in started if each.attention == "dense" and each.output_error is not None]
     if given_up and any(each.attention == "stem" for each in parts):
         return f"{len(given_up)} of {len(started)} prompts are dense: {getattr(given_up[0], name)}"
     return (of_a_sparse_one(parts, name) or "") if started else None
@@ -138,10 +138,11 @@ class EngineFields:
         "density of each layer, the model's first layer first; 1 in the leading layers that are dense",
         null="`attention` is not stem", arrow=pa.list_(pa.float32()), joined=layers_by_tokens, default=None,
     )  # fmt: skip
-    retained_mass: float | None = column(
-        "least share of the attention mass that sparse prefill kept in a sampled block of rows, mean over its layers",
-        null="nothing was measured: without `--min-mass`, or dense from the start", arrow=pa.float32(), joined=least,
-        default=None,
+    output_error: float | None = column(
+        "relative error of sparse prefill's attention output against dense attention's, in the sampled block of rows "
+        "that is furthest off, mean over its rows and layers",
+        null="nothing was measured: without `--max-output-error`, or dense from the start", arrow=pa.float32(),
+        joined=largest, default=None,
     )  # fmt: skip
     kernel: str | None = column(
         "implementation that ran; in brackets why not a faster one",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,8 +20,8 @@ from stem_core.budget import PromptBudget
 from stem_core.config import StemConfig
 from stem_core.context import DecodeContext, PrefillContext, PromptGoesOn, QuantizedKV, StemContext
 from stem_core.estimators import KeyState
+from stem_core.output_error import ErrorProbe
 from stem_core.policy import DENSE_BLOCK_SIZE, LayerPolicy, cutting_window
-from stem_core.retained import RetainedMass
 from stem_core.selection import new_key_state, stem_selection
 
 # What models hand on to their attention besides, with no bearing on it: positions are encoded and the cache merged by
@@ -54,14 +54,14 @@ def stem_prefill(
     window: int | None = None,
     keys: KeyState | None = None,
     quantized: QuantizedKV | None = None,
-    mass: RetainedMass | None = None,
+    probe: ErrorProbe | None = None,
     select: Callable[..., BlockSelection] = stem_selection,
 ) -> Tensor:
     """Causal attention of one chunk of a prompt, sparse or dense as `budget` says.
 
     q [N, H, Lq, D] are the tokens [start, start + Lq); k, v [N, Hkv, Lk, D] hold at least the tokens [0, start + Lq).
     quantized: attend in fp8 to these keys and values; then N is 1, and k, v are those of the chunk alone.
-    mass: gets what is kept in those of its blocks that lie in the chunk, if the chunk is sparse. select: makes the
+    probe: gets the errors of those of its blocks that lie in the chunk, if the chunk is sparse. select: makes the
     selection of a sparse chunk.
     Returns [N, H, Lq, D] in q's dtype (a view of [N, Lq, H, D]).
     """
@@ -71,10 +71,10 @@ def stem_prefill(
         selection = select(q, k, v, config, budget, start=start, scale=scale, keys=keys, quantized=quantized)
         block_size = config.block_size
     chunk = _Chunk(q, k, v, quantized, start, block_size, scale, window)
-    if mass is None or selection is None or not mass.within(start, chunk.end):
-        return chunk.attend(selection)
-    out, lse = chunk.attend_with_lse(selection, start, chunk.end)
-    chunk.measure(mass, lambda first, last: lse[:, :, first - start : last - start])
+    out = chunk.attend(selection)
+    if probe is not None and selection is not None:
+        for index, first, last in chunk.sampled(probe):
+            probe.add(index, out[:, :, first - start : last - start], chunk.attend(None, first, last))
     return out
 
 
@@ -109,47 +109,35 @@ class _Chunk:
     def end(self) -> int:
         return self.start + self.q.shape[2]
 
-    def attend(self, selection: BlockSelection | None) -> Tensor:
-        """[N, H, Lq, D]."""
-        out = self._call(self.q, selection, self.start, with_lse=False)
+    def attend(self, selection: BlockSelection | None, first: int | None = None, last: int | None = None) -> Tensor:
+        """[N, H, rows, D] of the queries [first, last), of all by default; `selection` is theirs."""
+        first, last = self.start if first is None else first, self.end if last is None else last
+        q = self.q[:, :, first - self.start : last - self.start]
+        if self.quantized is None:
+            out = block_sparse_attention(
+                q, self.k, self.v, selection, query_start=first, block_size=self.block_size, scale=self.scale,
+                window=self.window,
+            )  # fmt: skip
+        else:
+            out = block_sparse_attention_fp8(
+                quantize_heads(q, self.quantized.scales.q), self.quantized.k[None], self.quantized.vt[None],
+                self.quantized.scales, selection, query_start=first, block_size=self.block_size, scale=self.scale,
+                window=self.window, dtype=q.dtype,
+            )  # fmt: skip
         assert isinstance(out, Tensor)
         return out
 
-    def attend_with_lse(self, selection: BlockSelection | None, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Output and log-sum-exp of the queries [first, last) alone; `selection` is theirs."""
-        found = self._call(self.q[:, :, first - self.start : last - self.start], selection, first, with_lse=True)
-        assert isinstance(found, tuple)
-        return found
+    def sampled(self, probe: ErrorProbe) -> Iterator[tuple[int, int, int]]:
+        """(index, first token, token behind the last) of the sampled blocks in this chunk."""
+        for index in probe.within(self.start, self.end):
+            yield index, *probe.tokens(index, self.end)
 
-    def measure(self, mass: RetainedMass, sparse_lse: Callable[[int, int], Tensor]) -> None:
-        """Note what the sampled blocks keep; sparse_lse: of the queries [first, last) over the keys that they keep."""
-        for index in mass.within(self.start, self.end):
-            first, last = mass.tokens(index, self.end)
-            mass.add(index, sparse_lse(first, last), self.attend_with_lse(None, first, last)[1])
-
-    def measure_only(self, mass: RetainedMass, selection: BlockSelection) -> None:
+    def measure_only(self, probe: ErrorProbe, selection: BlockSelection) -> None:
         """As a chunk measures whose output nobody needs: the sampled rows are all that is computed."""
-
-        def sparse_lse(first: int, last: int) -> Tensor:
+        for index, first, last in self.sampled(probe):
             row = (first - self.start) // self.block_size
             part = BlockSelection(selection.indices[:, :, row : row + 1], selection.counts[:, :, row : row + 1])
-            return self.attend_with_lse(part, first, last)[1]
-
-        self.measure(mass, sparse_lse)
-
-    def _call(
-        self, q: Tensor, selection: BlockSelection | None, first: int, with_lse: bool
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        if self.quantized is None:
-            return block_sparse_attention(
-                q, self.k, self.v, selection, query_start=first, block_size=self.block_size, scale=self.scale,
-                window=self.window, return_lse=with_lse,
-            )  # fmt: skip
-        return block_sparse_attention_fp8(
-            quantize_heads(q, self.quantized.scales.q), self.quantized.k[None], self.quantized.vt[None],
-            self.quantized.scales, selection, query_start=first, block_size=self.block_size, scale=self.scale,
-            window=self.window, dtype=q.dtype, return_lse=with_lse,
-        )  # fmt: skip
+            probe.add(index, self.attend(part, first, last), self.attend(None, first, last))
 
 
 def attention_forward(
@@ -239,14 +227,14 @@ def _prefill_chunk(
                 context.keys[policy.layer] = keys
     select = stem_selection if context.select is None else partial(context.select, policy.layer)
     quantized = context.quantized.get(policy.layer)
-    start, end, mass = context.start, context.start + q.shape[2], context.mass
+    start, end, probe = context.start, context.start + q.shape[2], context.probe
     if policy.layer == context.last_layer and end < context.prompt_length:
-        sampled = mass is not None and budget.budgets is not None and bool(mass.within(start, end))
+        sampled = probe is not None and budget.budgets is not None and bool(probe.within(start, end))
         if config is not None and (keys is not None or sampled):
             # The last chunk's scores need the key side of this one's.
             kept = select(q, k, v, config, budget, start=start, scale=scale, keys=keys, quantized=quantized)
-            if mass is not None and sampled:
-                _Chunk(q, k, v, quantized, start, config.block_size, scale, window).measure_only(mass, kept)
+            if probe is not None and sampled:
+                _Chunk(q, k, v, quantized, start, config.block_size, scale, window).measure_only(probe, kept)
         raise PromptGoesOn
     return stem_prefill(
         q,
@@ -259,7 +247,7 @@ def _prefill_chunk(
         window=window,
         keys=keys,
         quantized=quantized,
-        mass=mass,
+        probe=probe,
         select=select,
     )
 

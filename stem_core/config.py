@@ -69,13 +69,13 @@ class StemConfig(EstimatorSettings):
         low=0,
         high=MOST,
     )
-    min_mass: float = setting(
+    max_output_error: float = setting(
         0.0,
-        "documents of which sparse prefill keeps a smaller share of the attention mass are read again, densely",
-        more="measured in a sample of each prompt's rows; 0: not measured. Only the engine measures: in a model that "
-        "is patched without it this changes nothing",
+        "documents whose attention output sparse prefill changes by a larger share are read again, densely",
+        more="measured against dense attention in a sample of each prompt's rows; 0: not measured; a limit of 100 only "
+        "measures. Only the engine measures: in a model that is patched without it this changes nothing",
         low=0,
-        high=1,
+        high=1e6,
         added_later=True,
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.block_selection import BlockSelection
 from kernels.fp8_heads import HeadScales
 from stem_core.estimators import KeyState
-from stem_core.retained import RetainedMass
+from stem_core.output_error import ErrorProbe
 
 
 class Copies:
@@ -63,7 +63,7 @@ class PrefillContext:
         runs in fp8, and the keys and values that the model hands over are those of the chunk alone.
     last_layer: the attention layer that runs last, if a chunk that the prompt goes on behind may end there: its keys
         and values are in the cache by then, and nobody reads what would follow (see PromptGoesOn).
-    mass: gets what the sparse layers keep of the attention mass; None: nothing is measured.
+    probe: gets the sparse layers' output errors; None: nothing is measured.
     dense: every layer attends to all that its window lets it see, whatever its policy says.
     select: chooses the blocks of the sparse layers, for those who compare selections or look at them; None: Stem does.
     """
@@ -75,7 +75,7 @@ class PrefillContext:
     queries: dict[int, int] = field(default_factory=dict)
     quantized: Mapping[int, QuantizedKV] = field(default_factory=dict)
     last_layer: int | None = None
-    mass: RetainedMass | None = None
+    probe: ErrorProbe | None = None
     dense: bool = False
     select: Select | None = None
 

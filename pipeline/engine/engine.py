@@ -125,8 +125,9 @@ class Engine:
     def step(self) -> list[Completion]:
         """Advance by one unit of work, a prefill chunk or a decode step; return what ended since the last call.
 
-        On a GPU the work is launched, not waited for, except at the end of a prefill (with StemConfig.min_mass, a chunk
-        waits for the one before). Raises EngineError when the device is lost: only a new process can use it again.
+        On a GPU the work is launched, not waited for, except at the end of a prefill (with StemConfig.max_output_error
+        a chunk waits for the one before). Raises EngineError when the device is lost: only a new process can use it
+        again.
         """
         if self._prefilling is None:
             self._admit()

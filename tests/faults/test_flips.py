@@ -44,7 +44,7 @@ def test_a_renamed_column_in_a_footer_is_found(tmp_path: Path, column: str) -> N
 def test_parts_of_earlier_versions_are_read_and_may_lack_no_column_that_they_all_had(tmp_path: Path) -> None:
     table = to_table([make_row("a", "x", "ok", output="words")], result_schema())
     path = tmp_path / "part-000000-00000000.parquet"
-    pq.write_table(table.drop(["retained_mass"]), path)
+    pq.write_table(table.drop(["output_error"]), path)
     assert read_results(tmp_path)["output"].to_pylist() == ["words"]
     pq.write_table(table.rename_columns(["ouqput" if name == "output" else name for name in table.column_names]), path)
     with pytest.raises(JobError, match="it has no column output"):

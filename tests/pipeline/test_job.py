@@ -78,7 +78,7 @@ def test_every_document_has_a_full_row(tmp_path: Path, out: Path, model: Path) -
         "truncated_tokens",
         "kept_error",
         "density_by_layer",
-        "retained_mass",
+        "output_error",
     }
     assert not [name for name in filled if row[name] is None]
     assert row["prompt_hash"] == json.loads((out / "manifest.json").read_text())["fingerprints"]["prompt"]

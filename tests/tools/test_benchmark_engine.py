@@ -72,9 +72,9 @@ def test_time_limit_skips_and_says_so(tmp_path: Path) -> None:
     ]
 
 
-def test_min_mass_is_measured(tmp_path: Path) -> None:
-    """What keeps less than all, which no sparse prefill does, is read densely."""
-    flags = ["--phases", "latency", "--arms", "stem", "--min-mass", "1", "--output", str(tmp_path)]
+def test_the_output_error_is_measured(tmp_path: Path) -> None:
+    """What is off by more than next to nothing, as every sparse prefill is, is read densely."""
+    flags = ["--phases", "latency", "--arms", "stem", "--max-output-error", "1e-9", "--output", str(tmp_path)]
     assert main([*FLAGS, *flags]) == 0
     (point,) = json.loads((tmp_path / "engine.json").read_text())["engine"]["stem-fp32"]["latency"]
     assert (point["attention"], point["density"]) == ("dense", 1.0)

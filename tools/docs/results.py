@@ -81,7 +81,7 @@ time; then it did not start on the prompt either, and generated no token. A row 
 because an engine gave a value of another type, is replaced by an `error` row in which all others are null.
 
 Where a document was processed in parts, seconds and tokens are sums over its parts, `density` and `density_by_layer`
-are means by prompt tokens, `peak_gpu_bytes` their largest, `retained_mass` their least, and `time_to_first_token`
+are means by prompt tokens, `peak_gpu_bytes` their largest, `output_error` their largest, and `time_to_first_token`
 that of the first part that came back. Documents share the engine, so the seconds of several do not add up to the time
 of the run.
 """

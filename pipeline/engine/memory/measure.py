@@ -12,8 +12,8 @@ from pipeline.engine.memory.plan import HOST_SHARE, RESERVE_FACTOR, DevicePlan, 
 from pipeline.engine.model.loading import context_limit, load_runner
 from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.model.skeleton import SLACK_BYTES
-from pipeline.engine.run.kept import kept_mass
 from pipeline.engine.run.prefill import Prefill
+from pipeline.engine.run.readings import probe_readings
 from stem_core.context import PrefillContext
 from stem_core.estimators import KeyState
 from stem_core.selection import new_key_state
@@ -123,9 +123,9 @@ def rehearse(runner: ModelRunner, arena: Arena, plan: MemoryPlan, chunk_tokens: 
     for length in lengths:
         start = (length - 1) // chunk_tokens * chunk_tokens
         extent = Extent(0, length)
-        kept = kept_mass(runner, length)
+        readings = probe_readings(runner, length)
         context = PrefillContext(prompt_length=length, start=start, quantized=arena.quantized(extent))
-        context.mass = None if kept is None else kept.mass
+        context.probe = None if readings is None else readings.probe
         _past_keys(runner, context)
         ids = torch.zeros(1, length - start, dtype=torch.int64, device=runner.device)
         runner.prefill(ids, arena, extent, context, torch.full_like(ids[:, 0], length))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.engine.kv.arena import Arena, Extent
 from pipeline.engine.model.runner import ModelRunner
-from pipeline.engine.run.kept import KeptMass, kept_mass
+from pipeline.engine.run.readings import ProbeReadings, probe_readings
 from stem_core.config import StemConfig
 from stem_core.context import PrefillContext, PromptGoesOn, Select
 from stem_core.policy import DENSE_BLOCK_SIZE, cutting_window
@@ -27,16 +27,19 @@ def chunk_size(chunk_tokens: int, attention: StemConfig | None) -> int:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """How a prompt attends: before it runs a matter of its length alone, then also of what is measured (min_mass).
+    """How a prompt attends: before it runs a matter of its length alone, then also of what is measured
+    (max_output_error).
 
     Its fields are those of the same names in pipeline.rows.EngineFields. `density` is the mean of density_by_layer.
+    output_error: of the sampled query block that is furthest from dense attention, mean over its rows and the sparse
+    layers (see stem_core.output_error); None where nothing was measured.
     """
 
     attention: str
     attention_reason: str
     density: float
     density_by_layer: tuple[float, ...]
-    retained_mass: float | None = None
+    output_error: float | None = None
 
 
 def attention_plan(runner: ModelRunner, prompt_tokens: int) -> AttentionPlan:
@@ -61,14 +64,14 @@ def dense_instead(runner: ModelRunner, plan: AttentionPlan, prompt_tokens: int, 
     """The plan of a prompt that was begun as `plan` says and is read densely after all."""
     cut = [cutting_window(prompt_tokens, window) is not None for _, window in runner.layers]
     densities = tuple(old if windowed else 1.0 for old, windowed in zip(plan.density_by_layer, cut, strict=True))
-    return AttentionPlan("dense", reason, sum(densities) / len(densities), densities, plan.retained_mass)
+    return AttentionPlan("dense", reason, sum(densities) / len(densities), densities, plan.output_error)
 
 
 class Prefill:
-    """The prefill of one document. Without a min_mass nothing here waits for the device.
+    """The prefill of one document. Without a max_output_error nothing here waits for the device.
 
     With one, step() waits for the chunk before its own, and in the end for the last, and begins again, densely and in
-    the same extent, as soon as a sampled query block of these has kept less. What is sampled, and so the decision,
+    the same extent, as soon as a sampled query block of these is beyond it. What is sampled, and so the decision,
     depends neither on other documents nor on chunk_tokens.
 
     prompt_ids: int64 [prompt tokens]. chunk_tokens: see chunk_size(). every_row: run the last layer on all chunks, for
@@ -94,12 +97,12 @@ class Prefill:
         self._extent = extent
         self._chunk = chunk_tokens
         self.plan = attention_plan(runner, len(prompt_ids))
-        self._kept = None if every_row else kept_mass(runner, len(prompt_ids))
+        self._measured = None if every_row else probe_readings(runner, len(prompt_ids))
         self._context = PrefillContext(
             prompt_length=len(prompt_ids),
             quantized=arena.quantized(extent),
             last_layer=None if every_row else runner.layers[-1][0].layer,
-            mass=None if self._kept is None else self._kept.mass,
+            probe=None if self._measured is None else self._measured.probe,
             select=select,
         )
         # Budgets are copied to the layers' devices now: a copy between launches would wait for all that is queued.
@@ -174,25 +177,24 @@ class Prefill:
                 self._ids[:, begin:end], self._arena, self._extent, self._context, self._bound, wanted
             )
         self._context.start = end
-        if self._kept is not None:
-            self._kept.send(begin, end)
+        if self._measured is not None:
+            self._measured.send(begin, end)
             # The device has this chunk to do while the host waits for the one before.
-            if self._fell_below(self._kept, newest=0 if self.done else 1):
-                self._kept = None
-                self._context = replace(self._context, start=0, keys={}, windows={}, mass=None, dense=True)
+            if self._went_beyond(self._measured, newest=0 if self.done else 1):
+                self._measured = None
+                self._context = replace(self._context, start=0, keys={}, windows={}, probe=None, dense=True)
                 return None
         return logits
 
-    def _fell_below(self, kept: KeptMass, newest: int) -> bool:
-        """Whether one of the sampled blocks, of all chunks but the newest, kept too little; `plan` then says so."""
-        for index, share in kept.read(newest):
-            least = share if self.plan.retained_mass is None else min(share, self.plan.retained_mass)
-            self.plan = replace(self.plan, retained_mass=least)
-            if share < kept.min_mass:
+    def _went_beyond(self, measured: ProbeReadings, newest: int) -> bool:
+        """Whether one of the sampled blocks, of all chunks but the newest, has too large an error; `plan` says so."""
+        for index, error in measured.read(newest):
+            self.plan = replace(self.plan, output_error=max(error, self.plan.output_error or 0.0))
+            if not error <= measured.limit:  # not a number is beyond it, too
                 tokens = self._context.prompt_length
-                first, end = kept.mass.tokens(index, tokens)
-                found = f"kept {share:.4f} of the attention (tokens {first:,} to {end - 1:,})"
-                reason = f"sparse prefill {found}, --min-mass asks for {kept.min_mass}"
+                first, end = measured.probe.tokens(index, tokens)
+                found = f"attention output is off by {error:.4f} (tokens {first:,} to {end - 1:,})"
+                reason = f"sparse prefill's {found}, --max-output-error allows {measured.limit}"
                 self.plan = dense_instead(self._runner, self.plan, tokens, reason)
                 return True
         return False

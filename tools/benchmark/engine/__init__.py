@@ -73,11 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--dense-layers", type=int, default=2, help="Stem's leading dense layers (default: 2)")
     parser.add_argument(
-        "--min-mass",
+        "--max-output-error",
         type=float,
         default=0.0,
         metavar="X",
-        help="Stem measures what it keeps, and reads densely again below",
+        help="Stem measures its output error, and reads densely again beyond",
     )
     parser.add_argument("--chunk-tokens", type=int, default=EngineConfig.chunk_tokens)
     parser.add_argument("--max-live", type=int, default=16)
@@ -145,14 +145,14 @@ def _stem(arguments: argparse.Namespace) -> StemConfig:
     common = {
         "block_size": arguments.block_size,
         "dense_layers": arguments.dense_layers,
-        "min_mass": arguments.min_mass,
+        "max_output_error": arguments.max_output_error,
     }
     try:
         if arguments.preset:
             return StemConfig.preset(arguments.preset, **common)
         return StemConfig(schedule="density", density=arguments.budget, **common)
     except ValueError as error:
-        raise JobError(f"--budget, --preset, --min-mass: {error}") from error
+        raise JobError(f"--budget, --preset, --max-output-error: {error}") from error
 
 
 def _arms(arguments: argparse.Namespace, config: EngineConfig, stem: StemConfig) -> list[Arm]:
