@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -14,6 +15,12 @@ from stem_core.policy import LayerPolicy
 
 # Must not contain "flash", "sdpa" or "flex_attention": transformers reads meaning into such names.
 ATTENTION_NAME = "stem"
+
+OTHER_MODELS = (
+    "use one that is part of transformers and uses AttentionInterface (Qwen3, Llama 3, Mistral, Gemma 3, say)"
+)
+# Parts of the names that transformers' configs give to layers with a state instead of keys and values.
+RECURRENT = ("linear", "mamba", "recurrent", "conv", "ssm", "rwkv")
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -77,15 +84,18 @@ def _check(model: nn.Module, modules: list[nn.Module]) -> None:
             f"{name} has no attention layers that go through transformers' AttentionInterface; Stem needs a "
             "transformers causal language model"
         )
-    if not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedModelError(
-            f"{name} computes its attention itself, not through transformers' AttentionInterface"
-        )
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    if getattr(config, "kv_lora_rank", None):
+        raise UnsupportedModelError(
+            f"{name} uses multi-head latent attention (kv_lora_rank: DeepSeek V2 and V3, Kimi K2, GLM), which our kernels do "
+            "not compute: they read keys and values, and it keeps one compressed vector for all heads; use a model with "
+            "grouped-query attention, of Qwen3, Llama 3 or Mistral, say"
+        )
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedModelError(f"{name} {_own_attention(model, config)}; {OTHER_MODELS}")
     features = {
         "logit soft-capping (attn_logit_softcapping)": getattr(config, "attn_logit_softcapping", None),
         "chunked attention (attention_chunk_size)": getattr(config, "attention_chunk_size", None),
-        "multi-head latent attention (kv_lora_rank)": getattr(config, "kv_lora_rank", None),
         "position biases (ALiBi)": getattr(config, "alibi", None),
         "attention sinks": any(hasattr(module, "sinks") for module in modules),
         "attention that is not causal": any(getattr(module, "is_causal", True) is False for module in modules),
@@ -95,6 +105,27 @@ def _check(model: nn.Module, modules: list[nn.Module]) -> None:
             raise UnsupportedModelError(
                 f"{name} uses {feature}, which our kernels do not compute, neither sparse nor dense; use another model"
             )
+
+
+def _own_attention(model: nn.Module, config: Any) -> str:
+    """Why the attention of a model that does not declare AttentionInterface cannot be exchanged."""
+    kinds = {
+        str(kind) for kind in getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    }
+    recurrent = sorted(kind for kind in kinds if any(part in kind for part in RECURRENT))
+    module = sys.modules.get(type(model).__module__)
+    if recurrent or any("Mamba" in type(part).__name__ for part in model.modules()):
+        layers = f" ({', '.join(recurrent)})" if recurrent else ""
+        return (
+            f"is a hybrid: between its attention layers stand layers that keep a recurrent state{layers}, for which the "
+            "engine has no place"
+        )
+    if hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
+        return (
+            "takes its attention from transformers' AttentionInterface, but its class does not declare that others may be "
+            "put there (_supports_attention_backend)"
+        )
+    return "computes its attention itself, not through transformers' AttentionInterface"
 
 
 def _padding_mask(

@@ -69,7 +69,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--tokenizer", metavar="PATH_OR_ID", help="where it is not the model's own")
     add("--revision", help="of the model on the hub")
     add("--load-format", choices=("auto", "dummy"), default="auto", help="dummy: random weights from config.json alone")
-    add("--rope-scaling", type=float, metavar="FACTOR", help="stretch the context of a model folder by YaRN")
+    add("--rope-scaling", type=float, metavar="FACTOR", help="stretch the model's context by YaRN")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--precision", nargs="+", default=["auto"], metavar="PRECISION", help=PRECISIONS_HELP)
     add("--lengths", type=int, nargs="+", default=[16384, 32768], metavar="TOKENS", help="most tokens of a prompt")
