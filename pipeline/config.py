@@ -24,8 +24,8 @@ Config = TypeVar("Config")
 # Headings of --help and of docs/configuration.md, in their order.
 GROUPS = {
     "data": "What is read, and where results go.",
-    "model": "The model. A folder needs `config.json`, a tokenizer, and `*.safetensors` or `pytorch_model.bin`; a `.gguf` file "
-    "holds all of that.",
+    "model": "The model. A folder needs `config.json`, a tokenizer, and `*.safetensors` or `pytorch_model.bin`; a "
+    "`.gguf` file holds all of that.",
     "prompt": "What the model is asked about each document.",
     "generation": "How the output is generated.",
     "attention": "How prompts are read. What each setting means in full, and the presets' values: "

@@ -32,8 +32,8 @@ class EngineSettings:
     rope_scaling: float | None = setting(
         None,
         "stretch the model's context by this factor (YaRN); unset: as its config has it",
-        more="for documents beyond the context that a model was made for; it changes what the model reads of short ones, "
-        "too, a little. Models whose config scales already are refused",
+        more="for documents beyond the context that a model was made for; it changes what the model reads of short "
+        "ones, too, a little. Models whose config scales already are refused",
         above=1,
         high=64,
         group="model",

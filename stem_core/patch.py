@@ -19,7 +19,7 @@ ATTENTION_NAME = "stem"
 OTHER_MODELS = (
     "use one that is part of transformers and uses AttentionInterface (Qwen3, Llama 3, Mistral, Gemma 3, say)"
 )
-# Parts of the names that transformers' configs give to layers with a state instead of keys and values.
+# Parts of the names that configs give to layers with a state instead of keys and values.
 RECURRENT = ("linear", "mamba", "recurrent", "conv", "ssm", "rwkv")
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -79,20 +79,16 @@ def _attention_modules(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
 
 def _check(model: nn.Module, modules: list[nn.Module]) -> None:
     name = type(model).__name__
-    if not hasattr(model, "set_attn_implementation") or not modules:
-        raise UnsupportedModelError(
-            f"{name} has no attention layers that go through transformers' AttentionInterface; Stem needs a "
-            "transformers causal language model"
-        )
-    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    config = model.config.get_text_config() if hasattr(model, "config") else None  # type: ignore[union-attr, operator]
     if getattr(config, "kv_lora_rank", None):
         raise UnsupportedModelError(
-            f"{name} uses multi-head latent attention (kv_lora_rank: DeepSeek V2 and V3, Kimi K2, GLM), which our kernels do "
-            "not compute: they read keys and values, and it keeps one compressed vector for all heads; use a model with "
-            "grouped-query attention, of Qwen3, Llama 3 or Mistral, say"
+            f"{name} uses multi-head latent attention (kv_lora_rank: DeepSeek V2 and V3, Kimi K2, GLM): it keeps one "
+            "compressed vector for all heads, and our kernels read keys and values; use a model with grouped-query "
+            "attention (Qwen3, Llama 3, Mistral, say)"
         )
-    if not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedModelError(f"{name} {_own_attention(model, config)}; {OTHER_MODELS}")
+    attachable = hasattr(model, "set_attn_implementation")
+    if not attachable or not modules or not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedModelError(f"{name} {_obstacle(model, config, bool(attachable and modules))}; {OTHER_MODELS}")
     features = {
         "logit soft-capping (attn_logit_softcapping)": getattr(config, "attn_logit_softcapping", None),
         "chunked attention (attention_chunk_size)": getattr(config, "attention_chunk_size", None),
@@ -107,23 +103,19 @@ def _check(model: nn.Module, modules: list[nn.Module]) -> None:
             )
 
 
-def _own_attention(model: nn.Module, config: Any) -> str:
+def _obstacle(model: nn.Module, config: Any, has_attention: bool) -> str:
     """Why the attention of a model that does not declare AttentionInterface cannot be exchanged."""
-    kinds = {
-        str(kind) for kind in getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
-    }
-    recurrent = sorted(kind for kind in kinds if any(part in kind for part in RECURRENT))
-    module = sys.modules.get(type(model).__module__)
-    if recurrent or any("Mamba" in type(part).__name__ for part in model.modules()):
+    names = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    recurrent = sorted({kind for kind in map(str, names) if any(part in kind for part in RECURRENT)})
+    if recurrent or any(isinstance(getattr(part, "A_log", None), nn.Parameter) for part in model.modules()):
         layers = f" ({', '.join(recurrent)})" if recurrent else ""
+        return f"is a hybrid: layers of it keep a recurrent state{layers}, for which the engine has no place"
+    if not has_attention:
+        return "has no attention layers that go through transformers' AttentionInterface"
+    if hasattr(sys.modules.get(type(model).__module__), "ALL_ATTENTION_FUNCTIONS"):
         return (
-            f"is a hybrid: between its attention layers stand layers that keep a recurrent state{layers}, for which the "
-            "engine has no place"
-        )
-    if hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
-        return (
-            "takes its attention from transformers' AttentionInterface, but its class does not declare that others may be "
-            "put there (_supports_attention_backend)"
+            "takes its attention from transformers' AttentionInterface, but does not declare that another may be put "
+            "there (_supports_attention_backend)"
         )
     return "computes its attention itself, not through transformers' AttentionInterface"
 

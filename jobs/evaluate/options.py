@@ -99,8 +99,8 @@ def options_of(flags: argparse.Namespace, device: torch.device) -> Options:
             raise JobError(f"--{name.replace('_', '-')} must be at least 1, got {values}")
     if flags.block_size is not None and flags.block_size not in BLOCK_SIZES:
         raise JobError(f"--block-size: {flags.block_size} is not one of {', '.join(map(str, BLOCK_SIZES))}")
-    if flags.rope_scaling is not None and flags.rope_scaling <= 1:
-        raise JobError(f"--rope-scaling must be above 1, got {flags.rope_scaling}")
+    if flags.rope_scaling is not None and not 1 < flags.rope_scaling <= 64:
+        raise JobError(f"--rope-scaling must be above 1 and at most 64, got {flags.rope_scaling}")
     return Options(
         model=flags.model,
         tokenizer=flags.tokenizer or flags.model,

@@ -79,9 +79,9 @@ def read_layout(quantization: dict[str, Any]) -> Fp8Layout:
         ignore = quantization.get("ignored_layers") or quantization.get("modules_to_not_convert") or ["lm_head"]
         return Fp8Layout("scalar", tuple(ignore), quantization.get("activation_scheme") == "static")
     raise UnsupportedCheckpointError(
-        f"weights quantised by {method!r} are not read: use the checkpoint that these were made from (often the same name "
-        f"without {str(method).upper()}), with precision fp8 to make it smaller; or one of the same model in fp8, in "
-        "compressed-tensors (w4a16) or as a GGUF file"
+        f"weights quantised by {method!r} are not read: use the checkpoint that these were made from (often the same "
+        f"name without {str(method).upper()}), with precision fp8 to make it smaller; or one of the same model in fp8, "
+        "in compressed-tensors (w4a16) or as a GGUF file"
     )
 
 
@@ -107,7 +107,7 @@ def _compressed_tensors(quantization: dict[str, Any]) -> Fp8Layout:
 
 
 def storage(hf_config: Any) -> Storage | None:
-    """How the checkpoint of a transformers config is quantised; None if it is not. Raises UnsupportedCheckpointError."""
+    """How the checkpoint of a transformers config is quantised; None if not. Raises UnsupportedCheckpointError."""
     quantization = _quantization(hf_config)
     if not quantization:
         return None
@@ -119,12 +119,10 @@ def storage(hf_config: Any) -> Storage | None:
         return Storage(f"fp8 with scales for blocks of {rows} x {columns}", fp8=True, kept=False)
     if method == "compressed-tensors":
         try:
-            if not _has_experts(hf_config):
-                read_layout(quantization)
-                return Storage("fp8", fp8=True, kept=True)
+            layout = read_layout(quantization)
         except UnsupportedCheckpointError:
-            pass  # none of those that stay as they are
-        return _dequantised(quantization)
+            return _dequantised(quantization)
+        return _dequantised(quantization) if _has_experts(hf_config, layout) else Storage("fp8", fp8=True, kept=True)
     read_layout(quantization)
     return Storage("fp8", fp8=True, kept=True)
 
@@ -152,11 +150,22 @@ def _quantization(hf_config: Any) -> dict[str, Any]:
     return found if isinstance(found, dict) else {} if found is None else found.to_dict()
 
 
-def _has_experts(hf_config: Any) -> bool:
-    """Whether the model has mixture-of-experts layers, whose weights transformers stacks."""
+def _has_experts(hf_config: Any, layout: Fp8Layout) -> bool:
+    """Whether the layout holds weights of experts, which transformers stacks: they are no linears then.
+
+    Of a model some of whose experts it leaves out it is taken to leave out all; scales of others would be named as
+    having no place when the weights are loaded.
+    """
     text = hf_config.get_text_config()
-    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    return any((getattr(text, name, None) or 0) > 1 for name in names)
+    counts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    if not any((getattr(text, name, None) or 0) > 1 for name in counts):
+        return False
+    experts = [
+        f"model.layers.{layer}.{block}.experts.0.{linear}"
+        for layer in range(text.num_hidden_layers)
+        for block, linear in (("mlp", "up_proj"), ("block_sparse_moe", "w1"), ("feed_forward", "up_proj"))
+    ]
+    return all(map(layout.applies_to, experts))
 
 
 def prepare_quantized_config(hf_config: Any) -> bool:

@@ -55,8 +55,8 @@ def merge_adapter(model: Any, adapter: str) -> nn.Module:
 def _misfit(adapter: str, model: Any, why: str) -> ModelLoadError:
     name = type(model).__name__
     return ModelLoadError(
-        f"adapter {adapter!r} is not one of this model ({name}): {why}. Give the model that it was trained on as --model "
-        "(base_model_name_or_path in adapter_config.json)"
+        f"adapter {adapter!r} is not one of this model ({name}): {why}. Give the model that it was trained on as "
+        "--model (base_model_name_or_path in adapter_config.json)"
     )
 
 

@@ -103,7 +103,7 @@ def _remedy(missing: list[str], extra: list[str]) -> str:
         return f"They were saved from inside a wrapper ({wrapper[:-1]}): save the model in it with save_pretrained()"
     if any(SCALES.search(key) for key in extra):
         return (
-            "Without their scales quantised weights are wrong, and these are not where this model has a place for them: "
+            "Without their scales quantised weights are wrong, and this model has no place for these where they are: "
             "use the checkpoint in bf16, with precision fp8 to make it smaller"
         )
     if missing == ["lm_head.weight"]:
@@ -149,6 +149,6 @@ def pickle_problem(error: BaseException) -> str:
         return ""
     found = re.search(r"GLOBAL (\S+)", text)
     return (
-        f"its pytorch_model.bin holds more than tensors{f' ({found[1]})' if found else ''}, which could run code when it "
-        "is loaded, so it is not read: load it where you trust it, and save the model again with save_pretrained()"
+        f"its pytorch_model.bin holds more than tensors{f' ({found[1]})' if found else ''}, which could run code when "
+        "it is loaded, so it is not read: load it where you trust it, and save the model again with save_pretrained()"
     )

@@ -130,8 +130,8 @@ def _from_files(
     several = len(placement.devices) > 1
     if config.adapter is not None and stored_fp8:
         raise ModelLoadError(
-            f"adapter {config.adapter!r}: it cannot be merged into a checkpoint whose weights are in fp8: use the one in "
-            "bf16, with precision fp8 to make it smaller"
+            f"adapter {config.adapter!r}: it cannot be merged into a checkpoint whose weights are in fp8: use the one "
+            "in bf16, with precision fp8 to make it smaller"
         )
     place, more = weight_files(config.model)
     with _unconnected() if several else nullcontext(), load_report() as report:
