@@ -146,7 +146,8 @@ def _dequantised(quantization: dict[str, Any]) -> Storage:
 
 def _quantization(hf_config: Any) -> dict[str, Any]:
     """quantization_config as a dictionary; empty if there is none."""
-    found = getattr(hf_config, "quantization_config", None)
+    text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else None  # of a wrapper's text part
+    found = getattr(hf_config, "quantization_config", None) or getattr(text, "quantization_config", None)
     return found if isinstance(found, dict) else {} if found is None else found.to_dict()
 
 
