@@ -19,7 +19,7 @@ from pipeline.inprocess import LocalPool
 from pipeline.plan import Survey, make_worker_config
 from pipeline.progress import Progress
 from pipeline.prompts import make_task
-from pipeline.records import Row, error_row, result_schema, to_table
+from pipeline.rows import Row, failed_row, result_schema, to_table
 from pipeline.scheduler import Limits, Scheduler, hang_after
 from pipeline.source import Catalogue, Document
 
@@ -43,7 +43,7 @@ def summarize(
     model: folder or hub id of a transformers model. input: files, folders, globs or URIs, as for the job.
     progress: tell on standard error how far it is. settings: those of the job (pipeline.config.JobConfig).
 
-    The table is like that of read_results: the columns of pipeline.records, for to_pandas(), DuckDB, or
+    The table is like that of read_results: the columns of pipeline.rows, for to_pandas(), DuckDB, or
     pyarrow.parquet.write_table. A document that fails does not raise, its row says why. Raises JobError for settings,
     models and inputs that cannot be used. Loads the model each time; Summarizer keeps it.
     """
@@ -97,7 +97,7 @@ class Summarizer:
         todo = []
         for document in given.documents:
             if document.error:
-                rows[document.document_id] = error_row(document, document.error)
+                rows[document.document_id] = failed_row(document, "error", document.error)
             else:
                 todo.append(document)
         told = Progress(len(todo), sum(document.size_bytes for document in todo)) if progress else None
@@ -114,7 +114,7 @@ class Summarizer:
                 problem = self._schedule(todo, done, told)
         for document in todo:
             if document.document_id not in rows:
-                rows[document.document_id] = error_row(document, problem)
+                rows[document.document_id] = failed_row(document, "error", problem)
         if told:
             told.finish()
         return to_table([rows[document.document_id] for document in given.documents], schema)

@@ -172,7 +172,7 @@ class JobConfig(Sampling, EngineSettings):
 
     def _check_precision(self, stem: StemConfig | None) -> None:
         if self.precision == "fp8" and stem is not None:
-            from pipeline.engine.precision import fp8_block_obstacle
+            from pipeline.engine.model.precision import fp8_block_obstacle
 
             obstacle = fp8_block_obstacle(stem)
             if obstacle:

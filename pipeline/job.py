@@ -18,8 +18,8 @@ from pipeline.imports import check_kernels
 from pipeline.metrics import JobMetrics
 from pipeline.plan import Plan, Survey, make_plan, survey_input
 from pipeline.progress import Progress
-from pipeline.records import error_row, result_schema
 from pipeline.repair import remove_rows
+from pipeline.rows import failed_row, result_schema
 from pipeline.sink import COMPACT_ABOVE, Sink, compact, part_names, recover
 from pipeline.source import Catalogue
 from pipeline.store import Store
@@ -119,7 +119,7 @@ class _Run:
         readable = np.ones(len(pending), dtype=bool)
         for position in sorted(pending.errors):
             document = pending.document(position)
-            row = error_row(document, document.error)
+            row = failed_row(document, "error", document.error)
             readable[position] = False
             self._progress.add(row, document.size_bytes)
             self._sink.add(row)

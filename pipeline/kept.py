@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import one_line
-from pipeline.records import NAMES, valid_text
+from pipeline.records import valid_text
+from pipeline.rows import NAMES
 
 # What Arrow raises for a value that a type does not hold, and Python for one that it has no object for.
 VALUE_ERRORS = (pa.ArrowException, ValueError, TypeError, OverflowError)
@@ -37,10 +38,6 @@ class Kept:
     columns: dict[str, pa.Array] = field(default_factory=dict)
     problem: str = ""
     plain: dict[str, Any] = field(default_factory=dict)
-
-    def row(self) -> dict[str, Any]:
-        """The columns of the document's row."""
-        return self.columns | {"kept_error": self.problem or None}
 
 
 def keep(found: dict[str, Any], fields: Sequence[pa.Field]) -> Kept:

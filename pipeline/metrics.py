@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from pipeline.errors import one_line
 from pipeline.loop import EngineLike
+from pipeline.rows import COLUMNS, PHASES
 
 EVERY = 1.0
 SECONDS = (
@@ -49,8 +50,10 @@ class Metric:
         return tuple(f"ray_{self.name}{end}" for end in ends)
 
 
-def _seconds(name: str, meaning: str) -> Metric:
-    return Metric(f"stemline_{name}_seconds", "histogram", f"{meaning}, of documents that are ok", buckets=SECONDS)
+def _observed(column: str, name: str, buckets: tuple[float, ...]) -> Metric:
+    """The distribution of a result column."""
+    meaning = next(each.meaning for each in COLUMNS if each.name == column)
+    return Metric(f"stemline_{name}", "histogram", f"{meaning}; of documents that are ok", buckets=buckets)
 
 
 DOCUMENTS = Metric(
@@ -61,10 +64,6 @@ OUTPUT_TOKENS = Metric("stemline_output_tokens", "counter", "tokens generated fo
 PHASE_SECONDS = Metric(
     "stemline_phase_seconds", "counter", "where time went, of rows written: their columns <phase>_seconds", ("phase",)
 )
-DENSITY = Metric(
-    "stemline_density_ratio", "histogram", "share of key blocks that prefill computed, of documents that are ok",
-    buckets=SHARES,
-)  # fmt: skip
 WORKERS_LOST = Metric(
     "stemline_workers_lost", "counter", "workers given up; another is started while documents are left", ("reason",)
 )
@@ -75,14 +74,12 @@ ARENA_CAPACITY = Metric("stemline_arena_capacity_tokens", "gauge", "tokens that 
 
 # Result columns that make observations, and those that make counts.
 OBSERVED = {
-    "time_to_first_token": _seconds("time_to_first_token", "from the first step on the prompt to the first token"),
-    "queue_seconds": _seconds("queue", "waiting in the worker for the tokeniser and the engine"),
-    "prefill_seconds": _seconds("prefill", "engine steps that read the prompt"),
-    "decode_seconds": _seconds("decode", "engine steps that wrote the output"),
-    "density": DENSITY,
+    "time_to_first_token": _observed("time_to_first_token", "time_to_first_token_seconds", SECONDS),
+    **{name: _observed(name, name, SECONDS) for name in ("queue_seconds", "prefill_seconds", "decode_seconds")},
+    "density": _observed("density", "density_ratio", SHARES),
 }
 ADDED = {"prompt_tokens": (PROMPT_TOKENS, ()), "output_tokens": (OUTPUT_TOKENS, ())} | {
-    f"{phase}_seconds": (PHASE_SECONDS, (phase,)) for phase in ("queue", "load", "tokenize", "prefill", "decode")
+    f"{phase}_seconds": (PHASE_SECONDS, (phase,)) for phase in PHASES
 }
 METRICS = (
     DOCUMENTS, PROMPT_TOKENS, OUTPUT_TOKENS, PHASE_SECONDS, *OBSERVED.values(), WORKERS_LOST, PENDING, WORKERS,

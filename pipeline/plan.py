@@ -19,7 +19,7 @@ from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.kept import PROMOTE
 from pipeline.location import safe_name
 from pipeline.prompts import Task, make_task
-from pipeline.records import NAMES, result_schema
+from pipeline.rows import NAMES, result_schema
 from pipeline.settings import EngineSettings, Sampling
 from pipeline.sink import PART, done_rows, part_names
 from pipeline.source import Catalogue, Document, DocumentReader, find_files, input_hash, list_documents

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from pipeline.records import Row
+from pipeline.rows import Row
 from pipeline.source import Document
 
 WorkerId = int

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 from pipeline.errors import visible
-from pipeline.records import Row, is_cut
+from pipeline.rows import Row
 
 LOG_EVERY = 30.0
 TERMINAL_EVERY = 0.5
@@ -42,11 +42,12 @@ class Progress:
     def add(self, row: Row, size_bytes: int) -> None:
         """Count a finished document."""
         self._done += 1
-        self._failed += row["status"] != "ok"
-        self._cut += is_cut(row)
-        self._tokens += (row["prompt_tokens"] or 0) + (row["output_tokens"] or 0)
+        self._failed += row.outcome.status != "ok"
+        self._cut += row.outcome.is_cut
         self._bytes_left -= size_bytes
-        self._bytes_worked += size_bytes if row["prompt_tokens"] else 0
+        if row.from_engine is not None and row.from_engine.prompt_tokens:
+            self._tokens += row.from_engine.prompt_tokens + row.from_engine.output_tokens
+            self._bytes_worked += size_bytes
 
     def workers(self, live: int, starting: int, held: int) -> None:
         """How many workers take documents, how many do not yet, and how many documents they hold."""

@@ -17,7 +17,7 @@ from pipeline.errors import JobError
 from pipeline.given import Given, TextDocument, text_document
 from pipeline.kept import Kept
 from pipeline.options import short
-from pipeline.records import NAMES, result_schema
+from pipeline.rows import NAMES, result_schema
 from pipeline.source import input_hash
 
 ID_COLUMNS = ("id", "document_id")
@@ -36,7 +36,7 @@ class StemlineStage:
 
     text_column: holds the documents. id_column: their ids; unset: `id` or `document_id` if there is one, else a hash of
     the text. keep_columns: columns of the input to carry along. columns: result columns to give out; unset: all of
-    pipeline.records. settings: those of the job (pipeline.config.JobConfig), as for pipeline.summarize.
+    pipeline.rows. settings: those of the job (pipeline.config.JobConfig), as for pipeline.summarize.
 
     A row that cannot be processed comes out with its status and error; nothing raises on account of a document. Raises
     JobError, which ends the dataset's execution, for settings, models and column names that cannot be.

@@ -15,7 +15,7 @@ from pipeline.pool import EventKind
 from pipeline.progress import Progress
 from pipeline.pulse import pulse
 from pipeline.ray_pool import Cluster, RayPool, Share, divide, room_for, room_now
-from pipeline.records import Row
+from pipeline.rows import Row
 from pipeline.scheduler import Limits, Scheduler, hang_after
 from pipeline.sink import Sink
 from pipeline.source import Catalogue, Document

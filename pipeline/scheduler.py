@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.errors import JobError
 from pipeline.pace import Pace, Shift
 from pipeline.pool import Event, EventKind, Pool, WorkerId
-from pipeline.records import Row, error_row
+from pipeline.rows import Row, failed_row
 from pipeline.source import Document
 
 # What a document is blamed with when its worker is lost in this way while it holds nothing else.
@@ -266,7 +266,7 @@ class Scheduler:
         self._pace.ends(state.shift, self._clock(), len(state.jobs))
         self._has_room(event.worker, state)
         assert event.row is not None
-        status = event.row["status"]
+        status = event.row.outcome.status
         # Neighbours, or the size of the steps, may be why: it gets one try alone.
         if (status == "oom" and not job.careful) or (status == "timeout" and job.shared):
             self._suspects.append(job)
@@ -290,7 +290,7 @@ class Scheduler:
             document, attempts = jobs[0].document, jobs[0].attempts
             times = f"each of {attempts} attempts, in the last it was alone" if attempts > 1 else "its only attempt"
             what = f"its worker was lost in {times}: {reason}"
-            self._finish(error_row(document, what, status), document, attempts)
+            self._finish(failed_row(document, status, what), document, attempts)
         else:
             self._suspects.extend(jobs)
 
@@ -313,5 +313,5 @@ class Scheduler:
             self._lost(job.worker, self._workers[job.worker], reason, "hung")
 
     def _finish(self, row: Row, document: Document, attempts: int) -> None:
-        row["attempts"] = attempts
+        row.attempts = attempts
         self._done(row, document)

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import JobError, one_line
 from pipeline.kept import concat
-from pipeline.records import COLUMNS, Row, to_table
+from pipeline.rows import COLUMNS, Row, to_table
 from pipeline.seal import seal_problem, sealed
 from pipeline.store import Store
 
@@ -89,13 +89,13 @@ class Sink:
         """Write all rows that wait. Raises JobError if that fails; what was not written by then is not done."""
         by_place: dict[str, list[Row]] = {}
         for row in self._rows:
-            by_place.setdefault(self._places.get(row["document_id"], ""), []).append(row)
+            by_place.setdefault(self._places.get(row.document_id, ""), []).append(row)
         for place, rows in by_place.items():
             table = to_table(rows, self._schema)
             self._write(place, table)
             self.rows_written += len(rows)
-            written = {row["document_id"] for row in rows}
-            self._rows = [row for row in self._rows if row["document_id"] not in written]
+            written = {row.document_id for row in rows}
+            self._rows = [row for row in self._rows if row.document_id not in written]
             for name in written:
                 self._places.pop(name, None)
             self._written(table)

@@ -10,22 +10,22 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Any, TypeVar, cast
 
 import pyarrow as pa
 
-from pipeline.engine.config import EngineConfig, Request, Sampling
-from pipeline.engine.loading import load_config
+from pipeline.engine.config import Completion, EngineConfig, Request, Sampling
+from pipeline.engine.model.loading import load_config
 from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.imports import check_kernels
 from pipeline.kept import Kept
 from pipeline.loop import EngineBrokenError, EngineLike, EngineLoop
-from pipeline.meter import Meter
 from pipeline.metrics import report_arena
 from pipeline.prompts import Prompt, PromptBuilder, Task
-from pipeline.records import Row, new_row, utc_now
+from pipeline.records import utc_now
+from pipeline.rows import EngineFields, Outcome, Row, WorkerFields
 from pipeline.source import Document, DocumentReader, input_hash
 from pipeline.tokens import Tokens, load_tokens
 
@@ -62,6 +62,20 @@ class WorkerConfig:
     engine_factory: str = "pipeline.engine:Engine"
 
 
+@dataclass
+class Work:
+    """A document in the worker: its row's columns as far as they are known, and what it has in the engine.
+
+    completions: of its prompts, in the order in which they came back. requests: ids of those that are out.
+    chunk_tokens: prefill steps at most so long; None: as the engine's configuration says.
+    """
+
+    fields: WorkerFields
+    chunk_tokens: int | None = None
+    completions: list[Completion] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+
+
 class Worker:
     """Reads, tokenises and completes documents, several at a time. Runs as a Ray actor; all its methods are coroutines.
 
@@ -73,7 +87,7 @@ class Worker:
         self._config = config
         self._name = f"{socket.gethostname()}/{os.getpid()}"
         self._gpu = ""
-        self._precision: str | None = None
+        self._precision = ""
         self._limit = 0
         self._reader = ThreadPoolExecutor(1, "reader")
         self._documents = DocumentReader(config.text_column, list(config.kept))
@@ -99,7 +113,7 @@ class Worker:
         self._arena_report = asyncio.create_task(report_arena(engine, self._name))
         about = engine.describe()
         self._gpu = str(about.get("gpu") or about.get("device") or "cpu")
-        self._precision = about.get("precision")
+        self._precision = str(about["precision"])
         return {
             "worker": self._name,
             "max_context": engine.max_context,
@@ -118,75 +132,76 @@ class Worker:
         careful: it ran out of memory before, so its prompt is read in smaller chunks.
         Raises EngineBrokenError if this worker cannot go on; then any of the documents in it may be the cause.
         """
-        started, begin, meter = utc_now(), time.perf_counter(), Meter()
+        begin = time.perf_counter()
+        work = Work(
+            WorkerFields(
+                precision=self._precision, worker=self._name, gpu=self._gpu, model=self._config.model_name,
+                config_hash=self._config.config_hash, prompt_hash=self._config.task.fingerprint(), started_at=utc_now(),
+            )
+        )  # fmt: skip
         if careful:
-            meter.chunk_tokens = max(1, self._config.engine.chunk_tokens // CAREFUL)
+            work.chunk_tokens = max(1, self._config.engine.chunk_tokens // CAREFUL)
         self._first = self._first or begin
         kept = Kept()
-        values: dict[str, Any] = {}
         limit = asyncio.timeout(self._config.deadline or None)
         try:
             async with limit:
-                text, kept = await self._read(document, meter)
-                values = await self._complete(document.document_id, text, meter)
+                text, kept = await self._read(document, work)
+                outcome = await self._complete(document.document_id, text, work)
         except EngineBrokenError:
             raise
         except DocumentError as error:
-            values = {"status": error.status, "error": one_line(error)}
+            outcome = Outcome(status=error.status, error=one_line(error))
         except Exception as error:  # a tokenizer or template that raises costs this document alone
             if limit.expired():
-                values = {"status": "timeout", "error": f"not done after {self._config.deadline:g} s in the worker"}
+                outcome = Outcome(status="timeout", error=f"not done after {self._config.deadline:g} s in the worker")
             else:
-                values = {"status": "error", "error": one_line(f"{type(error).__name__}: {error}")}
+                outcome = Outcome(status="error", error=one_line(f"{type(error).__name__}: {error}"))
         if limit.expired():
-            await self._let_go(meter.requests)
-        elif meter.requests:  # other parts of a document of which one failed
-            self._loop.abort(meter.requests)
+            await self._let_go(work.requests)
+        elif work.requests:  # other parts of a document of which one failed
+            self._loop.abort(work.requests)
         self._last = time.perf_counter()
-        row = new_row(document.document_id, document.source, **values) | meter.columns() | kept.row()
-        return row | {
-            "total_seconds": self._last - begin,
-            "worker": self._name,
-            "gpu": self._gpu,
-            "precision": self._precision,
-            "model": self._config.model_name,
-            "config_hash": self._config.config_hash,
-            "input_stamp": document.stamp,
-            "started_at": started,
-            "finished_at": utc_now(),
-        }
+        work.fields.total_seconds = self._last - begin
+        return Row(
+            document_id=document.document_id, source=document.source, outcome=outcome,
+            from_engine=EngineFields.of_parts(work.completions) if work.completions else None,
+            from_worker=work.fields, input_stamp=document.stamp, finished_at=utc_now(), kept=kept.columns,
+        )  # fmt: skip
 
-    async def _read(self, document: Document, meter: Meter) -> tuple[str, Kept]:
+    async def _read(self, document: Document, work: Work) -> tuple[str, Kept]:
         def read() -> tuple[str, Kept]:
             text, kept = self._documents.read(document)
-            meter.input_hash = input_hash(text, kept)
+            work.fields.input_hash = input_hash(text, kept)
             return text, kept
 
-        (text, kept), seconds = await self._in_reader(meter, read)
-        meter.load += seconds
+        (text, kept), seconds = await self._in_reader(work, read)
+        work.fields.load_seconds += seconds
+        work.fields.kept_error = kept.problem or None
         return text, kept
 
-    async def _complete(self, document_id: str, text: str, meter: Meter) -> dict[str, Any]:
-        """Status, output and finish reason for a document."""
+    async def _complete(self, document_id: str, text: str, work: Work) -> Outcome:
+        """What becomes of a document."""
         policy = self._config.too_long
         try:
-            prompt = await self._prompt(meter, text, truncate=policy == "truncate")
+            prompt = await self._prompt(work, text, truncate=policy == "truncate")
         except DocumentError as error:
             if error.status != "too_long" or policy != "map-reduce":
                 raise
-            return await self._map_reduce(document_id, text, meter, merging=False)
-        meter.truncated += prompt.truncated_tokens
-        return await self._run(whole_request(document_id), prompt, meter)
+            return await self._map_reduce(document_id, text, work, merging=False)
+        work.fields.truncated_tokens += prompt.truncated_tokens
+        return await self._run(whole_request(document_id), prompt, work)
 
-    async def _map_reduce(self, document_id: str, text: str, meter: Meter, merging: bool) -> dict[str, Any]:
+    async def _map_reduce(self, document_id: str, text: str, work: Work, merging: bool) -> Outcome:
         """Process parts that fit, then merge their outputs; where those do not fit either, in parts again."""
-        parts, seconds = await self._in_reader(meter, self._builder.split, text, self._limit)
-        meter.tokenize += seconds
-        meter.parts = meter.parts - 1 + len(parts) if meter.parts > 1 else len(parts)
+        parts, seconds = await self._in_reader(work, self._builder.split, text, self._limit)
+        work.fields.tokenize_seconds += seconds
+        before = work.fields.parts
+        work.fields.parts = before - 1 + len(parts) if before > 1 else len(parts)
 
-        async def one(index: int, part: str) -> dict[str, Any]:
-            prompt = await self._prompt(meter, part, merging=merging)
-            return await self._run(part_request(document_id, meter.parts, index), prompt, meter)
+        async def one(index: int, part: str) -> Outcome:
+            prompt = await self._prompt(work, part, merging=merging)
+            return await self._run(part_request(document_id, work.fields.parts, index), prompt, work)
 
         tasks = [asyncio.ensure_future(one(index, part)) for index, part in enumerate(parts)]
         try:
@@ -195,50 +210,51 @@ class Worker:
             for task in tasks:
                 task.cancel()
         for index, result in enumerate(results):
-            if result["status"] != "ok":
-                return result | {"error": f"part {index + 1} of {len(parts)}: {result['error']}"}
-        cut = any(result["finish_reason"] == "length" for result in results)
-        joined = "\n\n".join(result["output"] for result in results)
+            if result.status != "ok":
+                return replace(result, error=f"part {index + 1} of {len(parts)}: {result.error}")
+        joined = "\n\n".join(result.output or "" for result in results)
         if not joined.strip():
             raise DocumentError(f"none of its {len(parts)} parts gave any output to merge")
         try:
-            prompt = await self._prompt(meter, joined, merging=True)
+            prompt = await self._prompt(work, joined, merging=True)
         except DocumentError as error:
             if error.status != "too_long" or len(joined) > 0.9 * len(text):
                 raise DocumentError(
                     f"the outputs of its {len(parts)} parts do not fit the context either", "too_long"
                 ) from None
-            merged = await self._map_reduce(document_id, joined, meter, merging=True)
+            merged = await self._map_reduce(document_id, joined, work, merging=True)
         else:
-            merged = await self._run(whole_request(document_id), prompt, meter)
-        return merged | {"finish_reason": "length"} if cut and merged["status"] == "ok" else merged
+            merged = await self._run(whole_request(document_id), prompt, work)
+        cut = merged.status == "ok" and any(result.is_cut for result in results)
+        return replace(merged, finish_reason="length") if cut else merged
 
-    async def _prompt(self, meter: Meter, text: str, *, truncate: bool = False, merging: bool = False) -> Prompt:
+    async def _prompt(self, work: Work, text: str, *, truncate: bool = False, merging: bool = False) -> Prompt:
         def build() -> Prompt:
             return self._builder.build(text, self._limit, truncate=truncate, merging=merging)
 
-        prompt, seconds = await self._in_reader(meter, build)
-        meter.tokenize += seconds
+        prompt, seconds = await self._in_reader(work, build)
+        work.fields.tokenize_seconds += seconds
         return prompt
 
-    async def _run(self, request_id: str, prompt: Prompt, meter: Meter) -> dict[str, Any]:
+    async def _run(self, request_id: str, prompt: Prompt, work: Work) -> Outcome:
         config = self._config
         request = Request(
             request_id, cast(Sequence[int], prompt.ids), config.max_new_tokens, config.sampling, self._tokens.eos_ids,
-            meter.chunk_tokens,
+            work.chunk_tokens,
         )  # fmt: skip
-        meter.requests.append(request_id)
+        work.requests.append(request_id)
         completion = await asyncio.wrap_future(self._loop.submit(request))
-        meter.requests.remove(request_id)
-        meter.completions.append(completion)
+        work.requests.remove(request_id)
+        work.completions.append(completion)
+        work.fields.queue_seconds += completion.queue_seconds
         if completion.status != "ok":
-            return {"status": completion.status, "error": one_line(completion.error)}
+            return Outcome(status=completion.status, error=one_line(completion.error))
         begin = time.perf_counter()
         output = self._tokens.decode(completion.token_ids)
-        meter.tokenize += time.perf_counter() - begin
-        return {"status": "ok", "output": output, "finish_reason": completion.finish_reason}
+        work.fields.tokenize_seconds += time.perf_counter() - begin
+        return Outcome(status="ok", output=output, finish_reason=completion.finish_reason)
 
-    async def _in_reader(self, meter: Meter, call: Callable[..., T], *args: Any) -> tuple[T, float]:
+    async def _in_reader(self, work: Work, call: Callable[..., T], *args: Any) -> tuple[T, float]:
         """Run something in the reader thread; its result and seconds. The wait before counts as queueing."""
         asked = time.perf_counter()
 
@@ -251,7 +267,7 @@ class Worker:
             return result, begin, time.perf_counter()
 
         result, begin, end = await asyncio.get_running_loop().run_in_executor(self._reader, timed)
-        meter.queue += begin - asked
+        work.fields.queue_seconds += begin - asked
         return result, end - begin
 
     async def _let_go(self, requests: list[str]) -> None:

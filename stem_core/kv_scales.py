@@ -28,9 +28,9 @@ from stem_core.policy import LayerPolicy
 
 HEADROOM = 16.0
 # A layer whose attention output e4m3 changes by more than this share is wide. Found in float32 with the engine's
-# calibration prompts (pipeline.engine.calibration), and on essays: Qwen2.5-1.5B 36 and 47% in layer 0, which alone
-# ruins the model, at most 17% in others; Qwen2.5-0.5B 41 and 37% in layer 0, 29 and 30% in layer 4, at most 19% in
-# others; tiny-reader at most 6%. The limit is halfway, as factors, between 17 and 36%.
+# calibration prompts (pipeline.engine.model.runner), and on essays: Qwen2.5-1.5B 36 and 47% in layer 0, which
+# alone ruins the model, at most 17% in others; Qwen2.5-0.5B 41 and 37% in layer 0, 29 and 30% in layer 4, at most 19%
+# in others; tiny-reader at most 6%. The limit is halfway, as factors, between 17 and 36%.
 WIDE_ERROR = 0.25
 # Tokens of each prompt, its first ones, on which the errors are measured; attention is causal.
 ERROR_TOKENS = 512

@@ -18,10 +18,12 @@ import yaml
 
 from jobs.cli import Parser, add_job_flags, job_config
 from pipeline.config import JobConfig
-from pipeline.engine import plan
 from pipeline.engine.config import EngineConfig, EngineError
-from pipeline.engine.precision import Precision
-from pipeline.records import STATUSES
+from pipeline.engine.devices import GIB
+from pipeline.engine.memory import plan
+from pipeline.engine.model.precision import Precision
+from pipeline.engine.model.skeleton import skeleton
+from pipeline.rows import STATUSES
 from stem_core.config import StemConfig
 
 ROOT = Path(__file__).parents[1]
@@ -147,21 +149,21 @@ def test_the_sizing_table_is_what_the_planner_says(
     (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
     monkeypatch.setattr(EngineConfig, "torch_device", lambda self: torch.device("cuda", 0))
     monkeypatch.setattr(plan, "resolve_precision", lambda *asked: Precision(precision, torch.bfloat16))
-    counted = plan._weight_bytes(
-        plan.load_config(EngineConfig(str(tmp_path))), EngineConfig(""), Precision(precision, torch.bfloat16)
+    made_of = skeleton(
+        EngineConfig(""), plan.load_config(EngineConfig(str(tmp_path))), Precision(precision, torch.bfloat16)
     )
-    monkeypatch.setattr(plan, "_weight_bytes", lambda *model: counted)
+    monkeypatch.setattr(plan, "skeleton", lambda *model: made_of)
     config = EngineConfig(str(tmp_path), precision=precision, attention=StemConfig.preset("release"))
     said = []
     for gib in CARDS:
         try:
-            made = plan.estimate_plan(config, gib * plan.GIB)
+            made = plan.estimate_plan(config, gib * GIB)
         except EngineError:
             said.append("-")
             continue
         said.append(f"{made.max_context:,} / {made.documents(33_024)} / {made.documents(131_072)}")
-        assert f"{made.weight_bytes / plan.GIB:.1f} GiB" == weights
-        assert f"{made.reserve_bytes / plan.GIB:.1f} GiB" == chunk
+        assert f"{made.weight_bytes / GIB:.1f} GiB" == weights
+        assert f"{made.reserve_bytes / GIB:.1f} GiB" == chunk
         assert f"{made.bytes_per_token:,}" == per_token
     assert said == cells
 

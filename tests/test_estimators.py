@@ -19,7 +19,7 @@ from kernels.block_selection import BlockSelection, choose_block_selection
 from kernels.dispatch import Choice
 from pipeline.config import STEM_OVERRIDES
 from pipeline.engine import Engine, EngineConfig, Request
-from pipeline.engine.memory import key_state_bytes
+from pipeline.engine.memory.measure import key_state_bytes
 from stem_core import PromptBudget, StemConfig, patch_model
 from stem_core.attention import stem_prefill
 from stem_core.budget import prompt_budget

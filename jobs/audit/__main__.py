@@ -20,7 +20,7 @@ from jobs.audit.known import Known, known_documents
 from jobs.audit.measure import Clock, Measured, measure
 from jobs.audit.options import Options, options_of, parser
 from jobs.audit.page import page, short_sections, subtitle
-from jobs.audit.results import FIGURES, PAGE, ROWS, Row, read_audit, rows_of, write_rows
+from jobs.audit.results import FIGURES, PAGE, ROWS, AuditRow, read_audit, rows_of, write_rows
 from jobs.audit.sample import Sample, draw
 from jobs.cli import run_main
 from jobs.measurement import stamp
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     return 2 if failed else 0
 
 
-def run(options: Options, clock: Clock) -> tuple[list[Row], dict[str, Any]]:
+def run(options: Options, clock: Clock) -> tuple[list[AuditRow], dict[str, Any]]:
     """Measure; the rows, and all else that the page shows. Raises JobError."""
     tokens = load_tokens(options.tokenizer, options.job.revision, options.job.trust_remote_code)
     options = replace(options, stop_ids=() if options.random_weights else tokens.eos_ids)
@@ -65,12 +65,14 @@ def run(options: Options, clock: Clock) -> tuple[list[Row], dict[str, Any]]:
     return rows, summary(options, sample, known, found, rows)
 
 
-def summary(options: Options, sample: Sample, known: Known, found: Measured, rows: Sequence[Row]) -> dict[str, Any]:
+def summary(
+    options: Options, sample: Sample, known: Known, found: Measured, rows: Sequence[AuditRow]
+) -> dict[str, Any]:
     """What audit.json holds, but for the command."""
     dense = {each.arm.precision: each for each in found.runs if each.arm.dense}
     arms = []
     for each in found.runs:
-        own = [row for row in rows if row["arm"] == each.arm.name]
+        own = [row for row in rows if row.arm == each.arm.name]
         arms.append(arm_figures(each, own, dense.get(each.arm.precision), found.runs[0]))
     random, total = options.random_weights, sample.total
     advice = recommend(arms, options.limits, total, random_weights=random, why_none=known.why_none)
@@ -98,7 +100,7 @@ def summary(options: Options, sample: Sample, known: Known, found: Measured, row
     }
 
 
-def write_page(audit: dict[str, Any], rows: Sequence[Row], folder: Path) -> None:
+def write_page(audit: dict[str, Any], rows: Sequence[AuditRow], folder: Path) -> None:
     """The page, and its beginning on the terminal."""
     (folder / PAGE).write_text(page(audit, rows), encoding="utf-8")
     print_sections("Audit", subtitle(audit), short_sections(audit), sys.stdout)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jobs.audit.results import Row
+from jobs.audit.results import AuditRow
 from jobs.page import Block, Chart
 from jobs.page.charts import MUTED, SERIES, graph_objects, seconds_axis
 
@@ -46,19 +46,19 @@ def speedup_chart(arms: Sequence[dict[str, Any]]) -> list[Block]:
     return [Chart("Prefill against dense in the same precision", chart, "Above the dotted line sparse is faster.")]
 
 
-def agreement_chart(rows: Sequence[Row], arms: Sequence[dict[str, Any]]) -> list[Block]:
+def agreement_chart(rows: Sequence[AuditRow], arms: Sequence[dict[str, Any]]) -> list[Block]:
     """Share of tokens that agree with dense, document by document, over the prompt's length."""
     chart = graph_objects().Figure()
     for arm, colour in zip(arms, _colours(arms), strict=True):
-        found = [row for row in rows if row["arm"] == arm["arm"] and row["token_agreement"] is not None]
+        found = [(row, row.likeness) for row in rows if row.arm == arm["arm"] and row.likeness is not None]
         if found:
             chart.add_scatter(
-                x=[row["prompt_tokens"] for row in found],
-                y=[row["token_agreement"] for row in found],
+                x=[row.from_engine.prompt_tokens for row, _ in found],
+                y=[likeness.token_agreement for _, likeness in found],
                 mode="markers",
                 name=arm["arm"],
                 marker_color=colour,
-                customdata=[row["document_id"] for row in found],
+                customdata=[row.document_id for row, _ in found],
                 hovertemplate="%{customdata}: %{y:.3f}<extra></extra>",
             )
     if not chart.data:

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from jobs.audit.known import known_figures
-from jobs.audit.measure import ArmRun, Point
-from jobs.audit.results import Row
+from jobs.audit.measure import ArmRun, Point, point_of
+from jobs.audit.results import AUDIT_COLUMNS, AuditRow
 from jobs.evaluate.estimates import Estimate, estimate, wilson
 from jobs.evaluate.estimates import mean as average
 
@@ -81,22 +81,18 @@ def _fastest(points: Sequence[Point]) -> dict[int, float]:
 
 def curve(run: ArmRun) -> list[Point]:
     """All prefills of an arm that were timed, the documents' among them, shortest first."""
-    documents = [
-        Point(done.prompt_tokens, done.prefill_seconds, done.density, done.attention == "stem")
-        for done in run.completions.values()
-        if done.status == "ok"
-    ]
+    documents = [point_of(done.prompt_tokens, done) for done in run.completions.values() if done.status == "ok"]
     return sorted([*run.curve, *documents], key=lambda point: point.prompt_tokens)
 
 
-def arm_figures(run: ArmRun, rows: Sequence[Row], dense: ArmRun | None, reference: ArmRun) -> dict[str, Any]:
+def arm_figures(run: ArmRun, rows: Sequence[AuditRow], dense: ArmRun | None, reference: ArmRun) -> dict[str, Any]:
     """One record for the file of figures. rows: the arm's. dense: the dense arm in the same precision, if it could run.
 
     Units and names are those of tools.benchmark engine. first_token_vs_dense, first_token_vs_reference: how many times
     faster the prompts of the documents that both finished were prefilled.
     """
-    ok = [row for row in rows if row["status"] == "ok"]
-    points, steps = curve(run), [row["decode_step_ms"] for row in ok if row["decode_step_ms"] is not None]
+    ok = [row for row in rows if row.outcome.status == "ok"]
+    points, steps = curve(run), [row.decode_step_ms for row in ok]
     found: dict[str, Any] = {
         "arm": run.arm.name,
         "preset": run.arm.preset,
@@ -104,18 +100,18 @@ def arm_figures(run: ArmRun, rows: Sequence[Row], dense: ArmRun | None, referenc
         "precision": run.arm.precision,
         "documents": len(rows),
         "failed": len(rows) - len(ok),
-        "sparse_documents": sum(row["attention"] == "stem" for row in ok),
-        "first_token_seconds": _average([row["first_token_seconds"] for row in ok]),
+        "sparse_documents": sum(row.from_engine.attention == "stem" for row in ok),
+        "first_token_seconds": _average([row.first_token_seconds for row in ok]),
         "first_token_vs_dense": _times(dense, run),
         "first_token_vs_reference": _times(reference, run),
         "mean_decode_step_ms": _average(steps),
         "decode_step_alone": None if run.step is None else {"prompt_tokens": run.step[0], "step_ms": run.step[1]},
         "seconds": run.seconds,
         "documents_per_hour": run.documents_per_hour,
-        "output_tokens_per_second": sum(row["output_tokens"] for row in ok) / run.seconds,
-        "prompt_tokens_per_second": sum(row["prompt_tokens"] for row in ok) / run.seconds,
-        "density": _average([row["density"] for row in ok]),
-        "peak_bytes": max((row["peak_gpu_bytes"] for row in ok), default=0),
+        "output_tokens_per_second": sum(row.from_engine.output_tokens for row in ok) / run.seconds,
+        "prompt_tokens_per_second": sum(row.from_engine.prompt_tokens for row in ok) / run.seconds,
+        "density": _average([row.from_engine.density for row in ok]),
+        "peak_bytes": max((row.from_engine.peak_gpu_bytes for row in ok), default=0),
         "load_seconds": run.load_seconds,
         "repeat_seconds": run.repeated,
         "crossover": None if run.arm.dense or dense is None else asdict(crossover(points, curve(dense))),
@@ -133,17 +129,21 @@ def unsteadiness(arms: Sequence[dict[str, Any]]) -> float:
     return max((max(pair) / min(pair) for pair in pairs), default=1.0)
 
 
-def _likeness(rows: Sequence[Row]) -> dict[str, Estimate | None]:
+def _likeness(rows: Sequence[AuditRow]) -> dict[str, Estimate | None]:
+    columns = {each.name: each for each in AUDIT_COLUMNS}
+
     def over(name: str, how: Any) -> Estimate | None:
-        values = [row[name] for row in rows if row[name] is not None]
+        values = [value for row in rows if (value := columns[name].of(row)) is not None]
         return how(values) if values else None
 
     shares, means = ("first_token_agrees", "exact_match", "token_agreement", "rouge_l"), ("first_token_kl", "answer_kl")
     return {name: over(name, share) for name in shares} | {name: over(name, mean) for name in means}
 
 
-def _average(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _average(values: Sequence[float | None]) -> float | None:
+    """Over those that are there."""
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None
 
 
 def _times(slow: ArmRun | None, fast: ArmRun) -> float | None:

@@ -20,7 +20,7 @@ from jobs.evaluate.reader import Reader
 from jobs.evaluate.results import Row, question_key
 from jobs.evaluate.run import read_document
 from jobs.evaluate.wording import pick_style
-from pipeline.engine.runner import ModelRunner
+from pipeline.engine.model.runner import ModelRunner
 from pipeline.errors import JobError, one_line
 
 QUESTIONS = 4

@@ -16,11 +16,13 @@ from jobs.audit.options import Arm, Options
 from jobs.audit.sample import Sampled
 from jobs.measurement import TIE
 from pipeline.engine import Completion, Engine, EngineError, Request
-from pipeline.engine.forcing import ForcingEngine
-from pipeline.engine.memory import release_memory
-from pipeline.engine.runner import ModelRunner, load_runner
-from pipeline.engine.timing import decode_step_ms
+from pipeline.engine.devices import release_memory
+from pipeline.engine.model.loading import load_runner
+from pipeline.engine.model.runner import ModelRunner
+from pipeline.engine.probes.forcing import ForcingEngine
+from pipeline.engine.probes.timing import decode_step_ms
 from pipeline.errors import JobError, one_line
+from pipeline.records import column
 from stem_core.budget import prompt_budget
 
 # Prompts timed for the crossover: runs of each length on a GPU after one that compiles, and on a CPU.
@@ -31,17 +33,13 @@ STEP_ROOM = 64
 
 @dataclass(frozen=True)
 class Likeness:
-    """One document's probabilities under an arm, against the reference's, along the reference's answer.
+    """One document's probabilities under an arm, against the reference's (dense), along the reference's answer."""
 
-    KL divergences KL(reference || arm) in nats: of the first token, and their mean over the tokens that were compared.
-    token_agreement: share of those tokens where both put the same token first.
-    """
-
-    first_token_kl: float
-    first_token_agrees: bool
-    answer_kl: float
-    token_agreement: float
-    compared_tokens: int
+    first_token_agrees: bool = column("whether dense and this arm put the same token first")
+    first_token_kl: float = column("KL(dense || arm) of the first token's distribution", unit="nats")
+    answer_kl: float = column("the same along dense's answer, reading it token by token: mean", unit="nats")
+    token_agreement: float = column("share of those tokens where both put the same one first")
+    compared_tokens: int = column("tokens of dense's answer that were read so", unit="tokens")
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,12 @@ class Point:
     seconds: float
     density: float
     sparse: bool
+
+
+def point_of(prompt_tokens: int, done: Completion) -> Point:
+    """The prefill of a prompt that ended well."""
+    assert done.density is not None, "it started"
+    return Point(prompt_tokens, done.prefill_seconds, done.density, done.attention == "stem")
 
 
 @dataclass
@@ -300,5 +304,5 @@ def _curve(engine: Engine, arm: Arm, options: Options, documents: Sequence[Sampl
         timed = [run for run in (runs[1:] if on_gpu else runs) if run.status == "ok"]
         if timed:
             best = min(timed, key=lambda run: run.prefill_seconds)
-            points.append(Point(length, best.prefill_seconds, best.density, best.attention == "stem"))
+            points.append(point_of(length, best))
     return points

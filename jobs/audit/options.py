@@ -13,7 +13,7 @@ from jobs.evaluate.results import BY_EXACTNESS
 from jobs.shapes import SHAPES, shape_folder
 from pipeline.config import JobConfig, read_job_file
 from pipeline.engine.config import EngineConfig
-from pipeline.engine.loading import context_limit, load_config, load_precision
+from pipeline.engine.model.loading import context_limit, load_config, load_precision
 from pipeline.errors import JobError
 from pipeline.plan import make_engine_config
 from pipeline.settings import PRECISIONS, Sampling

@@ -8,8 +8,9 @@ from typing import Any
 from jobs.audit.advice import describe
 from jobs.audit.charts import agreement_chart, first_token_chart, speedup_chart
 from jobs.audit.figures import FEWEST, UNSTEADY, unsteadiness
-from jobs.audit.results import Row
+from jobs.audit.results import AuditRow
 from jobs.page import Block, Details, KeyFigure, KeyFigures, Prose, Section, SideBySide, Table, render_page
+from jobs.page.blocks import Cell
 from jobs.page.numbers import NOTHING, binary_bytes, figure, seconds, share
 
 Figures = dict[str, Any]
@@ -17,7 +18,7 @@ Figures = dict[str, Any]
 SHORT_TABLE = 12
 
 
-def page(audit: dict[str, Any], rows: Sequence[Row]) -> str:
+def page(audit: dict[str, Any], rows: Sequence[AuditRow]) -> str:
     """The whole page as HTML. audit: what audit.json holds."""
     sections = [
         *short_sections(audit),
@@ -186,7 +187,7 @@ def crossing(found: dict[str, Any]) -> str:
     return f"from {found['tokens']:,} tokens on; at {found['slower']:,} it is slower"
 
 
-def _likeness(audit: dict[str, Any], rows: Sequence[Row]) -> list[Block]:
+def _likeness(audit: dict[str, Any], rows: Sequence[AuditRow]) -> list[Block]:
     reference = audit["arms"][0]
     if audit["random_weights"]:
         told = "The weights are random: how outputs differ says nothing about a trained model."
@@ -234,30 +235,33 @@ def _value(found: dict[str, Any] | None, name: str) -> str:
     return told if found["low"] is None else f"{told} ({figure(found['low'])} to {figure(found['high'])})"
 
 
-def _differing(audit: dict[str, Any], rows: Sequence[Row]) -> list[Block]:
+def _differing(audit: dict[str, Any], rows: Sequence[AuditRow]) -> list[Block]:
     """By arm, the documents with the least ROUGE-L, the first of them open."""
     reference = audit["arms"][0]["arm"]
-    dense = {row["document_id"]: row for row in rows if row["arm"] == reference}
+    dense = {row.document_id: row for row in rows if row.arm == reference}
     blocks: list[Block] = []
     for arm in audit["arms"][1:]:
-        found = [row for row in rows if row["arm"] == arm["arm"] and row["exact_match"] is False]
-        found.sort(key=lambda row: (row["rouge_l"], -(row["answer_kl"] or 0.0), row["document_id"]))
-        for place, row in enumerate(found[: audit["show"]]):
-            equal = row["same_tokens"]
+        own = [(row, row.output_likeness) for row in rows if row.arm == arm["arm"] and row.output_likeness is not None]
+        found = [(row, alike) for row, alike in own if not alike.exact_match]
+        found.sort(key=lambda item: (item[1].rouge_l, -_answer_kl(item[0]), item[0].document_id))
+        for place, (row, alike) in enumerate(found[: audit["show"]]):
+            equal = alike.same_tokens
             told = (
-                f"{row['arm']}: {row['document_id']}, {row['prompt_tokens']:,} tokens, ROUGE-L {row['rouge_l']:.3f}, "
+                f"{row.arm}: {row.document_id}, {row.from_engine.prompt_tokens:,} tokens, ROUGE-L {alike.rouge_l:.3f}, "
                 f"differs {f'after {equal:,} equal tokens' if equal else 'from the first token on'}"
             )
-            other = dense[row["document_id"]]
-            texts = [(f"{reference}, {other['output_tokens']} tokens", other["output"])]
-            texts.append((f"{row['arm']}, {row['output_tokens']} tokens", row["output"]))
+            other = dense[row.document_id]
+            texts = [
+                (f"{name}, {each.from_engine.output_tokens} tokens", each.outcome.output or "")
+                for name, each in ((reference, other), (row.arm, row))
+            ]
             blocks.append(SideBySide(texts, told) if not place else Details(told, [SideBySide(texts)]))
         if not found:
             blocks.append(Prose(f"With {describe(arm)} all outputs that were compared are the same as dense's."))
     return blocks or [Prose("Nothing was compared.")]
 
 
-def _documents(rows: Sequence[Row]) -> list[Block]:
+def _documents(rows: Sequence[AuditRow]) -> list[Block]:
     header = (
         "document", "arm", "prompt tokens", "density", "first token", "decode step", "output tokens", "KL, first token",
         "KL, answer", "tokens that agree", "ROUGE-L", "same output",
@@ -266,15 +270,29 @@ def _documents(rows: Sequence[Row]) -> list[Block]:
         header,
         [
             (
-                row["document_id"], row["arm"], row["prompt_tokens"], figure(row["density"]),
-                seconds(row["first_token_seconds"]), figure(row["decode_step_ms"], "ms"), row["output_tokens"],
-                row["first_token_kl"], row["answer_kl"], share(row["token_agreement"]), figure(row["rouge_l"]),
-                row["exact_match"] if row["status"] == "ok" else f"{row['status']}: {row['error']}",
+                row.document_id, row.arm, row.from_engine.prompt_tokens, figure(row.from_engine.density),
+                seconds(row.first_token_seconds), figure(row.decode_step_ms, "ms"), row.from_engine.output_tokens,
+                *_likeness_cells(row),
             )
             for row in rows
         ],
     )  # fmt: skip
     return [table] if len(rows) <= SHORT_TABLE else [Details(f"{len(rows)} rows", [table])]
+
+
+def _likeness_cells(row: AuditRow) -> tuple[Cell, ...]:
+    alike, output = row.likeness, row.output_likeness
+    along: tuple[Cell, ...] = (None, None, share(None))
+    if alike is not None:
+        along = alike.first_token_kl, alike.answer_kl, share(alike.token_agreement)
+    same: Cell = output.exact_match if output else None
+    if row.outcome.status != "ok":
+        same = f"{row.outcome.status}: {row.outcome.error}"
+    return (*along, figure(output.rouge_l if output else None), same)
+
+
+def _answer_kl(row: AuditRow) -> float:
+    return row.likeness.answer_kl if row.likeness else 0.0
 
 
 def _method(audit: dict[str, Any]) -> list[Block]:

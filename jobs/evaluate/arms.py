@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.block_selection import BlockSelection
-from pipeline.engine.precision import fp8_block_obstacle
+from pipeline.engine.model.precision import fp8_block_obstacle
 from pipeline.errors import JobError, nearest
 from stem_core.budget import PromptBudget
 from stem_core.config import BLOCK_SIZES, PRESETS, StemConfig

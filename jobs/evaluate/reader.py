@@ -20,12 +20,12 @@ from torch import Tensor
 from jobs.evaluate.arms import AGAIN, Arm
 from jobs.evaluate.prompts import Prompt, Reading, Text, TokenLookup
 from pipeline.engine import EngineConfig, EngineError
-from pipeline.engine.arena import Extent, aligned
-from pipeline.engine.batch import IDLE, NOT_FINITE, DecodeBatch, RowStart
-from pipeline.engine.decode import DecodeRunner, StepKey, batch_bucket
-from pipeline.engine.loading import context_limit, stop_token_ids
-from pipeline.engine.prefill import Prefill, attention_plan, chunk_size
-from pipeline.engine.runner import ModelRunner, load_runner
+from pipeline.engine.kv.arena import Extent, aligned
+from pipeline.engine.model.loading import context_limit, load_runner, stop_token_ids
+from pipeline.engine.model.runner import ModelRunner
+from pipeline.engine.run.batch import IDLE, NOT_FINITE, DecodeBatch, RowStart
+from pipeline.engine.run.decode import DecodeRunner, StepKey, batch_bucket
+from pipeline.engine.run.prefill import Prefill, attention_plan, chunk_size
 from stem_core.policy import DENSE_BLOCK_SIZE
 
 # Logits [rows, V] that are compared in float32 at once.

@@ -12,13 +12,13 @@ import torch
 from jobs.inspect.cells import Grid, LayerCells
 from kernels.block_selection import BlockSelection
 from pipeline.config import JobConfig
-from pipeline.engine.arena import ALIGNMENT, Extent
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.describe import describe_kernels
-from pipeline.engine.loading import context_limit, load_model
-from pipeline.engine.precision import describe_precision
-from pipeline.engine.prefill import Prefill, attention_plan, chunk_size
-from pipeline.engine.runner import ModelRunner
+from pipeline.engine.kv.arena import ALIGNMENT, Extent
+from pipeline.engine.model.loading import context_limit, load_model
+from pipeline.engine.model.precision import describe_precision
+from pipeline.engine.model.runner import ModelRunner
+from pipeline.engine.run.prefill import Prefill, attention_plan, chunk_size
 from pipeline.errors import DocumentError, JobError
 from pipeline.plan import make_engine_config
 from pipeline.prompts import PromptBuilder, make_task
@@ -65,8 +65,8 @@ def capture(job: JobConfig, text: str) -> Capture:
     plan = attention_plan(runner, len(prompt))
     if plan.attention != "stem":
         raise JobError(
-            f"this prompt of {len(prompt):,} tokens runs dense, nothing is left out: {plan.reason}; take a longer "
-            "document, or smaller blocks and a budget: --block-size 16 --budget 0.3 --dense-below 0"
+            f"this prompt of {len(prompt):,} tokens runs dense, nothing is left out: {plan.attention_reason}; take a "
+            "longer document, or smaller blocks and a budget: --block-size 16 --budget 0.3 --dense-below 0"
         )
     kinds = {policy.layer: policy.budget(len(prompt), window) for policy, window in runner.layers}
     sparse = sorted(layer for layer, budget in kinds.items() if budget.budgets is not None)

@@ -10,8 +10,9 @@ import numpy as np
 from jobs.page import Chart, numbers
 from jobs.page.charts import GRID, SERIES, graph_objects, seconds_axis
 from jobs.report import clock
-from jobs.report.measures import PHASES, Measures, worked
+from jobs.report.measures import Measures, worked
 from jobs.report.results import Run
+from pipeline.rows import PHASES
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

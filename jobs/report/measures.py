@@ -14,9 +14,9 @@ import numpy as np
 
 from jobs.report import clock
 from jobs.report.results import Run
+from pipeline.rows import PHASES
 
 Measures = dict[str, Any]
-PHASES = ("queue", "load", "tokenize", "prefill", "decode")
 SLOWEST, FAILED, REASONS = 10, 50, 20
 TIMES = ("time_to_first_token", "queue_seconds", "prefill_seconds", "decode_seconds", "total_seconds")
 

@@ -14,7 +14,7 @@ from pyarrow.fs import FileType
 
 from pipeline import manifest
 from pipeline.errors import JobError, one_line
-from pipeline.records import COLUMNS
+from pipeline.rows import COLUMNS
 from pipeline.sink import part_names, read_columns
 from pipeline.store import Store
 

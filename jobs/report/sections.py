@@ -16,7 +16,7 @@ from jobs.report.measures import FAILED, SLOWEST, Measures
 from jobs.report.overview import overview
 from jobs.report.results import Run
 from pipeline.config import JobConfig
-from pipeline.records import STATUSES
+from pipeline.rows import STATUSES
 
 PLACES = ("input", "output", "model")
 # Header -> the name of a figure, or what makes the cell.

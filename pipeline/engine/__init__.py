@@ -2,8 +2,8 @@
 
 from pipeline.engine.config import Completion, EngineConfig, EngineError, Request, Sampling
 from pipeline.engine.engine import Engine
-from pipeline.engine.loading import ModelLoadError
-from pipeline.engine.plan import MemoryPlan, estimate_plan
+from pipeline.engine.memory.plan import MemoryPlan, estimate_plan
+from pipeline.engine.model.checkpoint import ModelLoadError
 
 __all__ = [
     "Completion",

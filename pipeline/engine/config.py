@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from pipeline.errors import JobError
+from pipeline.rows import EngineFields
 from pipeline.settings import EngineSettings, Sampling
 from stem_core.config import StemConfig
 from stem_core.settings import check_all, setting
@@ -101,22 +102,16 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Completion:
-    """What became of a request.
+class Completion(EngineFields):
+    """What became of a request, with what was measured of it (pipeline.rows.EngineFields).
 
     token_ids: generated tokens, the stop token included (as transformers' generate returns them).
     finish_reason: "stop" (a stop token), "length" (max_new_tokens reached) or "error".
-    attention: "stem" or "dense" as it ran for this document, empty for one that never started. attention_reason: why
-    it is not the one asked for, empty if it is.
-    density: computed share of the causal block pairs over all layers and heads; 1.0 is dense. A layer with a sliding
-    window that cuts the prompt counts with what the window meets. density_by_layer: of each layer, in the model's
-    order; empty for a document that never started.
-    output_error: of sparse prefill, in the sampled query block that is furthest from dense attention (see
-    stem_core.output_error), mean over its rows and the sparse layers; None if nothing was measured.
+    attention and what follows from it: None for one that never started.
     queue_seconds: from add() to the first prefill step. prefill_seconds, decode_seconds: wall time of the engine's
     prefill steps of this document and of the decode steps that it took part in; the time in which it waits for other
-    documents' prefill is in neither. time_to_first_token: from add().
-    peak_bytes: most memory allocated on the engine's GPUs while the document was there, theirs together; 0 on a CPU.
+    documents' prefill is in neither.
+    peak_gpu_bytes: of the engine's GPUs together.
     """
 
     request_id: str
@@ -124,16 +119,4 @@ class Completion:
     error: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str = "error"
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    attention: str = ""
-    attention_reason: str = ""
-    density: float = 1.0
-    density_by_layer: tuple[float, ...] = ()
-    output_error: float | None = None
-    kernel: str = ""
     queue_seconds: float = 0.0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    time_to_first_token: float = 0.0
-    peak_bytes: int = 0

@@ -14,8 +14,8 @@ from kernels.decode_attention import choose_decode_attention
 from kernels.decode_attention_fp8 import choose_decode_attention_fp8
 from kernels.dispatch import Choice
 from pipeline.engine.config import EngineConfig
-from pipeline.engine.precision import describe_precision
-from pipeline.engine.runner import ModelRunner
+from pipeline.engine.model.precision import describe_precision
+from pipeline.engine.model.runner import ModelRunner
 from pipeline.versions import versions
 from stem_core.estimators import ESTIMATORS
 from stem_core.fp8 import describe_fp8

@@ -1,20 +1,21 @@
-"""A request on its way through the engine, and the line in which it waits."""
+"""A request on its way through the engine, the line in which it waits, and what it is charged with."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
-from pipeline.engine.arena import Extent, aligned
-from pipeline.engine.batch import MAX_STOP_IDS, RowStart
 from pipeline.engine.config import Completion, Request, Status
-from pipeline.engine.plan import MemoryPlan
-from pipeline.engine.prefill import AttentionPlan, Prefill
-from pipeline.engine.sampling import document_seed
+from pipeline.engine.kv.arena import Extent, aligned
+from pipeline.engine.memory.plan import MemoryPlan
+from pipeline.engine.run.batch import MAX_STOP_IDS, RowStart
+from pipeline.engine.run.prefill import AttentionPlan, Prefill
+from pipeline.engine.run.sampling import document_seed
 
 # How many shorter documents may start before one that waits for a longer extent.
 OVERTAKES = 32
@@ -42,7 +43,7 @@ class Document:
     tokens: list[int] = field(default_factory=list)
     peak_bytes: int = 0
     finished: bool = False
-    plan: AttentionPlan = field(default_factory=AttentionPlan)
+    plan: AttentionPlan | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -72,6 +73,7 @@ class Document:
         """The document as it stands, with times up to now."""
         now = time.perf_counter()
         started, first = self.started or now, self.first_token
+        ran = {} if self.plan is None else vars(self.plan) | {"kernel": kernel}
         return Completion(
             request_id=self.request.request_id,
             status=status,
@@ -80,17 +82,12 @@ class Document:
             finish_reason=finish_reason,
             prompt_tokens=self.prompt_tokens,
             output_tokens=len(self.tokens),
-            attention=self.plan.attention,
-            attention_reason=self.plan.reason,
-            density=self.plan.density,
-            density_by_layer=self.plan.density_by_layer,
-            output_error=self.plan.output_error,
-            kernel=kernel,
             queue_seconds=started - self.added,
             prefill_seconds=(first or now) - started,
             decode_seconds=self.decode_seconds,
-            time_to_first_token=first - self.added if first else 0.0,
-            peak_bytes=self.peak_bytes,
+            time_to_first_token=first - started if first else None,
+            peak_gpu_bytes=self.peak_bytes,
+            **ran,
         )
 
 
@@ -159,3 +156,40 @@ class WaitingLine:
             if document.overtaken >= OVERTAKES:
                 return None
         return None
+
+
+class Meter:
+    """Charges decode time and peak memory to the documents that are in the engine."""
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self._gpus = [device for device in devices if device.type == "cuda"]
+        # Since when decode steps have been running that are charged to nobody yet; None outside of decoding.
+        self._since: float | None = None
+
+    def decoding(self) -> None:
+        """Decode steps run from now on, if they do not already."""
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def charge(self, documents: Iterable[Document]) -> None:
+        """Add the decode time since the last call to each of the documents that took part."""
+        if self._since is not None:
+            now = time.perf_counter()
+            for document in documents:
+                document.decode_seconds += now - self._since
+            self._since = now
+
+    def prefilling(self) -> None:
+        """Decode steps have ended; what follows is not charged."""
+        self._since = None
+
+    def note_peak(self, documents: Iterable[Document], reset: bool = False) -> None:
+        """Raise the documents' peak to that of the GPUs together; `reset` starts a new peak for those that come."""
+        if not self._gpus:
+            return
+        peak = sum(torch.cuda.max_memory_allocated(gpu) for gpu in self._gpus)
+        for document in documents:
+            document.peak_bytes = max(document.peak_bytes, peak)
+        if reset:
+            for gpu in self._gpus:
+                torch.cuda.reset_peak_memory_stats(gpu)

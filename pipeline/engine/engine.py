@@ -17,18 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.engine.batch import IDLE, NOT_FINITE, DecodeBatch
 from pipeline.engine.config import Completion, EngineConfig, EngineError, Request, Status
-from pipeline.engine.decode import DecodeRunner, Readback, StepKey, batch_bucket
 from pipeline.engine.describe import describe_engine, describe_kernels, slower_paths
-from pipeline.engine.document import Document, WaitingLine, accept
-from pipeline.engine.loading import stop_token_ids
-from pipeline.engine.memory import allocate_arena, load_and_plan, release_memory
-from pipeline.engine.meter import Meter, check_devices, is_out_of_memory
-from pipeline.engine.plan import MemoryPlan
-from pipeline.engine.precision import wide_note
-from pipeline.engine.prefill import Prefill, attention_plan, chunk_size
-from pipeline.engine.runner import ModelRunner
+from pipeline.engine.devices import check_devices, is_out_of_memory, release_memory
+from pipeline.engine.document import Document, Meter, WaitingLine, accept
+from pipeline.engine.memory.measure import allocate_arena, load_and_plan
+from pipeline.engine.memory.plan import MemoryPlan
+from pipeline.engine.model.loading import stop_token_ids
+from pipeline.engine.model.precision import wide_note
+from pipeline.engine.model.runner import ModelRunner
+from pipeline.engine.run.batch import IDLE, NOT_FINITE, DecodeBatch
+from pipeline.engine.run.decode import DecodeRunner, Readback, StepKey, batch_bucket
+from pipeline.engine.run.prefill import Prefill, attention_plan, chunk_size
 
 
 class Engine:
@@ -271,8 +271,9 @@ class Engine:
         self._meter.note_peak(self._current())
         self._release(document)
         kernel = ""
-        if attention := document.plan.attention:
-            used = describe_kernels(self._runner, document.prompt_tokens, dense=attention == "dense")
+        if document.plan is not None:
+            dense = document.plan.attention == "dense"
+            used = describe_kernels(self._runner, document.prompt_tokens, dense=dense)
             kernel = ", ".join(f"{name}: {chosen}" for name, chosen in used.items())
         self._done.append(document.completion(status, error, finish_reason, kernel))
 

@@ -8,10 +8,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from result_rows import make_row
 
 from pipeline import read_results
 from pipeline.errors import JobError
-from pipeline.records import new_row, result_schema, to_table
+from pipeline.rows import result_schema, to_table
 from pipeline.sink import encode, recover
 from pipeline.store import Store
 from tools.faults.flips import flips
@@ -30,7 +31,7 @@ def test_no_flipped_bit_is_silent(tmp_path: Path) -> None:
 def test_a_renamed_column_in_a_footer_is_found(tmp_path: Path, column: str) -> None:
     """As a flipped bit renames it; readers would take it for one that an earlier version did not have."""
     schema = result_schema([pa.field("year", pa.int64())])
-    row: Any = new_row("a", "x", "ok", output="words") | {"year": pa.array([5])}
+    row: Any = make_row("a", "x", "ok", output="words", kept={"year": pa.array([5])})
     data = encode(to_table([row], schema))
     at = data.rindex(column.encode())
     path = tmp_path / "part-000000-00000000.parquet"
@@ -41,7 +42,7 @@ def test_a_renamed_column_in_a_footer_is_found(tmp_path: Path, column: str) -> N
 
 
 def test_parts_of_earlier_versions_are_read_and_may_lack_no_column_that_they_all_had(tmp_path: Path) -> None:
-    table = to_table([new_row("a", "x", "ok", output="words")], result_schema())
+    table = to_table([make_row("a", "x", "ok", output="words")], result_schema())
     path = tmp_path / "part-000000-00000000.parquet"
     pq.write_table(table.drop(["output_error"]), path)
     assert read_results(tmp_path)["output"].to_pylist() == ["words"]

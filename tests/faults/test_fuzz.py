@@ -20,12 +20,13 @@ import yaml
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from result_rows import kept_columns, make_row
 
 from jobs.cli import Parser, add_job_flags, job_config
 from pipeline.config import JobConfig, read_job_file
 from pipeline.errors import DocumentError, JobError
 from pipeline.plan import make_worker_config
-from pipeline.records import new_row, result_schema, to_table
+from pipeline.rows import result_schema, to_table
 from pipeline.source import DocumentReader, find_files, input_hash, list_documents
 
 CASES = int(os.environ.get("STEMLINE_FUZZ_CASES", "40"))
@@ -75,17 +76,17 @@ def listed_and_read(folder: Path, good: set[str], **options: Any) -> None:
         document = catalogue.document(position)
         if document.error:
             one_line(document.error)
-            rows.append(new_row(document.document_id, document.source, "error", document.error))
+            rows.append(make_row(document.document_id, document.source, "error", document.error))
             continue
         try:
             text, kept = reader.read(document)
         except DocumentError as error:
             one_line(error)
-            rows.append(new_row(document.document_id, document.source, "error", str(error)))
+            rows.append(make_row(document.document_id, document.source, "error", str(error)))
             continue
         readable.add(document.document_id)
         done = {"output": text, "input_hash": input_hash(text, kept)}
-        rows.append(new_row(document.document_id, document.source, "ok", **done) | kept.row())
+        rows.append(make_row(document.document_id, document.source, "ok", **done, **kept_columns(kept)))
     table = to_table(rows, schema)
     assert table.num_rows == len(catalogue), "one row a document"
     assert len(set(table["document_id"].to_pylist())) == len(catalogue)

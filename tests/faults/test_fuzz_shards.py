@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from pyarrow.fs import FileSystem
+from result_rows import kept_columns, make_row
 
 from pipeline import manifest, read_results
 from pipeline.config import JobConfig
@@ -27,7 +28,7 @@ from pipeline.errors import DocumentError
 from pipeline.imports import ROOT
 from pipeline.location import open_filesystem, printed, split_location
 from pipeline.plan import make_plan, survey_input
-from pipeline.records import new_row, result_schema
+from pipeline.rows import result_schema
 from pipeline.sink import Sink, recover
 from pipeline.source import DocumentReader, input_hash
 from pipeline.store import Store
@@ -231,10 +232,10 @@ def _do(config: JobConfig, store: Store) -> int:
                 raise DocumentError(document.error)
             text, kept = reader.read(document)
         except DocumentError as error:
-            sink.add(new_row(document.document_id, document.source, "error", str(error), **about))
+            sink.add(make_row(document.document_id, document.source, "error", str(error), **about))
             continue
         about |= {"output": text, "input_hash": input_hash(text, kept)}
-        sink.add(new_row(document.document_id, document.source, "ok", **about) | kept.row())
+        sink.add(make_row(document.document_id, document.source, "ok", **about, **kept_columns(kept)))
     sink.flush()
     manifest.save(store, config, survey.prints)
     return sink.rows_written

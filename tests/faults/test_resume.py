@@ -11,14 +11,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from result_rows import kept_columns, make_row
 
 from pipeline import manifest
 from pipeline.config import JobConfig
 from pipeline.errors import JobError
 from pipeline.job import run
 from pipeline.plan import Plan, make_plan, survey_input
-from pipeline.records import new_row, result_schema, utc_now
+from pipeline.records import utc_now
 from pipeline.repair import remove_rows
+from pipeline.rows import result_schema
 from pipeline.sink import Sink, read_results, recover
 from pipeline.source import DocumentReader, input_hash
 from pipeline.store import Store
@@ -61,12 +63,12 @@ def finish(settings: JobConfig, flush_documents: int = 4) -> Plan:
     for document in plan.pending.documents():
         if document.error:
             sink.add(
-                new_row(document.document_id, document.source, "error", document.error, input_stamp=document.stamp)
+                make_row(document.document_id, document.source, "error", document.error, input_stamp=document.stamp)
             )
             continue
         text, kept = reader.read(document)
         about: Any = {"input_stamp": document.stamp, "input_hash": input_hash(text, kept), "finished_at": utc_now()}
-        sink.add(new_row(document.document_id, document.source, "ok", output=text, **about) | kept.row())
+        sink.add(make_row(document.document_id, document.source, "ok", output=text, **about, **kept_columns(kept)))
     sink.flush()
     return plan
 

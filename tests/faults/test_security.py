@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from result_rows import make_row
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -19,7 +20,7 @@ from pipeline.errors import JobError, one_line, without_secrets
 from pipeline.location import safe_name
 from pipeline.plan import make_worker_config, survey_input
 from pipeline.prompts import PromptBuilder, Task
-from pipeline.records import new_row, result_schema
+from pipeline.rows import result_schema
 from pipeline.sink import Sink
 from pipeline.source import find_files
 from pipeline.store import Store
@@ -152,7 +153,7 @@ def test_ids_never_become_paths(tmp_path: Path) -> None:
     store.create()
     sink = Sink(store, result_schema(), flush_documents=1, flush_seconds=1)
     for name in ("../../escaped", "/etc/passwd", "a/b/c", "..", "nul\0byte", "new\nline", "x" * 5000):
-        sink.add(new_row(name, "x", "ok"))
+        sink.add(make_row(name, "x", "ok"))
     assert {path.parent for path in tmp_path.rglob("*") if path.is_file()} == {out}
     assert all(re.fullmatch(r"part-\d{6}-[0-9a-f]{8}\.parquet", path.name) for path in out.iterdir())
 

@@ -11,13 +11,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from result_rows import kept_columns, make_row
 
 from pipeline import manifest
 from pipeline.config import JobConfig
 from pipeline.errors import DocumentError, JobError
 from pipeline.kept import Kept
 from pipeline.plan import make_plan, survey_input
-from pipeline.records import new_row, result_schema
+from pipeline.rows import result_schema
 from pipeline.sink import Sink, read_results
 from pipeline.source import Catalogue, DocumentReader, find_files, input_hash, list_documents
 from pipeline.store import Store
@@ -230,7 +231,7 @@ def test_the_output_stays_whatever_a_kept_value_is_and_is_paid_once(tmp_path: Pa
     text, kept_values = DocumentReader("text", survey.catalogue.kept).read(document)
     about: Any = {"input_stamp": document.stamp, "input_hash": input_hash(text, kept_values)}
     Sink(store, result_schema(survey.catalogue.kept), flush_documents=1, flush_seconds=1).add(
-        new_row("a", document.source, "ok", output="out", attempts=1, **about) | kept_values.row()
+        make_row("a", document.source, "ok", output="out", attempts=1, **about, **kept_columns(kept_values))
     )
     manifest.save(store, config, survey.prints)
     (row,) = read_results(config.output, ["status", "output", "kept_error"]).to_pylist()

@@ -12,12 +12,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from result_rows import make_row
 
 from pipeline import read_results
 from pipeline.config import JobConfig
 from pipeline.errors import JobError
 from pipeline.job import run
-from pipeline.records import new_row, result_schema
+from pipeline.rows import result_schema
 from pipeline.sink import Sink, compact, done_rows, part_names, recover
 from pipeline.store import Store
 
@@ -85,7 +86,7 @@ def test_a_part_that_is_there_though_its_write_failed_is_written_over(
     """The folder could not be synced after the rename; the answer of an object store got lost."""
     store = Store("mock:///late/out" if remote else str(tmp_path))
     sink = sink_of(store, flush_documents=100)
-    sink.add(new_row("a", "x", "ok"))
+    sink.add(make_row("a", "x", "ok"))
     real = Store._put
 
     def put(store: Store, name: str, data: Any) -> None:
@@ -96,9 +97,9 @@ def test_a_part_that_is_there_though_its_write_failed_is_written_over(
         patch.setattr(Store, "_put", put)
         with pytest.raises(JobError, match="Input/output error"):
             sink.flush()
-    sink.add(new_row("b", "x", "ok"))
+    sink.add(make_row("b", "x", "ok"))
     sink.flush()
-    sink.add(new_row("c", "x", "ok"))
+    sink.add(make_row("c", "x", "ok"))
     sink.flush()
     found = [pq.read_table(store.open(name))["document_id"].to_pylist() for name in part_names(store)]
     assert found == [["a", "b"], ["c"]]
@@ -107,7 +108,7 @@ def test_a_part_that_is_there_though_its_write_failed_is_written_over(
 def test_a_flipped_bit_in_a_part_is_found(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     sink = sink_of(store)
-    sink.add(new_row("a", "x", "ok", output="some words of an answer " * 20))
+    sink.add(make_row("a", "x", "ok", output="some words of an answer " * 20))
     name = part_names(store)[0]
     data = bytearray((tmp_path / name).read_bytes())
     at = data.index(b"\x28\xb5\x2f\xfd") + 12  # inside the first zstd frame
@@ -121,7 +122,7 @@ def test_a_merged_part_that_is_damaged_does_not_cost_what_it_replaces(tmp_path: 
     store = Store(str(tmp_path))
     sink = sink_of(store)
     for name in "abc":
-        sink.add(new_row(name, "x", "ok"))
+        sink.add(make_row(name, "x", "ok"))
     parts = part_names(store)
     (tmp_path / "part-000000-merged.parquet").write_bytes(b"PAR1 cut off")
     (tmp_path / "compaction.json").write_text(json.dumps({"merged": "part-000000-merged.parquet", "replaced": parts}))
@@ -133,7 +134,7 @@ def test_a_reader_is_not_disturbed_by_a_merge(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     sink = sink_of(store)
     for i in range(60):
-        sink.add(new_row(f"d{i:02}", "x", "ok"))
+        sink.add(make_row(f"d{i:02}", "x", "ok"))
     problems: list[object] = []
     stop = threading.Event()
 
@@ -166,7 +167,7 @@ def test_temporary_files_of_others_stay(tmp_path: Path) -> None:
 def test_doubled_rows_are_found_before_anything_is_done(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     sink = sink_of(store)
-    sink.add(new_row("a", "x", "ok"))
+    sink.add(make_row("a", "x", "ok"))
     (tmp_path / "part-000009-copy.parquet").write_bytes((tmp_path / part_names(store)[0]).read_bytes())
     with pytest.raises(JobError, match="more than one row"):
         done_rows(store)

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from patience import patient
+from result_rows import make_row
 
 from pipeline.engine.config import Completion, EngineConfig, Request
 from pipeline.errors import JobError
-from pipeline.records import new_row, result_schema
+from pipeline.rows import result_schema
 from pipeline.sink import Sink
 from pipeline.store import Store
 from tools.faults import determinism, table
@@ -49,7 +50,7 @@ def finished(folder: Path, statuses: dict[str, str], expected: int, taken: int, 
     store.create()
     sink = Sink(store, result_schema(), flush_documents=100, flush_seconds=1)
     for name, status in statuses.items():
-        sink.add(new_row(name, "x", status) | (victim if name == VICTIM else {}))
+        sink.add(make_row(name, "x", status, **(victim if name == VICTIM else {})))
     sink.flush()
     (folder / "engine.log").write_text("a line\n" * taken)
     (folder / "driver.log").write_text("its last words\n")

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from patience import patient
+from result_rows import make_row
 
 from jobs.cli import run_main
 from jobs.summarize import main, show
@@ -28,7 +29,7 @@ from pipeline.imports import ROOT
 from pipeline.location import open_filesystem
 from pipeline.lock import FolderLock
 from pipeline.progress import Progress
-from pipeline.records import new_row, result_schema
+from pipeline.rows import result_schema
 from pipeline.sink import Sink
 from pipeline.source import DocumentReader, find_files, list_documents
 from pipeline.store import Store
@@ -49,7 +50,7 @@ FINISHED = """
 import sys
 from jobs import summarize
 from jobs.cli import run_main
-from pipeline.records import new_row, result_schema
+from pipeline.rows import Outcome, Row, result_schema
 from pipeline.sink import Sink
 from pipeline.store import Store
 from pipeline.summary import summarize_results
@@ -58,7 +59,8 @@ def run(config):
     store = Store(config.output)
     store.create()
     sink = Sink(store, result_schema(), flush_documents=1, flush_seconds=1)
-    sink.add(new_row("a", "x", sys.argv[2], "no" if sys.argv[2] == "error" else ""))
+    outcome = Outcome(status=sys.argv[2], error="no" if sys.argv[2] == "error" else "")
+    sink.add(Row(document_id="a", source="x", outcome=outcome))
     return summarize_results(store, 1)
 
 import pipeline.job
@@ -197,7 +199,7 @@ def test_names_do_not_command_the_terminal(
     store = Store(str(tmp_path / f"out{EVIL}"))
     store.create()
     sink = Sink(store, result_schema(), flush_documents=1, flush_seconds=1)
-    sink.add(new_row(f"id{EVIL}", f"x{EVIL}", "error", f"why{EVIL}"))
+    sink.add(make_row(f"id{EVIL}", f"x{EVIL}", "error", f"why{EVIL}"))
     show(summarize_results(store, 1, messages=(f"told{EVIL}",)))
     docs = tmp_path / "docs"
     docs.mkdir()

@@ -21,7 +21,7 @@ from jobs.audit.figures import Crossover, crossover, mean, share, unseen
 from jobs.audit.likeness import exact_match, rouge_l, words
 from jobs.audit.measure import Point, Reference, check_reference, likeness_of, same_tokens
 from jobs.audit.options import Limits, options_of, parser
-from jobs.audit.results import SCHEMA, read_audit
+from jobs.audit.results import ROWS, SCHEMA, read_audit
 from jobs.audit.sample import choose
 from pipeline.engine import Completion
 from pipeline.errors import JobError
@@ -58,8 +58,8 @@ def audit(documents: Path, model: Path, output: Path, flags: str) -> tuple[int, 
     code = main(
         ["--input", str(documents), "--model", str(model), "--output", str(output), *SMALL.split(), *shlex.split(flags)]
     )
-    rows, found = read_audit(output)
-    return code, found, rows
+    _, found = read_audit(output)
+    return code, found, pq.read_table(output / ROWS).to_pylist()
 
 
 def arm_of(found: dict[str, Any], name: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from jobs.evaluate.run import model_folder, stretched
 from jobs.evaluate.summary import summarise
 from jobs.evaluate.wording import REPORT, RULER, pick_style
 from pipeline.engine import Engine, EngineConfig, Request
-from pipeline.engine.loading import context_limit, load_config, load_model
+from pipeline.engine.model.loading import context_limit, load_config, load_model
 from pipeline.errors import JobError
 
 MODEL = str(Path(__file__).parents[2] / "models/tiny-reader")

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from page_checks import DESKTOP, PHONE, CheckedPage
+from result_rows import make_row
 
 from jobs.report import clock
 from jobs.report.__main__ import main
@@ -27,7 +28,7 @@ from jobs.report.measures import length_edges
 from jobs.report.results import load_runs, short_names
 from pipeline import manifest
 from pipeline.config import JobConfig
-from pipeline.records import STATUSES, Row, new_row, result_schema, to_table
+from pipeline.rows import STATUSES, Row, result_schema, to_table
 from pipeline.sink import REQUIRED
 from pipeline.store import Store
 
@@ -45,7 +46,7 @@ def report(run_command: Callable[..., tuple[int, str, str]]) -> Report:
     return partial(run_command, main)
 
 
-def times(at: float, seconds: float) -> Row:
+def times(at: float, seconds: float) -> dict[str, Any]:
     return {
         "started_at": BEGIN + timedelta(seconds=at),
         "finished_at": BEGIN + timedelta(seconds=at + seconds),
@@ -64,11 +65,11 @@ def ok_row(name: str, tokens: int, at: float, *, seconds: float = 4.0, sparse: b
         "time_to_first_token": seconds / 4, "peak_gpu_bytes": 3 << 30, "worker": "node:1", "gpu": "H100",
         "model": "m", **times(at, seconds),
     }  # fmt: skip
-    return new_row(name, "docs.jsonl line 1", "ok", **(row | values))
+    return make_row(name, "docs.jsonl line 1", "ok", **(row | values))
 
 
 def bad_row(name: str, status: str, error: str, at: float = 0.0) -> Row:
-    return new_row(name, "docs.jsonl line 2", status, error, attempts=2, total_seconds=1.0, **times(at, 1.0))
+    return make_row(name, "docs.jsonl line 2", status, error, attempts=2, total_seconds=1.0, **times(at, 1.0))
 
 
 def write(
@@ -98,7 +99,7 @@ def many_rows(seed: int, number: int = 200) -> list[Row]:
         for again in range(2):
             name = f"{status}-{again}{HOSTILE if again else ''}"
             rows[7 * place + again] = bad_row(name, status, f"{HOSTILE} {place + again:,} tokens", 14.0 * place)
-    rows[60]["document_id"] = HOSTILE
+    rows[60].document_id = HOSTILE
     return rows
 
 
@@ -256,7 +257,7 @@ def test_rows_of_an_earlier_version_lack_columns(
 
 
 def test_rows_that_all_failed_or_hold_no_number(tmp_path: Path, report: Report) -> None:
-    rows = [new_row("a", "s", "error", "unreadable"), ok_row("b", 0, 0, seconds=0.0, density=float("nan"))]
+    rows = [make_row("a", "s", "error", "unreadable"), ok_row("b", 0, 0, seconds=0.0, density=float("nan"))]
     for number, some in enumerate((rows[:1], rows)):
         folder = write(tmp_path / str(number), some)
         for kind in ("html", "table", "json"):

@@ -13,13 +13,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from result_rows import make_row
 
 from jobs import submit
 from jobs.cli import this_python
 from jobs.summarize import main
 from pipeline import read_results
 from pipeline.config import JobConfig, meaning
-from pipeline.records import NAMES
+from pipeline.rows import NAMES
 
 ROOT = Path(__file__).parents[2]
 QUESTION = "List the key findings in order."
@@ -237,11 +238,11 @@ class Parsed:
 
 def test_the_example_in_the_report_reads_the_results(tmp_path: Path) -> None:
     from jobs.summarize import show
-    from pipeline.records import new_row, result_schema, to_table
+    from pipeline.rows import result_schema, to_table
     from pipeline.store import Store
     from pipeline.summary import summarize_results
 
-    pq.write_table(to_table([new_row("a", "b", "ok", output="hello")], result_schema()), tmp_path / "part-0.parquet")
+    pq.write_table(to_table([make_row("a", "b", "ok", output="hello")], result_schema()), tmp_path / "part-0.parquet")
     import contextlib
     import io
 

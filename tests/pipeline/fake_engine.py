@@ -74,5 +74,12 @@ class FakeEngine:
 
     def _completion(self, request: Request, status: str = "ok", **values: Any) -> Completion:
         self._waiting.remove(request)
-        about = {"attention": "dense", "kernel": "fake", "finish_reason": "stop", "time_to_first_token": 0.01}
+        about = {
+            "attention": "dense",
+            "attention_reason": "",
+            "density": 1.0,
+            "kernel": "fake",
+            "finish_reason": "stop",
+            "time_to_first_token": 0.01,
+        }
         return Completion(request.request_id, status, prompt_tokens=len(request.prompt_ids), **(about | values))  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pipeline.engine.stages import Placement
+from pipeline.engine.model.placement import Placement
 
 CPU = torch.device("cpu")
 

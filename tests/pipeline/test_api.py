@@ -20,7 +20,7 @@ from patience import patient
 import pipeline
 from pipeline.api import Summarizer, summarize
 from pipeline.errors import JobError
-from pipeline.records import result_schema
+from pipeline.rows import result_schema
 
 ROOT = Path(__file__).parents[2]
 REPORT = (ROOT / "examples" / "documents" / "report-01.txt").read_text(encoding="utf-8")

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from kernels.block_selection import BlockSelection
 from pipeline.engine import EngineConfig
-from pipeline.engine.arena import Extent
-from pipeline.engine.loading import load_model
-from pipeline.engine.prefill import Prefill
-from pipeline.engine.runner import ModelRunner
+from pipeline.engine.kv.arena import Extent
+from pipeline.engine.model.loading import load_model
+from pipeline.engine.model.runner import ModelRunner
+from pipeline.engine.run.prefill import Prefill
 from stem_core import StemConfig
 from stem_core.selection import stem_selection
 from tests.pipeline.engine_models import save_model

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
-from pipeline.engine import Engine, EngineConfig, EngineError, self_check
-from pipeline.engine.arena import LayerShape
-from pipeline.engine.checks import check_head_sizes, check_layers
-from pipeline.engine.loading import load_model
-from pipeline.engine.runner import ModelRunner, load_runner
+from pipeline.engine import Engine, EngineConfig, EngineError
+from pipeline.engine.kv.arena import LayerShape
+from pipeline.engine.model import self_check
+from pipeline.engine.model.checks import check_head_sizes, check_layers
+from pipeline.engine.model.loading import load_model, load_runner
+from pipeline.engine.model.runner import ModelRunner
 from stem_core import StemConfig
 from stem_core.patch import UnsupportedModelError
 
@@ -128,7 +129,7 @@ def test_heads_are_the_reason_where_a_kernel_does_not_hold_them(
 
     folder = save_model(tmp_path, "qwen3")
     monkeypatch.setattr(Qwen3MLP, "forward", does_not_fit)
-    monkeypatch.setattr("pipeline.engine.runner.check_head_sizes", too_large)
+    monkeypatch.setattr("pipeline.engine.model.runner.check_head_sizes", too_large)
     with pytest.raises(EngineError, match="layer 0 has large heads"):
         load_runner(EngineConfig(str(folder), device="cpu"))
 
@@ -213,7 +214,7 @@ def test_types_that_are_not_tested_are_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, checked: bool
 ) -> None:
     seen = []
-    monkeypatch.setattr("pipeline.engine.runner.self_check", seen.append)
+    monkeypatch.setattr("pipeline.engine.model.loading.self_check", seen.append)
     changes = {"num_experts": 2, "num_experts_per_tok": 1} if "Moe" in name else {}
     load_runner(EngineConfig(save(tmp_path, name, changes), device="cpu"))
     assert bool(seen) == checked

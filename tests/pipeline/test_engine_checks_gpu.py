@@ -13,9 +13,10 @@ from test_engine_checks import FAULTS
 from test_engine_keys import DAMAGES, rewrite
 from transformers.models.qwen3 import modeling_qwen3
 
-from pipeline.engine import EngineConfig, EngineError, ModelLoadError, self_check
-from pipeline.engine.loading import load_model
-from pipeline.engine.runner import ModelRunner, load_runner
+from pipeline.engine import EngineConfig, EngineError, ModelLoadError
+from pipeline.engine.model import self_check
+from pipeline.engine.model.loading import load_model, load_runner
+from pipeline.engine.model.runner import ModelRunner
 from stem_core import StemConfig
 
 pytestmark = [

@@ -15,13 +15,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 import stem_core.attention
-from pipeline.engine.arena import Extent, KVArena
-from pipeline.engine.batch import DecodeBatch
 from pipeline.engine.config import EngineConfig
-from pipeline.engine.decode import DecodeRunner, StepKey
-from pipeline.engine.loading import load_config
-from pipeline.engine.prefill import Prefill
-from pipeline.engine.runner import ModelRunner
+from pipeline.engine.kv.arena import Extent, KVArena
+from pipeline.engine.model.loading import load_config
+from pipeline.engine.model.runner import ModelRunner
+from pipeline.engine.run.batch import DecodeBatch
+from pipeline.engine.run.decode import DecodeRunner, StepKey
+from pipeline.engine.run.prefill import Prefill
 
 META = torch.device("meta")
 
@@ -60,7 +60,7 @@ def runner(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_steps_stay_on_the_device(runner: ModelRunner) -> None:
-    arena = KVArena(runner.shapes, 4096, runner.dtype, META)
+    arena = KVArena(runner.shapes, 4096, runner.dtype, runner.layer_devices)
     batch = DecodeBatch(8, META)
     decode = DecodeRunner(runner, arena, batch, 2048, use_graphs=False)
     prefill = Prefill(runner, arena, Extent(0, 1088), np.zeros(1000, dtype=np.int64), 10, 256)

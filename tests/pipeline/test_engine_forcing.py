@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kernels.fp8_heads import KEY_GROUP, reference
 from pipeline.engine import Engine, EngineConfig, Request
-from pipeline.engine.forcing import ForcingEngine, spans
-from pipeline.engine.runner import load_runner
+from pipeline.engine.model.loading import load_runner
+from pipeline.engine.probes.forcing import ForcingEngine, spans
 from stem_core import StemConfig
 
 STEM = StemConfig(

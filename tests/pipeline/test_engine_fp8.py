@@ -17,11 +17,12 @@ from kernels.fp8_heads.reference import restore_keys
 from pipeline import read_results
 from pipeline.config import JobConfig
 from pipeline.engine import Engine, EngineConfig, EngineError, Request, estimate_plan
-from pipeline.engine.arena import ALIGNMENT, Extent, Fp8KVArena, LayerShape
-from pipeline.engine.calibration import PROMPT_TOKENS, calibration_prompts
-from pipeline.engine.dummy import dummy_model
-from pipeline.engine.loading import load_config, load_model
-from pipeline.engine.precision import Precision, resolve_precision
+from pipeline.engine.kv.arena import ALIGNMENT, Extent, Fp8KVArena, LayerShape
+from pipeline.engine.model.dummy import dummy_model
+from pipeline.engine.model.loading import load_config, load_model
+from pipeline.engine.model.placement import whole
+from pipeline.engine.model.precision import Precision, resolve_precision
+from pipeline.engine.model.runner import CALIBRATION_TOKENS, calibration_prompts
 from pipeline.errors import JobError
 from pipeline.job import run_job
 from stem_core import StemConfig
@@ -152,7 +153,7 @@ def test_decoding_continues_what_prefill_wrote(tmp_path: Path, tokens: int) -> N
 
 def arena() -> Fp8KVArena:
     scales = {0: HeadScales(torch.ones(4), torch.tensor([1.0, 0.5]), torch.tensor([2.0, 0.25]))}
-    made = Fp8KVArena({0: LayerShape(2, 16, 16)}, 512, scales, torch.float32, torch.device("cpu"))
+    made = Fp8KVArena({0: LayerShape(2, 16, 16)}, 512, scales, torch.float32, {0: torch.device("cpu")})
     for tensor in made.tensors():
         tensor.view(torch.uint8).fill_(0x7F)  # NaN
     return made
@@ -332,7 +333,7 @@ def test_dummy_weights_are_the_same_in_every_precision(tmp_path: Path) -> None:
     models = []
     for precision in (Precision("fp32", torch.float32), Precision("fp8", torch.float32)):
         config = EngineConfig(str(folder), device="cpu", load_format="dummy", seed=5)
-        models.append(dummy_model(config, load_config(config), precision))
+        models.append(dummy_model(config, load_config(config), precision, whole(torch.device("cpu"))))
     wide, narrow = models
     assert torch.equal(wide.lm_head.weight, narrow.lm_head.weight)
     assert torch.equal(wide.get_input_embeddings().weight, narrow.get_input_embeddings().weight)
@@ -367,7 +368,7 @@ def test_scales_are_those_of_real_documents_within_a_factor_of_two() -> None:
 def test_calibration_prompts_are_fixed() -> None:
     made = calibration_prompts(1000, 7)
     assert made == calibration_prompts(1000, 7)
-    assert [len(prompt) for prompt in made] == [PROMPT_TOKENS] * 3
+    assert [len(prompt) for prompt in made] == [CALIBRATION_TOKENS] * 3
     assert [prompt[0] for prompt in made[:2]] == [7, 7]
     assert made[2][0] == calibration_prompts(1000, None)[2][0]
     assert all(0 <= token < 1000 for prompt in made for token in prompt)

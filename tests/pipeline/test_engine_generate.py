@@ -10,7 +10,7 @@ import transformers
 from engine_models import ARCHITECTURES, TINY_READER, generate, prompts, run, save_model
 
 from pipeline.engine import Engine, EngineConfig, Request
-from pipeline.engine.self_check import TESTED_TYPES
+from pipeline.engine.model.self_check import TESTED_TYPES
 
 NEW = 12
 LENGTHS = [300, 1, 127, 129, 64]

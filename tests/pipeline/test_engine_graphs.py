@@ -12,8 +12,8 @@ from engine_models import prompts, run, save_model
 from graph_devices import GraphDevices
 
 from pipeline.engine import Engine, EngineConfig, Request
-from pipeline.engine.decode import DecodeRunner, StepKey
-from pipeline.engine.graphs import Graphs
+from pipeline.engine.run.decode import DecodeRunner, StepKey
+from pipeline.engine.run.graphs import Graphs
 
 NEW = 9
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline import summarize
 from pipeline.config import JobConfig
 from pipeline.engine import EngineConfig, ModelLoadError, estimate_plan
-from pipeline.engine.loading import load_model
+from pipeline.engine.model.loading import load_model
 from pipeline.errors import JobError
 from pipeline.plan import describe_plan
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from pipeline.engine import EngineConfig
-from pipeline.engine.arena import Arena, Extent
-from pipeline.engine.loading import load_model
-from pipeline.engine.prefill import Prefill
-from pipeline.engine.runner import ModelRunner
+from pipeline.engine.kv.arena import Arena, Extent
+from pipeline.engine.model.loading import load_model
+from pipeline.engine.model.runner import ModelRunner
+from pipeline.engine.run.prefill import Prefill
 from stem_core import StemConfig
 from tests.pipeline.engine_models import save_model
 

@@ -24,14 +24,14 @@ from pipeline.engine import (
     ModelLoadError,
     Request,
     estimate_plan,
-    memory,
 )
-from pipeline.engine.arena import Arena, KVArena, LayerShape
-from pipeline.engine.loading import context_limit, load_config, load_model, stop_token_ids
-from pipeline.engine.memory import allocate_arena, key_state_bytes, plan_memory, rehearse
-from pipeline.engine.plan import fit_arena
-from pipeline.engine.runner import ModelRunner
-from pipeline.engine.skeleton import host_memory
+from pipeline.engine.devices import host_memory, weight_bytes
+from pipeline.engine.kv.arena import Arena, KVArena, LayerShape
+from pipeline.engine.memory import measure as memory
+from pipeline.engine.memory.measure import allocate_arena, key_state_bytes, plan_memory, rehearse
+from pipeline.engine.memory.plan import fit_arena
+from pipeline.engine.model.loading import context_limit, load_config, load_model, stop_token_ids
+from pipeline.engine.model.runner import ModelRunner
 from stem_core import StemConfig
 
 
@@ -220,8 +220,7 @@ def test_estimate_agrees_with_the_engine(folder: Path) -> None:
     )
     assert plan.bytes_per_token == 3 * 2 * 16 * 2 * 4
     assert plan.arena_tokens == 1024
-    parameters = sum(p.numel() for p in engine._runner.model.parameters())
-    assert estimate.weight_bytes == 4 * parameters <= plan.weight_bytes
+    assert estimate.weight_bytes == plan.weight_bytes == weight_bytes(engine._runner.model)
     assert engine._arena.nbytes == (plan.arena_tokens + 64) * plan.bytes_per_token
 
 
@@ -242,7 +241,8 @@ def test_plan_of_an_8b_model_on_80_gb(tmp_path: Path) -> None:
     config = EngineConfig(str(tmp_path), precision="bf16", device="cpu", load_format="dummy")
     # Sizes are asked for a GPU of 78 GiB; nothing is allocated.
     plan = estimate_plan(config, total_bytes=int(78 * 2**30 / 0.4))
-    assert plan.weight_bytes == 2 * 8_030_261_248
+    frequencies = 2 * 64 * 4  # of the rotary embedding, as they are and as the config has them
+    assert plan.weight_bytes == 2 * 8_030_261_248 + frequencies
     assert plan.bytes_per_token == 131_072
     assert plan.documents(131_072 + 256) >= 3
     assert any(line.endswith("weights  14.96 GiB") for line in plan.lines())
@@ -329,7 +329,7 @@ def test_arena_shrinks_until_the_rehearsal_fits(folder: Path, monkeypatch: pytes
     def allocate(tokens: int) -> Arena:
         if tokens > fits:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return KVArena(runner.shapes, tokens, runner.dtype, runner.device)
+        return KVArena(runner.shapes, tokens, runner.dtype, runner.layer_devices)
 
     monkeypatch.setattr(runner, "new_arena", allocate)
     arena, smaller = memory.allocate_arena(runner, config, plan, 128)

@@ -17,12 +17,12 @@ from test_engine_stages import spread
 
 from pipeline import read_results
 from pipeline.engine import Completion, Engine, EngineConfig, Request
-from pipeline.engine.kept import ProbeReadings
-from pipeline.engine.loading import load_model
-from pipeline.engine.runner import ModelRunner
+from pipeline.engine.model.loading import load_model
+from pipeline.engine.model.runner import ModelRunner
+from pipeline.engine.run.kept import ProbeReadings
 from pipeline.errors import JobError
 from pipeline.job import run_job
-from pipeline.meter import Meter
+from pipeline.rows import EngineFields
 from stem_core import StemConfig
 from stem_core.output_error import ErrorProbe
 
@@ -231,11 +231,11 @@ def test_a_document_in_parts_has_the_largest_error_and_says_if_some_are_dense() 
         "b", "ok", attention="dense", attention_reason="too far", density_by_layer=(1.0,), output_error=0.4
     )
     short = Completion("c", "ok", attention="dense", attention_reason="short", density_by_layer=(1.0,))
-    columns = Meter(completions=[whole, fallen, short]).columns()
-    assert columns["output_error"] == 0.4
-    assert (columns["attention"], columns["attention_reason"]) == ("stem", "1 of 3 prompts are dense: too far")
-    assert Meter(completions=[short]).columns()["output_error"] is None
-    assert Meter(completions=[fallen]).columns()["attention_reason"] == "too far"
+    found = EngineFields.of_parts([whole, fallen, short])
+    assert found.output_error == 0.4
+    assert (found.attention, found.attention_reason) == ("stem", "1 of 3 prompts are dense: too far")
+    assert EngineFields.of_parts([short]).output_error is None
+    assert EngineFields.of_parts([fallen]).attention_reason == "too far"
 
 
 @pytest.mark.ray

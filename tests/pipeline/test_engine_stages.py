@@ -14,17 +14,18 @@ from placed import Devices, chips, put
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from pipeline.engine import Completion, Engine, EngineConfig, EngineError, Request, Sampling, dummy
-from pipeline.engine.arena import Extent
-from pipeline.engine.batch import DecodeBatch
-from pipeline.engine.decode import DecodeRunner, StepKey
-from pipeline.engine.dummy import layers_on_devices
-from pipeline.engine.loading import load_config, load_model
-from pipeline.engine.precision import Precision, resolve_precision
-from pipeline.engine.prefill import Prefill
-from pipeline.engine.runner import ModelRunner, load_runner
-from pipeline.engine.skeleton import skeleton
-from pipeline.engine.stages import Placement, balance, connect, place
+from pipeline.engine import Completion, Engine, EngineConfig, EngineError, Request, Sampling
+from pipeline.engine.kv.arena import Extent
+from pipeline.engine.model import dummy
+from pipeline.engine.model.dummy import layers_on_devices
+from pipeline.engine.model.loading import load_config, load_model, load_runner
+from pipeline.engine.model.placement import Placement, balance, connect, place, whole
+from pipeline.engine.model.precision import Precision, resolve_precision
+from pipeline.engine.model.runner import ModelRunner
+from pipeline.engine.model.skeleton import skeleton
+from pipeline.engine.run.batch import DecodeBatch
+from pipeline.engine.run.decode import DecodeRunner, StepKey
+from pipeline.engine.run.prefill import Prefill
 from stem_core import StemConfig
 from stem_core.context import PromptGoesOn
 
@@ -230,9 +231,9 @@ def test_random_weights_are_made_on_their_devices(
         model = dummy.dummy_model(config, hf_config, resolved, placement)
     assert [device for device, _ in asked.values()].count(CPU) == 7 * placement.counts[0] + 1
     assert [device for device, _ in asked.values()].count(META) == 7 * placement.counts[1]
-    whole = dummy.dummy_model(config, hf_config, resolved).state_dict()
+    expected = dummy.dummy_model(config, hf_config, resolved, whole(CPU)).state_dict()
     for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor.view(torch.uint8), whole[name].view(torch.uint8)), name
+        assert torch.equal(tensor.view(torch.uint8), expected[name].view(torch.uint8)), name
 
 
 def test_layers_are_built_on_their_devices(tmp_path: Path) -> None:
@@ -240,6 +241,7 @@ def test_layers_are_built_on_their_devices(tmp_path: Path) -> None:
     config = config_of(save_model(tmp_path, "qwen3_moe"))
     hf_config = load_config(config)
     placement = place(skeleton(config, hf_config, Precision("fp32", torch.float32)), [CPU, META], [1 << 30] * 2)
+    assert placement.layer_type is not None
     before = placement.layer_type.__init__
     with layers_on_devices(placement):
         model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)

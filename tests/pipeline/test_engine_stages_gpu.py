@@ -10,7 +10,7 @@ import torch
 from engine_models import prompts, run, save_model
 
 from pipeline.engine import Engine, EngineConfig, Request, Sampling
-from pipeline.engine.runner import load_runner
+from pipeline.engine.model.loading import load_runner
 from stem_core import StemConfig
 from stem_core.kv_scales import power_of_two_scale
 

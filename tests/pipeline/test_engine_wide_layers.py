@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.engine import Engine, EngineConfig, EngineError, Request, Sampling, estimate_plan
-from pipeline.engine.arena import ALIGNMENT, Extent, Fp8KVArena, LayerShape
-from pipeline.engine.decode import DecodeRunner
-from pipeline.engine.loading import load_model
-from pipeline.engine.runner import ModelRunner, load_runner
-from pipeline.engine.stages import connect, place
+from pipeline.engine.kv.arena import ALIGNMENT, Extent, Fp8KVArena, LayerShape
+from pipeline.engine.model.loading import load_model, load_runner
+from pipeline.engine.model.placement import connect, place
+from pipeline.engine.model.runner import ModelRunner
+from pipeline.engine.run.decode import DecodeRunner
 from stem_core import StemConfig, kv_scales
 from stem_core.kv_scales import HeadScales, from_dict, to_dict
 
@@ -236,7 +236,7 @@ def test_arena_holds_both_kinds() -> None:
     """Poisoned: neither kind writes where the other, or another document, lies."""
     shapes = {0: LayerShape(2, 16, 16), 1: LayerShape(2, 16, 16)}
     scales = {0: None, 1: HeadScales(torch.ones(4), torch.ones(2), torch.ones(2))}
-    made = Fp8KVArena(shapes, 256, scales, torch.bfloat16, torch.device("cpu"))
+    made = Fp8KVArena(shapes, 256, scales, torch.bfloat16, dict.fromkeys(shapes, torch.device("cpu")))
     for tensor in made.tensors():
         tensor.view(torch.uint8).fill_(0xFF)  # NaN
     assert made.nbytes == (256 + ALIGNMENT) * (2 * 32 * 2 + 2 * 32)

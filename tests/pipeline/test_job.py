@@ -21,7 +21,7 @@ from pipeline import read_results
 from pipeline.config import JobConfig
 from pipeline.errors import JobError
 from pipeline.job import run, run_job
-from pipeline.records import NAMES
+from pipeline.rows import NAMES
 from pipeline.summary import JobReport
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -81,6 +81,7 @@ def test_every_document_has_a_full_row(tmp_path: Path, out: Path, model: Path) -
         "output_error",
     }
     assert not [name for name in filled if row[name] is None]
+    assert row["prompt_hash"] == json.loads((out / "manifest.json").read_text())["fingerprints"]["prompt"]
     assert row["tokenize_seconds"] + row["prefill_seconds"] + row["decode_seconds"] <= row["total_seconds"]
     assert row["started_at"].utcoffset().total_seconds() == 0
     assert row["started_at"] <= row["finished_at"]

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from engine_models import TINY_READER
+from result_rows import make_row
 
 from pipeline import metrics as metrics_module
 from pipeline import read_results
@@ -26,7 +27,7 @@ from pipeline.engine import Engine, EngineConfig, Request
 from pipeline.job import run
 from pipeline.metrics import ADDED, DOCUMENTS, METRICS, OBSERVED, JobMetrics, report_arena
 from pipeline.progress import Progress
-from pipeline.records import STATUSES, new_row, result_schema, to_table
+from pipeline.rows import STATUSES, Row, result_schema, to_table
 from pipeline.sink import Sink
 from pipeline.store import Store
 from pipeline.summary import JobReport
@@ -79,8 +80,8 @@ def refuse(*arguments: Any) -> None:
     raise RuntimeError("the agent is not there")
 
 
-def row(name: str = "d", status: str = "ok", **values: Any) -> dict[str, Any]:
-    return new_row(name, "d.txt", status, **values)
+def row(name: str = "d", status: str = "ok", **values: Any) -> Row:
+    return make_row(name, "d.txt", status, **values)
 
 
 def job(docs: Path, out: Path, model: Path, stream: io.StringIO | None = None, **settings: Any) -> JobReport:

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TextIO
 
 import pytest
+from result_rows import make_row
 
 from pipeline.config import JobConfig
 from pipeline.errors import JobError
 from pipeline.job import run
 from pipeline.progress import Progress
-from pipeline.records import Row, new_row
+from pipeline.rows import Row
 
 OK = {"prompt_tokens": 1_234_000, "output_tokens": 567}
 
@@ -64,7 +65,7 @@ def capable_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def row(status: str = "ok") -> Row:
-    return new_row("d", "d.txt", status, **(OK if status == "ok" else {}))
+    return make_row("d", "d.txt", status, **(OK if status == "ok" else {}))
 
 
 def running(stream: TextIO, clock: Clock) -> Progress:

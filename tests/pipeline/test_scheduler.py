@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from result_rows import make_row
 
 from pipeline.errors import JobError
 from pipeline.pool import Event
-from pipeline.records import Row, new_row
+from pipeline.rows import Row
 from pipeline.scheduler import Limits, Scheduler, StopRequestedError
 from pipeline.source import Document, Locator
 
@@ -77,7 +78,7 @@ class Workers:
 
 
 def ok(workers: Workers, worker: int, item: Document, status: str = "ok") -> Event:
-    row = new_row(item.document_id, item.source, status)
+    row = make_row(item.document_id, item.source, status)
     return Event("result", worker, item.document_id, row=row)
 
 
@@ -99,8 +100,8 @@ def run(names: list[str], behave: Behave, *, workers: int = 2, **options: Any) -
 
 
 def by_id(rows: list[Row]) -> dict[str, Row]:
-    assert len({row["document_id"] for row in rows}) == len(rows), "one row a document"
-    return {row["document_id"]: row for row in rows}
+    assert len({row.document_id for row in rows}) == len(rows), "one row a document"
+    return {row.document_id: row for row in rows}
 
 
 NAMES = [f"d{i}" for i in range(40)]
@@ -120,7 +121,7 @@ def test_documents_go_out_in_order_and_come_back_once() -> None:
     rows, pool, _ = run(NAMES, ok)
     assert sorted(by_id(rows)) == sorted(NAMES)
     assert pool.order == NAMES
-    assert {row["attempts"] for row in rows} == {1}
+    assert {row.attempts for row in rows} == {1}
     assert pool.most_held <= 2 * (2 + 2), "bounded by the workers, not by the documents"
 
 
@@ -157,12 +158,12 @@ def test_the_guilty_document_is_found_and_the_innocent_finish(workers: int) -> N
 
     rows, pool, _ = run(NAMES, behave, workers=workers)
     found = by_id(rows)
-    assert [name for name, row in found.items() if row["status"] != "ok"] == ["d7"]
-    assert found["d7"]["status"] == "worker_died"
-    assert found["d7"]["attempts"] == 3
-    assert "killed" in found["d7"]["error"]
+    assert [name for name, row in found.items() if row.outcome.status != "ok"] == ["d7"]
+    assert found["d7"].outcome.status == "worker_died"
+    assert found["d7"].attempts == 3
+    assert "killed" in found["d7"].outcome.error
     assert len(found) == len(NAMES)
-    assert max(row["attempts"] for name, row in found.items() if name != "d7") == 2
+    assert max(row.attempts for name, row in found.items() if name != "d7") == 2
     assert pool.count == workers + 3
 
 
@@ -174,8 +175,8 @@ def test_broken_and_hung_engines_are_blamed_as_such(kind: Any, status: str, atte
         return ok(pool, worker, item)
 
     found = by_id(run(NAMES, behave)[0])
-    assert {name: row["status"] for name, row in found.items() if row["status"] != "ok"} == {"d3": status}
-    assert found["d3"]["attempts"] == attempts
+    assert {name: row.outcome.status for name, row in found.items() if row.outcome.status != "ok"} == {"d3": status}
+    assert found["d3"].attempts == attempts
 
 
 def test_random_deaths_lose_and_double_nothing() -> None:
@@ -192,7 +193,7 @@ def test_random_deaths_lose_and_double_nothing() -> None:
 
         found = by_id(run(NAMES, behave, workers=3)[0])
         assert sorted(found) == sorted(NAMES)
-        assert {name for name, row in found.items() if row["status"] == "worker_died"} >= guilty
+        assert {name for name, row in found.items() if row.outcome.status == "worker_died"} >= guilty
 
 
 @pytest.mark.parametrize("status", ["oom", "timeout"])
@@ -203,20 +204,20 @@ def test_a_document_that_fails_beside_others_gets_one_try_alone(status: str) -> 
         return ok(pool, worker, item, status if bad else "ok")
 
     found = by_id(run(NAMES, behave, workers=1)[0])
-    assert {name: row["status"] for name, row in found.items() if row["status"] != "ok"} == {"d9": status}
-    assert (found["d5"]["attempts"], found["d9"]["attempts"], found["d1"]["attempts"]) == (2, 2, 1)
+    assert {name: row.outcome.status for name, row in found.items() if row.outcome.status != "ok"} == {"d9": status}
+    assert (found["d5"].attempts, found["d9"].attempts, found["d1"].attempts) == (2, 2, 1)
 
 
 def test_out_of_memory_without_company_gets_one_careful_try() -> None:
     rows, pool, _ = run(["only"], lambda pool, worker, item: ok(pool, worker, item, "oom"), workers=1)
-    assert (rows[0]["status"], rows[0]["attempts"]) == ("oom", 2)
+    assert (rows[0].outcome.status, rows[0].attempts) == ("oom", 2)
     assert pool.careful == ["only"]
 
     def behave(pool: Workers, worker: int, item: Document) -> Event | None:
         return ok(pool, worker, item, "ok" if item.document_id in pool.careful else "oom")
 
     rows, pool, _ = run(["only"], behave, workers=1)
-    assert (rows[0]["status"], rows[0]["attempts"]) == ("ok", 2)
+    assert (rows[0].outcome.status, rows[0].attempts) == ("ok", 2)
 
 
 def test_silence_ends_a_worker() -> None:
@@ -225,7 +226,7 @@ def test_silence_ends_a_worker() -> None:
         return None if silent else ok(pool, worker, item)
 
     found = by_id(run(NAMES, behave, hang_after=5.0)[0])
-    assert {name: row["status"] for name, row in found.items() if row["status"] != "ok"} == {"d2": "timeout"}
+    assert {name: row.outcome.status for name, row in found.items() if row.outcome.status != "ok"} == {"d2": "timeout"}
 
 
 def test_workers_that_never_start_end_the_job_with_the_reason() -> None:

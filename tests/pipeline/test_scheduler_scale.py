@@ -11,7 +11,7 @@ from test_scheduler import NAMES, Behave, Workers, by_id, document, ok
 
 from pipeline.cluster_size import LOOK_EVERY, ClusterSize
 from pipeline.pool import Event
-from pipeline.records import Row
+from pipeline.rows import Row
 from pipeline.scheduler import Limits, Scheduler
 from pipeline.source import Document
 

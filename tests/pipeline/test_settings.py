@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from result_rows import make_row
 
 import pipeline.config
 from pipeline import Summarizer, manifest
@@ -23,7 +24,7 @@ from pipeline.location import open_filesystem, safe_name
 from pipeline.plan import make_engine_config
 from pipeline.progress import Progress
 from pipeline.prompts import make_task
-from pipeline.records import new_row, result_schema
+from pipeline.rows import Outcome, result_schema
 from pipeline.settings import EngineSettings, Sampling
 from pipeline.sink import Sink, compact, done_rows, part_names, read_results, recover
 from pipeline.source import DocumentReader, find_files, list_documents
@@ -193,10 +194,10 @@ def test_the_result_schema_is_documented() -> None:
     for field in result_schema():
         assert field.metadata
         assert len(field.metadata[b"meaning"]) > 2
-    with pytest.raises(KeyError):
-        new_row("a", "b", "fine")
-    with pytest.raises(KeyError):
-        new_row("a", "b", "ok", prompt_tokns=3)
+        assert field.metadata[b"origin"]
+        assert (b"null_when" in field.metadata) == field.nullable
+    with pytest.raises(ValueError, match="got 'fine'"):
+        Outcome(status="fine")
 
 
 class Terminal(io.StringIO):
@@ -208,10 +209,10 @@ def test_progress_tells_tokens_rate_failures_and_time_left() -> None:
     now = [0.0]
     stream = io.StringIO()
     progress = Progress(4, 1000, stream=stream, clock=lambda: now[0])
-    progress.add(new_row("bad", "x", "error"), 200)
+    progress.add(make_row("bad", "x", "error"), 200)
     progress.start_clock()
     now[0] = 10.0
-    progress.add(new_row("a", "x", "ok", prompt_tokens=90, output_tokens=10), 200)
+    progress.add(make_row("a", "x", "ok", prompt_tokens=90, output_tokens=10), 200)
     assert progress.line() == "2/4 documents · 100 tokens · 10 tokens/s · 1 failed · about 0:30 left"
     progress.tick()
     assert stream.getvalue() == "", "a log gets a line every half minute, not every row"
@@ -244,7 +245,7 @@ def test_an_object_store_holds_documents_and_results() -> None:
     store.create()
     sink = Sink(store, result_schema(), flush_documents=1, flush_seconds=1)
     for name in "abc":
-        sink.add(new_row(name, "x", "ok"))
+        sink.add(make_row(name, "x", "ok"))
     assert len(part_names(store)) == 3
     assert compact(store) == 1
     assert recover(store) == []

@@ -12,11 +12,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from result_rows import make_row
 
 from pipeline import sink as sinks
 from pipeline.errors import JobError
 from pipeline.plan import check_columns
-from pipeline.records import COLUMNS, new_row, result_schema, utc_now
+from pipeline.records import utc_now
+from pipeline.rows import COLUMNS, Row, result_schema
 from pipeline.sink import Sink, compact, done_rows, part_names, read_results, recover
 from pipeline.store import Store
 
@@ -28,8 +30,8 @@ class Clock:
         return self.now
 
 
-def row(name: str, **values: Any) -> dict[str, Any]:
-    return new_row(name, "somewhere", values.pop("status", "ok"), **values)
+def row(name: str, **values: Any) -> Row:
+    return make_row(name, "somewhere", values.pop("status", "ok"), **values)
 
 
 def make(folder: Path, flush_documents: int = 2, **options: Any) -> tuple[Store, Sink]:
@@ -73,9 +75,9 @@ def test_the_schema_is_the_documented_one(tmp_path: Path) -> None:
 def test_kept_values_are_written_as_they_are(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     sink = Sink(store, result_schema([pa.field("year", pa.int64())]), flush_documents=3, flush_seconds=10)
-    sink.add(row("a") | {"year": pa.array([1])})
+    sink.add(row("a", kept={"year": pa.array([1])}))
     sink.add(row("b"))
-    sink.add(row("c", output="lone \ud800 surrogate") | {"year": pa.array([3])})
+    sink.add(row("c", output="lone \ud800 surrogate", kept={"year": pa.array([3])}))
     table = {item["document_id"]: item for item in read_results(tmp_path).to_pylist()}
     assert [table[name]["year"] for name in "abc"] == [1, None, 3]
     assert table["c"]["output"] == "lone \\ud800 surrogate"
@@ -174,11 +176,11 @@ def test_kept_columns_of_other_types_go_into_one(tmp_path: Path) -> None:
     for number, year in enumerate((pa.array([0]), pa.array([1.5]))):
         schema = result_schema([pa.field("year", year.type)])
         check_columns(store, schema)
-        Sink(store, schema, flush_documents=1, flush_seconds=1).add(row(str(number)) | {"year": year})
+        Sink(store, schema, flush_documents=1, flush_seconds=1).add(row(str(number), kept={"year": year}))
     assert read_results(tmp_path)["year"].to_pylist() == [0.0, 1.5]
     schema = result_schema([pa.field("year", pa.string())])
     check_columns(store, schema)
-    Sink(store, schema, flush_documents=1, flush_seconds=1).add(row("2") | {"year": pa.array(["MM"])})
+    Sink(store, schema, flush_documents=1, flush_seconds=1).add(row("2", kept={"year": pa.array(["MM"])}))
     assert read_results(tmp_path)["year"].to_pylist() == ["0", "1.5", "MM"]
     assert compact(store) == 1
     assert read_results(tmp_path)["year"].to_pylist() == ["0", "1.5", "MM"]

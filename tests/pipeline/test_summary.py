@@ -6,11 +6,12 @@ import io
 from pathlib import Path
 
 import pytest
+from result_rows import make_row
 
 from jobs.report.__main__ import main as report_main
 from jobs.summarize import show
 from pipeline.progress import Progress
-from pipeline.records import new_row, result_schema
+from pipeline.rows import result_schema
 from pipeline.sink import Sink
 from pipeline.store import Store
 from pipeline.summary import JobReport, rows_for_table, summarize_results
@@ -23,7 +24,7 @@ def results(tmp_path: Path) -> Path:
     sink = Sink(store, result_schema(), flush_documents=10, flush_seconds=1)
     for number, reason in enumerate(["stop", "length", "length", None]):
         status = "ok" if reason else "error"
-        sink.add(new_row(f"d{number}", "x", status, output="out", finish_reason=reason, prompt_tokens=5))
+        sink.add(make_row(f"d{number}", "x", status, output="out", finish_reason=reason, prompt_tokens=5))
     sink.flush()
     return tmp_path
 
@@ -45,7 +46,7 @@ def test_the_summary_of_a_job_counts_them(results: Path, capsys: pytest.CaptureF
 
 def test_without_any_nothing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = Store(str(tmp_path))
-    Sink(store, result_schema(), flush_documents=1, flush_seconds=1).add(new_row("a", "x", "ok", finish_reason="stop"))
+    Sink(store, result_schema(), flush_documents=1, flush_seconds=1).add(make_row("a", "x", "ok", finish_reason="stop"))
     show(summarize_results(store, 1))
     assert "cut off" not in capsys.readouterr().out
 
@@ -56,7 +57,7 @@ def test_reports_and_progress_count_them(results: Path, capsys: pytest.CaptureFi
         out = capsys.readouterr().out
         assert ("outputs cut off" in out) if kind == "table" else ('"cut_off": 2' in out)
     progress = Progress(3, 3, stream=io.StringIO())
-    progress.add(new_row("a", "x", "ok", finish_reason="length"), 1)
-    progress.add(new_row("b", "x", "ok", finish_reason="stop"), 1)
-    progress.add(new_row("c", "x", "error"), 1)
+    progress.add(make_row("a", "x", "ok", finish_reason="length"), 1)
+    progress.add(make_row("b", "x", "ok", finish_reason="stop"), 1)
+    progress.add(make_row("c", "x", "error"), 1)
     assert "1 failed · 1 cut off" in progress.line()

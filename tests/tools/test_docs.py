@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-from dataclasses import fields
+from dataclasses import fields, make_dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,12 +14,11 @@ from jobs.cli import add_job_flags
 from pipeline import manifest
 from pipeline.config import GROUPS, JobConfig
 from pipeline.engine.config import Completion
-from pipeline.meter import Meter
-from pipeline.records import COLUMNS, NAMES, STATUSES
+from pipeline.records import column, columns_of
+from pipeline.rows import COLUMNS, NAMES, NOT_STARTED, STATUSES, EngineFields, Outcome, Row
 from pipeline.store import Store
 from stem_core.config import StemConfig
 from tools.docs.__main__ import FOLDER, main, pages
-from tools.docs.results import NULL_WHEN, null_when
 
 
 def lines_with(text: str, start: str) -> list[str]:
@@ -88,56 +86,63 @@ def test_every_column_and_status_has_one_line() -> None:
     statuses, columns = (page.split(f"\n## {title}\n")[1].split("\n## ")[0] for title in ("Statuses", "Columns"))
     assert [line.split("`")[1] for line in lines_with(statuses, "| `")] == list(STATUSES)
     assert [line.split("`")[1] for line in lines_with(columns, "| `")] == list(NAMES)
-    assert [null_when(column.name) == "never" for column in COLUMNS] == [not column.nullable for column in COLUMNS]
+    for line, declared in zip(lines_with(columns, "| `"), COLUMNS, strict=True):
+        cells = [cell.strip() for cell in line.split(" | ")]
+        assert (cells[4] == "never") == (not declared.nullable)
+        assert cells[5].removesuffix(" |"), "somebody measures it"
 
 
-def test_a_column_without_a_word_on_null_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    less = {reason: names for reason, names in NULL_WHEN.items() if "kernel" not in names}
-    monkeypatch.setattr("tools.docs.results.NULL_WHEN", less)
-    with pytest.raises(ValueError, match="kernel"):
-        null_when("kernel")
+def test_a_column_that_does_not_say_when_it_is_null_is_refused() -> None:
+    for kind, null in ((int | None, ""), (int, "now and then")):
+        row_type = make_dataclass("Made", [("found", kind, column("a number", null=null))])
+        with pytest.raises(TypeError, match=r"Made\.found"):
+            list(columns_of(row_type))
 
 
 @pytest.mark.parametrize(
     ("completion", "absent"),
     [
-        (None, {"the engine gave nothing back", "the engine did not start on the prompt", "no token was generated"}),
+        (None, {"the engine gave nothing back", NOT_STARTED, "no token was generated"}),
+        (Completion("a", "too_long", prompt_tokens=9), {NOT_STARTED, "no token was generated"}),
         (
-            Completion("a", "too_long", prompt_tokens=9),
-            {"the engine did not start on the prompt", "no token was generated"},
+            Completion(
+                "a", "oom", prompt_tokens=9, attention="stem", attention_reason="", density=0.5,
+                density_by_layer=(0.5,), kernel="k",
+            ),
+            {"no token was generated"},
         ),
-        (Completion("a", "oom", prompt_tokens=9, attention="stem", kernel="triton"), {"no token was generated"}),
-        (Completion("a", "ok", prompt_tokens=9, output_tokens=2, attention="stem", kernel="triton"), set()),
+        (
+            Completion(
+                "a", "ok", prompt_tokens=9, attention="stem", attention_reason="", density=0.5,
+                density_by_layer=(0.5,), kernel="k", output_tokens=2, time_to_first_token=0.1,
+            ),
+            set(),
+        ),
     ],
-)
+)  # fmt: skip
 def test_columns_are_null_when_the_page_says_so(completion: Completion | None, absent: set[str]) -> None:
     """A worker's row, as far as a document came."""
-    meter = Meter(input_hash="0" * 16, completions=[completion] if completion else [])
-    row: dict[str, Any] = meter.columns()
-    measured = [
-        name
-        for reason in (
-            "the engine gave nothing back",
-            "the engine did not start on the prompt",
-            "no token was generated",
-        )
-        for name in NULL_WHEN[reason]
-    ]
-    assert {name for name in measured if row.get(name) is None} == {
-        name for reason in absent for name in NULL_WHEN[reason]
-    }
+    measured = EngineFields.of_parts([completion]) if completion else None
+    row = Row(document_id="a", source="x", outcome=Outcome(status="error"), from_engine=measured)
+    told = {"the engine gave nothing back", NOT_STARTED, "no token was generated"}
+    for each in COLUMNS:
+        if each.null in told:
+            assert (each.of(row) is None) == (each.null in absent), each.name
 
 
 def test_the_density_of_layers_is_the_mean_over_parts_by_tokens_and_null_without_stem() -> None:
     sparse = Completion(
         "a", "ok", prompt_tokens=300, attention="stem", density=0.65, density_by_layer=(1.0, 0.3), kernel="k"
     )
-    dense = Completion("b", "ok", prompt_tokens=100, attention="dense", density_by_layer=(1.0, 1.0), kernel="k")
+    dense = Completion(
+        "b", "ok", prompt_tokens=100, attention="dense", density=1.0, density_by_layer=(1.0, 1.0), kernel="k"
+    )
     refused = Completion("c", "too_long", prompt_tokens=500)
-    columns = Meter(completions=[sparse, dense, refused]).columns()
-    assert columns["density_by_layer"] == pytest.approx([1.0, (0.3 * 300 + 100) / 400])
-    assert columns["density"] == pytest.approx(sum(columns["density_by_layer"]) / 2)
-    assert Meter(completions=[dense]).columns()["density_by_layer"] is None
+    found = EngineFields.of_parts([sparse, dense, refused])
+    assert found.density_by_layer == pytest.approx([1.0, (0.3 * 300 + 100) / 400])
+    assert found.density == pytest.approx((1.0 + (0.3 * 300 + 100) / 400) / 2)
+    assert (found.prompt_tokens, found.attention) == (900, "stem")
+    assert EngineFields.of_parts([dense]).density_by_layer is None
 
 
 def test_the_manifest_has_the_keys_of_the_page(tmp_path: Path) -> None:

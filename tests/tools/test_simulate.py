@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from result_rows import make_row
 
 from pipeline import read_results
 from pipeline.errors import JobError
-from pipeline.records import new_row, result_schema
+from pipeline.rows import result_schema, to_table
 from tools.simulate.__main__ import main
 from tools.simulate.cost import H100, EngineCost, fit, lengths
 from tools.simulate.engine import SimulatedEngine, job_seconds
@@ -107,14 +107,14 @@ def test_times_from_rows(tmp_path: Path) -> None:
         noise = chance.normal(1, 0.01, 2)
         values |= {"prefill_seconds": H100.prefill(tokens) * noise[0]}
         values |= {"decode_seconds": 100 * (H100.step + 4 * H100.step_token * tokens) * noise[1]}
-        rows.append(new_row(f"d{number}", "x", "ok", **values))
-    rows.append(new_row("bad", "x", "error"))
-    pq.write_table(pa.Table.from_pylist(rows, schema=result_schema()), tmp_path / "part-000000-a.parquet")
+        rows.append(make_row(f"d{number}", "x", "ok", **values))
+    rows.append(make_row("bad", "x", "error"))
+    pq.write_table(to_table(rows, result_schema()), tmp_path / "part-000000-a.parquet")
     found = fit(str(tmp_path), max_live=4)
     assert found.max_live == 4
     for name in ("linear", "quadratic", "step", "step_token"):
         assert getattr(found, name) == pytest.approx(getattr(H100, name), rel=0.05), name
-    pq.write_table(pa.Table.from_pylist(rows[-3:], schema=result_schema()), tmp_path / "part-000000-a.parquet")
+    pq.write_table(to_table(rows[-3:], result_schema()), tmp_path / "part-000000-a.parquet")
     with pytest.raises(JobError, match="2 rows are ok and of one part"):
         fit(str(tmp_path), max_live=4)
 

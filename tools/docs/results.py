@@ -6,38 +6,20 @@ import pyarrow as pa
 
 from pipeline import lock, manifest, sink, store
 from pipeline.config import JobConfig
-from pipeline.records import COLUMNS, NAMES, STATUSES, Column
+from pipeline.records import Column
+from pipeline.rows import COLUMNS, STATUSES
 from tools.docs.markdown import table
 
-# How far a document came decides which columns have a value. Each column that may be null stands here once.
-NULL_WHEN: dict[str, tuple[str, ...]] = {
-    "the status is not ok": ("output", "finish_reason"),
-    "no worker made the row": (
-        "queue_seconds", "load_seconds", "tokenize_seconds", "truncated_tokens", "parts", "precision", "total_seconds",
-        "worker", "gpu", "model", "config_hash", "started_at",
-    ),
-    "no worker made the row, or the text could not be read": ("input_hash",),
-    "the engine gave nothing back": (
-        "prompt_tokens", "output_tokens", "prefill_seconds", "decode_seconds", "peak_gpu_bytes",
-    ),
-    "the engine did not start on the prompt": ("attention", "attention_reason", "density", "kernel"),
-    "`attention` is not stem": ("density_by_layer",),
-    "nothing was measured: without `--max-output-error`, or dense from the start": ("output_error",),
-    "no token was generated": ("time_to_first_token",),
-    "the kept values are as they were": ("kept_error",),
-    "only in a row that did not fit the columns": ("input_stamp", "finished_at"),
-}  # fmt: skip
 TYPES = {
     "string": "text", "double": "float64", "float": "float32", "timestamp[us, tz=UTC]": "timestamp (µs, UTC)",
     str(pa.list_(pa.float32())): "list of float32",
 }  # fmt: skip
-UNITS = {"_seconds": "seconds", "_tokens": "tokens", "_bytes": "bytes", "time_to_first_token": "seconds"}
 
 
 def results_page() -> str:
     """The text of docs/results.md."""
     statuses = table(("status", "meaning"), [(f"`{name}`", meaning) for name, meaning in STATUSES.items()])
-    columns = table(("column", "type", "unit", "meaning", "null when"), map(_column, COLUMNS))
+    columns = table(("column", "type", "unit", "meaning", "null when", "from"), map(_column, COLUMNS))
     files = table(("file", "what it is"), _files())
     return "\n".join(
         [
@@ -47,18 +29,9 @@ def results_page() -> str:
     )  # fmt: skip
 
 
-def null_when(name: str) -> str:
-    """When a column is null. Raises ValueError unless NULL_WHEN names each column that may be null, once."""
-    named = [column for group in NULL_WHEN.values() for column in group]
-    if sorted(named) != sorted(column.name for column in COLUMNS if column.nullable):
-        raise ValueError(f"NULL_WHEN does not name each column once that may be null: {set(named) ^ set(NAMES)}")
-    return next((reason for reason, columns in NULL_WHEN.items() if name in columns), "never")
-
-
 def _column(column: Column) -> tuple[str, ...]:
-    kind = str(column.type)
-    unit = next((unit for end, unit in UNITS.items() if column.name.endswith(end)), "")
-    return f"`{column.name}`", TYPES.get(kind, kind), unit, column.meaning, null_when(column.name)
+    kind = TYPES.get(str(column.type), str(column.type))
+    return f"`{column.name}`", kind, column.unit, column.meaning, column.null or "never", column.origin
 
 
 def _files() -> list[tuple[str, str]]:
@@ -98,7 +71,8 @@ _COLUMNS = """
 The columns of `--keep-columns` follow, with the types of the input; they are null where the document could not be
 read or has no such value. Where files have different types for a column, it has one that holds the values of all:
 a wider number, or text (JSON of nested values). A value that does not go into it all the same is null, and
-`kept_error` says so; the output stays. Meanings are also in the files, in each column's metadata.
+`kept_error` says so; the output stays. Meaning, unit and origin of a column, and when it is null, are also in the
+files, in its metadata.
 
 When a document fails early, columns of later stages have no value. "No worker made the row": the listing of the
 input already found the document unreadable, or the row stands for a document that was lost with its worker.

@@ -96,7 +96,7 @@ class Share:
 
 def main(options: argparse.Namespace) -> int:
     """Run all variations and print the shares; 0."""
-    from pipeline.engine.runner import load_runner
+    from pipeline.engine.model.loading import load_runner
 
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
@@ -129,7 +129,7 @@ def main(options: argparse.Namespace) -> int:
 
 def make_prompts(model: str, documents: int, longest: int, texts: bool) -> dict[str, np.ndarray]:
     """Token ids by document, of SHORTEST to `longest` tokens. Raises JobError for a model that cannot be read."""
-    from pipeline.engine.loading import load_config
+    from pipeline.engine.model.loading import load_config
 
     if documents < 1 or longest < SHORTEST:
         raise JobError(f"--documents and --longest: at least 1 and {SHORTEST}, got {documents} and {longest}")

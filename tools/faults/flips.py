@@ -15,7 +15,7 @@ from pipeline.errors import JobError
 from pipeline.imports import ROOT
 from pipeline.lock import FILE
 from pipeline.plan import Survey, make_plan, survey_input
-from pipeline.records import new_row, result_schema
+from pipeline.rows import Outcome, Row, result_schema
 from pipeline.sink import Sink, part_names, recover
 from pipeline.store import Store
 from tools.faults.runs import refuse_used
@@ -67,9 +67,14 @@ def finished_job(folder: Path) -> tuple[Survey, pa.Table]:
         sink = Sink(store, result_schema(survey.catalogue.kept), flush_documents=DOCUMENTS // 2, flush_seconds=60)
         for position, text in enumerate(texts):
             document = survey.catalogue.document(position)
-            row = new_row(document.document_id, document.source, "ok", output=f"Of {text['text']}", attempts=1)
+            outcome = Outcome(status="ok", output=f"Of {text['text']}")
             year = pa.array([text["year"]], survey.catalogue.kept[0].type)
-            sink.add(row | {"input_stamp": document.stamp, "year": year})
+            sink.add(
+                Row(
+                    document_id=document.document_id, source=document.source, outcome=outcome, attempts=1,
+                    input_stamp=document.stamp, kept={"year": year},
+                )
+            )  # fmt: skip
         manifest.save(store, config, survey.prints, state="finished", documents=DOCUMENTS)
     return survey, read_results(config.output)
 

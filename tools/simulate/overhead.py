@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.metrics import JobMetrics
 from pipeline.ray_pool import RayPool, Share, connected
-from pipeline.records import Row, result_schema
+from pipeline.rows import Row, result_schema
 from pipeline.scheduler import Limits, Scheduler
 from pipeline.sink import Sink
 from pipeline.source import Document

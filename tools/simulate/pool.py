@@ -7,8 +7,11 @@ import random
 import time
 from typing import Any
 
+import pyarrow as pa
+
 from pipeline.pool import Event, WorkerId
-from pipeline.records import Row, new_row
+from pipeline.records import columns_of, utc_now
+from pipeline.rows import EngineFields, Outcome, Row, WorkerFields
 from pipeline.source import Document
 from tools.simulate.cost import EngineCost
 from tools.simulate.engine import SimulatedEngine
@@ -17,6 +20,12 @@ BYTES_PER_TOKEN = 4
 # Somewhere in it begins every output, so that Parquet finds no two alike.
 TEXT = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz      ", k=1 << 16))
 CHARACTERS_PER_TOKEN = 4
+# What a worker says of itself and of its settings.
+NAMES: dict[str, Any] = {
+    each.name: "simulated"
+    for each in columns_of(WorkerFields)
+    if each.type == pa.string() and not each.nullable and each.name != "worker"
+}
 
 
 class SimulatedPool:
@@ -41,7 +50,7 @@ class SimulatedPool:
         self._agenda: list[tuple[float, WorkerId]] = []  # when something ends in a worker
         self._starting: set[WorkerId] = set()
         self._next_failure = self._draw_failure()
-        self._row: Row = new_row("", "", "ok", **_typical(cost))
+        self._begun = utc_now()
         self._count = 0
         self._gone = 0.0  # busy seconds of workers that died
         self.cpu = 0.0
@@ -137,26 +146,19 @@ class SimulatedPool:
         tokens = document.size_bytes // BYTES_PER_TOKEN
         prefill = self._cost.prefill(tokens)
         at = self._chance.randrange(len(TEXT) // 2)
-        return self._row | {
-            "document_id": document.document_id,
-            "source": document.source,
-            "input_stamp": document.stamp,
-            "worker": f"simulated/{worker}",
-            "output": TEXT[at : at + CHARACTERS_PER_TOKEN * self._new_tokens],
-            "prompt_tokens": tokens,
-            "output_tokens": self._new_tokens,
-            "prefill_seconds": prefill,
-            "time_to_first_token": prefill,
-            "decode_seconds": self._cost.alone(tokens, self._new_tokens) - prefill,
-            "total_seconds": now - since,
-        }
-
-
-def _typical(cost: EngineCost) -> dict[str, Any]:
-    """Columns that are the same, or as good as the same, in all rows."""
-    return {
-        "finish_reason": "length", "truncated_tokens": 0, "parts": 1, "precision": "fp8", "attention": "stem",
-        "attention_reason": "", "density": 0.297, "kernel": "simulated", "queue_seconds": 0.0, "load_seconds": 0.0,
-        "tokenize_seconds": 0.0, "peak_gpu_bytes": 0, "gpu": "simulated", "model": f"simulated {cost.max_live}",
-        "config_hash": "0" * 12, "input_hash": "0" * 16,
-    }  # fmt: skip
+        return Row(
+            document_id=document.document_id, source=document.source,
+            outcome=Outcome(
+                status="ok", output=TEXT[at : at + CHARACTERS_PER_TOKEN * self._new_tokens], finish_reason="length"
+            ),
+            from_engine=EngineFields(
+                prompt_tokens=tokens, output_tokens=self._new_tokens, attention="stem", attention_reason="",
+                density=0.297, kernel="simulated", prefill_seconds=prefill,
+                decode_seconds=self._cost.alone(tokens, self._new_tokens) - prefill, time_to_first_token=prefill,
+            ),
+            from_worker=WorkerFields(
+                **NAMES, total_seconds=now - since, worker=f"simulated/{worker}", input_hash="0" * 16,
+                started_at=self._begun,
+            ),
+            input_stamp=document.stamp,
+        )  # fmt: skip

@@ -14,7 +14,7 @@ import pyarrow as pa
 from pipeline.errors import JobError
 from pipeline.metrics import JobMetrics
 from pipeline.progress import Progress
-from pipeline.records import Row, result_schema
+from pipeline.rows import Row, result_schema
 from pipeline.scheduler import Limits, Scheduler
 from pipeline.sink import Sink, compact, part_names, read_results
 from pipeline.source import FORMATS, Catalogue, Document, SourceFile
@@ -119,9 +119,9 @@ def simulate(plan: Plan) -> Outcome:
 
     def done(row: Row, document: Document) -> None:
         nonlocal attempts
-        finished[int(row["document_id"][4:])] += 1
-        statuses[row["status"]] += 1
-        attempts += row["attempts"]
+        finished[int(row.document_id[4:])] += 1
+        statuses[row.outcome.status] += 1
+        attempts += row.attempts
         progress.add(row, document.size_bytes)
         writer.add(row)
 

@@ -22,7 +22,7 @@ import torch
 
 from jobs.shapes import ALIASES, SHAPES, shape_folder
 from pipeline.engine import Engine, EngineConfig
-from pipeline.engine.loading import load_config, load_precision
+from pipeline.engine.model.loading import load_config, load_precision
 from pipeline.errors import JobError
 from pipeline.settings import PRECISIONS
 from stem_core.config import PRESETS, StemConfig

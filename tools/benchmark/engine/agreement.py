@@ -16,8 +16,8 @@ import torch
 
 from jobs.measurement import TIE
 from pipeline.engine import Engine, EngineConfig, Request
-from pipeline.engine.loading import load_model
-from pipeline.engine.memory import release_memory
+from pipeline.engine.devices import release_memory
+from pipeline.engine.model.loading import load_model
 from tools.demo_documents.reports import synthetic_report
 
 MODEL = Path(__file__).parents[3] / "models" / "tiny-reader"

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from pipeline.engine.config import EngineConfig
-from pipeline.engine.loading import load_model
-from pipeline.engine.memory import release_memory
+from pipeline.engine.devices import release_memory
+from pipeline.engine.model.loading import load_model
 
 WARM_TOKENS = 2048
 

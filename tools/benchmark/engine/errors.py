@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from pipeline.engine import EngineConfig
-from pipeline.engine.arena import Extent
-from pipeline.engine.loading import load_model
-from pipeline.engine.memory import release_memory
-from pipeline.engine.prefill import Prefill, attention_plan
-from pipeline.engine.runner import ModelRunner
+from pipeline.engine.devices import release_memory
+from pipeline.engine.kv.arena import Extent
+from pipeline.engine.model.loading import load_model
+from pipeline.engine.model.runner import ModelRunner
+from pipeline.engine.run.prefill import Prefill, attention_plan
 from stem_core import StemConfig
 from stem_core.config import BLOCK_SIZES
 from tools.benchmark.engine.agreement import MODEL

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pipeline.engine import Completion, Engine, Request
-from pipeline.engine.timing import decode_step_ms
+from pipeline.engine.probes.timing import decode_step_ms
 from pipeline.errors import JobError
 
 UTILISATION_PERIOD = 0.2
@@ -62,10 +62,10 @@ def latency(engine: Engine, lengths: Sequence[int], new_tokens: int, vocabulary:
         points.append(
             {
                 "prompt_tokens": length,
-                "first_token_seconds": done.time_to_first_token,
+                "first_token_seconds": done.queue_seconds + done.prefill_seconds,
                 "decode_step_ms": 1000 * done.decode_seconds / (done.output_tokens - 1),
                 "measured_steps": done.output_tokens - 1,
-                "peak_bytes": done.peak_bytes,
+                "peak_bytes": done.peak_gpu_bytes,
                 "attention": done.attention,
                 "density": done.density,
                 "kernel": done.kernel,
@@ -102,8 +102,8 @@ def job(engine: Engine, lengths: Sequence[int], new_tokens: int, vocabulary: int
         "prefill_seconds": sum(completion.prefill_seconds for completion in done),
         "mean_decode_step_ms": 1000 * statistics.mean(c.decode_seconds / max(1, c.output_tokens - 1) for c in done),
         "largest_queue_seconds": max(completion.queue_seconds for completion in done),
-        "peak_bytes": max(completion.peak_bytes for completion in done),
-        "density": statistics.mean(completion.density for completion in done),
+        "peak_bytes": max(completion.peak_gpu_bytes for completion in done),
+        "density": statistics.mean(c.density for c in done if c.density is not None),
         "gpu_utilisation": utilisation.mean(),
     }
 

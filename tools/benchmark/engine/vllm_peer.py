@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.engine import EngineConfig
-from pipeline.engine.memory import release_memory
+from pipeline.engine.devices import release_memory
 from tools.benchmark.engine.phases import random_prompts
 from tools.benchmark.engine.run import Run
 from tools.benchmark.engine.vllm_child import MARK

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from pipeline.engine.arena import LayerShape
+from pipeline.engine.kv.arena import LayerShape
 from stem_core.patch import UnsupportedModelError
 
 # The kernels hold whole heads in a multiprocessor's shared memory.

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from pipeline.engine.config import EngineConfig
-from pipeline.engine.precision import Precision
-from pipeline.engine.stages import Placement
+from pipeline.engine.model.placement import Placement
+from pipeline.engine.model.precision import Precision
 from stem_core.fp8 import quantize_linears
 
 
@@ -24,22 +24,21 @@ def dummy_model(
     config: EngineConfig,
     hf_config: Any,
     precision: Precision,
-    placement: Placement | None = None,
+    placement: Placement,
 ) -> nn.Module:
     """The architecture with its own random initialisation, buffers (rotary frequencies) included.
 
     placement: where linears and layers go; what else there is goes to the first of its devices.
     Raises ValueError for a model that builds parts of itself on the device "meta".
     """
-    device = config.torch_device() if placement is None else placement.devices[0]
-    model = _build(config, hf_config, precision, device, placement, lean=True)
+    model = _build(config, hf_config, precision, placement, lean=True)
     if _without_values(model, apart_from=nn.Linear):
         # Something was made from a linear's weight, which had no values: now they are there from the beginning.
-        model = _build(config, hf_config, precision, device, placement, lean=False)
+        model = _build(config, hf_config, precision, placement, lean=False)
 
     def fill(name: str, linear: nn.Linear) -> None:
         if linear.weight.is_meta:
-            linear.to_empty(device=device if placement is None else placement.device_of(name))
+            linear.to_empty(device=placement.device_of(name))
             torch.manual_seed(config.seed + zlib.crc32(name.encode()))
             model._init_weights(linear)
 
@@ -58,8 +57,7 @@ def _build(
     config: EngineConfig,
     hf_config: Any,
     precision: Precision,
-    device: torch.device,
-    placement: Placement | None,
+    placement: Placement,
     lean: bool,
 ) -> Any:
     """The model as its class makes it; lean: its linears without memory."""
@@ -67,11 +65,10 @@ def _build(
 
     torch.manual_seed(config.seed)
     with ExitStack() as stack:
-        stack.enter_context(device)
+        stack.enter_context(placement.devices[0])
         if lean:
             stack.enter_context(linears_on_meta())
-        if placement is not None:
-            stack.enter_context(layers_on_devices(placement))
+        stack.enter_context(layers_on_devices(placement))
         return AutoModelForCausalLM.from_config(
             hf_config, dtype=precision.dtype, trust_remote_code=config.trust_remote_code
         )
@@ -84,6 +81,9 @@ def layers_on_devices(placement: Placement) -> Iterator[None]:
     A layer may hold more than linears (stacked experts do), and the first device has no room for that of all layers.
     """
     layer_type = placement.layer_type
+    if layer_type is None:  # all of the model is on one
+        yield
+        return
     init, devices = layer_type.__init__, iter(placement.layer_devices)
 
     def on_its_device(self: nn.Module, *args: Any, **kwargs: Any) -> None:

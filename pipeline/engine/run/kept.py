@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from pipeline.engine.runner import ModelRunner
+from pipeline.engine.model.runner import ModelRunner
 from stem_core.output_error import ErrorProbe, sampled_blocks
 
 

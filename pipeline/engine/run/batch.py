@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.engine.arena import Extent
-from pipeline.engine.sampling import greedy, sample, uniforms
+from pipeline.engine.kv.arena import Extent
+from pipeline.engine.run.sampling import greedy, sample, uniforms
 
 TOKEN, START, LENGTH, EMITTED, LIMIT, SEED, TOP_K = range(7)
 FIELDS = 7

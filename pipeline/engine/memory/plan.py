@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from pipeline.engine.arena import ALIGNMENT, aligned
 from pipeline.engine.config import EngineConfig, EngineError
-from pipeline.engine.loading import context_limit, load_config
-from pipeline.engine.precision import DTYPES, Precision, check_fp8_attention, resolve_precision
-from pipeline.engine.skeleton import chunk_bytes, host_memory, layer_shape, rooms, skeleton
-from pipeline.engine.stages import place, tensor_bytes
+from pipeline.engine.devices import GIB, device_memory, weight_bytes
+from pipeline.engine.kv.arena import ALIGNMENT, aligned
+from pipeline.engine.model.loading import context_limit, load_config
+from pipeline.engine.model.placement import place
+from pipeline.engine.model.precision import DTYPES, Precision, check_fp8_attention, resolve_precision
+from pipeline.engine.model.skeleton import chunk_bytes, layer_shape, skeleton
 
-GIB = 2**30
 # On a CPU the arena shares memory with everything else on the machine.
 HOST_SHARE = 0.4
 # A measured peak is stretched by this, since other lengths split memory differently.
@@ -147,98 +147,27 @@ def fit_arena(config: EngineConfig, free_bytes: int, bytes_per_token: int, conte
     return tokens
 
 
-def estimate_plan(config: EngineConfig, total_bytes: int | None = None) -> MemoryPlan:
-    """The plan from the model's config alone: nothing is loaded and no GPU is needed if `total_bytes` is given.
-
-    Activations are counted roughly (the engine measures them). Raises EngineError.
-    """
-    hf_config = load_config(config)
-    if config.gpus > 1:
-        return _estimate_split(config, hf_config, total_bytes)
-    device = config.torch_device()
-    precision = resolve_precision(config.precision, device, hf_config)
-    free = total_bytes
-    if free is None or total_bytes is None:
-        free, total_bytes = torch.cuda.mem_get_info(device) if device.type == "cuda" else host_memory()
-    weights = _weight_bytes(hf_config, config, precision)
-    per_token = _bytes_per_token(config, hf_config, precision)
-    reserve = chunk_bytes(config, hf_config, precision)
-    if device.type == "cpu":
-        reserve = max(reserve, int((free - weights) * (1 - HOST_SHARE)))
-    context = config.max_context or context_limit(hf_config)
-    tokens = fit_arena(config, free - weights - reserve, per_token, context)
-    return MemoryPlan(
-        device=str(device),
-        total_bytes=total_bytes,
-        weight_bytes=weights,
-        reserve_bytes=reserve,
-        bytes_per_token=per_token,
-        arena_tokens=tokens,
-        max_context=min(tokens, context),
-        max_live=config.max_live,
-        estimated=True,
-        precision=precision.name,
-    )
-
-
-def _estimate_split(config: EngineConfig, hf_config: Any, total_bytes: int | None) -> MemoryPlan:
-    """The estimate for a model spread over GPUs. total_bytes: of each; None asks them.
-
-    Where they are not (a driver's node may have none), the plan has the weights of each and no arena.
-    """
-    here = torch.cuda.device_count() >= config.gpus and total_bytes is None
-    if here or config.device == "cpu":
-        devices = config.torch_devices()
-        precision = resolve_precision(config.precision, devices[0], hf_config)
-    else:
-        devices = tuple(torch.device("cuda", i) for i in range(config.gpus))
-        precision = _precision_unseen(config.precision, hf_config)
-    model = skeleton(config, hf_config, precision)
-    per_token = _bytes_per_token(config, hf_config, precision)
-    reserve = chunk_bytes(config, hf_config, precision)
-    if here or total_bytes is not None:
-        there = rooms(devices, reserve, total_bytes)
-    else:
-        there = [2 * tensor_bytes(model) // config.gpus] * config.gpus  # as much again as the weights, to divide by
-    placement = place(model, devices, there)
-    parts = [
-        DevicePlan(
-            device=str(device),
-            layers=layers,
-            total_bytes=torch.cuda.mem_get_info(device)[1] if here else total_bytes or 0,
-            weight_bytes=weights,
-            reserve_bytes=reserve,
-            bytes_per_token=per_token * count // sum(placement.counts),
-        )
-        for device, layers, weights, count in zip(
-            devices, placement.spans(), placement.weight_bytes, placement.counts, strict=True
-        )
-    ]
-    context = config.max_context or context_limit(hf_config)
-    if not parts[0].total_bytes:
-        return replace(_sum(config, precision, parts, 0, context), estimated=True)
-    free = [room - part.weight_bytes for room, part in zip(there, parts, strict=True)]
-    return replace(combine(config, precision, parts, free, context), estimated=True)
-
-
-def combine(
-    config: EngineConfig, precision: Precision, parts: Sequence[DevicePlan], free: Sequence[int], context: int
+def build_plan(
+    config: EngineConfig,
+    precision: Precision,
+    parts: Sequence[DevicePlan],
+    free: Sequence[int],
+    context: int,
+    estimated: bool = False,
 ) -> MemoryPlan:
-    """The plan of several devices: the arena has the tokens that the fullest of them holds.
+    """The plan of one device or several: the arena has the tokens that the fullest of them holds.
 
-    free: bytes for KV on each. Raises EngineError as fit_arena does.
+    parts: of each device, with a total of 0 where there is none to ask: then there is no arena. free: bytes for KV on
+    each. context: most tokens of a document. Raises EngineError as fit_arena does.
     """
-    tokens = min(
-        fit_arena(config, room, part.bytes_per_token, context, part.device)
-        for room, part in zip(free, parts, strict=True)
-        if part.bytes_per_token
-    )
-    return _sum(config, precision, parts, tokens, min(tokens, context))
-
-
-def _sum(
-    config: EngineConfig, precision: Precision, parts: Sequence[DevicePlan], tokens: int, context: int
-) -> MemoryPlan:
+    several = len(parts) > 1
+    tokens = 0
+    if parts[0].total_bytes:
+        tokens = min(
+            fit_arena(config, room, part.bytes_per_token, context, part.device if several else "")
+            for room, part in zip(free, parts, strict=True)
+            if part.bytes_per_token
+        )
     return MemoryPlan(
         device=", ".join(part.device for part in parts),
         total_bytes=sum(part.total_bytes for part in parts),
@@ -246,19 +175,62 @@ def _sum(
         reserve_bytes=sum(part.reserve_bytes for part in parts),
         bytes_per_token=sum(part.bytes_per_token for part in parts),
         arena_tokens=tokens,
-        max_context=context,
+        max_context=min(tokens, context) if tokens else context,
         max_live=config.max_live,
+        estimated=estimated,
         precision=precision.name,
-        devices=tuple(parts),
+        devices=tuple(parts) if several else (),
     )
 
 
-def _bytes_per_token(config: EngineConfig, hf_config: Any, precision: Precision) -> int:
-    """KV of all layers. Raises EngineError for heads or blocks that the fp8 kernels cannot take."""
+def estimate_plan(config: EngineConfig, total_bytes: int | None = None) -> MemoryPlan:
+    """The plan from the model's config alone: nothing is loaded and no GPU is needed if `total_bytes` is given.
+
+    total_bytes: memory of each device; None asks them. Where there are fewer than config.gpus (a driver's node may have
+    none), the plan has the weights of each and no arena. Activations are counted roughly (the engine measures them).
+    Raises EngineError.
+    """
+    hf_config = load_config(config)
+    here = config.gpus == 1 or config.device == "cpu"
+    here = here or (total_bytes is None and torch.cuda.device_count() >= config.gpus)
+    if here:
+        devices = config.torch_devices()
+        precision = resolve_precision(config.precision, devices[0], hf_config)
+    else:
+        devices = tuple(torch.device("cuda", i) for i in range(config.gpus))
+        precision = _precision_unseen(config.precision, hf_config)
+    model = skeleton(config, hf_config, precision)
+    layers = hf_config.get_text_config().num_hidden_layers
+    per_token = layers * _layer_bytes(config, hf_config, precision)
+    reserve = chunk_bytes(config, hf_config, precision)
+    if total_bytes is not None:
+        memory = [(total_bytes, total_bytes)] * len(devices)
+    else:
+        memory = [device_memory(device) if here else (0, 0) for device in devices]
+    there = [free - reserve for free, _ in memory]
+    if not memory[0][1]:  # as much again as the weights, to divide by
+        there = [2 * weight_bytes(model) // len(devices)] * len(devices)
+    placement = place(model, devices, there)
+    counts = placement.counts or (layers,)
+    parts, left, first = [], [], 0
+    for device, (free, total), weights, count in zip(
+        devices, memory, placement.weight_bytes(model), counts, strict=True
+    ):
+        kept = max(reserve, int((free - weights) * (1 - HOST_SHARE))) if device.type == "cpu" else reserve
+        share = per_token * count // sum(counts)
+        parts.append(DevicePlan(str(device), f"{first}-{first + count - 1}", total, weights, kept, share))
+        left.append(free - weights - kept)
+        first += count
+    context = config.max_context or context_limit(hf_config)
+    return build_plan(config, precision, parts, left, context, estimated=True)
+
+
+def _layer_bytes(config: EngineConfig, hf_config: Any, precision: Precision) -> int:
+    """A token's KV in a layer. Raises EngineError for heads or blocks that the fp8 kernels cannot take."""
     shape = layer_shape(hf_config)
     if precision.fp8:
         check_fp8_attention({0: shape}, config.attention)
-    return hf_config.get_text_config().num_hidden_layers * shape.bytes_per_token(precision.kv_dtype)
+    return shape.bytes_per_token(precision.kv_dtype)
 
 
 def _precision_unseen(asked: str, hf_config: Any) -> Precision:
@@ -267,8 +239,3 @@ def _precision_unseen(asked: str, hf_config: Any) -> Precision:
         asked = "bf16" if getattr(hf_config, "quantization_config", None) is None else "fp8"
     name = resolve_precision(asked, torch.device("cpu"), hf_config).name
     return Precision(name, DTYPES.get(name, torch.bfloat16))
-
-
-def _weight_bytes(hf_config: Any, config: EngineConfig, precision: Precision) -> int:
-    """Parameters of the architecture, built without memory; tied ones once."""
-    return sum(parameter.nbytes for parameter in skeleton(config, hf_config, precision).parameters())

@@ -10,8 +10,8 @@ from torch import nn
 
 from kernels.block_sparse_attention_fp8 import BLOCK_SIZES
 from kernels.fp8_heads import FP8, fp8_obstacle
-from pipeline.engine.arena import LayerShape
 from pipeline.engine.config import EngineError
+from pipeline.engine.kv.arena import LayerShape
 from stem_core.config import StemConfig
 from stem_core.estimators import ESTIMATORS
 from stem_core.fp8 import Fp8Linear

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.engine.config import EngineError
+from pipeline.engine.devices import tensor_bytes, weight_bytes
 from stem_core.context import Copies
 
 
@@ -28,27 +29,21 @@ from stem_core.context import Copies
 class Placement:
     """Where a model's parts lie.
 
-    devices: of the stages, in order; the same device may stand there several times. layer_type: class of the first
-    layer. counts: layers of each stage. parts: stage of every part by name (a layer, another module, a
-    parameter of a module that contains the layers); together they hold all of the model.
-    weight_bytes: parameters and buffers of each stage, tied ones once.
+    devices: of the stages, in order; the same device may stand there several times.
+    parts: stage of every part by name (a layer, another module, a parameter of a module that contains the layers);
+    together they hold all of the model. A model that lies on one device is one part, "".
+    counts: layers of each stage. layer_type: class of the first layer. Both only where there are several stages.
     """
 
     devices: tuple[torch.device, ...]
-    layer_type: type[nn.Module]
-    counts: tuple[int, ...]
     parts: dict[str, int]
-    weight_bytes: tuple[int, ...]
+    counts: tuple[int, ...] = ()
+    layer_type: type[nn.Module] | None = None
 
     @cached_property
     def layer_devices(self) -> tuple[torch.device, ...]:
         """The device of each layer."""
         return tuple(device for device, count in zip(self.devices, self.counts, strict=True) for _ in range(count))
-
-    def spans(self) -> list[str]:
-        """The layers of each stage, "0-39" say."""
-        ends = list(accumulate(self.counts))
-        return [f"{end - count}-{end - 1}" for end, count in zip(ends, self.counts, strict=True)]
 
     def device_map(self) -> dict[str, torch.device]:
         """The device of every part, by name."""
@@ -58,13 +53,24 @@ class Placement:
         """The device of a module or parameter, inside a part."""
         return self.devices[next(self.parts[part] for part in _prefixes(name) if part in self.parts)]
 
+    def weight_bytes(self, model: nn.Module) -> list[int]:
+        """Parameters and buffers of each stage, tied ones once."""
+        return _bytes_by_stage(model, self.parts, len(self.devices))
+
+
+def whole(device: torch.device) -> Placement:
+    """All of a model on one device."""
+    return Placement((device,), {"": 0})
+
 
 def place(model: nn.Module, devices: Sequence[torch.device], rooms: Sequence[int]) -> Placement:
     """Divide a model, which may be on the device "meta", over `devices`.
 
     rooms: bytes on each device for weights and KV. The split leaves as much as can be for the KV of a layer where there
-    is least. Raises EngineError for a model that cannot be divided so.
+    is least. Raises EngineError for a model that cannot be divided so; one device takes any.
     """
+    if len(devices) == 1:
+        return whole(devices[0])
     layers = _layer_list(model)
     modules = list(model.get_submodule(layers).children())
     if len(modules) < len(devices):
@@ -77,13 +83,12 @@ def place(model: nn.Module, devices: Sequence[torch.device], rooms: Sequence[int
     last = len(devices) - 1
     parts = {name: last * at_end for name, at_end in _other_parts(model, layers)}
     fixed = _bytes_by_stage(model, parts, len(devices))
-    sizes = [tensor_bytes(module) for module in modules]
+    sizes = [weight_bytes(module) for module in modules]
     counts = balance(sizes, [room - taken for room, taken in zip(rooms, fixed, strict=True)])
     stages = [stage for stage, count in enumerate(counts) for _ in range(count)]
     parts |= {f"{layers}.{index}": stage for index, stage in enumerate(stages)}
     _check_ties(model, parts)
-    weights = _bytes_by_stage(model, parts, len(devices))
-    return Placement(tuple(devices), type(modules[0]), tuple(counts), parts, tuple(weights))
+    return Placement(tuple(devices), parts, tuple(counts), type(modules[0]))
 
 
 def balance(sizes: Sequence[int], rooms: Sequence[int]) -> list[int]:
@@ -129,6 +134,8 @@ def connect(model: nn.Module, placement: Placement) -> None:
     While it runs, its GPU is the current one: a few of torch's operations launch on the current GPU whichever their
     arguments are on (torch.ldexp does in 2.11), and read and write there out of turn.
     """
+    if "" in placement.device_map():
+        return  # all of it is on one device
     relay = Relay()
     model.register_forward_pre_hook(relay.begin)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -185,14 +192,9 @@ class Relay:
         return value
 
 
-def tensor_bytes(module: nn.Module) -> int:
-    """Bytes of parameters and buffers, tied ones once."""
-    return sum(tensor.nbytes for tensor in {id(t): t for t in (*module.parameters(), *module.buffers())}.values())
-
-
 def _layer_list(model: nn.Module) -> str:
     """The name of the list of decoder layers: the one that holds most."""
-    lists = {name: tensor_bytes(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    lists = {name: weight_bytes(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     if not lists:
         raise EngineError("this model has no list of layers that could be spread over GPUs: run it on one GPU")
     return max(lists, key=lambda name: lists[name])
@@ -220,14 +222,12 @@ def _other_parts(model: nn.Module, layers: str) -> list[tuple[str, bool]]:
 
 
 def _bytes_by_stage(model: nn.Module, parts: dict[str, int], stages: int) -> list[int]:
-    seen: dict[int, int] = {}
-    total = [0] * stages
+    held: list[list[Tensor]] = [[] for _ in range(stages)]
     for name, tensor in _tensors(model):
         part = next((p for p in _prefixes(name) if p in parts), None)
-        if part is not None and id(tensor) not in seen:
-            seen[id(tensor)] = parts[part]
-            total[parts[part]] += tensor.nbytes
-    return total
+        if part is not None:
+            held[parts[part]].append(tensor)
+    return [tensor_bytes(tensors) for tensors in held]
 
 
 def _check_ties(model: nn.Module, parts: dict[str, int]) -> None:
@@ -248,6 +248,6 @@ def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _prefixes(name: str) -> list[str]:
-    """name, and the names of the modules that it is in, innermost first."""
+    """name, and the names of the modules that it is in, innermost first; the model's own, "", at the end."""
     steps = name.split(".")
-    return [".".join(steps[:n]) for n in range(len(steps), 0, -1)]
+    return [".".join(steps[:n]) for n in range(len(steps), -1, -1)]

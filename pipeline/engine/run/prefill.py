@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.engine.arena import Arena, Extent
-from pipeline.engine.cache import PrefillCache
-from pipeline.engine.kept import ProbeReadings, probe_readings
-from pipeline.engine.runner import ModelRunner
+from pipeline.engine.kv.arena import Arena, Extent
+from pipeline.engine.model.runner import ModelRunner
+from pipeline.engine.run.kept import ProbeReadings, probe_readings
 from stem_core.config import StemConfig
 from stem_core.context import PrefillContext, PromptGoesOn, Select
 from stem_core.policy import DENSE_BLOCK_SIZE, cutting_window
@@ -31,15 +30,14 @@ class AttentionPlan:
     """How a prompt attends: before it runs a matter of its length alone, then also of what is measured
     (max_output_error).
 
-    density_by_layer: of each layer of the model, in its order; `density` is their mean. output_error: of the sampled
-    query block that is furthest from dense attention, mean over its rows and the sparse layers (see
-    stem_core.output_error); None where nothing was measured.
+    Its fields are those of the same names in pipeline.rows.EngineFields. `density` is the mean of density_by_layer.
+    output_error: see stem_core.output_error.
     """
 
-    attention: str = ""
-    reason: str = ""
-    density: float = 1.0
-    density_by_layer: tuple[float, ...] = ()
+    attention: str
+    attention_reason: str
+    density: float
+    density_by_layer: tuple[float, ...]
     output_error: float | None = None
 
 
@@ -172,12 +170,11 @@ class Prefill:
         begin = self._context.start
         end = min(begin + self._chunk, self._context.prompt_length if end is None else end)
         wanted = None if rows is None else torch.tensor([row - begin for row in rows], device=self._ids.device)
-        positions = torch.arange(begin, end, device=self._ids.device)[None]
-        cache = PrefillCache(self._arena, self._extent, seen=begin)
         logits = None
         with suppress(PromptGoesOn):
-            ids = self._ids[:, begin:end]
-            logits = self._runner.logits(ids, positions, cache, self._context, self._bound, wanted)
+            logits = self._runner.prefill(
+                self._ids[:, begin:end], self._arena, self._extent, self._context, self._bound, wanted
+            )
         self._context.start = end
         if self._measured is not None:
             self._measured.send(begin, end)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import gc
-
 import numpy as np
 import torch
 
-from pipeline.engine.arena import ALIGNMENT, Arena, Extent
-from pipeline.engine.cache import PrefillCache
 from pipeline.engine.config import EngineConfig, EngineError
-from pipeline.engine.kept import probe_readings
-from pipeline.engine.loading import context_limit, weight_bytes
-from pipeline.engine.plan import GIB, HOST_SHARE, RESERVE_FACTOR, DevicePlan, MemoryPlan, combine, fit_arena
-from pipeline.engine.prefill import Prefill
-from pipeline.engine.runner import ModelRunner, load_runner
-from pipeline.engine.skeleton import SLACK_BYTES, host_memory
+from pipeline.engine.devices import GIB, device_memory, release_memory, tensor_bytes, weight_bytes
+from pipeline.engine.kv.arena import ALIGNMENT, Arena, Extent
+from pipeline.engine.memory.plan import HOST_SHARE, RESERVE_FACTOR, DevicePlan, MemoryPlan, build_plan
+from pipeline.engine.model.loading import context_limit, load_runner
+from pipeline.engine.model.runner import ModelRunner
+from pipeline.engine.model.skeleton import SLACK_BYTES
+from pipeline.engine.run.kept import probe_readings
+from pipeline.engine.run.prefill import Prefill
 from stem_core.context import PrefillContext
 from stem_core.estimators import KeyState
 from stem_core.selection import new_key_state
@@ -24,15 +22,6 @@ from stem_core.selection import new_key_state
 SAMPLING_COPIES = 6
 GRAPH_BYTES = 256 * 2**20
 SHRINK_STEPS = 4
-
-
-def release_memory(*devices: torch.device) -> None:
-    """Give back what nothing refers to any more; fused modules refer to themselves, hence the collection."""
-    gc.collect()
-    for device in devices:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            torch.cuda.empty_cache()
 
 
 def load_and_plan(
@@ -60,43 +49,28 @@ def plan_memory(runner: ModelRunner, config: EngineConfig, chunk_tokens: int) ->
     context = config.max_context or context_limit(runner.model.config)
     on_gpu = runner.device.type == "cuda"
     peaks = measure_chunk(runner, chunk_tokens) if on_gpu else {}
-    parts, rooms = [], []
+    parts, left = [], []
     for device in runner.devices:
         if on_gpu:
             torch.cuda.empty_cache()
-            free, total = torch.cuda.mem_get_info(device)
+        free, total = device_memory(device)
+        if on_gpu:
             reserve = _reserve(runner, config, device, peaks[device], free, context)
         else:
-            free, total = host_memory()
             reserve = int(free * (1 - HOST_SHARE))
-        parts.append(_device_plan(runner, device, total, reserve))
-        rooms.append(free - reserve)
-    if len(parts) > 1:
-        return combine(config, runner.precision, parts, rooms, context)
-    tokens = fit_arena(config, rooms[0], parts[0].bytes_per_token, context)
-    return MemoryPlan(
-        device=parts[0].device,
-        precision=runner.precision.name,
-        total_bytes=parts[0].total_bytes,
-        weight_bytes=parts[0].weight_bytes,
-        reserve_bytes=parts[0].reserve_bytes,
-        bytes_per_token=parts[0].bytes_per_token,
-        arena_tokens=tokens,
-        max_context=min(tokens, context),
-        max_live=config.max_live,
-    )
-
-
-def _device_plan(runner: ModelRunner, device: torch.device, total: int, reserve: int) -> DevicePlan:
-    layers = [layer for layer, there in runner.layer_devices.items() if there == device]
-    return DevicePlan(
-        device=str(device),
-        layers=f"{min(layers)}-{max(layers)}",
-        total_bytes=total,
-        weight_bytes=weight_bytes(runner.model, device),
-        reserve_bytes=reserve,
-        bytes_per_token=runner.bytes_per_token(device),
-    )
+        layers = [layer for layer, there in runner.layer_devices.items() if there == device]
+        parts.append(
+            DevicePlan(
+                device=str(device),
+                layers=f"{min(layers)}-{max(layers)}",
+                total_bytes=total,
+                weight_bytes=weight_bytes(runner.model, device),
+                reserve_bytes=reserve,
+                bytes_per_token=runner.bytes_per_token(device),
+            )
+        )
+        left.append(free - reserve)
+    return build_plan(config, runner.precision, parts, left, context)
 
 
 def _reserve(
@@ -153,10 +127,8 @@ def rehearse(runner: ModelRunner, arena: Arena, plan: MemoryPlan, chunk_tokens: 
         context = PrefillContext(prompt_length=length, start=start, quantized=arena.quantized(extent))
         context.probe = None if readings is None else readings.probe
         _past_keys(runner, context)
-        cache = PrefillCache(arena, extent, seen=start)
         ids = torch.zeros(1, length - start, dtype=torch.int64, device=runner.device)
-        positions = torch.arange(start, length, device=runner.device)[None]
-        runner.logits(ids, positions, cache, context, torch.full_like(ids[:, 0], length))
+        runner.prefill(ids, arena, extent, context, torch.full_like(ids[:, 0], length))
 
 
 def key_states(
@@ -184,7 +156,7 @@ def key_states(
 def key_state_bytes(runner: ModelRunner, prompt_tokens: int, on: torch.device | None = None) -> int:
     """Bytes of key_states(), of which nothing is allocated."""
     states = key_states(runner, prompt_tokens, torch.device("meta"), on).values()
-    return sum(tensor.nbytes for state in states for tensor in state.tensors)
+    return tensor_bytes(tensor for state in states for tensor in state.tensors)
 
 
 def _past_keys(runner: ModelRunner, context: PrefillContext) -> None:

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from kernels.fp8_heads import KEY_GROUP
-from pipeline.engine.arena import Extent
-from pipeline.engine.cache import DecodeCache
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.document import Document
 from pipeline.engine.engine import Engine
-from pipeline.engine.runner import ModelRunner
-from stem_core.context import DecodeContext
+from pipeline.engine.kv.arena import Extent
+from pipeline.engine.model.runner import ModelRunner
 
 # Gets log-probabilities float32 [tokens, V], on the engine's device; row i stands before token i of the output.
 Note = Callable[[Tensor], None]
@@ -69,16 +67,15 @@ class ForcingEngine(Engine):
         positions = torch.arange(document.prompt_tokens, document.prompt_tokens + len(inputs), device=device)
         for first, last in spans(document.prompt_tokens, document.prompt_tokens + len(inputs)):
             part = slice(first - document.prompt_tokens, last - document.prompt_tokens)
-            token, position = inputs[part, None], positions[part]
-            context = DecodeContext(
-                starts=torch.full_like(position, extent.start),
-                lengths=(position + 1).to(torch.int32),
-                max_length=self._plan.max_context,
-                quantized=self._arena.quantized(),
+            lengths = positions[part] + 1
+            rows = self._runner.decode(
+                inputs[part],
+                torch.full_like(lengths, extent.start),
+                lengths,
+                torch.full_like(lengths, document.need),
+                self._arena,
+                self._plan.max_context,
             )
-            cache = DecodeCache(self._arena, extent.start + position)
-            bounds = torch.full_like(position, document.need)
-            rows = self._runner.logits(token, position[:, None], cache, context, bounds)
             log_probs.append(rows.float().log_softmax(-1))
         return torch.cat(log_probs)[: len(token_ids)]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.fp8_heads import FP8, append_kv, write_kv
+from pipeline.engine.devices import tensor_bytes
 from stem_core.context import QuantizedKV
 from stem_core.kv_scales import LayerScales
 
@@ -23,9 +24,6 @@ ALIGNMENT = 64
 def aligned(tokens: int) -> int:
     """`tokens` rounded up to whole units of ALIGNMENT."""
     return -(-tokens // ALIGNMENT) * ALIGNMENT
-
-
-Devices = torch.device | Mapping[int, torch.device]
 
 
 @dataclass(frozen=True)
@@ -98,12 +96,12 @@ class Arena:
     """What the arenas of all precisions have in common: the extents, and tensors by layer, T = capacity + ALIGNMENT.
 
     The last ALIGNMENT tokens belong to no extent: unused rows of a decode batch write there (`scratch`).
-    device: of all layers, or of each one by its index.
+    devices: of each layer.
     """
 
-    def __init__(self, tokens: int, device: Devices) -> None:
+    def __init__(self, tokens: int, devices: Mapping[int, torch.device]) -> None:
         self.extents = ExtentAllocator(tokens)
-        self._device = device
+        self._devices = devices
 
     @property
     def capacity(self) -> int:
@@ -118,11 +116,11 @@ class Arena:
     @property
     def nbytes(self) -> int:
         """Bytes of all layers."""
-        return sum(tensor.nbytes for tensor in self.tensors())
+        return tensor_bytes(self.tensors())
 
     def nbytes_on(self, device: torch.device) -> int:
         """Bytes of the layers on a device."""
-        return sum(tensor.nbytes for tensor in self.tensors() if tensor.device == device)
+        return tensor_bytes(self.tensors(), device)
 
     def tensors(self) -> list[Tensor]:
         """All that was allocated."""
@@ -155,18 +153,19 @@ class Arena:
         raise NotImplementedError
 
     def _allocate(self, layer: int, *shape: int, dtype: torch.dtype) -> Tensor:
-        device = self._device if isinstance(self._device, torch.device) else self._device[layer]
-        tensor = torch.empty(*shape, dtype=dtype, device=device)
+        tensor = torch.empty(*shape, dtype=dtype, device=self._devices[layer])
         # A GPU kernel may load past a document's end before it masks, and 0 * NaN is NaN. On a CPU nothing reads
         # there, and memory that is not touched costs nothing.
-        return tensor.zero_() if device.type == "cuda" else tensor
+        return tensor.zero_() if tensor.is_cuda else tensor
 
 
 class KVArena(Arena):
     """Keys and values of all layers i in the model's dtype: k[i] [Hkv, T, D], v[i] [Hkv, T, Dv]."""
 
-    def __init__(self, shapes: dict[int, LayerShape], tokens: int, dtype: torch.dtype, device: Devices) -> None:
-        super().__init__(tokens, device)
+    def __init__(
+        self, shapes: dict[int, LayerShape], tokens: int, dtype: torch.dtype, devices: Mapping[int, torch.device]
+    ) -> None:
+        super().__init__(tokens, devices)
         rows = self.capacity + ALIGNMENT
         self.k = {
             i: self._allocate(i, shape.kv_heads, rows, shape.head_dim, dtype=dtype) for i, shape in shapes.items()
@@ -219,10 +218,15 @@ class Fp8KVArena(KVArena):
     """
 
     def __init__(
-        self, shapes: dict[int, LayerShape], tokens: int, scales: LayerScales, dtype: torch.dtype, device: Devices
+        self,
+        shapes: dict[int, LayerShape],
+        tokens: int,
+        scales: LayerScales,
+        dtype: torch.dtype,
+        devices: Mapping[int, torch.device],
     ) -> None:
         self.scales = {i: scales[i] for i in shapes}
-        super().__init__({i: shape for i, shape in shapes.items() if scales[i] is None}, tokens, dtype, device)
+        super().__init__({i: shape for i, shape in shapes.items() if scales[i] is None}, tokens, dtype, devices)
         rows = self.capacity + ALIGNMENT
         self.vt: dict[int, Tensor] = {}
         self._whole: dict[int, QuantizedKV] = {}

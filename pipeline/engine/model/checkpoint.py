@@ -1,4 +1,4 @@
-"""Whether a checkpoint holds the weights of its model, no fewer and no others.
+"""What can be wrong with a checkpoint: its folder, its kind, and whether it holds the weights of its model, no others.
 
 transformers gives random values to weights that a checkpoint lacks, passes over those that the model lacks, and says so
 in the log alone.
@@ -6,13 +6,16 @@ in the log alone.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from pipeline.adapters import MERGE
+from pipeline.adapters import MERGE, adapter_problem
+from pipeline.engine.config import EngineConfig, EngineError
 
 # Names that may be in a checkpoint without a place in the model, since nothing would be computed with them. Those that
 # transformers lists with a model's class (_keys_to_ignore_on_load_unexpected) do not get here.
@@ -24,6 +27,38 @@ HARMLESS = re.compile(
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "module.")
 SCALES = re.compile(r"(scale|scale_inv|scales|zero_point|zeros|_packed|absmax|SCB)$")
 SHOWN = 3
+
+
+class ModelLoadError(EngineError):
+    """The model cannot be read; the message names it and the cause."""
+
+
+def check_folder(model: str) -> None:
+    """Raise ModelLoadError for the commonest mistakes with local folders, in better words than transformers has."""
+    path = Path(model)
+    looks_local = path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
+    if path.exists():
+        if not path.is_dir():
+            raise ModelLoadError(f"model {model!r} is a file; give the folder that holds config.json")
+        if adapter_problem(path):
+            raise ModelLoadError(f"model {model!r}: {adapter_problem(path)}")
+        config = path / "config.json"
+        if not config.is_file():
+            raise ModelLoadError(f"model folder {model!r} has no config.json")
+        try:
+            json.loads(config.read_text())
+        except (OSError, ValueError) as error:
+            raise ModelLoadError(f"model folder {model!r}: config.json cannot be read: {error}") from error
+    elif looks_local:
+        raise ModelLoadError(f"model folder {model!r} does not exist")
+
+
+def check_hub(config: EngineConfig) -> None:
+    """Raise ModelLoadError for a repository of the hub that holds an adapter."""
+    from transformers.utils import find_adapter_config_file
+
+    if not Path(config.model).is_dir() and find_adapter_config_file(config.model, revision=config.revision):
+        raise ModelLoadError(f"model {config.model!r}: it holds an adapter, which is not read. {MERGE}")
 
 
 def keys_problem(found: Mapping[str, Any]) -> str:

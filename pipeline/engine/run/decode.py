@@ -10,12 +10,10 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from pipeline.engine.arena import Arena
-from pipeline.engine.batch import EMITTED, LENGTH, LIMIT, START, TOKEN, DecodeBatch
-from pipeline.engine.cache import DecodeCache
-from pipeline.engine.graphs import Graphs
-from pipeline.engine.runner import ModelRunner
-from stem_core.context import DecodeContext
+from pipeline.engine.kv.arena import Arena
+from pipeline.engine.model.runner import ModelRunner
+from pipeline.engine.run.batch import EMITTED, LENGTH, LIMIT, START, TOKEN, DecodeBatch
+from pipeline.engine.run.graphs import Graphs
 from stem_core.errors import first_line
 
 Tag = TypeVar("Tag")
@@ -83,18 +81,9 @@ class DecodeRunner:
 
     def _step(self, key: StepKey) -> None:
         ints = self._batch.ints[:, : key.rows]
-        lengths, starts = ints[LENGTH], ints[START]
-        positions = (lengths - 1).clamp(min=0)
-        slots = (starts + positions).masked_fill(lengths == 0, self._arena.scratch)
-        context = DecodeContext(
-            starts=starts,
-            lengths=lengths.to(torch.int32),
-            max_length=self._max_context,
-            quantized=self._arena.quantized(),
-        )
-        cache = DecodeCache(self._arena, slots)
+        lengths = ints[LENGTH]
         bounds = lengths - ints[EMITTED] + ints[LIMIT]
-        logits = self._runner.logits(ints[TOKEN][:, None], positions[:, None], cache, context, bounds)
+        logits = self._runner.decode(ints[TOKEN], ints[START], lengths, bounds, self._arena, self._max_context)
         self._batch.advance(logits, 0, key.sampled)
 
     def _capture(self, capturer: Graphs, key: StepKey) -> torch.cuda.CUDAGraph | None:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.engine.arena import Extent, aligned
-from pipeline.engine.cache import DecodeCache, EngineCache, PrefillCache
-from stem_core.context import DecodeContext, PrefillContext, StemContext
+from pipeline.engine.kv.arena import Extent, aligned
+from pipeline.engine.model.runner import ModelRunner
+from stem_core.context import PrefillContext
 from stem_core.patch import UnsupportedModelError
 from stem_core.policy import DENSE_BLOCK_SIZE
-
-if TYPE_CHECKING:
-    from pipeline.engine.runner import ModelRunner
 
 # Model types that the tests compare with transformers' own generate, in batches and in chunks
 # (tests/pipeline/test_engine_generate.py). All others are checked when they are loaded.
@@ -99,25 +96,19 @@ class _Trial:
         context = PrefillContext(prompt_length=length, quantized=self._arena.quantized(extent), dense=True)
         for start in range(0, length, chunk):
             context.start, end = start, min(start + chunk, length)
-            cache = PrefillCache(self._arena, extent, seen=start)
-            positions = torch.arange(start, end, device=self._runner.device)[None]
-            logits = self._call(self._ids[number][None, start:end], positions, cache, context)
+            logits = self._runner.prefill(
+                self._ids[number][None, start:end], self._arena, extent, context, self._bounds(1)
+            )
         return logits[0]
 
     def _decode(self, numbers: list[int], step: int) -> Tensor:
         """[documents, V] behind token number `step` of the outputs."""
         device = self._runner.device
-        positions = torch.tensor([LENGTHS[n] + step for n in numbers], device=device)
+        lengths = torch.tensor([LENGTHS[n] + step + 1 for n in numbers], device=device)
         starts = torch.tensor([self._extents[n].start for n in numbers], device=device)
         tokens = torch.stack([self._ids[n][LENGTHS[n] + step] for n in numbers])
-        context = DecodeContext(
-            starts=starts,
-            lengths=(positions + 1).to(torch.int32),
-            max_length=LENGTHS[0] + STEPS,
-            quantized=self._arena.quantized(),
-        )
-        return self._call(tokens[:, None], positions[:, None], DecodeCache(self._arena, starts + positions), context)
+        bounds = self._bounds(len(numbers))
+        return self._runner.decode(tokens, starts, lengths, bounds, self._arena, max_length=LENGTHS[0] + STEPS)
 
-    def _call(self, ids: Tensor, positions: Tensor, cache: EngineCache, context: StemContext) -> Tensor:
-        bounds = torch.full_like(ids[:, 0], LENGTHS[0] + STEPS)
-        return self._runner.logits(ids, positions, cache, context, bounds)
+    def _bounds(self, rows: int) -> Tensor:
+        return torch.full((rows,), LENGTHS[0] + STEPS, device=self._runner.device)

@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from kernels.fp8_heads import FP8
-from pipeline.engine.arena import Arena, Fp8KVArena, KVArena, LayerShape
-from pipeline.engine.cache import EngineCache, ProbeCache
-from pipeline.engine.calibration import calibration_prompts
-from pipeline.engine.checks import check_head_sizes, check_layers, check_state, kept_tensors, named_failures
-from pipeline.engine.config import EngineConfig, EngineError
-from pipeline.engine.loading import load_model
-from pipeline.engine.precision import check_fp8_attention, check_wide_layers, model_precision
-from pipeline.engine.rope import prepare_rope
-from pipeline.engine.self_check import is_tested, self_check
+from pipeline.engine.kv.arena import Arena, Extent, Fp8KVArena, KVArena, LayerShape
+from pipeline.engine.kv.cache import DecodeCache, EngineCache, PrefillCache, ProbeCache
+from pipeline.engine.model.checks import check_head_sizes, check_layers, check_state, kept_tensors, named_failures
+from pipeline.engine.model.precision import check_fp8_attention, check_wide_layers, model_precision
+from pipeline.engine.model.rope import prepare_rope
 from stem_core.config import StemConfig
-from stem_core.context import PrefillContext, StemContext
+from stem_core.context import DecodeContext, PrefillContext, StemContext
 from stem_core.fuse import fuse_model
 from stem_core.kv_scales import Calibration, calibrate
 from stem_core.patch import UnsupportedModelError, layer_policies, patch_model
 from stem_core.policy import LayerPolicy
+
+# Prompts that give the fp8 scales: how many, of how many tokens, from which seed.
+CALIBRATION_PROMPTS = 3
+CALIBRATION_TOKENS = 512
+CALIBRATION_SEED = 20261123
 
 
 class ModelRunner:
     """A patched model on its device or devices, its elementwise operations fused (`fuse` as in EngineConfig).
 
     Raises stem_core's UnsupportedModelError or EngineError for a model whose attention or rotary embedding cannot run
-    here, or that keeps more of a document than the engine does (pipeline.engine.checks), UnsupportedCacheError for one
-    that asks for it.
+    here, or that keeps more of a document than the engine does (pipeline.engine.model.checks), UnsupportedCacheError
+    for one that asks for it.
 
     device: of token ids and logits. devices: all of the model, in the order of its layers. layer_devices: by layer.
     precision: as the model was loaded. In fp8 attention and KV are in fp8 too, except in layers that this would harm
@@ -107,6 +107,39 @@ class ModelRunner:
         )
         return out.logits[:, -1] if rows is None else out.logits[0]
 
+    def prefill(
+        self,
+        ids: Tensor,
+        arena: Arena,
+        extent: Extent,
+        context: PrefillContext,
+        bound: Tensor,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Read a chunk of a document, its tokens [context.start, context.start + L), into its extent.
+
+        ids: int64 [1, L]. bound: int64 [1], rows: int64 [R], as for logits(). Returns logits [1, V] of the last token,
+        or [R, V] of the rows.
+        """
+        positions = torch.arange(context.start, context.start + ids.shape[1], device=ids.device)[None]
+        return self.logits(ids, positions, PrefillCache(arena, extent, seen=context.start), context, bound, rows)
+
+    def decode(
+        self, tokens: Tensor, starts: Tensor, lengths: Tensor, bounds: Tensor, arena: Arena, max_length: int
+    ) -> Tensor:
+        """One step of S rows: each reads its newest token, behind what its extent holds of it. Waits for nothing.
+
+        All int64 [S]. tokens: the newest ones. starts: of the extents in the arena; rows may share one. lengths: of the
+        documents, their newest token counted, at most `max_length`; 0 for an idle row, which writes to the arena's
+        scratch token. bounds: as for logits(). Returns logits [S, V].
+        """
+        positions = (lengths - 1).clamp(min=0)
+        slots = (starts + positions).masked_fill(lengths == 0, arena.scratch)
+        context = DecodeContext(
+            starts=starts, lengths=lengths.to(torch.int32), max_length=max_length, quantized=arena.quantized()
+        )
+        return self.logits(tokens[:, None], positions[:, None], DecodeCache(arena, slots), context, bounds)
+
     def _calibrate(self) -> Calibration:
         """Static fp8 scales of every layer, or that it is wide, from fixed prompts."""
         config = self.model.config
@@ -142,14 +175,19 @@ class ModelRunner:
         ]
 
 
-def load_runner(config: EngineConfig, devices: Sequence[torch.device] | None = None) -> ModelRunner:
-    """The model of `config` on its devices, or on the given ones. Raises EngineError (ModelLoadError for its files)."""
-    model = load_model(config, devices)
-    try:
-        runner = ModelRunner(model, config.attention, config.fuse)
-        if not is_tested(runner):
-            with named_failures(model):
-                self_check(runner)
-        return runner
-    except (ValueError, AttributeError) as error:
-        raise EngineError(f"model {config.model!r} cannot run here: {error}") from error
+def calibration_prompts(vocabulary: int, bos: int | None, limit: int | None = None) -> list[list[int]]:
+    """CALIBRATION_PROMPTS rows of token ids below `vocabulary`, of CALIBRATION_TOKENS tokens or `limit` if it is less.
+
+    Always the same ones. Random ids, not text: the engine has no tokenizer, and what a scale needs is the size of a
+    head's values, not their meaning. Weights and norms set that size; the largest keys stand on the first token, which
+    is why two of the prompts begin with the beginning-of-sequence token, as production prompts do, and one with any
+    token. Scales are powers of two with room for values 16 times as large as those seen (stem_core.kv_scales), and e4m3
+    loses nothing by room. On the bundled model they come to those from its own reports within a factor of 2
+    (tests/pipeline/test_engine_fp8.py).
+    """
+    length = min(CALIBRATION_TOKENS, limit or CALIBRATION_TOKENS)
+    generator = np.random.default_rng(CALIBRATION_SEED)
+    prompts = generator.integers(0, vocabulary, size=(CALIBRATION_PROMPTS, length))
+    if isinstance(bos, int) and bos < vocabulary:
+        prompts[:-1, 0] = bos
+    return prompts.tolist()

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from pipeline.engine.arena import Arena, Extent, LayerShape
+from pipeline.engine.kv.arena import Arena, Extent, LayerShape
 from stem_core.context import Copies
 
 

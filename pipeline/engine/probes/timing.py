@@ -7,9 +7,9 @@ import time
 
 import torch
 
-from pipeline.engine.batch import RowStart
-from pipeline.engine.decode import StepKey, batch_bucket
 from pipeline.engine.engine import Engine
+from pipeline.engine.run.batch import RowStart
+from pipeline.engine.run.decode import StepKey, batch_bucket
 
 WARM_STEPS = 3
 

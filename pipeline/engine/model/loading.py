@@ -1,24 +1,32 @@
-"""From a path or hub id to a model on the device, and what the engine must know of it."""
+"""From a path or hub id to a model on its devices, checked and ready to be called."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from pipeline.adapters import MERGE, adapter_problem
 from pipeline.engine.config import EngineConfig, EngineError
-from pipeline.engine.dummy import dummy_model
-from pipeline.engine.keys import conversion_problem, keys_problem, load_report
-from pipeline.engine.precision import Precision, resolve_precision
-from pipeline.engine.skeleton import chunk_bytes, rooms, skeleton
-from pipeline.engine.stages import Placement, connect, move, place
+from pipeline.engine.devices import GIB, shares
+from pipeline.engine.model.checkpoint import (
+    ModelLoadError,
+    check_folder,
+    check_hub,
+    conversion_problem,
+    keys_problem,
+    load_report,
+)
+from pipeline.engine.model.checks import named_failures
+from pipeline.engine.model.dummy import dummy_model
+from pipeline.engine.model.placement import Placement, connect, move, place, whole
+from pipeline.engine.model.precision import Precision, resolve_precision
+from pipeline.engine.model.runner import ModelRunner
+from pipeline.engine.model.self_check import is_tested, self_check
+from pipeline.engine.model.skeleton import chunk_bytes, skeleton
 from stem_core.errors import first_line
 from stem_core.fp8 import Fp8Linear, prepare_quantized_config, quantize_linears
 
@@ -26,16 +34,25 @@ from stem_core.fp8 import Fp8Linear, prepare_quantized_config, quantize_linears
 UNBOUNDED = 1 << 40
 
 
-class ModelLoadError(EngineError):
-    """The model cannot be read; the message names it and the cause."""
+def load_runner(config: EngineConfig, devices: Sequence[torch.device] | None = None) -> ModelRunner:
+    """The model of `config` on its devices, or on the given ones. Raises EngineError (ModelLoadError for its files)."""
+    model = load_model(config, devices)
+    try:
+        runner = ModelRunner(model, config.attention, config.fuse)
+        if not is_tested(runner):
+            with named_failures(model):
+                self_check(runner)
+        return runner
+    except (ValueError, AttributeError) as error:
+        raise EngineError(f"model {config.model!r} cannot run here: {error}") from error
 
 
 def load_config(config: EngineConfig) -> Any:
     """The transformers config of `config.model`. Raises ModelLoadError."""
     from transformers import AutoConfig
 
-    _check_folder(config.model)
-    _check_hub(config)
+    check_folder(config.model)
+    check_hub(config)
     try:
         return AutoConfig.from_pretrained(
             config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
@@ -52,8 +69,8 @@ def load_precision(config: EngineConfig) -> Precision:
 def load_model(config: EngineConfig, devices: Sequence[torch.device] | None = None) -> nn.Module:
     """The model in eval mode on the engine's devices, its linears in fp8 if that is the precision.
 
-    devices: of the stages that its layers are divided into (pipeline.engine.stages); None is the config's.
-    Reads safetensors only. load_format "dummy" makes random weights on the devices (pipeline.engine.dummy).
+    devices: of the stages that its layers are divided into (pipeline.engine.model.placement); None is the config's.
+    Reads safetensors only. load_format "dummy" makes random weights on the devices (pipeline.engine.model.dummy).
     Neither needs a second copy in host memory, nor, for fp8, device memory for more than one weight in 16 bits.
     Raises ModelLoadError, or EngineError for a precision that cannot be and a model that cannot be divided.
     """
@@ -61,20 +78,16 @@ def load_model(config: EngineConfig, devices: Sequence[torch.device] | None = No
     hf_config = load_config(config)
     precision = resolve_precision(config.precision, devices[0], hf_config)
     try:
-        placement = None
-        if len(devices) > 1:
-            there = rooms(devices, chunk_bytes(config, hf_config, precision))
-            placement = place(skeleton(config, hf_config, precision), devices, there)
+        placement = _placement(config, hf_config, precision, devices)
         stored_fp8 = prepare_quantized_config(hf_config)
         if config.load_format == "dummy":
             model = dummy_model(config, hf_config, precision, placement)
         else:
-            model = _from_files(config, hf_config, precision, stored_fp8, devices[0], placement)
-        if placement is not None:
-            move(model, placement)
-            connect(model, placement)
+            model = _from_files(config, hf_config, precision, stored_fp8, placement)
+        move(model, placement)
+        connect(model, placement)
     except torch.OutOfMemoryError as error:
-        sizes = {str(d): torch.cuda.get_device_properties(d).total_memory / 2**30 for d in devices}
+        sizes = {str(d): torch.cuda.get_device_properties(d).total_memory / GIB for d in devices}
         cards = " and ".join(f"the {size:.0f} GiB of {name}" for name, size in sizes.items())
         raise ModelLoadError(f"model {config.model!r} does not fit {cards}") from error
     except EngineError:
@@ -84,21 +97,26 @@ def load_model(config: EngineConfig, devices: Sequence[torch.device] | None = No
     return model.eval().requires_grad_(False)
 
 
+def _placement(
+    config: EngineConfig, hf_config: Any, precision: Precision, devices: Sequence[torch.device]
+) -> Placement:
+    """What the devices have free decides where the model is divided; one of them takes it without a look at either."""
+    if len(devices) == 1:
+        return whole(devices[0])
+    there = shares(devices, chunk_bytes(config, hf_config, precision))
+    return place(skeleton(config, hf_config, precision), devices, there)
+
+
 def _from_files(
-    config: EngineConfig,
-    hf_config: Any,
-    precision: Precision,
-    stored_fp8: bool,
-    device: torch.device,
-    placement: Placement | None,
+    config: EngineConfig, hf_config: Any, precision: Precision, stored_fp8: bool, placement: Placement
 ) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     # Weights that are to be quantised come to host memory and go to their devices one by one, in fp8.
     to_quantize = precision.fp8 and not stored_fp8
-    device_map = {"": device} if placement is None else placement.device_map()
     auto: Any = AutoModelForCausalLM
-    with nullcontext() if placement is None else _unconnected(), load_report() as report:
+    several = len(placement.devices) > 1
+    with _unconnected() if several else nullcontext(), load_report() as report:
         try:
             model, found = auto.from_pretrained(
                 config.model,
@@ -107,7 +125,7 @@ def _from_files(
                 trust_remote_code=config.trust_remote_code,
                 dtype=precision.dtype,
                 use_safetensors=True,
-                device_map=device_map if device.type != "cpu" and not to_quantize else None,
+                device_map=placement.device_map() if placement.devices[0].type != "cpu" and not to_quantize else None,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are named below
             )
@@ -120,9 +138,7 @@ def _from_files(
     if problem:
         raise ModelLoadError(f"model {config.model!r}: {problem}")
     if to_quantize:
-        target = device if placement is None else placement.device_of
-        quantize_linears(model, fast_accumulation=config.fp8_fast_accumulation, device=target)
-        return model.to(device) if placement is None else model
+        return quantize_linears(model, fast_accumulation=config.fp8_fast_accumulation, device=placement.device_of)
     for module in model.modules():  # those of a checkpoint that is stored in fp8
         if isinstance(module, Fp8Linear):
             module.fast_accumulation = config.fp8_fast_accumulation
@@ -167,36 +183,3 @@ def context_limit(hf_config: Any) -> int:
         if factor and original:
             limit = max(limit, math.floor(factor * original))
     return limit
-
-
-def weight_bytes(model: nn.Module, device: torch.device | None = None) -> int:
-    """Bytes of parameters and buffers, all or those on a device; tied tensors once."""
-    tensors = {t.data_ptr() or id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.nbytes for t in tensors.values() if device is None or t.device == device)
-
-
-def _check_folder(model: str) -> None:
-    """A better message than transformers has for the commonest mistakes with local folders."""
-    path = Path(model)
-    looks_local = path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
-    if path.exists():
-        if not path.is_dir():
-            raise ModelLoadError(f"model {model!r} is a file; give the folder that holds config.json")
-        if adapter_problem(path):
-            raise ModelLoadError(f"model {model!r}: {adapter_problem(path)}")
-        config = path / "config.json"
-        if not config.is_file():
-            raise ModelLoadError(f"model folder {model!r} has no config.json")
-        try:
-            json.loads(config.read_text())
-        except (OSError, ValueError) as error:
-            raise ModelLoadError(f"model folder {model!r}: config.json cannot be read: {error}") from error
-    elif looks_local:
-        raise ModelLoadError(f"model folder {model!r} does not exist")
-
-
-def _check_hub(config: EngineConfig) -> None:
-    from transformers.utils import find_adapter_config_file
-
-    if not Path(config.model).is_dir() and find_adapter_config_file(config.model, revision=config.revision):
-        raise ModelLoadError(f"model {config.model!r}: it holds an adapter, which is not read. {MERGE}")

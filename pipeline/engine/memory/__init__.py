@@ -1,0 +1,1 @@
+"""How the memory of the devices is divided: the plan, and what a loaded model is measured to take."""
