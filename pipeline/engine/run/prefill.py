@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.engine.kv.arena import Arena, Extent
 from pipeline.engine.model.runner import ModelRunner
-from pipeline.engine.run.kept import ProbeReadings, probe_readings
+from pipeline.engine.run.output_error import ProbeReadings, probe_readings
 from stem_core.config import StemConfig
 from stem_core.context import PrefillContext, PromptGoesOn, Select
 from stem_core.policy import DENSE_BLOCK_SIZE, cutting_window
