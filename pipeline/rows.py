@@ -45,6 +45,11 @@ def total(parts: Sequence[EngineFields], name: str) -> Any:
 
 
 def most(parts: Sequence[EngineFields], name: str) -> Any:
+    """The largest."""
+    return max(getattr(each, name) for each in parts)
+
+
+def largest(parts: Sequence[EngineFields], name: str) -> Any:
     """The largest of those that were measured."""
     return max((value for each in parts if (value := getattr(each, name)) is not None), default=None)
 
@@ -137,7 +142,7 @@ class EngineFields:
         "relative error of sparse prefill's attention output against dense attention's, in the sampled block of rows "
         "that is furthest off, mean over its rows and layers",
         null="nothing was measured: without `--max-output-error`, or dense from the start", arrow=pa.float32(),
-        joined=most, default=None,
+        joined=largest, default=None,
     )  # fmt: skip
     kernel: str | None = column(
         "implementation that ran; in brackets why not a faster one",

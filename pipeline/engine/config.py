@@ -108,6 +108,8 @@ class Completion(EngineFields):
     token_ids: generated tokens, the stop token included (as transformers' generate returns them).
     finish_reason: "stop" (a stop token), "length" (max_new_tokens reached) or "error".
     attention and what follows from it: None for one that never started.
+    output_error: of sparse prefill, in the sampled query block that is furthest from dense attention (see
+    stem_core.output_error), mean over its rows and the sparse layers; None if nothing was measured.
     queue_seconds: from add() to the first prefill step. prefill_seconds, decode_seconds: wall time of the engine's
     prefill steps of this document and of the decode steps that it took part in; the time in which it waits for other
     documents' prefill is in neither.

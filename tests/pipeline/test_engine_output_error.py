@@ -19,7 +19,7 @@ from pipeline import read_results
 from pipeline.engine import Completion, Engine, EngineConfig, Request
 from pipeline.engine.model.loading import load_model
 from pipeline.engine.model.runner import ModelRunner
-from pipeline.engine.run.output_error import ProbeReadings
+from pipeline.engine.run.readings import ProbeReadings
 from pipeline.errors import JobError
 from pipeline.job import run_job
 from pipeline.rows import EngineFields

@@ -12,8 +12,8 @@ from pipeline.engine.memory.plan import HOST_SHARE, RESERVE_FACTOR, DevicePlan, 
 from pipeline.engine.model.loading import context_limit, load_runner
 from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.model.skeleton import SLACK_BYTES
-from pipeline.engine.run.output_error import probe_readings
 from pipeline.engine.run.prefill import Prefill
+from pipeline.engine.run.readings import probe_readings
 from stem_core.context import PrefillContext
 from stem_core.estimators import KeyState
 from stem_core.selection import new_key_state

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.engine.kv.arena import Arena, Extent
 from pipeline.engine.model.runner import ModelRunner
-from pipeline.engine.run.output_error import ProbeReadings, probe_readings
+from pipeline.engine.run.readings import ProbeReadings, probe_readings
 from stem_core.config import StemConfig
 from stem_core.context import PrefillContext, PromptGoesOn, Select
 from stem_core.policy import DENSE_BLOCK_SIZE, cutting_window
@@ -31,7 +31,8 @@ class AttentionPlan:
     (max_output_error).
 
     Its fields are those of the same names in pipeline.rows.EngineFields. `density` is the mean of density_by_layer.
-    output_error: see stem_core.output_error.
+    output_error: of the sampled query block that is furthest from dense attention, mean over its rows and the sparse
+    layers (see stem_core.output_error); None where nothing was measured.
     """
 
     attention: str
