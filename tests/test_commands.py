@@ -46,7 +46,7 @@ WORK = {
     "jobs.evaluate": ("jobs.evaluate.run.load_readers",),
     "tools.faults blows": ("tools.faults.blows.blows",),
     "tools.faults bucket": ("tools.faults.bucket.bucket",),
-    "tools.faults determinism": ("pipeline.engine.model.runner.load_runner",),
+    "tools.faults determinism": ("pipeline.engine.model.loading.load_runner",),
     "tools.faults flips": ("tools.faults.flips.flips",),
     "tools.faults kills": ("tools.faults.runs.kills",),
     "tools.faults restarts": ("tools.faults.runs.kills",),
