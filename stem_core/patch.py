@@ -87,7 +87,6 @@ def _check(model: nn.Module, modules: list[nn.Module]) -> None:
         "chunked attention (attention_chunk_size)": getattr(config, "attention_chunk_size", None),
         "multi-head latent attention (kv_lora_rank)": getattr(config, "kv_lora_rank", None),
         "position biases (ALiBi)": getattr(config, "alibi", None),
-        "attention sinks": any(hasattr(module, "sinks") for module in modules),
         "attention that is not causal": any(getattr(module, "is_causal", True) is False for module in modules),
     }
     for feature, present in features.items():

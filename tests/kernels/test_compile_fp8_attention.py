@@ -127,7 +127,13 @@ def test_decode(dim: int, capability: tuple[int, int]) -> None:
     q = empty(3, HEADS, dim, dtype=BF16)
     arenas = (empty(KV_HEADS, LENGTH, dim), empty(KV_HEADS, dim, LENGTH))
     starts, lengths = empty(3, dtype=torch.int64), empty(3, dtype=torch.int32)
-    check(lambda: triton.decode_attention_fp8(q, *arenas, scales(), starts, lengths, LENGTH, 0.1, None), capability)
+    for sinks in (None, empty(HEADS, dtype=BF16)):
+        check(
+            lambda sinks=sinks: triton.decode_attention_fp8(
+                q, *arenas, scales(), starts, lengths, LENGTH, 0.1, None, sinks
+            ),
+            capability,
+        )
 
 
 @pytest.mark.parametrize("capability", [ADA, HOPPER], ids=["sm89", "sm90"])
