@@ -23,6 +23,7 @@ from pipeline.config import JobConfig, read_job_file
 from pipeline.errors import JobError, one_line, without_secrets
 from pipeline.imports import ROOT
 from pipeline.location import has_credentials, is_uri, safe_name
+from pipeline.model_files import is_local
 
 # What is uploaded: our packages and nothing else of the checkout (Ray refuses a working folder of more than 100 MiB).
 PACKAGES = ("jobs", "kernels", "pipeline", "stem_core")
@@ -69,8 +70,8 @@ def absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
     """Settings with local paths made absolute, as this folder sees them. A model that is no folder here is a hub id."""
     inputs = values["input"]
     values = values | {"input": [_absolute(item) for item in ([inputs] if isinstance(inputs, str) else inputs)]}
-    values |= {name: _absolute(values[name]) for name in ("output", "prompt_file") if values.get(name)}
-    if Path(values["model"]).expanduser().is_dir():
+    values |= {name: _absolute(values[name]) for name in ("output", "prompt_file", "adapter") if values.get(name)}
+    if is_local(values["model"]):
         values["model"] = _absolute(values["model"])
     return values
 

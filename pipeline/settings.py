@@ -16,9 +16,30 @@ PRECISIONS = ("auto", "bf16", "fp16", "fp32", "fp8")
 class EngineSettings:
     """A model, and how an engine holds it."""
 
-    model: str = setting("", "folder of a transformers model, or its hub id", group="model", changes_output=True)
+    model: str = setting(
+        "", "folder of a transformers model, its hub id, or a .gguf file", group="model", changes_output=True
+    )
     revision: str | None = setting(None, "revision of a hub model", group="model", changes_output=True)
     trust_remote_code: bool = setting(False, "run code that comes with the model", group="model", changes_output=True)
+    adapter: str | None = setting(
+        None,
+        "folder of a LoRA adapter, merged into the model when it loads",
+        more="needs the package peft",
+        group="model",
+        changes_output=True,
+        added_later=True,
+    )
+    rope_scaling: float | None = setting(
+        None,
+        "stretch the model's context by this factor (YaRN); unset: as its config has it",
+        more="for documents beyond the context that a model was made for; it changes what the model reads of short "
+        "ones, too, a little. Models whose config scales already are refused",
+        above=1,
+        high=64,
+        group="model",
+        changes_output=True,
+        added_later=True,
+    )
     precision: str = setting(
         "auto",
         "number format of weights, attention and KV; fp8 needs GPUs that have it; auto: bf16 on GPUs, fp32 on CPUs",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -14,6 +15,12 @@ from stem_core.policy import LayerPolicy
 
 # Must not contain "flash", "sdpa" or "flex_attention": transformers reads meaning into such names.
 ATTENTION_NAME = "stem"
+
+OTHER_MODELS = (
+    "use one that is part of transformers and uses AttentionInterface (Qwen3, Llama 3, Mistral, Gemma 3, say)"
+)
+# Parts of the names that configs give to layers with a state instead of keys and values.
+RECURRENT = ("linear", "mamba", "recurrent", "conv", "ssm", "rwkv")
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -72,20 +79,19 @@ def _attention_modules(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
 
 def _check(model: nn.Module, modules: list[nn.Module]) -> None:
     name = type(model).__name__
-    if not hasattr(model, "set_attn_implementation") or not modules:
+    config = model.config.get_text_config() if hasattr(model, "config") else None  # type: ignore[union-attr, operator]
+    if getattr(config, "kv_lora_rank", None):
         raise UnsupportedModelError(
-            f"{name} has no attention layers that go through transformers' AttentionInterface; Stem needs a "
-            "transformers causal language model"
+            f"{name} uses multi-head latent attention (kv_lora_rank: DeepSeek V2 and V3, Kimi K2, GLM): it keeps one "
+            "compressed vector for all heads, and our kernels read keys and values; use a model with grouped-query "
+            "attention (Qwen3, Llama 3, Mistral, say)"
         )
-    if not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedModelError(
-            f"{name} computes its attention itself, not through transformers' AttentionInterface"
-        )
-    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    attachable = hasattr(model, "set_attn_implementation")
+    if not attachable or not modules or not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedModelError(f"{name} {_obstacle(model, config, bool(attachable and modules))}; {OTHER_MODELS}")
     features = {
         "logit soft-capping (attn_logit_softcapping)": getattr(config, "attn_logit_softcapping", None),
         "chunked attention (attention_chunk_size)": getattr(config, "attention_chunk_size", None),
-        "multi-head latent attention (kv_lora_rank)": getattr(config, "kv_lora_rank", None),
         "position biases (ALiBi)": getattr(config, "alibi", None),
         "attention that is not causal": any(getattr(module, "is_causal", True) is False for module in modules),
     }
@@ -94,6 +100,23 @@ def _check(model: nn.Module, modules: list[nn.Module]) -> None:
             raise UnsupportedModelError(
                 f"{name} uses {feature}, which our kernels do not compute, neither sparse nor dense; use another model"
             )
+
+
+def _obstacle(model: nn.Module, config: Any, has_attention: bool) -> str:
+    """Why the attention of a model that does not declare AttentionInterface cannot be exchanged."""
+    names = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    recurrent = sorted({kind for kind in map(str, names) if any(part in kind for part in RECURRENT)})
+    if recurrent or any(isinstance(getattr(part, "A_log", None), nn.Parameter) for part in model.modules()):
+        layers = f" ({', '.join(recurrent)})" if recurrent else ""
+        return f"is a hybrid: layers of it keep a recurrent state{layers}, for which the engine has no place"
+    if not has_attention:
+        return "has no attention layers that go through transformers' AttentionInterface"
+    if hasattr(sys.modules.get(type(model).__module__), "ALL_ATTENTION_FUNCTIONS"):
+        return (
+            "takes its attention from transformers' AttentionInterface, but does not declare that another may be put "
+            "there (_supports_attention_backend)"
+        )
+    return "computes its attention itself, not through transformers' AttentionInterface"
 
 
 def _padding_mask(

@@ -31,7 +31,8 @@ def describe_engine(runner: ModelRunner, config: EngineConfig) -> dict[str, Any]
         "model": config.model,
         "device": ", ".join(map(str, runner.devices)),
         "gpu": _gpus(runner.devices),
-        "precision": describe_precision(runner.precision, runner.calibration),
+        "precision": describe_precision(runner.precision, runner.calibration)
+        + (f", weights dequantised from {runner.weights}" if runner.weights else ""),
         "dtype": str(runner.dtype).removeprefix("torch."),
         "fp8": describe_fp8(runner.model) | _describe_layers(runner) if runner.precision.fp8 else None,
         "attention": "dense" if attention is None else "stem",

@@ -236,6 +236,7 @@ def _layer_bytes(config: EngineConfig, hf_config: Any, precision: Precision) -> 
 def _precision_unseen(asked: str, hf_config: Any) -> Precision:
     """What a precision would be on GPUs that are not here."""
     if asked == "auto":
-        asked = "bf16" if getattr(hf_config, "quantization_config", None) is None else "fp8"
+        # As a CPU has it, fp8 only for what is kept in fp8; what is dequantised may come to less than in bf16.
+        asked = "fp8" if resolve_precision("auto", torch.device("cpu"), hf_config).fp8 else "bf16"
     name = resolve_precision(asked, torch.device("cpu"), hf_config).name
     return Precision(name, DTYPES.get(name, torch.bfloat16))

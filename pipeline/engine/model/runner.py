@@ -36,6 +36,7 @@ class ModelRunner:
     precision: as the model was loaded. In fp8 attention and KV are in fp8 too, except in layers that this would harm
         (wide ones, see stem_core.kv_scales).
     shapes: what each layer caches. layers: policy and sliding window of each attention layer, in the model's order.
+    weights: what they were dequantised from when they were loaded ("GGUF"); "" if they are as stored.
     calibration: scales of keys, values and queries in fp8, and which layers are wide; empty in other precisions.
     """
 
@@ -44,6 +45,7 @@ class ModelRunner:
         self.device, self.dtype = embedding.weight.device, embedding.weight.dtype
         self.vocabulary: int = embedding.num_embeddings
         self.precision = model_precision(model)
+        self.weights = ""
         if self.device.type == "cuda" or self.precision.fp8 if fuse is None else fuse:
             fuse_model(model)
         self.model = patch_model(model, attention)
