@@ -57,7 +57,7 @@ def split_arguments(parser: Parser, arguments: Sequence[str]) -> tuple[Any, list
     values = read_job_file(options.config) if options.config else {}
     values |= {name: value for name, value in vars(options).items() if name not in ("address", "no_wait", "config")}
     config = JobConfig(**values)
-    for location in (*config.input, config.output, config.model, config.ray_address or ""):
+    for location in (*config.input, config.output, config.model, config.adapter or "", config.ray_address or ""):
         if has_credentials(location):
             raise JobError(
                 f"{safe_name(location)}: its URI holds a key, and the cluster shows the command line of a job to "

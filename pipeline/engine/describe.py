@@ -29,6 +29,8 @@ def describe_engine(runner: ModelRunner, config: EngineConfig) -> dict[str, Any]
     attention = config.attention
     return {
         "model": config.model,
+        "adapter": config.adapter,
+        "rope_scaling": config.rope_scaling,
         "device": ", ".join(map(str, runner.devices)),
         "gpu": _gpus(runner.devices),
         "precision": describe_precision(runner.precision, runner.calibration)

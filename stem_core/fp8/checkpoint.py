@@ -80,9 +80,9 @@ def read_layout(quantization: dict[str, Any]) -> Fp8Layout:
         ignore = quantization.get("ignored_layers") or quantization.get("modules_to_not_convert") or ["lm_head"]
         return Fp8Layout("scalar", tuple(ignore), quantization.get("activation_scheme") == "static")
     raise UnsupportedCheckpointError(
-        f"weights quantised by {method!r} are not read: use the checkpoint that these were made from (often the same "
-        f"name without {str(method).upper()}), with precision fp8 to make it smaller; or one of the same model in fp8, "
-        "in compressed-tensors (w4a16) or as a GGUF file"
+        f"weights quantised by {method!r} are not read: use the checkpoint that these were made from (its name is "
+        "often this one's without the ending), with precision fp8 to make it smaller; or one of the same model in fp8, in "
+        "compressed-tensors (w4a16) or as a GGUF file"
     )
 
 

@@ -386,6 +386,8 @@ def test_an_adapter_is_merged_and_changes_the_job(tmp_path: Path) -> None:
     again = load_model(EngineConfig(str(tmp_path / "merged"), device="cpu", precision="fp8"))
     layer = "model.layers.0.mlp.down_proj"
     assert torch.equal(quantised.get_submodule(layer).weight.float(), again.get_submodule(layer).weight.float())
+    with pytest.raises(EngineError, match="random weights, which no adapter is for"):
+        load_model(EngineConfig(str(base), adapter=str(adapter), device="cpu", load_format="dummy"))
     prints = manifest.adapter_fingerprint(str(adapter))
     save_adapter(adapter, base, rank=8)
     assert manifest.adapter_fingerprint(str(adapter)) != prints

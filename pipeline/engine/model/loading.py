@@ -93,6 +93,10 @@ def load_model(config: EngineConfig, devices: Sequence[torch.device] | None = No
         placement = _placement(config, hf_config, precision, devices)
         stored_fp8 = prepare_quantized_config(hf_config)
         if config.load_format == "dummy":
+            if config.adapter is not None:
+                raise EngineError(
+                    "load_format 'dummy' has random weights, which no adapter is for: leave one of them out"
+                )
             model = dummy_model(config, hf_config, precision, placement)
         else:
             model = _from_files(config, hf_config, precision, stored_fp8, placement)
