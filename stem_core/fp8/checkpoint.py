@@ -81,8 +81,8 @@ def read_layout(quantization: dict[str, Any]) -> Fp8Layout:
         return Fp8Layout("scalar", tuple(ignore), quantization.get("activation_scheme") == "static")
     raise UnsupportedCheckpointError(
         f"weights quantised by {method!r} are not read: use the checkpoint that these were made from (its name is "
-        "often this one's without the ending), with precision fp8 to make it smaller; or one of the same model in fp8, in "
-        "compressed-tensors (w4a16) or as a GGUF file"
+        "often this one's without the ending), with precision fp8 to make it smaller; or one of the same model in fp8, "
+        "in compressed-tensors (w4a16) or as a GGUF file"
     )
 
 

@@ -108,6 +108,9 @@ def store_in_blocks(folder: Path, names: str = "_proj.weight") -> tuple[Path, di
             wide = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
             tensors |= {name: (weight / wide).to(FP8), f"{name}_scale_inv": scale}
             worth[name] = tensors[name].float() * wide
+        else:
+            tensors[name] = weight.bfloat16()
+            worth[name] = tensors[name].float()
     quantization = {
         "quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK],
         "modules_to_not_convert": ["lm_head"],
@@ -508,8 +511,9 @@ def test_a_job_says_which_factor_fits(tmp_path: Path, model: Path) -> None:
     assert rows[0]["status"] == "too_long"
     assert "--rope-scaling" in rows[0]["error"]
     assert f"made for {limit:,} tokens" in rows[0]["error"]
-    capped = summarize(["river " * limit], **settings, max_context=512).to_pylist()
-    assert "--rope-scaling" not in capped[0]["error"]
+    for context in (512, limit):
+        capped = summarize(["river " * limit], **settings, max_context=context).to_pylist()
+        assert "--rope-scaling" not in capped[0]["error"]
     config = JobConfig(input=(str(tmp_path / "a.txt"),), output=str(tmp_path / "out"), **settings)
     lines = list(describe_plan(config))
     assert any(line.startswith("longest document: --rope-scaling") for line in lines), lines

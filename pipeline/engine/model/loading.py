@@ -159,6 +159,8 @@ def _from_files(
     problem = keys_problem(found)
     if problem:
         raise ModelLoadError(f"model {config.model!r}: {problem}")
+    if getattr(hf_config, "quantization_config", None) is not None and not stored_fp8:
+        _convert_rest(model, precision.dtype)
     if config.adapter is not None:
         model = merge_adapter(model, config.adapter)
     if to_quantize:
@@ -167,6 +169,17 @@ def _from_files(
         if isinstance(module, Fp8Linear):
             module.fast_accumulation = config.fp8_fast_accumulation
     return model
+
+
+def _convert_rest(model: Any, dtype: torch.dtype) -> None:
+    """Bring the weights that a quantised checkpoint holds in 16 or 32 bits to `dtype`.
+
+    transformers leaves them as stored where it dequantises the others. It knows of some that must stay in float32.
+    """
+    exact = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    for name, parameter in model.named_parameters():
+        if not exact.intersection(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
 
 
 def stored_weights(config: EngineConfig, hf_config: Any) -> str:
