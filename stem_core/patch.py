@@ -93,7 +93,6 @@ def _check(model: nn.Module, modules: list[nn.Module]) -> None:
         "logit soft-capping (attn_logit_softcapping)": getattr(config, "attn_logit_softcapping", None),
         "chunked attention (attention_chunk_size)": getattr(config, "attention_chunk_size", None),
         "position biases (ALiBi)": getattr(config, "alibi", None),
-        "attention sinks": any(hasattr(module, "sinks") for module in modules),
         "attention that is not causal": any(getattr(module, "is_causal", True) is False for module in modules),
     }
     for feature, present in features.items():

@@ -7,7 +7,8 @@ transformers' own readers of these need extra packages or dequantise, so a quant
 
 Others are dequantised when they are loaded, where transformers can: quant_method "fp8" with scales for blocks of
 128 x 128 (weight_scale_inv; Qwen3-*-FP8, DeepSeek), and, by the package compressed-tensors, its other formats (w4a16,
-w8a8) and fp8 of models with experts, which are no linears.
+w8a8) and fp8 of models with experts, which are no linears. MXFP4 (gpt-oss's experts: blocks of 32 four-bit floats with
+a power of two) is, too: left to itself, transformers would do so only where it cannot fetch kernels from the hub.
 """
 
 from __future__ import annotations
@@ -117,6 +118,8 @@ def storage(hf_config: Any) -> Storage | None:
     if method == "fp8" and quantization.get("weight_block_size") is not None:
         rows, columns = quantization["weight_block_size"]
         return Storage(f"fp8 with scales for blocks of {rows} x {columns}", fp8=True, kept=False)
+    if method == "mxfp4":
+        return Storage("MXFP4", fp8=False, kept=False)
     if method == "compressed-tensors":
         try:
             layout = read_layout(quantization)

@@ -47,7 +47,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         r"keys and values of others \(shared KV\): 2, 3\.",
     ),
     "gemma4": ("Gemma4TextConfig", SHARED, r"keys and values of others \(shared KV\): 2, 3\."),
-    "gpt_oss": ("GptOssConfig", {"num_local_experts": 2, "num_experts_per_tok": 1}, "attention sinks"),
     "gemma2": ("Gemma2Config", {}, "soft-capping"),
     "lfm2": ("Lfm2Config", {"layer_types": ["conv", FULL, "conv"]}, "get_conv_state"),
 }

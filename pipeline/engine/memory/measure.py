@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -70,7 +72,7 @@ def plan_memory(runner: ModelRunner, config: EngineConfig, chunk_tokens: int) ->
             )
         )
         left.append(free - reserve)
-    return build_plan(config, runner.precision, parts, left, context)
+    return replace(build_plan(config, runner.precision, parts, left, context), dequantised_from=runner.weights)
 
 
 def _reserve(

@@ -11,7 +11,7 @@ import torch
 from pipeline.engine.config import EngineConfig, EngineError
 from pipeline.engine.devices import GIB, device_memory, weight_bytes
 from pipeline.engine.kv.arena import ALIGNMENT, aligned
-from pipeline.engine.model.loading import context_limit, load_config
+from pipeline.engine.model.loading import context_limit, load_config, stored_weights
 from pipeline.engine.model.placement import place
 from pipeline.engine.model.precision import DTYPES, Precision, check_fp8_attention, resolve_precision
 from pipeline.engine.model.skeleton import chunk_bytes, layer_shape, skeleton
@@ -57,6 +57,7 @@ class MemoryPlan:
     prompt and output.
     estimated: made from the config alone, before anything was loaded or measured. precision: of weights and KV.
     devices: of a model spread over several, each; a token lies on all of them, so that the fullest sets arena_tokens.
+    dequantised_from: how the checkpoint holds weights that take more memory than its files; empty if it does not.
     """
 
     device: str
@@ -70,6 +71,7 @@ class MemoryPlan:
     estimated: bool = False
     precision: str = ""
     devices: tuple[DevicePlan, ...] = ()
+    dequantised_from: str = ""
 
     @property
     def arena_bytes(self) -> int:
@@ -104,16 +106,19 @@ class MemoryPlan:
         kind = "estimated before loading" if self.estimated else "after loading"
         context = f"{self.max_context:,} tokens a document at most (prompt and output)"
         parts = [part.line(self.arena_tokens) for part in self.devices]
+        weights = f"  weights  {self.weight_bytes / GIB:.2f} GiB"
+        if self.dequantised_from:
+            weights += f", dequantised from {self.dequantised_from}"
         if not self.total_bytes:
             return [
                 f"memory of {len(parts)} GPUs ({kind}; there are not so many here to ask), precision {self.precision}",
-                f"  weights  {self.weight_bytes / GIB:.2f} GiB",
+                weights,
                 *parts,
             ]
         kv = f"{self.arena_bytes / GIB:.2f} GiB = {self.arena_tokens:,} tokens x {self.bytes_per_token:,} bytes"
         return [
             f"memory of {self.device} ({kind}): {self.total_bytes / GIB:.1f} GiB, precision {self.precision}",
-            f"  weights  {self.weight_bytes / GIB:.2f} GiB",
+            weights,
             f"  reserve  {self.reserve_bytes / GIB:.2f} GiB for activations and decoding",
             f"  KV       {kv}",
             *([ESTIMATED_IN_FP8] if self.estimated and self.precision == "fp8" else []),
@@ -222,7 +227,8 @@ def estimate_plan(config: EngineConfig, total_bytes: int | None = None) -> Memor
         left.append(free - weights - kept)
         first += count
     context = config.max_context or context_limit(hf_config)
-    return build_plan(config, precision, parts, left, context, estimated=True)
+    plan = build_plan(config, precision, parts, left, context, estimated=True)
+    return replace(plan, dequantised_from=stored_weights(config, hf_config))
 
 
 def _layer_bytes(config: EngineConfig, hf_config: Any, precision: Precision) -> int:

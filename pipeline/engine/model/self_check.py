@@ -16,7 +16,9 @@ from stem_core.policy import DENSE_BLOCK_SIZE
 
 # Model types that the tests compare with transformers' own generate, in batches and in chunks
 # (tests/pipeline/test_engine_generate.py). All others are checked when they are loaded.
-TESTED_TYPES = frozenset({"gemma3_text", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe"})
+TESTED_TYPES = frozenset(
+    {"gemma3_text", "gpt_oss", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe"}
+)
 # One document of two chunks, of which the second is so short that what it forgets of the first shows in the logits, and
 # two documents of less than a chunk, its neighbours in turn.
 LENGTHS = (DENSE_BLOCK_SIZE + 2, 70, 70)
