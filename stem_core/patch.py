@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -63,6 +64,11 @@ def layer_policies(model: nn.Module) -> Iterator[LayerPolicy]:
             yield policy
 
 
+def attention_layers(model: nn.Module) -> list[int]:
+    """Indices of the layers that attend; those of other kinds (linear attention, convolutions) are left out."""
+    return sorted({layer for layer, _ in _attention_modules(model)})
+
+
 def _attention_modules(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
     """(layer index, module) of the self-attention modules of the decoder."""
     for module in model.modules():
@@ -77,7 +83,7 @@ def _check(model: nn.Module, modules: list[nn.Module]) -> None:
             f"{name} has no attention layers that go through transformers' AttentionInterface; Stem needs a "
             "transformers causal language model"
         )
-    if not getattr(model, "_supports_attention_backend", False):
+    if not all(_uses_interface(model, module) for module in modules):
         raise UnsupportedModelError(
             f"{name} computes its attention itself, not through transformers' AttentionInterface"
         )
@@ -95,6 +101,17 @@ def _check(model: nn.Module, modules: list[nn.Module]) -> None:
             raise UnsupportedModelError(
                 f"{name} uses {feature}, which our kernels do not compute, neither sparse nor dense; use another model"
             )
+
+
+def _uses_interface(model: nn.Module, module: nn.Module) -> bool:
+    """Whether an attention goes through AttentionInterface: the model says so, or the module's code looks it up there.
+
+    Hybrids with linear attention do not say so, although their full-attention layers do it.
+    """
+    if getattr(model, "_supports_attention_backend", False):
+        return True
+    forward = inspect.unwrap(type(module).forward)
+    return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
 
 
 def _padding_mask(
