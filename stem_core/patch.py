@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import weakref
 from collections.abc import Iterator
@@ -20,7 +21,6 @@ OTHER_MODELS = (
     "use one that is part of transformers and uses AttentionInterface (Qwen3, Llama 3, Mistral, Gemma 3, say)"
 )
 # Parts of the names that configs give to layers with a state instead of keys and values.
-RECURRENT = ("linear", "mamba", "recurrent", "conv", "ssm", "rwkv")
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -70,6 +70,11 @@ def layer_policies(model: nn.Module) -> Iterator[LayerPolicy]:
             yield policy
 
 
+def attention_layers(model: nn.Module) -> list[int]:
+    """Indices of the layers that attend; those of other kinds (linear attention, convolutions) are left out."""
+    return sorted({layer for layer, _ in _attention_modules(model)})
+
+
 def _attention_modules(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
     """(layer index, module) of the self-attention modules of the decoder."""
     for module in model.modules():
@@ -86,9 +91,9 @@ def _check(model: nn.Module, modules: list[nn.Module]) -> None:
             "compressed vector for all heads, and our kernels read keys and values; use a model with grouped-query "
             "attention (Qwen3, Llama 3, Mistral, say)"
         )
-    attachable = hasattr(model, "set_attn_implementation")
-    if not attachable or not modules or not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedModelError(f"{name} {_obstacle(model, config, bool(attachable and modules))}; {OTHER_MODELS}")
+    attachable = hasattr(model, "set_attn_implementation") and bool(modules)
+    if not attachable or not all(_uses_interface(model, module) for module in modules):
+        raise UnsupportedModelError(f"{name} {_obstacle(model, attachable)}; {OTHER_MODELS}")
     features = {
         "logit soft-capping (attn_logit_softcapping)": getattr(config, "attn_logit_softcapping", None),
         "chunked attention (attention_chunk_size)": getattr(config, "attention_chunk_size", None),
@@ -102,13 +107,19 @@ def _check(model: nn.Module, modules: list[nn.Module]) -> None:
             )
 
 
-def _obstacle(model: nn.Module, config: Any, has_attention: bool) -> str:
-    """Why the attention of a model that does not declare AttentionInterface cannot be exchanged."""
-    names = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
-    recurrent = sorted({kind for kind in map(str, names) if any(part in kind for part in RECURRENT)})
-    if recurrent or any(isinstance(getattr(part, "A_log", None), nn.Parameter) for part in model.modules()):
-        layers = f" ({', '.join(recurrent)})" if recurrent else ""
-        return f"is a hybrid: layers of it keep a recurrent state{layers}, for which the engine has no place"
+def _uses_interface(model: nn.Module, module: nn.Module) -> bool:
+    """Whether an attention goes through AttentionInterface: the model says so, or the module's code looks it up there.
+
+    Hybrids with linear attention do not say so, although their full-attention layers do it.
+    """
+    if getattr(model, "_supports_attention_backend", False):
+        return True
+    forward = inspect.unwrap(type(module).forward)
+    return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
+
+
+def _obstacle(model: nn.Module, has_attention: bool) -> str:
+    """Why the attention of a model cannot be exchanged."""
     if not has_attention:
         return "has no attention layers that go through transformers' AttentionInterface"
     if hasattr(sys.modules.get(type(model).__module__), "ALL_ATTENTION_FUNCTIONS"):

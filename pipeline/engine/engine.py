@@ -249,9 +249,13 @@ class Engine:
     # -- endings
 
     def _victims(self, error: Exception) -> list[Document]:
-        """Who ends when a decode step fails: out of memory the newest document alone, otherwise all live ones."""
+        """Who ends when a decode step fails: out of memory the newest document alone, otherwise all live ones.
+
+        All of them, too, where some layers' recurrent states may be those behind the step's token, and others' not yet:
+        the step cannot be run again.
+        """
         live = sorted(self._live.values(), key=lambda document: document.started)
-        return live[-1:] if is_out_of_memory(error) else live
+        return live[-1:] if is_out_of_memory(error) and not self._runner.states else live
 
     def _fail(self, documents: list[Document], error: Exception) -> None:
         """End documents after an exception in their unit of work. Raises EngineError if the device is lost."""
@@ -286,7 +290,7 @@ class Engine:
         if self._prefilling is document:
             self._prefilling = None
         if document.extent is not None:
-            self._arena.extents.release(document.extent)
+            self._arena.release(document.extent)
             document.extent = None
         row = next((row for row, live in self._live.items() if live is document), None)
         if row is not None:

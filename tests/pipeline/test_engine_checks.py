@@ -48,7 +48,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "gemma4": ("Gemma4TextConfig", SHARED, r"keys and values of others \(shared KV\): 2, 3\."),
     "gemma2": ("Gemma2Config", {}, "soft-capping"),
-    "lfm2": ("Lfm2Config", {"layer_types": ["conv", FULL, "conv"]}, "get_conv_state"),
+    "minimax": ("MiniMaxConfig", {"layer_types": ["linear_attention", FULL, FULL]}, "MiniMax uses cache of its own"),
+    "jamba": (
+        "JambaConfig",
+        {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 16, "mamba_dt_rank": 8, "num_experts": 2},
+        "in chunks than for the whole: its recurrent layers, as transformers computes them, do not go on",
+    ),
 }
 
 

@@ -189,10 +189,10 @@ def test_caches_write_in_place_and_only_there() -> None:
         tensor.fill_(torch.nan)
     extent = Extent(64, 128)
     k, v = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8)
-    seen_k, _ = PrefillCache(arena, extent, seen=0).update(k, v, 0)
+    seen_k, _ = PrefillCache(arena, extent, seen=0, tokens=k.shape[2]).update(k, v, 0)
     assert torch.equal(seen_k, k)
     more = torch.randn(1, 2, 2, 8)
-    _, seen_v = PrefillCache(arena, extent, seen=3).update(more, more, 0)
+    _, seen_v = PrefillCache(arena, extent, seen=3, tokens=more.shape[2]).update(more, more, 0)
     assert torch.equal(seen_v, torch.cat([v, more], dim=2))
     assert seen_v.data_ptr() == arena.v[0][:, 64:].data_ptr()
     assert arena.k[0].isnan().sum() == arena.k[0].numel() - 2 * 5 * 8

@@ -88,7 +88,7 @@ def check_state(model: nn.Module, before: Mapping[str, Tensor]) -> None:
     if changed:
         raise UnsupportedModelError(
             f"{type(model).__name__} keeps a state in its modules ({', '.join(changed[:3])}), where the documents of a "
-            "batch would change one another's; only models whose whole state is keys and values can run"
+            "batch would change one another's; only models whose whole state is in their cache can run"
         )
 
 

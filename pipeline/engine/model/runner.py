@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from kernels.fp8_heads import FP8
-from pipeline.engine.kv.arena import Arena, Extent, Fp8KVArena, KVArena, LayerShape
+from pipeline.engine.kv.arena import ALIGNMENT, Arena, Extent, Fp8KVArena, KVArena, LayerShape
 from pipeline.engine.kv.cache import DecodeCache, EngineCache, PrefillCache, ProbeCache
+from pipeline.engine.kv.states import StateShapes, StateSlots, slots_for
 from pipeline.engine.model.checks import check_head_sizes, check_layers, check_state, kept_tensors, named_failures
 from pipeline.engine.model.precision import check_fp8_attention, check_wide_layers, model_precision
 from pipeline.engine.model.rope import prepare_rope
@@ -35,7 +36,8 @@ class ModelRunner:
     device: of token ids and logits. devices: all of the model, in the order of its layers. layer_devices: by layer.
     precision: as the model was loaded. In fp8 attention and KV are in fp8 too, except in layers that this would harm
         (wide ones, see stem_core.kv_scales).
-    shapes: what each layer caches. layers: policy and sliding window of each attention layer, in the model's order.
+    shapes: what each attention layer caches. states: what layers of linear attention keep of a document. layers: policy
+        and sliding window of each attention layer, in the model's order.
     weights: what they were dequantised from when they were loaded ("GGUF"); "" if they are as stored.
     calibration: scales of keys, values and queries in fp8, and which layers are wide; empty in other precisions.
     """
@@ -77,11 +79,34 @@ class ModelRunner:
             if device is None or self.layer_devices[layer] == device
         )
 
-    def new_arena(self, tokens: int) -> Arena:
-        """An arena of `tokens` tokens, each layer's part in the layer's precision and on its device."""
+    def state_bytes(self, documents: int, device: torch.device | None = None) -> int:
+        """States of all layers, or of those on a device, in an arena for so many documents."""
+        return slots_for(documents) * sum(
+            shape.nbytes
+            for key, shape in self.states.items()
+            if device is None or self.layer_devices[key.layer] == device
+        )
+
+    def new_arena(self, tokens: int, documents: int = 1) -> Arena:
+        """An arena of `tokens` tokens, each layer's part in the layer's precision and on its device.
+
+        documents: how many may have states in it at once, of a model that has any.
+        """
+        arena: Arena
         if self.precision.fp8:
-            return Fp8KVArena(self.shapes, tokens, self.calibration.scales, self.dtype, self.layer_devices)
-        return KVArena(self.shapes, tokens, self.dtype, self.layer_devices)
+            arena = Fp8KVArena(self.shapes, tokens, self.calibration.scales, self.dtype, self.layer_devices)
+        else:
+            arena = KVArena(self.shapes, tokens, self.dtype, self.layer_devices)
+        if self.states:
+            units = arena.capacity // ALIGNMENT
+            arena.states = StateSlots(self.states, documents, units, ALIGNMENT, self.layer_devices, self.device)
+        return arena
+
+    @property
+    def last_layer(self) -> int | None:
+        """The attention layer behind which nothing is kept of a document; None where a layer with states follows."""
+        last = self.layers[-1][0].layer
+        return None if any(key.layer >= last for key in self.states) else last
 
     @torch.inference_mode()
     def logits(
@@ -124,14 +149,16 @@ class ModelRunner:
         or [R, V] of the rows.
         """
         positions = torch.arange(context.start, context.start + ids.shape[1], device=ids.device)[None]
-        return self.logits(ids, positions, PrefillCache(arena, extent, seen=context.start), context, bound, rows)
+        cache = PrefillCache(arena, extent, seen=context.start, tokens=ids.shape[1])
+        return self.logits(ids, positions, cache, context, bound, rows)
 
     def decode(
         self, tokens: Tensor, starts: Tensor, lengths: Tensor, bounds: Tensor, arena: Arena, max_length: int
     ) -> Tensor:
         """One step of S rows: each reads its newest token, behind what its extent holds of it. Waits for nothing.
 
-        All int64 [S]. tokens: the newest ones. starts: of the extents in the arena; rows may share one. lengths: of the
+        All int64 [S]. tokens: the newest ones. starts: of the extents in the arena; rows may share one, but
+        not of a model with states. lengths: of the
         documents, their newest token counted, at most `max_length`; 0 for an idle row, which writes to the arena's
         scratch token. bounds: as for logits(). Returns logits [S, V].
         """
@@ -140,7 +167,11 @@ class ModelRunner:
         context = DecodeContext(
             starts=starts, lengths=lengths.to(torch.int32), max_length=max_length, quantized=arena.quantized()
         )
-        return self.logits(tokens[:, None], positions[:, None], DecodeCache(arena, slots), context, bounds)
+        states = None if arena.states is None else arena.states.rows(starts, lengths)
+        cache = DecodeCache(arena, slots, states)
+        logits = self.logits(tokens[:, None], positions[:, None], cache, context, bounds)
+        cache.finish()
+        return logits
 
     def _calibrate(self) -> Calibration:
         """Static fp8 scales of every layer, or that it is wide, from fixed prompts."""
@@ -151,7 +182,7 @@ class ModelRunner:
         return calibrate(self.model, prompts)
 
     def _probe(self) -> None:
-        """Set `shapes`, `layers` and `layer_devices`, as seen by running a prompt of two tokens.
+        """Set `shapes`, `states`, `layers` and `layer_devices`, as seen by running a prompt of two tokens.
 
         A window is what the model passes to the attention; some families keep no attribute that tells.
         """
@@ -171,6 +202,7 @@ class ModelRunner:
         check_head_sizes(cache.shapes, cache.devices)
         policies = {policy.layer: policy for policy in layer_policies(self.model)}
         self.shapes: dict[int, LayerShape] = cache.shapes
+        self.states: StateShapes = cache.states
         self.layer_devices: dict[int, torch.device] = cache.devices
         self.layers: list[tuple[LayerPolicy, int | None]] = [
             (policies[layer], window) for layer, window in context.windows.items()

@@ -52,9 +52,15 @@ def self_check(runner: ModelRunner) -> None:
     if problem:
         model: Any = runner.model
         raise UnsupportedModelError(
-            f"{type(model).__name__} (model type {model.config.model_type}) {problem}: it keeps more of a document "
-            "than keys and values; use another model"
+            f"{type(model).__name__} (model type {model.config.model_type}) {problem}: {_cause(runner)}; use another "
+            "model"
         )
+
+
+def _cause(runner: ModelRunner) -> str:
+    if runner.states:
+        return "its recurrent layers, as transformers computes them, do not go on from the state of an earlier chunk"
+    return "it keeps more of a document than keys and values"
 
 
 def _usual(got: list[Tensor], expected: list[Tensor]) -> float:
@@ -80,7 +86,7 @@ class _Trial:
         self._ids = [torch.as_tensor(row, device=runner.device) for row in ids]
         size = aligned(LENGTHS[0] + STEPS)
         self._extents = [Extent(0, size), Extent(size, size), Extent(size, size)]
-        self._arena = runner.new_arena(2 * size)
+        self._arena = runner.new_arena(2 * size, documents=2)
 
     def read_and_write(self, numbers: list[int], whole: bool) -> list[list[Tensor]]:
         """Logits [V] of each document behind its prompt, read whole or in chunks, and behind each token of its output.

@@ -9,6 +9,7 @@ from torch import nn
 
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.kv.arena import LayerShape
+from pipeline.engine.kv.states import CONV, RECURRENT, StateKey, StateShape
 from pipeline.engine.model.precision import Precision
 from stem_core.fp8 import quantize_linears
 
@@ -33,6 +34,27 @@ def layer_shape(hf_config: Any) -> LayerShape:
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     return LayerShape(getattr(text, "num_key_value_heads", None) or heads, head_dim, head_dim)
+
+
+def state_shapes(model: nn.Module, precision: Precision) -> dict[StateKey, StateShape]:
+    """What layers of linear attention keep of a document, as far as their modules tell (the engine's probe sees it).
+
+    A gated delta rule keeps a matrix for each head of its values, Mamba-2 one for each head, a short convolution alone
+    nothing more.
+    """
+    found: dict[StateKey, StateShape] = {}
+    for module in model.modules():
+        conv = next((child for child in module.children() if isinstance(child, nn.Conv1d)), None)
+        layer = getattr(module, "layer_idx", None)
+        if conv is None or not isinstance(layer, int):
+            continue
+        found[StateKey(CONV, layer)] = StateShape((conv.out_channels, conv.kernel_size[0]), precision.dtype)
+        for names in (("num_v_heads", "head_k_dim", "head_v_dim"), ("num_heads", "head_dim", "ssm_state_size")):
+            sizes = tuple(getattr(module, name, None) for name in names)
+            if None not in sizes:
+                found[StateKey(RECURRENT, layer)] = StateShape(sizes, torch.float32)  # type: ignore[arg-type]
+                break
+    return found
 
 
 def chunk_bytes(config: EngineConfig, hf_config: Any, precision: Precision) -> int:
