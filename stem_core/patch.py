@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -61,6 +61,13 @@ def layer_policies(model: nn.Module) -> Iterator[LayerPolicy]:
         policy = getattr(module, "stem_policy", None)
         if isinstance(policy, LayerPolicy):
             yield policy
+
+
+def keep_dense(model: nn.Module, layers: Collection[int]) -> None:
+    """Leave some layers of a patched model dense, whatever it was patched with."""
+    for layer, module in _attention_modules(model):
+        if layer in layers:
+            module.stem_policy = LayerPolicy(None, layer)  # type: ignore[assignment]
 
 
 def _attention_modules(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:

@@ -201,7 +201,8 @@ def estimate_plan(config: EngineConfig, total_bytes: int | None = None) -> Memor
         precision = _precision_unseen(config.precision, hf_config)
     model = skeleton(config, hf_config, precision)
     layers = hf_config.get_text_config().num_hidden_layers
-    per_token = layers * _layer_bytes(config, hf_config, precision)
+    shared = getattr(hf_config.get_text_config(), "num_kv_shared_layers", None) or 0
+    per_token = (layers - shared) * _layer_bytes(config, hf_config, precision)
     reserve = chunk_bytes(config, hf_config, precision)
     if total_bytes is not None:
         memory = [(total_bytes, total_bytes)] * len(devices)

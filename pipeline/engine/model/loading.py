@@ -27,6 +27,7 @@ from pipeline.engine.model.precision import Precision, resolve_precision
 from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.model.self_check import is_tested, self_check
 from pipeline.engine.model.skeleton import chunk_bytes, skeleton
+from pipeline.engine.model.text_part import model_class
 from stem_core.errors import first_line
 from stem_core.fp8 import Fp8Linear, prepare_quantized_config, quantize_linears
 
@@ -110,11 +111,9 @@ def _placement(
 def _from_files(
     config: EngineConfig, hf_config: Any, precision: Precision, stored_fp8: bool, placement: Placement
 ) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
     # Weights that are to be quantised come to host memory and go to their devices one by one, in fp8.
     to_quantize = precision.fp8 and not stored_fp8
-    auto: Any = AutoModelForCausalLM
+    auto = model_class(hf_config, config.trust_remote_code)
     several = len(placement.devices) > 1
     with _unconnected() if several else nullcontext(), load_report() as report:
         try:

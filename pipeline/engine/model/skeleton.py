@@ -10,6 +10,7 @@ from torch import nn
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.kv.arena import LayerShape
 from pipeline.engine.model.precision import Precision
+from pipeline.engine.model.text_part import model_class
 from stem_core.fp8 import quantize_linears
 
 # Allocator fragmentation, cuBLAS workspaces and what else a process takes unasked.
@@ -18,10 +19,8 @@ SLACK_BYTES = 512 * 2**20
 
 def skeleton(config: EngineConfig, hf_config: Any, precision: Precision) -> nn.Module:
     """The architecture on the device "meta", its linears in fp8 if that is the precision."""
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
+        model = model_class(hf_config, config.trust_remote_code).from_config(
             hf_config, dtype=precision.dtype, trust_remote_code=config.trust_remote_code
         )
         return quantize_linears(model) if precision.fp8 else model
