@@ -26,13 +26,6 @@ from stem_core.patch import UnsupportedModelError
 CPU = torch.device("cpu")
 STEM = StemConfig(block_size=16, schedule="density", density=0.5, dense_below=0)
 SLIDING, FULL = "sliding_attention", "full_attention"
-SHARED: dict[str, Any] = {
-    "num_hidden_layers": 4,
-    "layer_types": [SLIDING, FULL, SLIDING, FULL],
-    "num_kv_shared_layers": 2,
-    "vocab_size_per_layer_input": 199,
-    "hidden_size_per_layer_input": 8,
-}
 # Config class, what it has beside COMMON, and what the error must say.
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "recurrent_gemma": (
@@ -41,12 +34,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         r"keeps a state in its modules \(model\.layers\.0\.temporal_block\.conv1d_state, .*change one another's",
     ),
     "nemotron": ("NemotronConfig", {}, r"does not hand the engine's context .* of its layers 0, 1, 2"),
-    "gemma3n": (
-        "Gemma3nTextConfig",
-        SHARED | {"intermediate_size": [96] * 4, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 4},
-        r"keys and values of others \(shared KV\): 2, 3\.",
-    ),
-    "gemma4": ("Gemma4TextConfig", SHARED, r"keys and values of others \(shared KV\): 2, 3\."),
     "gpt_oss": ("GptOssConfig", {"num_local_experts": 2, "num_experts_per_tok": 1}, "attention sinks"),
     "gemma2": ("Gemma2Config", {}, "soft-capping"),
     "lfm2": ("Lfm2Config", {"layer_types": ["conv", FULL, "conv"]}, "get_conv_state"),
@@ -75,7 +62,7 @@ def test_what_the_engine_cannot_keep_is_named(tmp_path: Path, family: str, atten
         ({0: 2, 1: 2}, {0: 1, 1: 1}, ""),
         ({0: 2}, {0: 1, 1: 1}, "does not hand .* layers 1:"),
         ({}, {}, "does not hand"),
-        ({0: 2, 1: 2}, {0: 1}, r"shared KV\): 1\."),
+        ({0: 2, 1: 2}, {0: 1}, r"nor take those of another layer unchanged: 1\."),
         ({0: 2, 1: 1}, {0: 1, 1: 1}, r"leave out queries whose output nobody reads: 1\."),
         ({0: 2, 1: 2}, {0: 1, 1: 2}, r"several attentions in one layer: 1\."),
     ],
@@ -86,6 +73,16 @@ def test_layers_that_attend_are_those_that_cache(queries: dict[int, int], cached
         return
     with pytest.raises(UnsupportedModelError, match=message):
         check_layers(nn.Linear(1, 1), queries, Counter(cached), tokens=2)
+
+
+def test_keys_of_another_layer_are_known_by_what_they_are() -> None:
+    model, keys, cached = nn.Linear(1, 1), {0: torch.zeros(1), 1: torch.zeros(1)}, Counter({0: 1, 1: 1})
+    given = {0: keys[0], 1: keys[1], 2: keys[0], 3: keys[1]}
+    assert check_layers(model, {0: 2, 1: 2, 2: 2, 3: 1}, cached, 2, given, keys) == {2: 0, 3: 1}
+    with pytest.raises(UnsupportedModelError, match=r"another layer unchanged: 2\."):
+        check_layers(model, {0: 2, 1: 2, 2: 2}, cached, 2, given | {2: keys[0].clone()}, keys)
+    with pytest.raises(UnsupportedModelError, match=r"nobody reads: 2\."):
+        check_layers(model, {0: 3, 1: 3, 2: 2}, cached, 3, given, keys)
 
 
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(257, 257), (512, 512), (192, 320)])

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.engine.model.text_part import MEDIA_TOKENS
+
 LAYERS = 4
 VOCABULARY = 499
 SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
@@ -78,6 +80,15 @@ STRUCTURE: dict[str, dict[str, Any]] = {
     "olmo3": {"layer_types": [SLIDING, SLIDING, SLIDING, FULL]},
     "cohere2": {"layer_types": [SLIDING, SLIDING, SLIDING, FULL]},
     "exaone4": {"layer_types": [SLIDING, SLIDING, SLIDING, FULL], "sliding_window": 64},
+    "glm4v_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+    "glm4v_moe_text": {
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2],
+        },
+    },
+    "glm_ocr_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+    "qwen2_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+    "qwen2_5_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
     "deepseek_v2": {"q_lora_rank": None, "num_key_value_heads": 4},
     "deepseek_v3": {"num_key_value_heads": 4},
     "granitemoehybrid": {"layer_types": [LINEAR, FULL, LINEAR, FULL]},
@@ -89,6 +100,7 @@ STRUCTURE: dict[str, dict[str, Any]] = {
     "mimo_v2_flash": {"layer_types": [FULL, SLIDING, SLIDING, FULL]},
     "minimax": {"layer_types": [LINEAR, FULL, LINEAR, FULL]},
 }  # fmt: skip
+MEDIA = {name: VOCABULARY - 2 - number for number, name in enumerate(MEDIA_TOKENS)}
 # Encoders beside a text model; nothing of them is computed.
 ENCODER: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "depth": 1, "num_layers": 1,
@@ -109,7 +121,7 @@ def tiny_config(model_type: str, text_type: str = "") -> Any:
     own = STRUCTURE.get(text_class.model_type, {}) | STRUCTURE.get(model_type, {})
     given = {name: _sized(part, ENCODER).to_dict() for name, part in _encoders(config_class).items()}
     given["text_config"] = _sized(text_class, SIZES | own).to_dict()
-    return _sized(config_class, {"initializer_range": 0.2}, **given)
+    return _sized(config_class, {"initializer_range": 0.2} | MEDIA, **given)
 
 
 def _encoders(config_class: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pipeline.engine.kv.arena import ALIGNMENT, aligned
 from pipeline.engine.model.loading import context_limit, load_config
 from pipeline.engine.model.placement import place
 from pipeline.engine.model.precision import DTYPES, Precision, check_fp8_attention, resolve_precision
-from pipeline.engine.model.skeleton import chunk_bytes, layer_shape, skeleton
+from pipeline.engine.model.skeleton import chunk_bytes, layer_shapes, skeleton
 
 # On a CPU the arena shares memory with everything else on the machine.
 HOST_SHARE = 0.4
@@ -201,8 +201,7 @@ def estimate_plan(config: EngineConfig, total_bytes: int | None = None) -> Memor
         precision = _precision_unseen(config.precision, hf_config)
     model = skeleton(config, hf_config, precision)
     layers = hf_config.get_text_config().num_hidden_layers
-    shared = getattr(hf_config.get_text_config(), "num_kv_shared_layers", None) or 0
-    per_token = (layers - shared) * _layer_bytes(config, hf_config, precision)
+    per_token = _token_bytes(config, hf_config, precision)
     reserve = chunk_bytes(config, hf_config, precision)
     if total_bytes is not None:
         memory = [(total_bytes, total_bytes)] * len(devices)
@@ -226,12 +225,12 @@ def estimate_plan(config: EngineConfig, total_bytes: int | None = None) -> Memor
     return build_plan(config, precision, parts, left, context, estimated=True)
 
 
-def _layer_bytes(config: EngineConfig, hf_config: Any, precision: Precision) -> int:
-    """A token's KV in a layer. Raises EngineError for heads or blocks that the fp8 kernels cannot take."""
-    shape = layer_shape(hf_config)
+def _token_bytes(config: EngineConfig, hf_config: Any, precision: Precision) -> int:
+    """A token's KV in all layers. Raises EngineError for heads or blocks that the fp8 kernels cannot take."""
+    shapes = layer_shapes(hf_config)
     if precision.fp8:
-        check_fp8_attention({0: shape}, config.attention)
-    return shape.bytes_per_token(precision.kv_dtype)
+        check_fp8_attention(dict(enumerate(shapes)), config.attention)
+    return sum(shape.bytes_per_token(precision.kv_dtype) for shape in shapes)
 
 
 def _precision_unseen(asked: str, hf_config: Any) -> Precision:

@@ -26,16 +26,31 @@ def skeleton(config: EngineConfig, hf_config: Any, precision: Precision) -> nn.M
         return quantize_linears(model) if precision.fp8 else model
 
 
-def layer_shape(hf_config: Any) -> LayerShape:
-    """What a layer caches of a token, as far as the config tells."""
+def layer_shapes(hf_config: Any) -> list[LayerShape]:
+    """What each layer caches of a token, as far as the config tells; layers that read another's keys cache nothing."""
     text = hf_config.get_text_config()
-    heads = text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return LayerShape(getattr(text, "num_key_value_heads", None) or heads, head_dim, head_dim)
+    layers = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", None) or 0)
+    return [_layer_shape(layer) for layer in _layer_configs(text)[:layers]]
 
 
 def chunk_bytes(config: EngineConfig, hf_config: Any, precision: Precision) -> int:
     """Roughly what a prefill chunk takes beside weights and KV (the engine measures it)."""
     text = hf_config.get_text_config()
-    widest = 3 * getattr(text, "intermediate_size", 4 * text.hidden_size) + 6 * text.hidden_size
-    return config.chunk_tokens * widest * precision.dtype.itemsize + SLACK_BYTES
+    widest = 0
+    for layer in _layer_configs(text):
+        inner = getattr(layer, "intermediate_size", 4 * text.hidden_size)
+        widest = max([widest, *(inner if isinstance(inner, list | tuple) else [inner])])
+    return config.chunk_tokens * (3 * widest + 6 * text.hidden_size) * precision.dtype.itemsize + SLACK_BYTES
+
+
+def _layer_configs(text: Any) -> list[Any]:
+    """By layer, the config: one for all, unless sizes differ between layers."""
+    if getattr(text, "per_layer_attributes", None):
+        return [text.per_layer_config[layer] for layer in range(text.num_hidden_layers)]
+    return [text] * text.num_hidden_layers
+
+
+def _layer_shape(layer: Any) -> LayerShape:
+    heads = layer.num_attention_heads
+    head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // heads
+    return LayerShape(getattr(layer, "num_key_value_heads", None) or heads, head_dim, head_dim)

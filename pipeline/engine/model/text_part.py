@@ -42,6 +42,8 @@ def text_part(whole: Any) -> Any:
             dropped = {rf"^{name}\." for name in drop_encoders(self)}
             ignored = getattr(self, "_keys_to_ignore_on_load_unexpected", None)
             self._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *dropped}
+            # An encoder may be what keeps the whole from it.
+            self._supports_attention_backend = getattr(self.get_decoder(), "_supports_attention_backend", False)
 
         @classmethod
         def from_config(cls, config: Any, trust_remote_code: bool = False, **kwargs: Any) -> Any:
