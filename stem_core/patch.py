@@ -100,7 +100,8 @@ def _check(model: nn.Module, modules: list[nn.Module]) -> None:
     for feature, present in features.items():
         if present:
             raise UnsupportedModelError(
-                f"{name} uses {feature}, which our kernels do not compute, neither sparse nor dense; use another model"
+                f"{name} uses {feature}, which our kernels do not compute, neither sparse nor dense; use another model "
+                "(docs/models.md lists those that run)"
             )
 
 

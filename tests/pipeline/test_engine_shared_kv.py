@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,8 +46,12 @@ def test_layers_that_read_the_last_token_alone_run_in_the_last_chunk_alone(
     gemma4 = "Gemma4" in type(whole).__name__
     assert [policy.layer for policy, _ in held._runner.layers] == ([0, 1, 2, 3] if gemma4 else [0, 1, 2, 3, 4, 5])
     calls: list[int] = []
-    layer: Any = next(m for m in held._runner.model.modules() if getattr(m, "layer_idx", None) == 4 and hasattr(m, "q_proj"))
-    layer.register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs["hidden_states"].shape[1]), with_kwargs=True)
+    layer: Any = next(
+        m for m in held._runner.model.modules() if getattr(m, "layer_idx", None) == 4 and hasattr(m, "q_proj")
+    )
+    layer.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs["hidden_states"].shape[1]), with_kwargs=True
+    )
     # A last chunk of one token must not take them for sparse layers.
     assert run(held, [Request("a", np.arange(257) % 100 + 3, 3)])["a"].status == "ok"
     assert calls == ([1, 1, 1] if gemma4 else [128, 128, 1, 1, 1])

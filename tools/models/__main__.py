@@ -22,7 +22,10 @@ def all_types() -> list[str]:
     """The types of transformers' causal language models, and of those that also read images."""
     from transformers.models.auto import modeling_auto
 
-    names = {*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
+    names = {
+        *modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        *modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    }
     return sorted({*names, *INSIDE})
 
 
@@ -75,7 +78,10 @@ def main(arguments: Sequence[str]) -> int:
     table = ",\n  ".join(lines)
     version = json.dumps(transformers.__version__)
     RESULTS.write_text(f'{{"transformers": {version}, "types": [\n  {table}\n]}}\n', encoding="utf-8")
-    counts = {status: sum(each.status == status for each in found.values()) for status in ("stem", "dense", "refused", "untested", "wrong")}
+    counts = {
+        status: sum(each.status == status for each in found.values())
+        for status in ("stem", "dense", "refused", "untested", "wrong")
+    }
     print(", ".join(f"{count} {status}" for status, count in counts.items()))
     return 1 if counts["wrong"] else 0
 

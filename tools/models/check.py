@@ -32,7 +32,7 @@ class Checked:
 
     status: "stem", "dense" (every layer has a window, so that Stem leaves all of them alone), "refused", "untested"
     (no tiny model could be made, or transformers itself cannot run it here), "wrong" (other tokens than transformers').
-    reason: of the last three. sparse: "4 of 4 layers". fp8: "yes", "not its experts" or "no": what --precision fp8 does.
+    reason: of the last three. sparse: "4 of 4 layers". fp8: "yes", "not its experts" or "no", of --precision fp8.
     """
 
     model_type: str

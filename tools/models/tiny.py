@@ -89,8 +89,7 @@ STRUCTURE: dict[str, dict[str, Any]] = {
     "glm_ocr_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
     "qwen2_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
     "qwen2_5_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
-    "deepseek_v2": {"q_lora_rank": None, "num_key_value_heads": 4},
-    "deepseek_v3": {"num_key_value_heads": 4},
+    "deepseek_v2": {"q_lora_rank": None},
     "granitemoehybrid": {"layer_types": [LINEAR, FULL, LINEAR, FULL]},
     "nemotron_h": {"layers_block_type": [LINEAR, "moe", FULL, "mlp"]},
     "bamba": {"attn_layer_indices": [1, 3]},
@@ -139,6 +138,8 @@ def _sized(config_class: Any, sizes: dict[str, Any], **given: Any) -> Any:
         for name, own in known.items()
         if default.get(name, default.get(own)) is not None or name not in ABSENT_STAYS
     }
+    if "kv_lora_rank" in changes:  # latent attention has as many key heads as heads
+        changes["num_key_value_heads"] = changes["num_attention_heads"]
     return config_class(**(changes | given))
 
 

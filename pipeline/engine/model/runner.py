@@ -132,6 +132,15 @@ class ModelRunner:
         positions = torch.arange(context.start, context.start + ids.shape[1], device=ids.device)[None]
         return self.logits(ids, positions, PrefillCache(arena, extent, seen=context.start), context, bound, rows)
 
+    def uncached(self, ids: Tensor) -> Tensor:
+        """A whole document read densely, without a cache and with the positions that the model itself gives its tokens.
+
+        ids: int64 [1, L]. Returns logits [1, V] of the last token. Attention is not in fp8, whatever the precision.
+        """
+        self._rope.rows = torch.full_like(ids[:, 0], ids.shape[1])
+        context = PrefillContext(prompt_length=ids.shape[1], dense=True)
+        return self.model(input_ids=ids, use_cache=False, logits_to_keep=1, stem_context=context).logits[:, -1]
+
     def decode(
         self, tokens: Tensor, starts: Tensor, lengths: Tensor, bounds: Tensor, arena: Arena, max_length: int
     ) -> Tensor:
