@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jobs.cli import by_script, run_main
 from pipeline.errors import JobError, nearest, visible
+from pipeline.imports import prefer_ours
 from pipeline.versions import versions
 
 FOLDER = Path(__file__).parent
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def script() -> None:
     """Entry point of the console script."""
+    prefer_ours()
     run_main(main)
 
 

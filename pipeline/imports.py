@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import os
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -10,6 +13,21 @@ ROOT = Path(__file__).resolve().parent.parent
 
 class WrongPackageError(ImportError):
     """`kernels` is not the package that this code needs."""
+
+
+def prefer_ours() -> None:
+    """Have `kernels` be the package beside this one, here and in processes begun from here, where another hides it.
+
+    A console script begins with its own folder on the path, not with the checkout. Nothing is changed where ours is
+    found, or is not there: check_kernels() then says so.
+    """
+    try:
+        check_kernels()
+    except WrongPackageError:
+        if (ROOT / "kernels" / "dispatch.py").is_file():
+            sys.path.insert(0, str(ROOT))
+            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+            importlib.invalidate_caches()
 
 
 def check_kernels() -> None:

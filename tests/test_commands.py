@@ -46,7 +46,7 @@ WORK = {
     "jobs.evaluate": ("jobs.evaluate.run.load_readers",),
     "tools.faults blows": ("tools.faults.blows.blows",),
     "tools.faults bucket": ("tools.faults.bucket.bucket",),
-    "tools.faults determinism": ("pipeline.engine.model.runner.load_runner",),
+    "tools.faults determinism": ("pipeline.engine.model.loading.load_runner",),
     "tools.faults flips": ("tools.faults.flips.flips",),
     "tools.faults kills": ("tools.faults.runs.kills",),
     "tools.faults restarts": ("tools.faults.runs.kills",),
@@ -425,3 +425,29 @@ def test_the_list_of_commands_names_each(capsys: pytest.CaptureFixture[str]) -> 
         assert f"python -m {package}.COMMAND" in shown
         assert all(f"{name} " in shown and about in shown for name, about in listed.items())
     assert list(commands())[:2] == ["summarize", "submit"]
+
+
+@pytest.mark.parametrize("preferred", [True, False])
+def test_the_script_finds_our_kernels_beside_another_package_of_that_name(tmp_path: Path, preferred: bool) -> None:
+    """As a console script does, the program starts without the checkout on its path, which comes behind."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels/__init__.py").write_text("")
+    program = f"""
+import os, sys
+sys.path[:1] = [{str(tmp_path)!r}]
+sys.path.append({str(ROOT)!r})
+from pipeline.imports import check_kernels, prefer_ours
+if {preferred}:
+    prefer_ours()
+check_kernels()
+import kernels.dispatch
+print(kernels.__file__, os.environ.get("PYTHONPATH"))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+    )
+    if preferred:
+        assert run.stdout.split() == [str(ROOT / "kernels/__init__.py"), str(ROOT)], run.stderr
+    else:
+        assert "WrongPackageError" in run.stderr

@@ -181,7 +181,7 @@ def test_arm_specs() -> None:
         "orakel": "did you mean 'oracle'",
         "release:densty=0.2": "did you mean 'density'",
         "release:density=x": "density must be float, got 'x'",
-        "release:stride=7": "stride must divide",
+        "release:stride=7": "stride must be a divisor of block_size",
         "dense:density=0.5": "dense attention has no settings",
     }.items():
         with pytest.raises(JobError, match=told):
