@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 from pipeline.engine import Engine, EngineConfig, EngineError
 from pipeline.engine.kv.arena import LayerShape
 from pipeline.engine.model import self_check
-from pipeline.engine.model.checks import check_head_sizes, check_layers
+from pipeline.engine.model.checks import check_head_sizes, check_layers, check_windows
 from pipeline.engine.model.loading import load_model, load_runner
 from pipeline.engine.model.runner import ModelRunner
 from stem_core import StemConfig
@@ -83,6 +84,33 @@ def test_keys_of_another_layer_are_known_by_what_they_are() -> None:
         check_layers(model, {0: 2, 1: 2, 2: 2}, cached, 2, given | {2: keys[0].clone()}, keys)
     with pytest.raises(UnsupportedModelError, match=r"nobody reads: 2\."):
         check_layers(model, {0: 3, 1: 3, 2: 2}, cached, 3, given, keys)
+
+
+@pytest.mark.parametrize(
+    ("config", "windows", "silent"),
+    [
+        ({}, {0: None, 1: None}, ""),
+        ({"sliding_window": 8}, {0: 8, 1: None}, ""),
+        ({"sliding_window": 8}, {0: None, 1: None}, "0, 1"),
+        ({"sliding_window": 8, "use_sliding_window": False}, {0: None, 1: None}, ""),
+        ({"sliding_window": 8, "layer_types": [SLIDING, FULL, SLIDING]}, {0: 8, 1: None, 2: 8}, ""),
+        ({"sliding_window": 8, "layer_types": [SLIDING, FULL, SLIDING]}, {0: 8, 1: None, 2: None}, "2"),
+    ],
+)
+def test_windows_that_the_attention_is_not_told_of_are_named(
+    config: dict[str, Any], windows: dict[int, int | None], silent: str
+) -> None:
+    class Text(SimpleNamespace):
+        def get_text_config(self) -> Text:
+            return self
+
+    model: Any = nn.Linear(1, 1)
+    model.config = Text(**config)
+    if not silent:
+        check_windows(model, windows)
+        return
+    with pytest.raises(UnsupportedModelError, match=f"does not tell the attention of its layers {silent};"):
+        check_windows(model, windows)
 
 
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(257, 257), (512, 512), (192, 320)])
@@ -181,6 +209,26 @@ def test_documents_that_change_each_other_are_noticed(
     monkeypatch.setattr(modeling_qwen3, "Qwen3MLP", fault)
     monkeypatch.setattr(self_check, "TESTED_TYPES", frozenset())
     with pytest.raises(EngineError, match=rf"Qwen3ForCausalLM \(model type qwen3\) gives {FAULTS[fault]}"):
+        load_runner(EngineConfig(str(folder), device="cpu", precision=precision, fuse=False))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_model_that_counts_positions_in_its_own_way_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """Left to itself, it counts from 2, as models do whose table of positions has places for padding."""
+    forward = modeling_qwen3.Qwen3Model.forward
+
+    def own(self: Any, input_ids: Tensor, position_ids: Any = None, inputs_embeds: Any = None, **others: Any) -> Any:
+        counted = torch.arange(input_ids.shape[1])[None] + 2 if position_ids is None else position_ids
+        embeddings = self.embed_tokens(input_ids)
+        embeddings = embeddings + embeddings.flip(-1) * counted.sin().to(embeddings)[..., None]
+        return forward(self, inputs_embeds=embeddings, position_ids=position_ids, **others)
+
+    folder = save_model(tmp_path, "qwen3", initializer_range=0.1)
+    monkeypatch.setattr(modeling_qwen3.Qwen3Model, "forward", own)
+    monkeypatch.setattr(self_check, "TESTED_TYPES", frozenset())
+    with pytest.raises(EngineError, match="other logits with a cache and positions counted from 0 than by itself"):
         load_runner(EngineConfig(str(folder), device="cpu", precision=precision, fuse=False))
 
 

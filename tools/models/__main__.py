@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -58,6 +58,13 @@ def read_results() -> tuple[str, list[Checked]]:
     return written["transformers"], [Checked(**each) for each in written["types"]]
 
 
+def write_results(version: str, found: Iterable[Checked]) -> None:
+    """The table, one line for each type, sorted."""
+    lines = [json.dumps(each.to_dict(), ensure_ascii=False) for each in sorted(found, key=lambda each: each.model_type)]
+    table = ",\n  ".join(lines)
+    RESULTS.write_text(f'{{"transformers": {json.dumps(version)}, "types": [\n  {table}\n]}}\n', encoding="utf-8")
+
+
 def main(arguments: Sequence[str]) -> int:
     """Check the types, print each and write the table anew; 1 if one gives other tokens than transformers."""
     about = "Read and continue tiny random models of every type here and in transformers, and write what was found."
@@ -74,10 +81,7 @@ def main(arguments: Sequence[str]) -> int:
         found[model_type] = checked(model_type)
         each = found[model_type]
         print(f"{each.model_type}: {' '.join(filter(None, (each.status, each.sparse, each.reason)))}", flush=True)
-    lines = [json.dumps(found[name].to_dict(), ensure_ascii=False) for name in sorted(found)]
-    table = ",\n  ".join(lines)
-    version = json.dumps(transformers.__version__)
-    RESULTS.write_text(f'{{"transformers": {version}, "types": [\n  {table}\n]}}\n', encoding="utf-8")
+        write_results(transformers.__version__, found.values())  # an interrupted run loses nothing
     counts = {
         status: sum(each.status == status for each in found.values())
         for status in ("stem", "dense", "refused", "untested", "wrong")

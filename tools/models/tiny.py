@@ -58,8 +58,7 @@ SIZES: dict[str, Any] = {
 ABSENT_STAYS = ("sliding_window", "q_lora_rank", "num_local_experts", "num_experts")
 # The order of layers as released models have it, and what else their structure hangs on.
 STRUCTURE: dict[str, dict[str, Any]] = {
-    "mistral": {"sliding_window": 64},
-    "mistral3": {"sliding_window": None},
+    "mistral": {"sliding_window": None},
     "ministral": {"sliding_window": 64, "layer_types": [SLIDING, FULL, SLIDING, FULL]},
     "phi3": {"sliding_window": None},
     "gemma2": {"query_pre_attn_scalar": 16},

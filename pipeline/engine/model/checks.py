@@ -67,6 +67,30 @@ def check_layers(
     return sources
 
 
+def check_windows(model: nn.Module, windows: Mapping[int, int | None]) -> None:
+    """Raise UnsupportedModelError for a model whose config has a sliding window of which its attention is not told.
+
+    windows: by layer, as its attention was told. Such models put it into masks or caches of their own, which nothing
+    here reads.
+    """
+    text = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    types = getattr(text, "layer_types", None)
+    if types is None:
+        window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+        silent = list(windows) if isinstance(window, int) and not any(windows.values()) else []
+    else:
+        silent = [
+            layer
+            for layer, window in windows.items()
+            if window is None and layer < len(types) and types[layer] == "sliding_attention"
+        ]
+    if silent:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has a sliding window in its config of which it does not tell the attention of its "
+            f"layers {_listed(silent)}; use another model"
+        )
+
+
 def check_head_sizes(shapes: Mapping[int, LayerShape], devices: Mapping[int, torch.device]) -> None:
     """Raise UnsupportedModelError for heads that the GPU kernels cannot hold."""
     for layer, shape in shapes.items():

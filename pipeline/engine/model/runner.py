@@ -10,7 +10,14 @@ from kernels.fp8_heads import FP8
 from pipeline.engine.config import EngineError
 from pipeline.engine.kv.arena import Arena, Extent, Fp8KVArena, KVArena, LayerShape
 from pipeline.engine.kv.cache import DecodeCache, EngineCache, PrefillCache, ProbeCache
-from pipeline.engine.model.checks import check_head_sizes, check_layers, check_state, kept_tensors, named_failures
+from pipeline.engine.model.checks import (
+    check_head_sizes,
+    check_layers,
+    check_state,
+    check_windows,
+    kept_tensors,
+    named_failures,
+)
 from pipeline.engine.model.precision import check_fp8_attention, check_wide_layers, model_precision
 from pipeline.engine.model.rope import prepare_rope
 from stem_core.config import StemConfig
@@ -184,6 +191,7 @@ class ModelRunner:
         self.sources = check_layers(
             self.model, context.queries, cache.updates, tokens=2, given=context.given, own=cache.keys
         )
+        check_windows(self.model, context.windows)
         check_state(self.model, before)
         check_head_sizes(cache.shapes, cache.devices)
         self.shapes: dict[int, LayerShape] = cache.shapes
