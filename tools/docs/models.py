@@ -36,6 +36,7 @@ FAMILIES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("Nemotron H, 3", ("nemotron_h",), ""),
     ("DeepSeek V3, R1; Kimi K2", ("deepseek_v3",), ""),
 )
+TEXT_MODELS = ("ministral3",)
 STATUS = {"stem": "Stem", "dense": "dense only", "refused": "refused", "untested": "not tested", "wrong": "**wrong**"}
 
 
@@ -47,7 +48,7 @@ def models_page() -> str:
     families = table(
         ("model", "model type", "status", "sparse", "`--precision fp8`", "note"),
         [
-            (name, f"`{each.model_type}`", STATUS[each.status], each.sparse, each.fp8, note or _short(each))
+            (name, f"`{each.model_type}`", STATUS[each.status], each.sparse, each.fp8, _note(each, note))
             for name, types, note in FAMILIES
             for each in (by_type[each] for each in types if each in by_type)
         ],
@@ -65,6 +66,14 @@ def models_page() -> str:
     if wrong:
         parts[-1:-1] = ["\n## Wrong\n", table(("model type", "what"), [(f"`{e.model_type}`", e.reason) for e in wrong])]
     return "\n".join(parts)
+
+
+def _note(each: Checked, note: str) -> str:
+    """Why it is refused, or what is to be said of it; "text only" says nothing of a text model."""
+    if each.status == "refused":
+        return _short(each)
+    is_text = each.model_type.endswith("_text") or each.model_type in TEXT_MODELS
+    return note.removeprefix("text only").removeprefix("; ") if is_text else note
 
 
 def _by_reason(refused: Iterable[Checked]) -> list[tuple[str, str]]:
@@ -120,6 +129,7 @@ _CHECKPOINTS = """
 ## Checkpoints
 
 All types are read from safetensors in bf16, fp16 or fp32. `--precision fp8` quantises linears when they are loaded:
-"not its experts" means that those of a mixture stay in 16 bits. What other formats are read, and what is refused with
+"not its experts" means that those of a mixture stay in 16 bits. That column follows from the model's structure; the
+tool runs float32 alone. What other formats are read, and what is refused with
 which advice, is in [Troubleshooting](troubleshooting.md).
 """
