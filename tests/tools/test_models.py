@@ -11,7 +11,7 @@ import transformers
 from stem_core import attention
 from tools.docs.__main__ import pages
 from tools.models.__main__ import RESULTS, all_types, checked, main, read_results
-from tools.models.check import check_type
+from tools.models.check import SPARSE, check_type
 
 # One of each kind: plain, windows, shared keys and values, text parts of others, what is refused.
 FEW = (
@@ -54,16 +54,10 @@ def test_other_tokens_than_those_of_transformers_are_wrong(monkeypatch: pytest.M
     assert (found.status, found.reason) == ("wrong", "dense: other tokens than transformers'")
 
 
-def test_a_sparse_path_that_loses_tokens_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    select = attention.stem_selection
-
-    def lossy(q: Any, k: Any, v: Any, config: Any, budget: Any, **others: Any) -> Any:
-        found = select(q, k, v, config, budget, **others)
-        return type(found)(found.indices, found.counts.clamp(max=1))
-
-    monkeypatch.setattr(attention, "stem_selection", lossy)
+def test_a_type_whose_layers_leave_nothing_out_does_not_count_as_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.models.check.SPARSE", SPARSE.replace(density=0.3, local_blocks=4096))
     found = check_type("llama")
-    assert (found.status, found.reason) == ("wrong", "everything: other tokens than transformers'")
+    assert (found.status, found.sparse) == ("dense", "0 of 4 layers")
 
 
 def test_the_page_names_every_type_once_among_those_that_run_and_those_refused() -> None:

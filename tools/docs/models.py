@@ -102,8 +102,8 @@ Stem sparse prefill.
 This page is written by `python -m tools.docs` from what `python -m tools.models` found with transformers {version};
 do not edit it by hand. For each type that transformers knows, the tool makes a tiny random model with all parts of the
 real one (windows, experts, shared layers). It reads prompts of several chunks and decodes them in one batch, in float32
-on a CPU: densely, sparsely with a budget that keeps every block, and with a small one. The first two must give the
-tokens of transformers' own `generate`. So the page says that a model's code runs right, not how well its answers are
+on a CPU. Densely, that must give the tokens of transformers' own `generate`; sparsely, all documents must end, with
+blocks left out. So the page says that a model's code runs right, not how well its answers are
 with sparse prefill: [Checks](checks.md) is about that.
 
 - **Stem**: full attention layers are sparse. Layers with a sliding window keep to it.
