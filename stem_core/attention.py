@@ -247,9 +247,18 @@ def _prefill_chunk(
     sinks: Tensor | None,
 ) -> Tensor:
     context.windows[policy.layer], context.queries[policy.layer] = window, q.shape[2]
+    if context.given is not None:
+        context.given[policy.layer] = k
     window = cutting_window(context.prompt_length, window)
     config = None if context.dense else policy.config
     budget = LayerPolicy(config, policy.layer).budget(context.prompt_length, window)
+    select = stem_selection if context.select is None else partial(context.select, policy.layer)
+    quantized = context.quantized.get(policy.layer)
+    left_out = k.shape[2] - (context.start if quantized is None else 0) - q.shape[2]
+    if left_out:  # the chunk's last queries alone, which is as decoding does: densely
+        dense = LayerPolicy(None, policy.layer).budget(context.prompt_length, window)
+        start = context.start + left_out
+        return stem_prefill(q, k, v, None, dense, start=start, scale=scale, window=window, quantized=quantized)
     keys = None
     if config is not None and budget.budgets is not None:
         keys = context.keys.get(policy.layer)
@@ -257,8 +266,6 @@ def _prefill_chunk(
             keys = new_key_state(config, k, context.prompt_length)
             if keys is not None:
                 context.keys[policy.layer] = keys
-    select = stem_selection if context.select is None else partial(context.select, policy.layer)
-    quantized = context.quantized.get(policy.layer)
     start, end, probe = context.start, context.start + q.shape[2], context.probe
     if policy.layer == context.last_layer and end < context.prompt_length:
         sampled = probe is not None and budget.budgets is not None and bool(probe.within(start, end))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ ATTENTION_NAME = "stem"
 OTHER_MODELS = (
     "use one that is part of transformers and uses AttentionInterface (Qwen3, Llama 3, Mistral, Gemma 3, say)"
 )
-# Parts of the names that configs give to layers with a state instead of keys and values.
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -75,6 +74,13 @@ def attention_layers(model: nn.Module) -> list[int]:
     return sorted({layer for layer, _ in _attention_modules(model)})
 
 
+def keep_dense(model: nn.Module, layers: Collection[int]) -> None:
+    """Leave some layers of a patched model dense, whatever it was patched with."""
+    for layer, module in _attention_modules(model):
+        if layer in layers:
+            module.stem_policy = LayerPolicy(None, layer)  # type: ignore[assignment]
+
+
 def _attention_modules(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
     """(layer index, module) of the self-attention modules of the decoder."""
     for module in model.modules():
@@ -103,7 +109,8 @@ def _check(model: nn.Module, modules: list[nn.Module]) -> None:
     for feature, present in features.items():
         if present:
             raise UnsupportedModelError(
-                f"{name} uses {feature}, which our kernels do not compute, neither sparse nor dense; use another model"
+                f"{name} uses {feature}, which our kernels do not compute, neither sparse nor dense; use another model "
+                "(docs/models.md lists those that run)"
             )
 
 

@@ -26,6 +26,7 @@ from pipeline.engine.memory.plan import MemoryPlan
 from pipeline.engine.model.loading import stop_token_ids
 from pipeline.engine.model.precision import wide_note
 from pipeline.engine.model.runner import ModelRunner
+from pipeline.engine.model.text_part import media_tokens
 from pipeline.engine.run.batch import IDLE, NOT_FINITE, DecodeBatch
 from pipeline.engine.run.decode import DecodeRunner, Readback, StepKey, batch_bucket
 from pipeline.engine.run.prefill import Prefill, attention_plan, chunk_size
@@ -49,6 +50,7 @@ class Engine:
         device = self._device = self._runner.device  # of the decode batch
         on_gpu = device.type == "cuda"
         self._eos = stop_token_ids(self._runner.model)
+        self._media = media_tokens(self._runner.model.config)
         self._arena, self._plan = allocate_arena(self._runner, config, plan, self._chunk)
         self._batch = DecodeBatch(config.max_live, device)
         self._lag = config.decode_lag if config.decode_lag is not None else 2 * on_gpu
@@ -108,7 +110,7 @@ class Engine:
         if self._find(request.request_id) is not None:
             raise ValueError(f"request_id {request.request_id!r} is in the engine already")
         document = Document(request)
-        problem = accept(document, self._runner.vocabulary, self._eos, self._plan)
+        problem = accept(document, self._runner.vocabulary, self._media, self._eos, self._plan)
         if problem is None:
             self._waiting.append(document)
         else:

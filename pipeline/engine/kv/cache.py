@@ -100,7 +100,7 @@ class EngineCache:
 
 
 class ProbeCache(EngineCache):
-    """Records what each layer would cache or keep and where, and keeps nothing."""
+    """Records what each layer would cache or keep, and where; keeps nothing. keys: what each attention is given."""
 
     def __init__(self) -> None:
         super().__init__(seen=0)
@@ -108,12 +108,14 @@ class ProbeCache(EngineCache):
         self.states: dict[StateKey, StateShape] = {}
         self.updates: Counter[int] = Counter()
         self.devices: dict[int, torch.device] = {}
+        self.keys: dict[int, Tensor] = {}
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """k [1, Hkv, L, D], v [1, Hkv, L, Dv], unchanged."""
         self.updates[layer_idx] += 1
         self.shapes[layer_idx] = LayerShape(k.shape[1], k.shape[3], v.shape[3])
         self.devices[layer_idx] = k.device
+        self.keys[layer_idx] = k
         return k, v
 
     def update_conv_state(

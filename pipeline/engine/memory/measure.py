@@ -156,7 +156,7 @@ def key_states(
             continue
         if on is not None and place != on:
             continue
-        shape = runner.shapes[policy.layer]
+        shape = runner.shapes[runner.sources.get(policy.layer, policy.layer)]
         keys = torch.empty(1, shape.kv_heads, 1, shape.head_dim, dtype=runner.dtype, device=place)
         state = new_key_state(policy.config, keys, prompt_tokens, place if device is None else device)
         if state is not None:

@@ -15,7 +15,7 @@ from pipeline.engine.kv.states import slots_for
 from pipeline.engine.model.loading import context_limit, load_config, stored_weights
 from pipeline.engine.model.placement import place
 from pipeline.engine.model.precision import DTYPES, Precision, check_fp8_attention, resolve_precision
-from pipeline.engine.model.skeleton import chunk_bytes, layer_shape, skeleton, state_shapes
+from pipeline.engine.model.skeleton import chunk_bytes, layer_shapes, skeleton, state_shapes
 from stem_core.patch import attention_layers
 
 # On a CPU the arena shares memory with everything else on the machine.
@@ -214,8 +214,7 @@ def estimate_plan(config: EngineConfig, total_bytes: int | None = None) -> Memor
     model = skeleton(config, hf_config, precision)
     layers = hf_config.get_text_config().num_hidden_layers
     states = state_shapes(model, precision)
-    attending = len(attention_layers(model)) if states else layers
-    per_token = attending * _layer_bytes(config, hf_config, precision)
+    per_token = _token_bytes(config, hf_config, precision, attention_layers(model) if states else None)
     all_states = slots_for(config.max_live) * sum(shape.nbytes for shape in states.values())
     reserve = chunk_bytes(config, hf_config, precision)
     if total_bytes is not None:
@@ -242,12 +241,16 @@ def estimate_plan(config: EngineConfig, total_bytes: int | None = None) -> Memor
     return replace(plan, dequantised_from=stored_weights(config, hf_config))
 
 
-def _layer_bytes(config: EngineConfig, hf_config: Any, precision: Precision) -> int:
-    """A token's KV in a layer. Raises EngineError for heads or blocks that the fp8 kernels cannot take."""
-    shape = layer_shape(hf_config)
+def _token_bytes(
+    config: EngineConfig, hf_config: Any, precision: Precision, layers: Sequence[int] | None = None
+) -> int:
+    """A token's KV in all layers, or in those given. Raises EngineError for heads or blocks that fp8 cannot take."""
+    shapes = layer_shapes(hf_config)
+    if layers is not None:
+        shapes = [shapes[layer] for layer in layers]
     if precision.fp8:
-        check_fp8_attention({0: shape}, config.attention)
-    return shape.bytes_per_token(precision.kv_dtype)
+        check_fp8_attention(dict(enumerate(shapes)), config.attention)
+    return sum(shape.bytes_per_token(precision.kv_dtype) for shape in shapes)
 
 
 def _precision_unseen(asked: str, hf_config: Any) -> Precision:

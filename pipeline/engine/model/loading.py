@@ -32,6 +32,7 @@ from pipeline.engine.model.rope import stretch
 from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.model.self_check import is_tested, self_check
 from pipeline.engine.model.skeleton import chunk_bytes, skeleton
+from pipeline.engine.model.text_part import model_class
 from pipeline.model_files import config_problem, is_gguf
 from stem_core.errors import first_line
 from stem_core.fp8 import Fp8Linear, prepare_quantized_config, quantize_linears, storage
@@ -126,11 +127,9 @@ def _placement(
 def _from_files(
     config: EngineConfig, hf_config: Any, precision: Precision, stored_fp8: bool, placement: Placement
 ) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
     # Weights that are to be quantised come to host memory and go to their devices one by one, in fp8.
     to_quantize = precision.fp8 and not stored_fp8
-    auto: Any = AutoModelForCausalLM
+    auto = model_class(hf_config, config.trust_remote_code)
     several = len(placement.devices) > 1
     if config.adapter is not None and stored_fp8:
         raise ModelLoadError(

@@ -7,17 +7,25 @@ import torch
 from torch import Tensor, nn
 
 from kernels.fp8_heads import FP8
+from pipeline.engine.config import EngineError
 from pipeline.engine.kv.arena import ALIGNMENT, Arena, Extent, Fp8KVArena, KVArena, LayerShape
 from pipeline.engine.kv.cache import DecodeCache, EngineCache, PrefillCache, ProbeCache
 from pipeline.engine.kv.states import StateShapes, StateSlots, slots_for
-from pipeline.engine.model.checks import check_head_sizes, check_layers, check_state, kept_tensors, named_failures
+from pipeline.engine.model.checks import (
+    check_head_sizes,
+    check_layers,
+    check_state,
+    check_windows,
+    kept_tensors,
+    named_failures,
+)
 from pipeline.engine.model.precision import check_fp8_attention, check_wide_layers, model_precision
 from pipeline.engine.model.rope import prepare_rope
 from stem_core.config import StemConfig
 from stem_core.context import DecodeContext, PrefillContext, StemContext
 from stem_core.fuse import fuse_model
 from stem_core.kv_scales import Calibration, calibrate
-from stem_core.patch import UnsupportedModelError, layer_policies, patch_model
+from stem_core.patch import UnsupportedModelError, keep_dense, layer_policies, patch_model
 from stem_core.policy import LayerPolicy
 
 # Prompts that give the fp8 scales: how many, of how many tokens, from which seed.
@@ -36,8 +44,10 @@ class ModelRunner:
     device: of token ids and logits. devices: all of the model, in the order of its layers. layer_devices: by layer.
     precision: as the model was loaded. In fp8 attention and KV are in fp8 too, except in layers that this would harm
         (wide ones, see stem_core.kv_scales).
-    shapes: what each attention layer caches. states: what layers of linear attention keep of a document. layers: policy
-        and sliding window of each attention layer, in the model's order.
+    shapes: what each attention layer caches. states: what layers of linear attention keep of a document. sources: by
+        layer without keys and values of its own, whose it reads (shared KV).
+    layers: policy and sliding window of each attention layer that reads a whole prompt, in the model's order. Layers of
+        shared KV may read its last token alone: then they are dense, and run in the last chunk only.
     weights: what they were dequantised from when they were loaded ("GGUF"); "" if they are as stored.
     calibration: scales of keys, values and queries in fp8, and which layers are wide; empty in other precisions.
     """
@@ -55,6 +65,11 @@ class ModelRunner:
         self._probe()
         self.devices = tuple(dict.fromkeys([self.device, *self.layer_devices.values()]))
         self.calibration = Calibration()
+        if self.precision.fp8 and self.sources:
+            raise EngineError(
+                f"precision 'fp8' does not take layers that read the keys and values of others (shared KV), as layer "
+                f"{min(self.sources)} of this model does: use bf16"
+            )
         if self.precision.fp8:
             check_fp8_attention(self.shapes, attention)
             self.calibration = self._calibrate()
@@ -152,6 +167,15 @@ class ModelRunner:
         cache = PrefillCache(arena, extent, seen=context.start, tokens=ids.shape[1])
         return self.logits(ids, positions, cache, context, bound, rows)
 
+    def uncached(self, ids: Tensor) -> Tensor:
+        """A whole document read densely, without a cache and with the positions that the model itself gives its tokens.
+
+        ids: int64 [1, L]. Returns logits [1, V] of the last token. Attention is not in fp8, whatever the precision.
+        """
+        self._rope.rows = torch.full_like(ids[:, 0], ids.shape[1])
+        context = PrefillContext(prompt_length=ids.shape[1], dense=True)
+        return self.model(input_ids=ids, use_cache=False, logits_to_keep=1, stem_context=context).logits[:, -1]
+
     def decode(
         self, tokens: Tensor, starts: Tensor, lengths: Tensor, bounds: Tensor, arena: Arena, max_length: int
     ) -> Tensor:
@@ -182,14 +206,14 @@ class ModelRunner:
         return calibrate(self.model, prompts)
 
     def _probe(self) -> None:
-        """Set `shapes`, `states`, `layers` and `layer_devices`, as seen by running a prompt of two tokens.
+        """Set `shapes`, `states`, `sources`, `layers` and `layer_devices`, as seen by running a prompt of two tokens.
 
         A window is what the model passes to the attention; some families keep no attribute that tells.
         """
         cache = ProbeCache()
         ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
         positions = torch.arange(2, device=self.device)[None]
-        context = PrefillContext(prompt_length=2)
+        context = PrefillContext(prompt_length=2, given={})
         before = kept_tensors(self.model)
         try:
             with named_failures(self.model):
@@ -197,15 +221,21 @@ class ModelRunner:
         except UnsupportedModelError:
             check_head_sizes(cache.shapes, cache.devices)  # a kernel that does not hold them says so in its own words
             raise
-        check_layers(self.model, context.queries, cache.updates, tokens=2)
+        self.sources = check_layers(
+            self.model, context.queries, cache.updates, tokens=2, given=context.given, own=cache.keys
+        )
+        check_windows(self.model, context.windows)
         check_state(self.model, before)
         check_head_sizes(cache.shapes, cache.devices)
-        policies = {policy.layer: policy for policy in layer_policies(self.model)}
         self.shapes: dict[int, LayerShape] = cache.shapes
         self.states: StateShapes = cache.states
-        self.layer_devices: dict[int, torch.device] = cache.devices
+        self.layer_devices: dict[int, torch.device] = dict(cache.devices)
+        self.layer_devices |= {layer: cache.devices[source] for layer, source in self.sources.items()}
+        keep_dense(self.model, [layer for layer, count in context.queries.items() if count == 1])
+        policies = {policy.layer: policy for policy in layer_policies(self.model)}
+        whole = [layer for layer, count in context.queries.items() if count > 1]
         self.layers: list[tuple[LayerPolicy, int | None]] = [
-            (policies[layer], window) for layer, window in context.windows.items()
+            (policies[layer], context.windows[layer]) for layer in whole
         ]
 
 

@@ -1,4 +1,7 @@
-"""Two short documents, read whole and alone, then in chunks and together: the model must give the same both times."""
+"""Two short documents, read whole and alone, then in chunks and together: the model must give the same both times.
+
+And what it gives without a cache, with its own positions: some count them from another number than 0.
+"""
 
 from __future__ import annotations
 
@@ -38,23 +41,25 @@ def is_tested(runner: ModelRunner) -> bool:
 
 @torch.inference_mode()
 def self_check(runner: ModelRunner) -> None:
-    """Raise UnsupportedModelError for a model whose logits depend on chunks or on other documents."""
+    """Raise UnsupportedModelError where logits depend on chunks, on other documents, or on who counts positions."""
     trial = _Trial(runner)
     limit = ROUNDING.get(runner.precision.name, COARSE)
     alone = [trial.read_and_write([number], whole=True)[0] for number in (0, 1)]
     pair = trial.read_and_write([0, 1], whole=False)
     other = trial.read_and_write([0, 2], whole=False)[0]
+    model: Any = runner.model
+    name = f"{type(model).__name__} (model type {model.config.model_type})"
+    if not runner.precision.fp8 and difference(trial.uncached(), alone[0][0]) > limit:
+        raise UnsupportedModelError(
+            f"{name} gives other logits with a cache and positions counted from 0 than by itself; use another model"
+        )
     problem = ""
     if any(difference(got[0], expected[0]) > limit for got, expected in zip(pair, alone, strict=True)):
         problem = "gives other logits for a prompt that is read in chunks than for the whole"
     elif _usual(pair[0], other) > NEIGHBOUR or any(_usual(*both) > limit for both in zip(pair, alone, strict=True)):
         problem = "gives other logits for documents together than for each alone"
     if problem:
-        model: Any = runner.model
-        raise UnsupportedModelError(
-            f"{type(model).__name__} (model type {model.config.model_type}) {problem}: {_cause(runner)}; use another "
-            "model"
-        )
+        raise UnsupportedModelError(f"{name} {problem}: {_cause(runner)}; use another model")
 
 
 def _cause(runner: ModelRunner) -> str:
@@ -98,6 +103,10 @@ class _Trial:
             for row, found in zip(self._decode(numbers, step), logits, strict=True):
                 found.append(row)
         return logits
+
+    def uncached(self) -> Tensor:
+        """Logits [V] behind the first document's prompt, without a cache."""
+        return self._runner.uncached(self._ids[0][None, : LENGTHS[0]])[0]
 
     def _prefill(self, number: int, chunk: int) -> Tensor:
         extent, length = self._extents[number], LENGTHS[number]
