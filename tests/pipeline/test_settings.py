@@ -49,7 +49,7 @@ def test_only_settings_that_can_change_an_output_are_fingerprinted() -> None:
     ]
     other = [{"max_new_tokens": 9}, {"seed": 1}, {"budget": 0.3}, {"attention": "dense"}, {"too_long": "truncate"}]
     other += [{"preset": "release"}, {"precision": "fp16"}, {"block_size": 64}, {"temperature": 0.5}]
-    other += [{"max_output_error": 0.5}, {"top_k": 20}]
+    other += [{"max_output_error": 0.5}, {"top_k": 20}, {"thinking": "on"}]
     assert {config(**changes).fingerprint() for changes in same} == {config().fingerprint()}
     prints = {config(**changes).fingerprint() for changes in other}
     assert len(prints | {config().fingerprint()}) == len(other) + 1
