@@ -74,6 +74,15 @@ class Sampling:
         changes_output=True,
         added_later=True,
     )
+    min_p: float = setting(
+        0.0,
+        "least probability of a token that sampling draws, as a share of the most likely one's",
+        low=0,
+        high=1,
+        group="generation",
+        changes_output=True,
+        added_later=True,
+    )
     seed: int = setting(
         0,
         "seed of sampling; what is drawn for a document depends only on this and on the document's id",
