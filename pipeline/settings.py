@@ -55,7 +55,14 @@ class EngineSettings:
 class Sampling:
     """How the next token is chosen. Raises SettingError."""
 
-    temperature: float = setting(0.0, "randomness; 0 is greedy", low=0, group="generation", changes_output=True)
+    temperature: float = setting(
+        0.0,
+        "randomness; 0 is greedy",
+        more="of a model's generation_config.json only the end-of-sequence tokens hold, not how it samples",
+        low=0,
+        group="generation",
+        changes_output=True,
+    )
     top_p: float = setting(
         1.0,
         "share of the probability that sampling draws from",
