@@ -69,7 +69,9 @@ def split_answer(pieces: Sequence[tuple[str, str]], opened: bool) -> Answer:
 
 
 def _harmony(pieces: Sequence[tuple[str, str]]) -> Answer:
-    channel, finals, others = "", [], []
+    channel = ""
+    finals: list[str] = []
+    others: list[str] = []
     for marker, text in pieces:
         if marker == CHANNEL:
             words = text.split()
