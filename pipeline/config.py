@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from pipeline.errors import JobError, nearest, one_line
 from pipeline.options import check_flags, flag, short, told
 from pipeline.settings import EngineSettings, Sampling
+from pipeline.thinking import THINKING
 from stem_core.config import DEFAULT_PRESET, PRESETS, REMOVED_PRESETS, StemConfig
 from stem_core.settings import SettingError, setting
 
@@ -83,6 +84,15 @@ class JobConfig(Sampling, EngineSettings):
         None,
         'arguments of the model\'s chat template, as JSON: {"enable_thinking": false}',
         kind="map",
+        group="prompt",
+        changes_output=True,
+    )
+    thinking: str = setting(
+        "off",
+        "whether a reasoning model thinks before it answers, where its chat template can switch that; auto: as the "
+        "template has it; thinking goes to a column of its own",
+        more="for gpt-oss, which always thinks, off asks for little of it",
+        choices=THINKING,
         group="prompt",
         changes_output=True,
     )

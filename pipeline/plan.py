@@ -209,6 +209,7 @@ def make_worker_config(
         config_hash=config.fingerprint(),
         today=survey.today,
         template_args=config.chat_template_args,
+        thinking=config.thinking,
         kept=tuple(pa.field(field.name, field.type) for field in survey.catalogue.kept),
         deadline=config.deadline,
         grace=GRACE_SECONDS if grace is None else grace,
@@ -290,6 +291,7 @@ def _token_lines(config: JobConfig, plan: Plan) -> Iterator[str]:
             plan.survey.task,
             config.chat_template_args,
             plan.survey.today,
+            config.thinking,
         )
         reader = DocumentReader(config.text_column, [])
         readable = [position for position in pending.order().tolist() if position not in pending.errors]

@@ -15,6 +15,7 @@ from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pipeline.errors import DocumentError, JobError, one_line
+from pipeline.thinking import opens_thinking
 from pipeline.tokens import Tokens
 
 # What stands for the document while templates are rendered: ordinary letters, so that no template strips or escapes it.
@@ -90,26 +91,35 @@ class PromptBuilder:
     the rest is tokenised as the template means it. That gives the same ids as tokenising the rendered whole, except
     that special strings inside the document are text.
 
-    today: the date for templates that print one; None asks the clock, once.
+    today: the date for templates that print one; None asks the clock, once. thinking: off, on or auto, where the
+    template can switch it. opens_thinking: prompts end where the model has begun to think.
     """
 
     def __init__(
-        self, tokens: Tokens, task: Task, template_args: Mapping[str, Any] | None = None, today: date | None = None
+        self,
+        tokens: Tokens,
+        task: Task,
+        template_args: Mapping[str, Any] | None = None,
+        today: date | None = None,
+        thinking: str = "off",
     ) -> None:
         self._tokens = tokens
         self._task = task
         self._args = dict(template_args or {})
         self._today = today or date.today()
+        self._thinking = thinking
+        self.opens_thinking = False
         self._frames = {False: self._frame(task.question), True: self._frame(task.merge_question)}
 
     def _frame(self, question: str) -> tuple[np.ndarray, str, str, np.ndarray]:
         message = user_message(self._task.template, question)
-        rendered = self._tokens.render_chat(message, self._args, self._today)
+        rendered = self._tokens.render_chat(message, self._args, self._today, self._thinking)
         before, mark, after = rendered.partition(MARK)
         if not mark or MARK in after:
             raise JobError(
                 "the model's chat template does not place the user message once and unchanged; give another model"
             )
+        self.opens_thinking = self._tokens.has_chat_template and opens_thinking(after)
         cut = self._tokens.last_control(before)
         end = self._tokens.first_control(after)
         head = self._tokens.encode_template(before[:cut], starts=True)

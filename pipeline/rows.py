@@ -101,6 +101,11 @@ class Outcome:
         "stop (end-of-sequence token) or length (cut off at max_new_tokens, or a part was); null unless ok",
         null=NOT_OK, origin=ENGINE, default=None,
     )  # fmt: skip
+    reasoning: str | None = column(
+        "what the model thought before its output, in a document of parts before the merged one; the status is error "
+        "where it ended there",
+        null="the model did not think, or gave nothing", origin=ENGINE, default=None,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:

@@ -76,7 +76,14 @@ class EngineSettings:
 class Sampling:
     """How the next token is chosen. Raises SettingError."""
 
-    temperature: float = setting(0.0, "randomness; 0 is greedy", low=0, group="generation", changes_output=True)
+    temperature: float = setting(
+        0.0,
+        "randomness; 0 is greedy",
+        more="of a model's generation_config.json only the end-of-sequence tokens hold, not how it samples",
+        low=0,
+        group="generation",
+        changes_output=True,
+    )
     top_p: float = setting(
         1.0,
         "share of the probability that sampling draws from",
@@ -91,6 +98,15 @@ class Sampling:
         "most likely tokens that sampling draws from; unset: all",
         more="top_p then takes its share of their probability",
         low=1,
+        group="generation",
+        changes_output=True,
+        added_later=True,
+    )
+    min_p: float = setting(
+        0.0,
+        "least probability of a token that sampling draws, as a share of the most likely one's",
+        low=0,
+        high=1,
         group="generation",
         changes_output=True,
         added_later=True,

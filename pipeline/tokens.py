@@ -12,6 +12,7 @@ import numpy as np
 
 from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.model_files import is_gguf, source
+from pipeline.thinking import MARKERS, Answer, split_answer, template_switches
 
 # The function by which chat templates ask for the date, and the codes of its formats: %d, %-d, %B.
 CLOCK = "strftime_now"
@@ -65,10 +66,11 @@ class Tokens:
         """Whether the model is a chat model."""
         return bool(getattr(self._tokenizer, "chat_template", None))
 
-    def render_chat(self, message: str, args: Mapping[str, Any], today: date) -> str:
+    def render_chat(self, message: str, args: Mapping[str, Any], today: date, thinking: str = "auto") -> str:
         """The user message in the model's chat template, up to where the answer starts; as it is where there is none.
 
-        today: what the template takes for the current date. Raises JobError if the template fails.
+        today: what the template takes for the current date. thinking: off, on or auto (as the template has it); what
+        `args` say goes before it. Raises JobError if the template fails.
         """
         if not self.has_chat_template:
             if args:
@@ -77,6 +79,7 @@ class Tokens:
         messages = [{"role": "user", "content": message}]
         try:
             template = self._tokenizer.get_chat_template(args.get("chat_template"))
+            args = {**template_switches(template, thinking), **args}
             if CLOCK in template:
                 args = {**args, "chat_template": dated(template, today)}
             return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **args)
@@ -175,6 +178,16 @@ class Tokens:
     def decode(self, ids: list[int]) -> str:
         """The text of generated tokens, control tokens left out."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def answer(self, ids: list[int], opened: bool) -> Answer:
+        """The text of generated tokens, the model's thinking apart. opened: the prompt has opened the thinking."""
+        pieces, begin, marker = [], 0, ""
+        for end, token in enumerate(ids):
+            if self.control.get(token) in MARKERS:
+                pieces.append((marker, self.decode(ids[begin:end])))
+                begin, marker = end + 1, self.control[token]
+        pieces.append((marker, self.decode(ids[begin:])))
+        return split_answer(pieces, opened)
 
 
 def dated(template: str, today: date) -> str:

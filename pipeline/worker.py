@@ -56,6 +56,7 @@ class WorkerConfig:
     config_hash: str
     today: date
     template_args: Mapping[str, Any] | None = None
+    thinking: str = "off"
     kept: tuple[pa.Field, ...] = ()
     deadline: float = 0.0
     grace: float = GRACE_SECONDS
@@ -103,7 +104,7 @@ class Worker:
         # Before the engine: what is wrong there shows in a second. Not beside it: transformers' lazy imports
         # are not safe in two threads at once.
         self._hf_config, self._tokens = await loop.run_in_executor(self._reader, _load_tokens, config.engine)
-        self._builder = PromptBuilder(self._tokens, config.task, config.template_args, config.today)
+        self._builder = PromptBuilder(self._tokens, config.task, config.template_args, config.today, config.thinking)
         self._loop = EngineLoop(lambda: _build_engine(config))
         engine = await asyncio.wrap_future(self._loop.ready)
         self._limit = engine.max_context - config.max_new_tokens
@@ -263,9 +264,13 @@ class Worker:
         if completion.status != "ok":
             return Outcome(status=completion.status, error=one_line(completion.error))
         begin = time.perf_counter()
-        output = self._tokens.decode(completion.token_ids)
+        answer = self._tokens.answer(list(completion.token_ids), self._builder.opens_thinking)
         work.fields.tokenize_seconds += time.perf_counter() - begin
-        return Outcome(status="ok", output=output, finish_reason=completion.finish_reason)
+        if answer.text is None:
+            return Outcome(status="error", error=_no_answer(completion, config), reasoning=answer.reasoning)
+        return Outcome(
+            status="ok", output=answer.text, finish_reason=completion.finish_reason, reasoning=answer.reasoning
+        )
 
     async def _in_reader(self, work: Work, call: Callable[..., T], *args: Any) -> tuple[T, float]:
         """Run something in the reader thread; its result and seconds. The wait before counts as queueing."""
@@ -302,6 +307,16 @@ def part_request(document_id: str, parts: int, index: int) -> str:
 def whole_request(document_id: str) -> str:
     """The request id of a whole document: its own id, and never what a part of another one is called."""
     return f"{document_id}#" if re.search(r"#\d+\.\d+#*$", document_id) else document_id
+
+
+def _no_answer(completion: Completion, config: WorkerConfig) -> str:
+    """Why a document has thinking and no answer, and what to do about it."""
+    if completion.finish_reason == "length":
+        ended = f"--max-new-tokens {config.max_new_tokens} cut the model off inside its thinking"
+    else:
+        ended = "the model stopped inside its thinking"
+    off = "" if config.thinking == "off" else ", or --thinking off if the model's chat template can switch it off"
+    return f"{ended}, before its answer; give a larger --max-new-tokens{off}"
 
 
 def _load_tokens(config: EngineConfig) -> tuple[Any, Tokens]:

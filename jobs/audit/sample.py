@@ -46,7 +46,7 @@ def draw(options: Options, tokens: Tokens) -> Sample:
     """The sample of an audit. Raises JobError if no document of it can be compared."""
     job = options.job
     builder = PromptBuilder(
-        tokens, make_task(job.task, job.question, job.prompt_file), job.chat_template_args, job.today()
+        tokens, make_task(job.task, job.question, job.prompt_file), job.chat_template_args, job.today(), job.thinking
     )
     files, _ = find_files(job.input)
     catalogue = list_documents(files, text_column=job.text_column, id_column=job.id_column, shard=job.shard_pair())

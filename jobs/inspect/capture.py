@@ -111,7 +111,7 @@ def prefill(runner: ModelRunner, config: EngineConfig, prompt: np.ndarray, note:
 
 def _prompt(job: JobConfig, tokens: Tokens, text: str, context: int) -> np.ndarray:
     builder = PromptBuilder(
-        tokens, make_task(job.task, job.question, job.prompt_file), job.chat_template_args, job.today()
+        tokens, make_task(job.task, job.question, job.prompt_file), job.chat_template_args, job.today(), job.thinking
     )
     limit = min(context, job.max_context or context) - job.max_new_tokens
     try:

@@ -67,6 +67,7 @@ class Document:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k or 0,
+            min_p=sampling.min_p,
         )
 
     def completion(self, status: Status, error: str, finish_reason: str, kernel: str) -> Completion:

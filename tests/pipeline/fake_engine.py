@@ -19,8 +19,8 @@ class FakeEngine:
     """Answers every prompt with ANSWER and the number of its tokens. Words in the document change that:
 
     SLOW takes 0.3 s, CRASH ends the process, RAISE raises, HANG never returns, FREEZE holds the interpreter for ever,
-    CUT ends at the limit of tokens, OOM ends as out of memory unless its prefill goes in smaller steps, ALWAYSOOM does
-    so in any case.
+    CUT ends at the limit of tokens, THINK answers behind <think>...</think>, with CUT it ends before </think>, OOM ends
+    as out of memory unless its prefill goes in smaller steps, ALWAYSOOM does so in any case.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -69,7 +69,11 @@ class FakeEngine:
             ctypes.PyDLL(None).sleep(3600)
         if "ALWAYSOOM" in text or ("OOM" in text and request.chunk_tokens is None):
             return [self._completion(request, status="oom", error="out of fake memory")]
-        answer = {"token_ids": self._answer, "output_tokens": len(self._answer)}
+        ids = self._answer
+        if "THINK" in text:
+            thought = "<think>a plan" if "CUT" in text else f"<think>a plan</think>{ANSWER}"
+            ids = self._tokenizer.encode(thought).ids
+        answer = {"token_ids": ids, "output_tokens": len(ids)}
         return [self._completion(request, **answer, finish_reason="length" if "CUT" in text else "stop")]
 
     def _completion(self, request: Request, status: str = "ok", **values: Any) -> Completion:

@@ -56,6 +56,20 @@ def out(tmp_path: Path) -> Path:
 TEXTS = {f"d{i:02}": f"document {i} " * (i + 1) for i in range(12)}
 
 
+def test_thinking_has_its_column_and_a_cut_inside_it_is_no_answer(tmp_path: Path, out: Path, model: Path) -> None:
+    docs = write(tmp_path / "docs", {"thought": "THINK", "cut": "THINK CUT", "plain": "The committee met."})
+    report = job(docs, out, model, thinking="auto")
+    assert report.counts == {"ok": 2, "error": 1}
+    found = rows(out)
+    assert {name: (row["output"], row["reasoning"]) for name, row in found.items()} == {
+        "thought": ("the answer", "a plan"), "cut": (None, "a plan"), "plain": ("the answer", None),
+    }  # fmt: skip
+    assert found["cut"]["error"].startswith("--max-new-tokens 8 cut the model off inside its thinking")
+    assert "--thinking off" in found["cut"]["error"]
+    again = job(docs, out, model, thinking="auto", retry_failed=True)
+    assert rows(out)["cut"]["finished_at"] > found["cut"]["finished_at"], again.counts
+
+
 def test_every_document_has_a_full_row(tmp_path: Path, out: Path, model: Path) -> None:
     bad = {"empty": "", "good": "The text is fine."}
     docs = write(tmp_path / "docs", TEXTS | bad)
@@ -79,6 +93,7 @@ def test_every_document_has_a_full_row(tmp_path: Path, out: Path, model: Path) -
         "kept_error",
         "density_by_layer",
         "output_error",
+        "reasoning",
     }
     assert not [name for name in filled if row[name] is None]
     assert row["prompt_hash"] == json.loads((out / "manifest.json").read_text())["fingerprints"]["prompt"]
