@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 import weakref
 from collections.abc import Collection, Iterator
 from typing import Any, TypeVar
@@ -99,7 +98,7 @@ def _check(model: nn.Module, modules: list[nn.Module]) -> None:
         )
     attachable = hasattr(model, "set_attn_implementation") and bool(modules)
     if not attachable or not all(_uses_interface(model, module) for module in modules):
-        raise UnsupportedModelError(f"{name} {_obstacle(model, attachable)}; {OTHER_MODELS}")
+        raise UnsupportedModelError(f"{name} {_obstacle(attachable)}; {OTHER_MODELS}")
     features = {
         "logit soft-capping (attn_logit_softcapping)": getattr(config, "attn_logit_softcapping", None),
         "chunked attention (attention_chunk_size)": getattr(config, "attention_chunk_size", None),
@@ -125,15 +124,10 @@ def _uses_interface(model: nn.Module, module: nn.Module) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
 
 
-def _obstacle(model: nn.Module, has_attention: bool) -> str:
+def _obstacle(has_attention: bool) -> str:
     """Why the attention of a model cannot be exchanged."""
     if not has_attention:
         return "has no attention layers that go through transformers' AttentionInterface"
-    if hasattr(sys.modules.get(type(model).__module__), "ALL_ATTENTION_FUNCTIONS"):
-        return (
-            "takes its attention from transformers' AttentionInterface, but does not declare that another may be put "
-            "there (_supports_attention_backend)"
-        )
     return "computes its attention itself, not through transformers' AttentionInterface"
 
 
