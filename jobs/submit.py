@@ -23,6 +23,7 @@ from pipeline.config import JobConfig, read_job_file
 from pipeline.errors import JobError, one_line, without_secrets
 from pipeline.imports import ROOT
 from pipeline.location import has_credentials, is_uri, safe_name
+from pipeline.model_files import is_local
 
 # What is uploaded: our packages and nothing else of the checkout (Ray refuses a working folder of more than 100 MiB).
 PACKAGES = ("jobs", "kernels", "pipeline", "stem_core")
@@ -56,7 +57,7 @@ def split_arguments(parser: Parser, arguments: Sequence[str]) -> tuple[Any, list
     values = read_job_file(options.config) if options.config else {}
     values |= {name: value for name, value in vars(options).items() if name not in ("address", "no_wait", "config")}
     config = JobConfig(**values)
-    for location in (*config.input, config.output, config.model, config.ray_address or ""):
+    for location in (*config.input, config.output, config.model, config.adapter or "", config.ray_address or ""):
         if has_credentials(location):
             raise JobError(
                 f"{safe_name(location)}: its URI holds a key, and the cluster shows the command line of a job to "
@@ -69,8 +70,8 @@ def absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
     """Settings with local paths made absolute, as this folder sees them. A model that is no folder here is a hub id."""
     inputs = values["input"]
     values = values | {"input": [_absolute(item) for item in ([inputs] if isinstance(inputs, str) else inputs)]}
-    values |= {name: _absolute(values[name]) for name in ("output", "prompt_file") if values.get(name)}
-    if Path(values["model"]).expanduser().is_dir():
+    values |= {name: _absolute(values[name]) for name in ("output", "prompt_file", "adapter") if values.get(name)}
+    if is_local(values["model"]):
         values["model"] = _absolute(values["model"])
     return values
 

@@ -25,7 +25,8 @@ Config = TypeVar("Config")
 # Headings of --help and of docs/configuration.md, in their order.
 GROUPS = {
     "data": "What is read, and where results go.",
-    "model": "The model. A folder needs `config.json`, a tokenizer and `*.safetensors`.",
+    "model": "The model. A folder needs `config.json`, a tokenizer, and `*.safetensors` or `pytorch_model.bin`; a "
+    "`.gguf` file holds all of that.",
     "prompt": "What the model is asked about each document.",
     "generation": "How the output is generated.",
     "attention": "How prompts are read. What each setting means in full, and the presets' values: "
@@ -217,7 +218,7 @@ class JobConfig(Sampling, EngineSettings):
         """The settings that can change an output, defaults filled in."""
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.metadata["changes_output"]}
         stem = self.stem()
-        for name in (*STEM_OVERRIDES, "preset", "attention", "model"):
+        for name in (*STEM_OVERRIDES, "preset", "attention", "model", "adapter"):
             values.pop(name, None)
         settings = stem.to_dict() if stem else None
         for held, record in ((values, JobConfig), (settings or {}, StemConfig)):

@@ -22,11 +22,15 @@ class JobError(Exception):
 
 
 class DocumentError(Exception):
-    """One document cannot be processed; it becomes a row with this message and `status`."""
+    """One document cannot be processed; it becomes a row with this message and `status`.
 
-    def __init__(self, message: str, status: str = "error") -> None:
-        super().__init__(one_line(message, 1000), status)
+    tokens: of its prompt, where it is too long for the context; else 0.
+    """
+
+    def __init__(self, message: str, status: str = "error", tokens: int = 0) -> None:
+        super().__init__(one_line(message, 1000), status, tokens)
         self.status = status
+        self.tokens = tokens
 
     def __str__(self) -> str:
         return str(self.args[0])

@@ -11,10 +11,13 @@ from typing import Any
 
 from pyarrow.fs import LocalFileSystem
 
-from pipeline.adapters import adapter_problem
+from pipeline.adapters import CONFIG as ADAPTER_CONFIG
+from pipeline.adapters import WEIGHTS as ADAPTER_WEIGHTS
+from pipeline.adapters import adapter_problem, merge_problem
 from pipeline.config import JobConfig
 from pipeline.errors import JobError, one_line
 from pipeline.location import open_filesystem, safe_name
+from pipeline.model_files import config_problem, gguf_problem, is_gguf, weights_problem
 from pipeline.options import short
 from pipeline.prompts import Task
 from pipeline.records import utc_now
@@ -35,7 +38,6 @@ TYPES: dict[str, Any] = {
     "seconds": (int, float),
 }  # fmt: skip
 READING = ("text_column", "id_column", "keep_columns", "shard")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MODEL_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".bin", ".py")
 
 
@@ -47,9 +49,14 @@ def model_fingerprint(model: str, revision: str | None, weights: bool = True, tr
     """Over a folder's configuration, weights and tokenizer, or a hub model's commit.
 
     Large weight files count by size and 64 spread samples. Raises JobError if the model is not there or,
-    with `weights`, has no safetensors.
+    with `weights`, has none that are read.
     """
     folder = Path(model).expanduser()
+    if is_gguf(model) and (folder.is_file() or not folder.exists()):
+        problem = gguf_problem(model)
+        if problem:
+            raise JobError(f"--model {model}: {problem}")
+        return _digest([(folder.name, content_stamp(LocalFileSystem(), str(folder), folder.stat().st_size))])
     if folder.is_dir():
         try:
             _check_folder(folder, model, weights)
@@ -75,14 +82,22 @@ def _check_folder(folder: Path, model: str, weights: bool) -> None:
         raise JobError(f"--model {model}: its config.json is not valid JSON: {one_line(error, 200)}") from None
     if not isinstance(config, dict) or "model_type" not in config:
         raise JobError(f"--model {model}: its config.json names no model_type; expected a transformers model")
-    if weights and not list(folder.glob("*.safetensors")):
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:6])
-        pickles = any(p.suffix in PICKLES for p in folder.iterdir())
-        why = "pickled weights can run code when they are loaded, so" if pickles else "other weight formats"
-        raise JobError(
-            f"--model {model}: it has no *.safetensors (found: {found}); {why} "
-            + ("they are not read; save the model again with save_pretrained()" if pickles else "are not read")
-        )
+    problem = weights_problem(folder) if weights else ""
+    if problem:
+        raise JobError(f"--model {model}: {problem}")
+
+
+def adapter_fingerprint(adapter: str) -> str:
+    """Over an adapter's config and weights. Raises JobError for one that cannot be merged."""
+    problem = merge_problem(adapter)
+    if problem:
+        raise JobError(f"--adapter {adapter}: {problem}")
+    folder, local = Path(adapter).expanduser(), LocalFileSystem()
+    try:
+        files = [folder / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+        return _digest([(p.name, content_stamp(local, str(p), p.stat().st_size)) for p in files])
+    except OSError as error:
+        raise JobError(f"--adapter {adapter}: cannot be read: {one_line(error)}") from None
 
 
 def hub_commit(model: str, revision: str | None, trust_remote_code: bool = False) -> str:
@@ -92,9 +107,9 @@ def hub_commit(model: str, revision: str | None, trust_remote_code: bool = False
     try:
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # the hub client raises many kinds
-        raise JobError(
-            f"--model {model}: no such folder, and the hub did not give it: {one_line(error, 200)}"
-        ) from None
+        known = config_problem(error, model, revision)
+        why = known or f"no such folder, and the hub did not give it: {one_line(error, 200)}"
+        raise JobError(f"--model {model}: {why}") from None
     return str(getattr(config, "_commit_hash", None) or revision or "")
 
 
@@ -115,11 +130,10 @@ def input_fingerprint(files: list[SourceFile]) -> str:
 
 def fingerprints(config: JobConfig, files: list[SourceFile], task: Task) -> dict[str, str]:
     """The fingerprints of a job. Those in DECIDING must be the same for a run to go on where another stopped."""
+    model = model_fingerprint(config.model, config.revision, config.load_format != "dummy", config.trust_remote_code)
     return {
         "config": config.fingerprint(),
-        "model": model_fingerprint(
-            config.model, config.revision, config.load_format != "dummy", config.trust_remote_code
-        ),
+        "model": _digest([model, adapter_fingerprint(config.adapter)]) if config.adapter else model,
         "prompt": task.fingerprint(),
         "reading": _digest([config.text_column, config.id_column, config.keep_columns, config.shard_pair()]),
         "input": input_fingerprint(files),
@@ -130,7 +144,7 @@ def config_values(config: JobConfig) -> dict[str, Any]:
     """All settings as plain values, without credentials that may stand in locations."""
     values = asdict(config)
     values["input"] = [safe_name(item) for item in config.input]
-    for name in ("output", "model", "ray_address"):
+    for name in ("output", "model", "adapter", "ray_address"):
         values[name] = values[name] and safe_name(values[name])
     values["keep_columns"] = list(config.keep_columns)
     return values

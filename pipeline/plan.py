@@ -18,6 +18,7 @@ from pipeline.config import JobConfig
 from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.kept import PROMOTE
 from pipeline.location import safe_name
+from pipeline.model_files import is_local
 from pipeline.prompts import Task, make_task
 from pipeline.rows import NAMES, result_schema
 from pipeline.settings import EngineSettings, Sampling
@@ -204,7 +205,7 @@ def make_worker_config(
         max_new_tokens=config.max_new_tokens,
         sampling=Sampling(**values_of(config, Sampling)),
         text_column=config.text_column,
-        model_name=safe_name(config.model),
+        model_name=model_label(config),
         config_hash=config.fingerprint(),
         today=survey.today,
         template_args=config.chat_template_args,
@@ -221,11 +222,24 @@ def make_engine_config(config: JobConfig, device: str) -> Any:
     """The job's settings in the form the engine takes them (pipeline.engine.EngineConfig)."""
     from pipeline.engine.config import EngineConfig
 
-    folder = Path(config.model).expanduser()
     values = values_of(config, EngineSettings)
-    if folder.is_dir():
-        values["model"] = str(folder.absolute())
+    if is_local(config.model):
+        values["model"] = _absolute(config.model)
+    if config.adapter is not None:
+        values["adapter"] = _absolute(config.adapter)
     return EngineConfig(**values, device=device, gpus=config.gpus_per_worker, attention=config.stem(), seed=config.seed)
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
+def model_label(config: JobConfig) -> str:
+    """What rows call the model: its name, the adapter merged into it, and by how much its context was stretched."""
+    label = safe_name(config.model)
+    if config.adapter is not None:
+        label += f" + {safe_name(config.adapter)}"
+    return label if config.rope_scaling is None else f"{label} (YaRN {config.rope_scaling:g})"
 
 
 def describe_plan(config: JobConfig) -> Iterator[str]:
@@ -260,6 +274,8 @@ def id_rule(config: JobConfig, catalogue: Catalogue) -> str:
 def _token_lines(config: JobConfig, plan: Plan) -> Iterator[str]:
     """Tokens estimated from a sample, and the engine's memory plan."""
     from pipeline.engine import EngineError, estimate_plan
+    from pipeline.engine.model.loading import load_config
+    from pipeline.engine.model.rope import stretch_hint
     from pipeline.prompts import PromptBuilder
     from pipeline.tokens import load_tokens
 
@@ -293,5 +309,10 @@ def _token_lines(config: JobConfig, plan: Plan) -> Iterator[str]:
             limit = memory.max_context - config.max_new_tokens
             if longest > limit:
                 yield f"too long: documents beyond {limit:,} tokens; policy: {config.too_long}"
+                if config.max_context is None:
+                    own = load_config(make_engine_config(replace(config, rope_scaling=None), config.device))
+                    hint = stretch_hint(own, longest + config.max_new_tokens)
+                    if hint:
+                        yield f"longest document: {hint}"
         yield f"generated: at most {len(pending) * config.max_new_tokens:,} tokens"
     yield from memory.lines()

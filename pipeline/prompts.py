@@ -139,7 +139,7 @@ class PromptBuilder:
             return Prompt(np.concatenate([head, body, tail]))
         if not truncate:
             raise DocumentError(
-                f"the prompt has {total} tokens, the limit is {limit} (context less max_new_tokens)", "too_long"
+                f"the prompt has {total} tokens, the limit is {limit} (context less max_new_tokens)", "too_long", total
             )
         first, last = self._tokens.span(left, right, body)
         excess = total - limit

@@ -16,9 +16,30 @@ PRECISIONS = ("auto", "bf16", "fp16", "fp32", "fp8")
 class EngineSettings:
     """A model, and how an engine holds it."""
 
-    model: str = setting("", "folder of a transformers model, or its hub id", group="model", changes_output=True)
+    model: str = setting(
+        "", "folder of a transformers model, its hub id, or a .gguf file", group="model", changes_output=True
+    )
     revision: str | None = setting(None, "revision of a hub model", group="model", changes_output=True)
     trust_remote_code: bool = setting(False, "run code that comes with the model", group="model", changes_output=True)
+    adapter: str | None = setting(
+        None,
+        "folder of a LoRA adapter, merged into the model when it loads",
+        more="needs the package peft",
+        group="model",
+        changes_output=True,
+        added_later=True,
+    )
+    rope_scaling: float | None = setting(
+        None,
+        "stretch the model's context by this factor (YaRN); unset: as its config has it",
+        more="for documents beyond the context that a model was made for; it changes what the model reads of short "
+        "ones, too, a little. Models whose config scales already are refused",
+        above=1,
+        high=64,
+        group="model",
+        changes_output=True,
+        added_later=True,
+    )
     precision: str = setting(
         "auto",
         "number format of weights, attention and KV; fp8 needs GPUs that have it; auto: bf16 on GPUs, fp32 on CPUs",
@@ -55,7 +76,14 @@ class EngineSettings:
 class Sampling:
     """How the next token is chosen. Raises SettingError."""
 
-    temperature: float = setting(0.0, "randomness; 0 is greedy", low=0, group="generation", changes_output=True)
+    temperature: float = setting(
+        0.0,
+        "randomness; 0 is greedy",
+        more="of a model's generation_config.json only the end-of-sequence tokens hold, not how it samples",
+        low=0,
+        group="generation",
+        changes_output=True,
+    )
     top_p: float = setting(
         1.0,
         "share of the probability that sampling draws from",
@@ -70,6 +98,15 @@ class Sampling:
         "most likely tokens that sampling draws from; unset: all",
         more="top_p then takes its share of their probability",
         low=1,
+        group="generation",
+        changes_output=True,
+        added_later=True,
+    )
+    min_p: float = setting(
+        0.0,
+        "least probability of a token that sampling draws, as a share of the most likely one's",
+        low=0,
+        high=1,
         group="generation",
         changes_output=True,
         added_later=True,

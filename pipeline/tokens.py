@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import DocumentError, JobError, one_line
+from pipeline.model_files import is_gguf, source
 from pipeline.thinking import Answer, markers_of, may_think, split_answer, template_switches
 
 # The function by which chat templates ask for the date, and the codes of its formats: %d, %-d, %B.
@@ -20,18 +21,20 @@ TOKENIZER_FILES = "The model needs its tokenizer's files beside config.json: tok
 
 
 def load_tokens(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Tokens:
-    """The tokenizer of a model folder or hub id. Raises JobError if there is none or it cannot be read."""
+    """The tokenizer of a model folder, .gguf file or hub id. Raises JobError if there is none or it cannot be read."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+        place, more = source(model)
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code, **more)
         added = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         # Where there are no files, transformers makes an empty tokenizer of some types.
         problem = "has no vocabulary" if added.issuperset(tokenizer.get_vocab().values()) else ""
     except Exception as error:  # transformers raises many kinds for a missing or damaged tokenizer
         problem = f"cannot be loaded: {one_line(error)}"
     if problem:
-        raise JobError(f"--model {model}: its tokenizer {problem}. {TOKENIZER_FILES}")
+        advice = "Use the model as a folder of transformers instead" if is_gguf(model) else TOKENIZER_FILES
+        raise JobError(f"--model {model}: its tokenizer {problem}. {advice}")
     return Tokens(tokenizer)
 
 

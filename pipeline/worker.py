@@ -17,7 +17,8 @@ from typing import Any, TypeVar, cast
 import pyarrow as pa
 
 from pipeline.engine.config import Completion, EngineConfig, Request, Sampling
-from pipeline.engine.model.loading import load_config
+from pipeline.engine.model.loading import context_limit, load_config
+from pipeline.engine.model.rope import stretch_hint
 from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.imports import check_kernels
 from pipeline.kept import Kept
@@ -90,6 +91,7 @@ class Worker:
         self._gpu = ""
         self._precision = ""
         self._limit = 0
+        self._hf_config: Any = None  # with the context that the model was made for
         self._reader = ThreadPoolExecutor(1, "reader")
         self._documents = DocumentReader(config.text_column, list(config.kept))
         self._busy_read = 0.0
@@ -101,7 +103,7 @@ class Worker:
         loop = asyncio.get_running_loop()
         # Before the engine: what is wrong there shows in a second. Not beside it: transformers' lazy imports
         # are not safe in two threads at once.
-        self._tokens = await loop.run_in_executor(self._reader, _load_tokens, config.engine)
+        self._hf_config, self._tokens = await loop.run_in_executor(self._reader, _load_tokens, config.engine)
         self._builder = PromptBuilder(self._tokens, config.task, config.template_args, config.today, config.thinking)
         self._loop = EngineLoop(lambda: _build_engine(config))
         engine = await asyncio.wrap_future(self._loop.ready)
@@ -152,7 +154,8 @@ class Worker:
         except EngineBrokenError:
             raise
         except DocumentError as error:
-            outcome = Outcome(status=error.status, error=one_line(error))
+            hint = self._stretch_hint(error.tokens)
+            outcome = Outcome(status=error.status, error=one_line(f"{error}; {hint}" if hint else error))
         except Exception as error:  # a tokenizer or template that raises costs this document alone
             if limit.expired():
                 outcome = Outcome(status="timeout", error=f"not done after {self._config.deadline:g} s in the worker")
@@ -169,6 +172,16 @@ class Worker:
             from_engine=EngineFields.of_parts(work.completions) if work.completions else None,
             from_worker=work.fields, input_stamp=document.stamp, finished_at=utc_now(), kept=kept.columns,
         )  # fmt: skip
+
+    def _stretch_hint(self, prompt_tokens: int) -> str:
+        """What helps a prompt that is too long for the model, and not for the memory or for --max-context."""
+        engine = self._config.engine
+        own = self._hf_config
+        if not prompt_tokens or engine.max_context is not None or own is None:
+            return ""
+        if self._limit + self._config.max_new_tokens < int(context_limit(own) * (engine.rope_scaling or 1)):
+            return ""
+        return stretch_hint(own, prompt_tokens + self._config.max_new_tokens)
 
     async def _read(self, document: Document, work: Work) -> tuple[str, Kept]:
         def read() -> tuple[str, Kept]:
@@ -307,10 +320,10 @@ def _no_answer(completion: Completion, config: WorkerConfig) -> str:
     return f"the model stopped by itself inside its thinking, before its answer; {off}"
 
 
-def _load_tokens(config: EngineConfig) -> Tokens:
-    """The tokenizer of a model that is there. Raises JobError."""
-    load_config(config)
-    return load_tokens(config.model, config.revision, config.trust_remote_code)
+def _load_tokens(config: EngineConfig) -> tuple[Any, Tokens]:
+    """The transformers config, its context as the model has it, and the tokenizer. Raises JobError."""
+    own = load_config(replace(config, rope_scaling=None))
+    return own, load_tokens(config.model, config.revision, config.trust_remote_code)
 
 
 def _build_engine(config: WorkerConfig) -> EngineLike:

@@ -52,6 +52,7 @@ def stem_prefill(
     start: int = 0,
     scale: float | None = None,
     window: int | None = None,
+    sinks: Tensor | None = None,
     keys: KeyState | None = None,
     quantized: QuantizedKV | None = None,
     probe: ErrorProbe | None = None,
@@ -60,6 +61,8 @@ def stem_prefill(
     """Causal attention of one chunk of a prompt, sparse or dense as `budget` says.
 
     q [N, H, Lq, D] are the tokens [start, start + Lq); k, v [N, Hkv, Lk, D] hold at least the tokens [0, start + Lq).
+    sinks: [H], a logit for each head that takes part in the softmax and has no value (gpt-oss). It takes the same share
+    of its weight from every key of a row, so that estimators and selection, which compare keys, need not know of it.
     quantized: attend in fp8 to these keys and values; then N is 1, and k, v are those of the chunk alone.
     probe: gets the errors of those of its blocks that lie in the chunk, if the chunk is sparse. select: makes the
     selection of a sparse chunk.
@@ -70,7 +73,7 @@ def stem_prefill(
     else:
         selection = select(q, k, v, config, budget, start=start, scale=scale, keys=keys, quantized=quantized)
         block_size = config.block_size
-    chunk = _Chunk(q, k, v, quantized, start, block_size, scale, window)
+    chunk = _Chunk(q, k, v, quantized, start, block_size, scale, window, sinks)
     out = chunk.attend(selection)
     if probe is not None and selection is not None:
         for index, first, last in chunk.sampled(probe):
@@ -86,6 +89,20 @@ def _refuse_unknown(others: dict[str, Any]) -> None:
                 f"the model asks its attention for {name}={_short(value)}, which our kernels do not compute, neither "
                 "sparse nor dense; use another model, or call it without that"
             )
+
+
+def _check_sinks(module: nn.Module, sinks: Tensor | None, heads: int) -> None:
+    if sinks is None:
+        if getattr(module, "sinks", None) is not None:
+            raise ValueError(
+                "the model has attention sinks and does not hand them to its attention as s_aux, the only way in which "
+                "our kernels get them; use another model"
+            )
+    elif sinks.shape != (heads,):
+        raise ValueError(
+            f"attention sinks (s_aux) must be one logit for each of the {heads} heads, got {list(sinks.shape)}; use "
+            "another model"
+        )
 
 
 def _short(value: Any) -> str:
@@ -104,6 +121,7 @@ class _Chunk:
     block_size: int
     scale: float | None
     window: int | None
+    sinks: Tensor | None = None
 
     @property
     def end(self) -> int:
@@ -113,19 +131,21 @@ class _Chunk:
         """[N, H, rows, D] of the queries [first, last), of all by default; `selection` is theirs."""
         first, last = self.start if first is None else first, self.end if last is None else last
         q = self.q[:, :, first - self.start : last - self.start]
+        with_lse = self.sinks is not None
         if self.quantized is None:
-            out = block_sparse_attention(
+            found = block_sparse_attention(
                 q, self.k, self.v, selection, query_start=first, block_size=self.block_size, scale=self.scale,
-                window=self.window,
+                window=self.window, return_lse=with_lse,
             )  # fmt: skip
         else:
-            out = block_sparse_attention_fp8(
+            found = block_sparse_attention_fp8(
                 quantize_heads(q, self.quantized.scales.q), self.quantized.k[None], self.quantized.vt[None],
                 self.quantized.scales, selection, query_start=first, block_size=self.block_size, scale=self.scale,
-                window=self.window, dtype=q.dtype,
+                window=self.window, dtype=q.dtype, return_lse=with_lse,
             )  # fmt: skip
-        assert isinstance(out, Tensor)
-        return out
+        if isinstance(found, Tensor):
+            return found
+        return _leave_to_sinks(*found, self.sinks)
 
     def sampled(self, probe: ErrorProbe) -> Iterator[tuple[int, int, int]]:
         """(index, first token, token behind the last) of the sampled blocks in this chunk."""
@@ -138,6 +158,15 @@ class _Chunk:
             row = (first - self.start) // self.block_size
             part = BlockSelection(selection.indices[:, :, row : row + 1], selection.counts[:, :, row : row + 1])
             probe.add(index, self.attend(part, first, last), self.attend(None, first, last))
+
+
+def _leave_to_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
+    """out [N, H, L, D] of a softmax over keys alone, changed in place into that of the keys and the heads' sinks [H].
+
+    lse: float32 [N, H, L], of the keys' scores. The keys' part of exp(lse) + exp(sink) is sigmoid(lse - sink).
+    """
+    assert sinks is not None
+    return out.mul_(torch.sigmoid(lse - sinks.float()[:, None])[..., None])
 
 
 def attention_forward(
@@ -157,7 +186,8 @@ def attention_forward(
     """Attention as transformers' AttentionInterface calls it, registered under the name "stem".
 
     query [N, H, Lq, D], key and value [N, Hkv, Lk, D]: positions encoded, cache merged. attention_mask is None, or bool
-    [N, Lk] marking padding (see stem_core.patch). Returns ([N, Lq, H, D], None).
+    [N, Lk] marking padding (see stem_core.patch). s_aux: the heads' sinks [H] (see stem_prefill).
+    Returns ([N, Lq, H, D], None).
     Raises RuntimeError for a module that `patch_model` has not seen, ValueError for what the kernels do not compute and
     for any argument that is not known to leave the computation alone.
     """
@@ -166,21 +196,21 @@ def attention_forward(
         raise RuntimeError(
             "this model uses attention 'stem' without patch_model: call stem_core.patch_model(model, config)"
         )
-    if softcap is not None or s_aux is not None:
-        feature = "logit soft-capping" if softcap is not None else "attention sinks"
-        raise ValueError(f"Stem attention does not compute {feature}; run this model with its own attention")
+    if softcap is not None:
+        raise ValueError("Stem attention does not compute logit soft-capping; run this model with its own attention")
+    _check_sinks(module, s_aux, query.shape[1])
     _refuse_unknown(others)
     if dropout:
         raise ValueError(f"Stem attention is for inference; got dropout={dropout}: call model.eval()")
 
     if isinstance(stem_context, DecodeContext):
-        return _decode_step(policy, query[:, :, 0], key, value, stem_context, scaling, sliding_window), None
+        return _decode_step(policy, query[:, :, 0], key, value, stem_context, scaling, sliding_window, s_aux), None
     if isinstance(stem_context, PrefillContext):
-        out = _prefill_chunk(policy, query, key, value, stem_context, scaling, sliding_window)
+        out = _prefill_chunk(policy, query, key, value, stem_context, scaling, sliding_window, s_aux)
     elif attention_mask is None:
-        out = _whole_cache(policy, query, key, value, scaling, sliding_window)
+        out = _whole_cache(policy, query, key, value, scaling, sliding_window, s_aux)
     else:
-        out = _padded_batch(policy, query, key, value, attention_mask, scaling, sliding_window)
+        out = _padded_batch(policy, query, key, value, attention_mask, scaling, sliding_window, s_aux)
     return out.transpose(1, 2), None
 
 
@@ -192,16 +222,17 @@ def _decode_step(
     context: DecodeContext,
     scale: float | None,
     window: int | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """q [S, H, D] -> [S, 1, H, D]."""
     documents = context.on(q.device)
-    bound = context.max_length
+    options: dict[str, Any] = {"max_length": context.max_length, "scale": scale, "window": window, "sinks": sinks}
     quantized = context.quantized.get(policy.layer)
     if quantized is None:
-        out = decode_attention(q, k[0], v[0], *documents, max_length=bound, scale=scale, window=window)
+        out = decode_attention(q, k[0], v[0], *documents, **options)
     else:
         keys, values, scales = quantized.k, quantized.vt, quantized.scales
-        out = decode_attention_fp8(q, keys, values, scales, *documents, max_length=bound, scale=scale, window=window)
+        out = decode_attention_fp8(q, keys, values, scales, *documents, **options)
     return out.unsqueeze(1)
 
 
@@ -213,11 +244,21 @@ def _prefill_chunk(
     context: PrefillContext,
     scale: float | None,
     window: int | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     context.windows[policy.layer], context.queries[policy.layer] = window, q.shape[2]
+    if context.given is not None:
+        context.given[policy.layer] = k
     window = cutting_window(context.prompt_length, window)
     config = None if context.dense else policy.config
     budget = LayerPolicy(config, policy.layer).budget(context.prompt_length, window)
+    select = stem_selection if context.select is None else partial(context.select, policy.layer)
+    quantized = context.quantized.get(policy.layer)
+    left_out = k.shape[2] - (context.start if quantized is None else 0) - q.shape[2]
+    if left_out:  # the chunk's last queries alone, which is as decoding does: densely
+        dense = LayerPolicy(None, policy.layer).budget(context.prompt_length, window)
+        start = context.start + left_out
+        return stem_prefill(q, k, v, None, dense, start=start, scale=scale, window=window, quantized=quantized)
     keys = None
     if config is not None and budget.budgets is not None:
         keys = context.keys.get(policy.layer)
@@ -225,8 +266,6 @@ def _prefill_chunk(
             keys = new_key_state(config, k, context.prompt_length)
             if keys is not None:
                 context.keys[policy.layer] = keys
-    select = stem_selection if context.select is None else partial(context.select, policy.layer)
-    quantized = context.quantized.get(policy.layer)
     start, end, probe = context.start, context.start + q.shape[2], context.probe
     if policy.layer == context.last_layer and end < context.prompt_length:
         sampled = probe is not None and budget.budgets is not None and bool(probe.within(start, end))
@@ -234,7 +273,7 @@ def _prefill_chunk(
             # The last chunk's scores need the key side of this one's.
             kept = select(q, k, v, config, budget, start=start, scale=scale, keys=keys, quantized=quantized)
             if probe is not None and sampled:
-                _Chunk(q, k, v, quantized, start, config.block_size, scale, window).measure_only(probe, kept)
+                _Chunk(q, k, v, quantized, start, config.block_size, scale, window, sinks).measure_only(probe, kept)
         raise PromptGoesOn
     return stem_prefill(
         q,
@@ -245,6 +284,7 @@ def _prefill_chunk(
         start=start,
         scale=scale,
         window=window,
+        sinks=sinks,
         keys=keys,
         quantized=quantized,
         probe=probe,
@@ -253,7 +293,13 @@ def _prefill_chunk(
 
 
 def _whole_cache(
-    policy: LayerPolicy, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None
+    policy: LayerPolicy,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    window: int | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Plain `model(...)` and `model.generate(...)`: a prompt in one piece, or a few tokens after a cache.
 
@@ -262,7 +308,11 @@ def _whole_cache(
     """
     if q.shape[2] == k.shape[2]:
         window = cutting_window(q.shape[2], window)
-        return stem_prefill(q, k, v, policy.config, policy.budget(q.shape[2], window), scale=scale, window=window)
+        budget = policy.budget(q.shape[2], window)
+        return stem_prefill(q, k, v, policy.config, budget, scale=scale, window=window, sinks=sinks)
+    if sinks is not None:  # torch's attention has none, and does not give the log-sum-exp
+        start = k.shape[2] - q.shape[2]
+        return _Chunk(q, k, v, None, start, DENSE_BLOCK_SIZE, scale, window, sinks).attend(None)
     return _dense_continuation(q, k, v, scale, window)
 
 
@@ -283,7 +333,14 @@ def _dense_continuation(q: Tensor, k: Tensor, v: Tensor, scale: float | None, wi
 
 
 def _padded_batch(
-    policy: LayerPolicy, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, window: int | None
+    policy: LayerPolicy,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scale: float | None,
+    window: int | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Each row of a padded batch on its own tokens alone, so that its result does not depend on its neighbours.
 
@@ -305,6 +362,6 @@ def _padded_batch(
             continue
         part = slice(n, n + 1)
         out[part, :, rows] = _whole_cache(
-            policy, q[part, :, rows], k[part, :, first:last], v[part, :, first:last], scale, window
+            policy, q[part, :, rows], k[part, :, first:last], v[part, :, first:last], scale, window, sinks
         )
     return out

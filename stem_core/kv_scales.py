@@ -84,7 +84,7 @@ def rounding_errors(
 ) -> dict[int, float]:
     """By layer, the error of the attention's output where q, k and v are rounded to e4m3, as a share of its norm.
 
-    Over all heads and prompts together; causal softmax in float32, whatever window or selection the layer has.
+    Over all heads and prompts together; causal softmax in float32, whatever window, selection or sinks the layer has.
     """
     squares: dict[int, Tensor] = {}
 

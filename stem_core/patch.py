@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -14,6 +16,10 @@ from stem_core.policy import LayerPolicy
 
 # Must not contain "flash", "sdpa" or "flex_attention": transformers reads meaning into such names.
 ATTENTION_NAME = "stem"
+
+OTHER_MODELS = (
+    "use one that is part of transformers and uses AttentionInterface (Qwen3, Llama 3, Mistral, Gemma 3, say)"
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -63,6 +69,18 @@ def layer_policies(model: nn.Module) -> Iterator[LayerPolicy]:
             yield policy
 
 
+def attention_layers(model: nn.Module) -> list[int]:
+    """Indices of the layers that attend; those of other kinds (linear attention, convolutions) are left out."""
+    return sorted({layer for layer, _ in _attention_modules(model)})
+
+
+def keep_dense(model: nn.Module, layers: Collection[int]) -> None:
+    """Leave some layers of a patched model dense, whatever it was patched with."""
+    for layer, module in _attention_modules(model):
+        if layer in layers:
+            module.stem_policy = LayerPolicy(None, layer)  # type: ignore[assignment]
+
+
 def _attention_modules(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
     """(layer index, module) of the self-attention modules of the decoder."""
     for module in model.modules():
@@ -72,29 +90,51 @@ def _attention_modules(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
 
 def _check(model: nn.Module, modules: list[nn.Module]) -> None:
     name = type(model).__name__
-    if not hasattr(model, "set_attn_implementation") or not modules:
+    config = model.config.get_text_config() if hasattr(model, "config") else None  # type: ignore[union-attr, operator]
+    if getattr(config, "kv_lora_rank", None):
         raise UnsupportedModelError(
-            f"{name} has no attention layers that go through transformers' AttentionInterface; Stem needs a "
-            "transformers causal language model"
+            f"{name} uses multi-head latent attention (kv_lora_rank: DeepSeek V2 and V3, Kimi K2, GLM): it keeps one "
+            "compressed vector for all heads, and our kernels read keys and values; use a model with grouped-query "
+            "attention (Qwen3, Llama 3, Mistral, say)"
         )
-    if not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedModelError(
-            f"{name} computes its attention itself, not through transformers' AttentionInterface"
-        )
-    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    attachable = hasattr(model, "set_attn_implementation") and bool(modules)
+    if not attachable or not all(_uses_interface(model, module) for module in modules):
+        raise UnsupportedModelError(f"{name} {_obstacle(model, attachable)}; {OTHER_MODELS}")
     features = {
         "logit soft-capping (attn_logit_softcapping)": getattr(config, "attn_logit_softcapping", None),
         "chunked attention (attention_chunk_size)": getattr(config, "attention_chunk_size", None),
-        "multi-head latent attention (kv_lora_rank)": getattr(config, "kv_lora_rank", None),
         "position biases (ALiBi)": getattr(config, "alibi", None),
-        "attention sinks": any(hasattr(module, "sinks") for module in modules),
         "attention that is not causal": any(getattr(module, "is_causal", True) is False for module in modules),
     }
     for feature, present in features.items():
         if present:
             raise UnsupportedModelError(
-                f"{name} uses {feature}, which our kernels do not compute, neither sparse nor dense; use another model"
+                f"{name} uses {feature}, which our kernels do not compute, neither sparse nor dense; use another model "
+                "(docs/models.md lists those that run)"
             )
+
+
+def _uses_interface(model: nn.Module, module: nn.Module) -> bool:
+    """Whether an attention goes through AttentionInterface: the model says so, or the module's code looks it up there.
+
+    Hybrids with linear attention do not say so, although their full-attention layers do it.
+    """
+    if getattr(model, "_supports_attention_backend", False):
+        return True
+    forward = inspect.unwrap(type(module).forward)
+    return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
+
+
+def _obstacle(model: nn.Module, has_attention: bool) -> str:
+    """Why the attention of a model cannot be exchanged."""
+    if not has_attention:
+        return "has no attention layers that go through transformers' AttentionInterface"
+    if hasattr(sys.modules.get(type(model).__module__), "ALL_ATTENTION_FUNCTIONS"):
+        return (
+            "takes its attention from transformers' AttentionInterface, but does not declare that another may be put "
+            "there (_supports_attention_backend)"
+        )
+    return "computes its attention itself, not through transformers' AttentionInterface"
 
 
 def _padding_mask(

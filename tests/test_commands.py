@@ -72,6 +72,7 @@ RUN_BY = {
     "jobs.demo": "tests/quality/test_findings.py: test_demo_settings_keep_the_findings",
     "tools.demo_documents": "tests/tools/test_demo_documents.py: test_committed_documents_are",
     "tools.docs": "tests/tools/test_docs.py: test_the_command_writes_what_is_missing_or_differs",
+    "tools.models": "tests/tools/test_models.py: test_types_that_are_named_are_checked_alone",
     "jobs.evaluate": "tests/jobs/test_evaluate.py: test_job_writes_rows_and_report",
     "tools.faults blows": "tests/faults/test_blows.py: test_ray_and_workers_are_killed_in_turn",
     "tools.faults bucket": "tests/faults/test_bucket.py: test_a_job_from_and_to_a_bucket_is_killed_and_resumed",

@@ -69,7 +69,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--tokenizer", metavar="PATH_OR_ID", help="where it is not the model's own")
     add("--revision", help="of the model on the hub")
     add("--load-format", choices=("auto", "dummy"), default="auto", help="dummy: random weights from config.json alone")
-    add("--rope-scaling", type=float, metavar="FACTOR", help="stretch the context of a model folder by YaRN")
+    add("--rope-scaling", type=float, metavar="FACTOR", help="stretch the model's context by YaRN")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--precision", nargs="+", default=["auto"], metavar="PRECISION", help=PRECISIONS_HELP)
     add("--lengths", type=int, nargs="+", default=[16384, 32768], metavar="TOKENS", help="most tokens of a prompt")
@@ -99,8 +99,8 @@ def options_of(flags: argparse.Namespace, device: torch.device) -> Options:
             raise JobError(f"--{name.replace('_', '-')} must be at least 1, got {values}")
     if flags.block_size is not None and flags.block_size not in BLOCK_SIZES:
         raise JobError(f"--block-size: {flags.block_size} is not one of {', '.join(map(str, BLOCK_SIZES))}")
-    if flags.rope_scaling is not None and flags.rope_scaling <= 1:
-        raise JobError(f"--rope-scaling must be above 1, got {flags.rope_scaling}")
+    if flags.rope_scaling is not None and not 1 < flags.rope_scaling <= 64:
+        raise JobError(f"--rope-scaling must be above 1 and at most 64, got {flags.rope_scaling}")
     return Options(
         model=flags.model,
         tokenizer=flags.tokenizer or flags.model,

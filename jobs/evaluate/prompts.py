@@ -14,6 +14,7 @@ from jobs.evaluate.fillers import essay_filler
 from jobs.evaluate.haystacks import KINDS, finish
 from jobs.evaluate.wording import Style
 from pipeline.errors import JobError, one_line
+from pipeline.model_files import source
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(model, revision=revision)
+            place, more = source(model)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(place, revision=revision, **more)
         except Exception as error:  # transformers raises many kinds for a missing or damaged tokenizer
             raise JobError(f"--tokenizer {model}: it cannot be loaded: {one_line(error)}") from None
         if not self._tokenizer.is_fast:

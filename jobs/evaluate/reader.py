@@ -108,13 +108,14 @@ class Reader:
         rows = 4
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0] * KV_SHARE * share
-            rows = min(MOST_ROWS, int(free // (self._runner.bytes_per_token() * tokens)) - 1)
+            each = self._runner.bytes_per_token() * tokens + self._runner.state_bytes(1)
+            rows = min(MOST_ROWS, int(free // each) - 1)
         if rows < 1:
             raise EngineError(
                 f"keys and values of {tokens:,} tokens in {self.precision} do not fit {self.device} twice: give "
                 "shorter --lengths or fewer values of --precision"
             )
-        self._arena = self._runner.new_arena((rows + 1) * tokens)
+        self._arena = self._runner.new_arena((rows + 1) * tokens, documents=rows + 1)
         extents = [self._arena.extents.allocate(tokens) for _ in range(rows + 1)]
         self._extents = [extent for extent in extents if extent is not None]
         self._batch = DecodeBatch(rows, self.device)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from jobs.evaluate.arms import Arm, make_arms
@@ -62,6 +60,7 @@ def load_readers(options: Options) -> list[Reader]:
             chunk_tokens=options.chunk_tokens,
             load_format=options.load_format,
             revision=options.revision,
+            rope_scaling=options.rope_scaling,
             seed=options.seed,
         )
         readers.append(Reader(config, max(options.lengths) + BEHIND))
@@ -76,35 +75,10 @@ def load_readers(options: Options) -> list[Reader]:
 
 
 def model_folder(options: Options) -> str:
-    """The model, or a folder beside the results that stands for it: a shape by name, or one with another RoPE."""
+    """The model; with random weights, a folder beside the results for a shape by name."""
     if options.load_format == "dummy":  # a shape by name, or any config.json
         return str(shape_folder(options.model, options.output / "shape"))
-    if options.rope_scaling is None:
-        return options.model
-    config_file = Path(options.model) / "config.json"
-    if not config_file.is_file():
-        raise JobError(f"--rope-scaling needs a model folder, which {options.model!r} is not: download it first")
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    config |= stretched(config, options.rope_scaling)
-    folder = options.output / "stretched"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for path in Path(options.model).resolve().iterdir():
-        if path.name != "config.json":
-            (folder / path.name).symlink_to(path)
-    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    return str(folder)
-
-
-def stretched(config: dict[str, Any], factor: float) -> dict[str, Any]:
-    """What changes in a model's config for a context `factor` times as long, by YaRN. Raises JobError."""
-    limit, rope = config.get("max_position_embeddings"), config.get("rope_parameters") or {}
-    kind = (config.get("rope_scaling") or rope).get("rope_type", "default")
-    if not limit or kind != "default" or any(isinstance(value, dict) for value in rope.values()):
-        raise JobError(f"--rope-scaling: this model's RoPE ({kind}) is not a plain one of {limit} positions")
-    theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
-    yarn = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": limit, "rope_theta": theta}
-    return {"rope_parameters": yarn, "rope_scaling": None, "max_position_embeddings": int(limit * factor)}
+    return options.model
 
 
 def documents(options: Options, style: Style, tokenizer: Tokenizer) -> Iterator[Reading | Text]:

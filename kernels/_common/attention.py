@@ -99,9 +99,12 @@ def allocate_output(q: Tensor, dtype: torch.dtype, with_lse: bool) -> tuple[Tens
     return out, torch.empty(N, H, Lq, dtype=torch.float32, device=q.device) if with_lse else None
 
 
-def check_decode(documents: int, starts: Tensor, lengths: Tensor, max_length: int, window: int | None) -> None:
-    """Raise ValueError unless starts and lengths describe the arena extents of `documents` documents."""
-    S = documents
+def check_decode(
+    q: Tensor, starts: Tensor, lengths: Tensor, max_length: int, window: int | None, sinks: Tensor | None
+) -> None:
+    """Raise ValueError unless starts and lengths describe the arena extents of the S documents of q [S, H, D], and
+    sinks, if there are any, are those of H heads."""
+    S, H, _ = q.shape
     if starts.shape != (S,) or lengths.shape != (S,) or starts.dtype != torch.int64 or lengths.dtype != torch.int32:
         raise ValueError(
             f"starts must be int64 [{S}] and lengths int32 [{S}], got {starts.dtype} {tuple(starts.shape)}, "
@@ -109,3 +112,8 @@ def check_decode(documents: int, starts: Tensor, lengths: Tensor, max_length: in
         )
     if max_length < 1 or (window is not None and window < 1):
         raise ValueError(f"max_length and window must be at least 1, got {max_length}, {window}")
+    if sinks is not None and (sinks.shape != (H,) or not sinks.is_floating_point() or not sinks.is_contiguous()):
+        raise ValueError(
+            f"sinks must be contiguous floating-point logits [{H}], one a query head, got {sinks.dtype} "
+            f"{tuple(sinks.shape)}"
+        )

@@ -9,20 +9,26 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import device as kernels_device
+from kernels._common import attention
 from kernels._common.sizes import ceil_div, power_of_2
 
 # A share of fewer keys would spend its time on starting up.
 MIN_SHARE = 256
 PROGRAMS_PER_MULTIPROCESSOR = 2
 NO_WINDOW = 2**31 - 1
+LOG2E = tl.constexpr(attention.LOG2E)
 
 
 @triton.jit
 def merge_kernel(
-    partial, partial_lse, out, out_stride_s, out_stride_h,
+    partial, partial_lse, sinks, out, out_stride_s, out_stride_h,
     D: tl.constexpr, SHARES: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Program (head, document): the shares' outputs weighted by their parts of the softmax; zeros if there are none."""
+    """Program (head, document): the shares' outputs weighted by their parts of the softmax; zeros if there are none.
+
+    sinks: a natural logit for each head, one more part of the softmax whose output is zero; None leaves no trace in the
+    compiled code.
+    """
     head = tl.program_id(0)
     s = tl.program_id(1).to(tl.int64)
     share = tl.arange(0, triton.next_power_of_2(SHARES))
@@ -30,7 +36,12 @@ def merge_kernel(
     place = (s * tl.num_programs(0) + head) * SHARES + share
     lse = tl.load(partial_lse + place, mask=share < SHARES, other=float("-inf"))
     top = tl.max(lse, axis=0)
+    if sinks is not None:
+        sink = tl.load(sinks + head).to(tl.float32) * LOG2E
+        top = tl.maximum(top, sink)
     total = tl.sum(tl.where(lse > float("-inf"), tl.exp2(lse - top), 0.0), axis=0)
+    if sinks is not None:
+        total += tl.where(sink > float("-inf"), tl.exp2(sink - top), 0.0)
     result = tl.zeros((triton.next_power_of_2(D),), tl.float32)
     # PART shares at a time: all of them would not fit the registers where one KV head fills the GPU.
     for first in tl.static_range(0, SHARES, PART):
@@ -62,10 +73,12 @@ def allocate_shares(q: Tensor, kv_heads: int, longest: int) -> tuple[Tensor, Ten
     )
 
 
-def merge(partial: Tensor, partial_lse: Tensor, dtype: torch.dtype) -> Tensor:
-    """[S, H, D] in `dtype` from what the shares gave (`allocate_shares`)."""
+def merge(partial: Tensor, partial_lse: Tensor, dtype: torch.dtype, sinks: Tensor | None = None) -> Tensor:
+    """[S, H, D] in `dtype` from what the shares gave (`allocate_shares`) and the heads' sinks [H]."""
     S, H, shares, D = partial.shape
     out = torch.empty(S, H, D, dtype=dtype, device=partial.device)
     part = min(power_of_2(shares), 8192 // power_of_2(D))
-    merge_kernel[(H, S)](partial, partial_lse, out, *out.stride()[:2], D=D, SHARES=shares, PART=part, num_warps=4)
+    merge_kernel[(H, S)](
+        partial, partial_lse, sinks, out, *out.stride()[:2], D=D, SHARES=shares, PART=part, num_warps=4,
+    )  # fmt: skip
     return out

@@ -15,6 +15,7 @@ def decode_attention(
     max_length: int,
     scale: float,
     window: int | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """See kernels.decode_attention. `max_length` is not needed here: lengths are read on the host."""
     S, H, D = q.shape
@@ -26,6 +27,9 @@ def decode_attention(
         first = start if window is None else start + max(0, length - window)
         keys, values = k[:, first : start + length].float(), v[:, first : start + length].float()
         queries = q[s].float().view(kv_heads, H // kv_heads, D)
-        weights = torch.softmax(queries @ keys.mT * scale, dim=-1)
+        logits = queries @ keys.mT * scale
+        if sinks is not None:
+            logits = torch.cat([logits, sinks.float().view(kv_heads, H // kv_heads, 1)], dim=-1)
+        weights = torch.softmax(logits, dim=-1)[..., : keys.shape[1]]
         out[s] = (weights @ values).view(H, D).to(q.dtype)
     return out

@@ -86,6 +86,7 @@ def decode_attention(
     max_length: int,
     scale: float,
     window: int | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """See kernels.decode_attention."""
     if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
@@ -101,4 +102,4 @@ def decode_attention(
         BG=max(16, power_of_2(H // kv_heads)),
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", **_tile(q.element_size(), D),
     )  # fmt: skip
-    return merge(partial, partial_lse, q.dtype)
+    return merge(partial, partial_lse, q.dtype, sinks)

@@ -27,6 +27,7 @@ def decode_attention_fp8(
     max_length: int,
     scale: float | None = None,
     window: int | None = None,
+    sinks: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """As `kernels.decode_attention`, with keys and values in e4m3; queries and probabilities stay in 16 bits or more.
@@ -37,7 +38,7 @@ def decode_attention_fp8(
     scales: k and v are used; q's is not.
     starts: int64 [S], multiples of 16 (not checked: that would wait for the GPU); lengths: int32 [S], 0 for an unused
         slot, which gives zeros. max_length: a bound on `lengths` known on the host.
-    scale: defaults to 1 / sqrt(D). window: only the last `window` tokens are seen.
+    scale: defaults to 1 / sqrt(D). window: only the last `window` tokens are seen. sinks: floating-point [H], as there.
     Returns [S, H, D] in q's dtype. Raises ValueError for shapes or types that do not fit, or where fp8 cannot run.
     """
     if q.ndim != 3 or k.ndim != 3 or k.shape[2] != q.shape[2] or q.shape[1] % k.shape[0]:
@@ -50,7 +51,7 @@ def decode_attention_fp8(
         raise ValueError(f"k and vt must be {FP8} and q one of {FLOATING}, got {k.dtype}, {vt.dtype}, {q.dtype}")
     if any(tensor.stride(-1) != 1 for tensor in (q, k, vt)):
         raise ValueError("the last dimension of q, k and vt must be contiguous")
-    check_decode(q.shape[0], starts, lengths, max_length, window)
+    check_decode(q, starts, lengths, max_length, window, sinks)
     scales.check(None, k.shape[0], k.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     choice = choose_decode_attention_fp8(q, impl)
@@ -58,4 +59,4 @@ def decode_attention_fp8(
         from kernels.decode_attention_fp8 import triton as implementation
     else:
         from kernels.decode_attention_fp8 import reference as implementation  # type: ignore[no-redef]
-    return implementation.decode_attention_fp8(q, k, vt, scales, starts, lengths, max_length, scale, window)
+    return implementation.decode_attention_fp8(q, k, vt, scales, starts, lengths, max_length, scale, window, sinks)

@@ -19,6 +19,7 @@ def decode_attention_fp8(
     max_length: int,
     scale: float,
     window: int | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """See kernels.decode_attention_fp8. Dequantises one document after the other."""
     out = torch.empty_like(q)
@@ -37,6 +38,7 @@ def decode_attention_fp8(
             max_length=max_length,
             scale=scale,
             window=window,
+            sinks=sinks,
             impl="reference",
         )
     return out

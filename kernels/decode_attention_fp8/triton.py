@@ -97,6 +97,7 @@ def decode_attention_fp8(
     max_length: int,
     scale: float,
     window: int | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """See kernels.decode_attention_fp8."""
     S, H, D = q.shape
@@ -112,4 +113,4 @@ def decode_attention_fp8(
         BG=max(16, triton.next_power_of_2(H // kv_heads)), BN=max(32, min(128, 16384 // block_d)), STAGES=3,
         num_warps=4,
     )  # fmt: skip
-    return merge(partial, partial_lse, q.dtype)
+    return merge(partial, partial_lse, q.dtype, sinks)

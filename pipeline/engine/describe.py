@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -29,9 +30,12 @@ def describe_engine(runner: ModelRunner, config: EngineConfig) -> dict[str, Any]
     attention = config.attention
     return {
         "model": config.model,
+        "adapter": config.adapter,
+        "rope_scaling": config.rope_scaling,
         "device": ", ".join(map(str, runner.devices)),
         "gpu": _gpus(runner.devices),
-        "precision": describe_precision(runner.precision, runner.calibration),
+        "precision": describe_precision(runner.precision, runner.calibration)
+        + (f", weights dequantised from {runner.weights}" if runner.weights else ""),
         "dtype": str(runner.dtype).removeprefix("torch."),
         "fp8": describe_fp8(runner.model) | _describe_layers(runner) if runner.precision.fp8 else None,
         "attention": "dense" if attention is None else "stem",
@@ -78,7 +82,23 @@ def slower_paths(runner: ModelRunner, prompt_tokens: int) -> list[str]:
     for name, by_kind in _choices(runner, prompt_tokens, dense=False).items():
         found = [choice for kind in by_kind.values() for choice in kind]
         sentences += [choice.slower(name if len(found) == 1 else f"{name} of some layers") for choice in found]
-    return [sentence for sentence in dict.fromkeys(sentences) if sentence]
+    return [sentence for sentence in dict.fromkeys(sentences) if sentence] + _plain_linear_attention(runner)
+
+
+def _plain_linear_attention(runner: ModelRunner) -> list[str]:
+    """A sentence where transformers computes linear attention in plain torch, for want of a library; none on a CPU."""
+    if not runner.states or runner.device.type != "cuda":
+        return []
+    wanted = {"causal_conv1d": "causal-conv1d"}
+    for module in runner.model.modules():
+        if hasattr(module, "head_k_dim"):
+            wanted["fla"] = "flash-linear-attention"
+        elif hasattr(module, "ssm_state_size"):
+            wanted["mamba_ssm"] = "mamba-ssm"
+    missing = [name for package, name in wanted.items() if find_spec(package) is None]
+    if not missing:
+        return []
+    return [f"linear attention runs in plain torch, not in kernels: {' and '.join(missing)} not installed (optional)"]
 
 
 def _choices(runner: ModelRunner, prompt_tokens: int, dense: bool) -> dict[str, dict[str, list[Choice]]]:

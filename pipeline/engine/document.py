@@ -67,6 +67,7 @@ class Document:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k or 0,
+            min_p=sampling.min_p,
         )
 
     def completion(self, status: Status, error: str, finish_reason: str, kernel: str) -> Completion:
@@ -91,8 +92,13 @@ class Document:
         )
 
 
-def accept(document: Document, vocabulary: int, eos: tuple[int, ...], plan: MemoryPlan) -> tuple[Status, str] | None:
-    """Check a document's request and fill in its prompt and stop ids; None, or the status and error it ends with."""
+def accept(
+    document: Document, vocabulary: int, media: frozenset[int], eos: tuple[int, ...], plan: MemoryPlan
+) -> tuple[Status, str] | None:
+    """Check a document's request and fill in its prompt and stop ids; None, or the status and error it ends with.
+
+    media: tokens that stand for images or sounds, which nothing here reads.
+    """
     request = document.request
     try:
         ids = np.asarray(request.prompt_ids)
@@ -106,6 +112,9 @@ def accept(document: Document, vocabulary: int, eos: tuple[int, ...], plan: Memo
     document.prompt_ids = ids
     if ids.min() < 0 or ids.max() >= vocabulary:
         return "error", f"token ids must lie in [0, {vocabulary}), got {ids.min()} to {ids.max()}"
+    found = media.intersection(ids.tolist()) if media else ()
+    if found:
+        return "error", f"the prompt holds token {min(found)}, which stands for an image or a sound: only text is read"
     if request.max_new_tokens < 1:
         return "error", f"max_new_tokens must be at least 1, got {request.max_new_tokens}"
     document.stop_ids = tuple(sorted({*eos, *request.stop_ids}))

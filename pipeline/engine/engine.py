@@ -26,6 +26,7 @@ from pipeline.engine.memory.plan import MemoryPlan
 from pipeline.engine.model.loading import stop_token_ids
 from pipeline.engine.model.precision import wide_note
 from pipeline.engine.model.runner import ModelRunner
+from pipeline.engine.model.text_part import media_tokens
 from pipeline.engine.run.batch import IDLE, NOT_FINITE, DecodeBatch
 from pipeline.engine.run.decode import DecodeRunner, Readback, StepKey, batch_bucket
 from pipeline.engine.run.prefill import Prefill, attention_plan, chunk_size
@@ -49,6 +50,7 @@ class Engine:
         device = self._device = self._runner.device  # of the decode batch
         on_gpu = device.type == "cuda"
         self._eos = stop_token_ids(self._runner.model)
+        self._media = media_tokens(self._runner.model.config)
         self._arena, self._plan = allocate_arena(self._runner, config, plan, self._chunk)
         self._batch = DecodeBatch(config.max_live, device)
         self._lag = config.decode_lag if config.decode_lag is not None else 2 * on_gpu
@@ -108,7 +110,7 @@ class Engine:
         if self._find(request.request_id) is not None:
             raise ValueError(f"request_id {request.request_id!r} is in the engine already")
         document = Document(request)
-        problem = accept(document, self._runner.vocabulary, self._eos, self._plan)
+        problem = accept(document, self._runner.vocabulary, self._media, self._eos, self._plan)
         if problem is None:
             self._waiting.append(document)
         else:
@@ -249,9 +251,13 @@ class Engine:
     # -- endings
 
     def _victims(self, error: Exception) -> list[Document]:
-        """Who ends when a decode step fails: out of memory the newest document alone, otherwise all live ones."""
+        """Who ends when a decode step fails: out of memory the newest document alone, otherwise all live ones.
+
+        All of them, too, where some layers' recurrent states may be those behind the step's token, and others' not yet:
+        the step cannot be run again.
+        """
         live = sorted(self._live.values(), key=lambda document: document.started)
-        return live[-1:] if is_out_of_memory(error) else live
+        return live[-1:] if is_out_of_memory(error) and not self._runner.states else live
 
     def _fail(self, documents: list[Document], error: Exception) -> None:
         """End documents after an exception in their unit of work. Raises EngineError if the device is lost."""
@@ -286,7 +292,7 @@ class Engine:
         if self._prefilling is document:
             self._prefilling = None
         if document.extent is not None:
-            self._arena.extents.release(document.extent)
+            self._arena.release(document.extent)
             document.extent = None
         row = next((row for row, live in self._live.items() if live is document), None)
         if row is not None:

@@ -4,10 +4,16 @@ Two layouts are common: compressed-tensors ("float-quantized": weight F8_E4M3 [N
 [1] per tensor) and the older quant_method "fp8" of AutoFP8 (weight_scale [] per tensor). Their scales for activations,
 where they have static ones, are not used: rows are scaled as they come, which fits them better.
 transformers' own readers of these need extra packages or dequantise, so a quantizer of our own is registered.
+
+Others are dequantised when they are loaded, where transformers can: quant_method "fp8" with scales for blocks of
+128 x 128 (weight_scale_inv; Qwen3-*-FP8, DeepSeek), and, by the package compressed-tensors, its other formats (w4a16,
+w8a8) and fp8 of models with experts, which are no linears. MXFP4 (gpt-oss's experts: blocks of 32 four-bit floats with
+a power of two) is, too: left to itself, transformers would do so only where it cannot fetch kernels from the hub.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -24,6 +30,18 @@ METHOD = "stemline_fp8"
 
 class UnsupportedCheckpointError(ValueError):
     """The checkpoint's quantisation is none that Stemline reads."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a checkpoint's weights are quantised.
+
+    name: in words. fp8: they are 8-bit floats. kept: its linears stay so; otherwise all is dequantised when it loads.
+    """
+
+    name: str
+    fp8: bool
+    kept: bool
 
 
 @dataclass(frozen=True)
@@ -59,16 +77,12 @@ def read_layout(quantization: dict[str, Any]) -> Fp8Layout:
     if method == "compressed-tensors":
         return _compressed_tensors(quantization)
     if method == "fp8":
-        if quantization.get("weight_block_size") is not None:
-            raise UnsupportedCheckpointError(
-                f"fp8 checkpoints with block scales (weight_block_size={quantization['weight_block_size']}) are not "
-                "supported: use the bf16 checkpoint, or one with scales per channel or per tensor"
-            )
         ignore = quantization.get("ignored_layers") or quantization.get("modules_to_not_convert") or ["lm_head"]
         return Fp8Layout("scalar", tuple(ignore), quantization.get("activation_scheme") == "static")
     raise UnsupportedCheckpointError(
-        f"quantisation {method!r} is not supported: use the bf16 checkpoint, or an fp8 one (compressed-tensors "
-        "float-quantized, or AutoFP8)"
+        f"weights quantised by {method!r} are not read: use the checkpoint that these were made from (its name is "
+        "often this one's without the ending), with precision fp8 to make it smaller; or one of the same model in fp8, "
+        "in compressed-tensors (w4a16) or as a GGUF file"
     )
 
 
@@ -93,16 +107,84 @@ def _compressed_tensors(quantization: dict[str, Any]) -> Fp8Layout:
     return Fp8Layout(weights["strategy"], tuple(quantization.get("ignore") or ()), static)
 
 
+def storage(hf_config: Any) -> Storage | None:
+    """How the checkpoint of a transformers config is quantised; None if not. Raises UnsupportedCheckpointError."""
+    quantization = _quantization(hf_config)
+    if not quantization:
+        return None
+    method = quantization.get("quant_method")
+    if method == METHOD:
+        return Storage("fp8", fp8=True, kept=True)
+    if method == "fp8" and quantization.get("weight_block_size") is not None:
+        rows, columns = quantization["weight_block_size"]
+        return Storage(f"fp8 with scales for blocks of {rows} x {columns}", fp8=True, kept=False)
+    if method == "mxfp4":
+        return Storage("MXFP4", fp8=False, kept=False)
+    if method == "compressed-tensors":
+        try:
+            layout = read_layout(quantization)
+        except UnsupportedCheckpointError:
+            return _dequantised(quantization)
+        return _dequantised(quantization) if _has_experts(hf_config, layout) else Storage("fp8", fp8=True, kept=True)
+    read_layout(quantization)
+    return Storage("fp8", fp8=True, kept=True)
+
+
+def _dequantised(quantization: dict[str, Any]) -> Storage:
+    """A compressed-tensors checkpoint that its own package dequantises."""
+    kinds = {
+        (weights.get("num_bits"), weights.get("type"))
+        for group in (quantization.get("config_groups") or {}).values()
+        if isinstance(group, dict) and (weights := group.get("weights"))
+    }
+    bits = " and ".join(f"{bits}-bit {kind}" for bits, kind in sorted(kinds, key=str))
+    name = f"compressed-tensors ({bits or quantization.get('format')})"
+    if not importlib.util.find_spec("compressed_tensors"):
+        raise UnsupportedCheckpointError(
+            f"weights in {name} are dequantised by the package compressed-tensors, which is not installed: pip install "
+            "compressed-tensors; or use the checkpoint in bf16"
+        )
+    return Storage(name, fp8=kinds == {(8, "float")}, kept=False)
+
+
+def _quantization(hf_config: Any) -> dict[str, Any]:
+    """quantization_config as a dictionary; empty if there is none."""
+    text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else None  # of a wrapper's text part
+    found = getattr(hf_config, "quantization_config", None) or getattr(text, "quantization_config", None)
+    return found if isinstance(found, dict) else {} if found is None else found.to_dict()
+
+
+def _has_experts(hf_config: Any, layout: Fp8Layout) -> bool:
+    """Whether the layout holds weights of experts, which transformers stacks: they are no linears then.
+
+    Of a model some of whose experts it leaves out it is taken to leave out all; scales of others would be named as
+    having no place when the weights are loaded.
+    """
+    text = hf_config.get_text_config()
+    counts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    if not any((getattr(text, name, None) or 0) > 1 for name in counts):
+        return False
+    experts = [
+        f"model.layers.{layer}.{block}.experts.0.{linear}"
+        for layer in range(text.num_hidden_layers)
+        for block, linear in (("mlp", "up_proj"), ("block_sparse_moe", "w1"), ("feed_forward", "up_proj"))
+    ]
+    return all(map(layout.applies_to, experts))
+
+
 def prepare_quantized_config(hf_config: Any) -> bool:
     """Make a transformers config of an fp8 checkpoint load with our linears; False if it has no quantisation.
 
-    hf_config: changed in place; pass it to from_pretrained(..., config=hf_config). Raises UnsupportedCheckpointError.
+    False, too, for one that is dequantised as it loads. hf_config: changed in place; pass it to from_pretrained(...,
+    config=hf_config). Raises UnsupportedCheckpointError.
     """
-    quantization = getattr(hf_config, "quantization_config", None)
-    if quantization is None:
+    stored = storage(hf_config)
+    if stored is None:
         return False
-    if not isinstance(quantization, dict):
-        quantization = quantization.to_dict()
+    quantization = _quantization(hf_config)
+    if not stored.kept:
+        hf_config.quantization_config = quantization | {"dequantize": True}
+        return False
     if quantization.get("quant_method") == METHOD:
         return True
     layout = read_layout(quantization)

@@ -138,12 +138,16 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
 
 def test_pickled_weights_are_refused_with_the_reason(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model")
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    (folder / "model.safetensors").rename(folder / "model.pt")
     with pytest.raises(JobError, match=r"no \*\.safetensors .*pickled weights can run code when they are loaded"):
         manifest.model_fingerprint(str(folder), None)
     from pipeline.engine import Engine, EngineConfig
 
     with pytest.raises(JobError, match="safetensors"):
+        Engine(EngineConfig(model=str(folder), device="cpu"))
+    # This name is read, as tensors alone (tests/pipeline/test_engine_checkpoints.py has one that would write a file).
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    with pytest.raises(JobError, match=r"pytorch_model\.bin holds more than tensors"):
         Engine(EngineConfig(model=str(folder), device="cpu"))
 
 

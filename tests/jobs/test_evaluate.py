@@ -22,7 +22,7 @@ from jobs.evaluate.options import options_of, parser
 from jobs.evaluate.prompts import Reading, Tokenizer, make_document, make_texts, read_prompts
 from jobs.evaluate.reader import Answer, Reader, Reference, comparison, likelihood
 from jobs.evaluate.results import SCHEMA, Row, ordered_recall, read_rows, recall_of
-from jobs.evaluate.run import model_folder, stretched
+from jobs.evaluate.run import load_readers
 from jobs.evaluate.summary import summarise
 from jobs.evaluate.wording import REPORT, RULER, pick_style
 from pipeline.engine import Engine, EngineConfig, Request
@@ -353,24 +353,12 @@ def test_recall() -> None:
 
 
 def test_stretched_context(tmp_path: Path) -> None:
-    flags = ["--model", MODEL, "--rope-scaling", "2", "--output", str(tmp_path)]
-    options = options_of(parser("").parse_args(flags), torch.device("cpu"))
-    folder = model_folder(options)
-    loaded = load_config(EngineConfig(folder, device="cpu"))
-    limit = context_limit(load_config(EngineConfig(MODEL, device="cpu")))
-    assert context_limit(loaded) == 2 * limit
-    assert loaded.rope_parameters["rope_type"] == "yarn"
-    assert model_folder(options) == folder  # and once more
-    assert (Path(folder) / "model.safetensors").is_file()
-    model = load_model(EngineConfig(folder, device="cpu"))
-    frequencies = model.model.rotary_emb.inv_freq  # type: ignore[union-attr]
-    plain = load_model(EngineConfig(MODEL, device="cpu")).model.rotary_emb.inv_freq  # type: ignore[union-attr]
-    assert not torch.equal(frequencies, plain)  # type: ignore[arg-type]
-    with pytest.raises(JobError, match=r"this model's RoPE \(yarn\) is not a plain one"):
-        stretched(json.loads((Path(folder) / "config.json").read_text()), 2.0)
-    hub = options_of(parser("").parse_args(["--model", "a/b", "--rope-scaling", "4"]), torch.device("cpu"))
-    with pytest.raises(JobError, match="needs a model folder, which 'a/b' is not"):
-        model_folder(hub)
+    """By the mechanism of jobs (tests/pipeline/test_engine_checkpoints.py)."""
+    flags = ["--model", MODEL, "--rope-scaling", "2", "--lengths", "1024", "--output", str(tmp_path)]
+    (reader,) = load_readers(options_of(parser("").parse_args(flags), torch.device("cpu")))
+    assert reader.limit == 2 * context_limit(load_config(EngineConfig(MODEL, device="cpu")))
+    with pytest.raises(JobError, match="--rope-scaling must be above 1"):
+        options_of(parser("").parse_args(["--model", MODEL, "--rope-scaling", "1"]), torch.device("cpu"))
 
 
 def test_job_writes_rows_and_report(

@@ -226,6 +226,8 @@ DECODE = [
     Decode((127, 128, 1000), head_dim=96, dtype=FP16, window=130),
     Decode((33, 17), heads=3, kv_heads=3, head_dim=256, window=5),
     Decode((5000, 15, 16), heads=32, kv_heads=2, head_dim=64),
+    Decode((0, 1, 129, 700), heads=64, kv_heads=8, head_dim=64, dtype=BF16, sinks=True),
+    Decode((127, 128, 1000), head_dim=96, dtype=FP16, window=130, sinks=True),
 ]
 
 
@@ -252,11 +254,12 @@ def check_decode(case: Decode, impl: str, device: str) -> None:
         vt_arena[..., start : start + room] = store_order(columns)
         exact.append((k8.double() * scales.k[:, None, None], v8.double() * scales.v[:, None, None]))
     q = torch.randn(len(case.lengths), case.heads, case.head_dim, generator=generator).to(case.dtype) * 3
+    sinks = case.sink_logits()
     got = decode_attention_fp8(
         q.to(device), k_arena.to(device), vt_arena.to(device),
         HeadScales(*(s.to(device) for s in (scales.q, scales.k, scales.v))),
         torch.tensor(starts, device=device), torch.tensor(case.lengths, dtype=torch.int32, device=device),
-        max_length=max(case.lengths), window=case.window, impl=impl,
+        max_length=max(case.lengths), window=case.window, sinks=None if sinks is None else sinks.to(device), impl=impl,
     ).cpu()  # fmt: skip
     assert got.dtype == case.dtype
     for s, length in enumerate(case.lengths):
@@ -265,9 +268,9 @@ def check_decode(case: Decode, impl: str, device: str) -> None:
             continue
         first = 0 if case.window is None else max(0, length - case.window)
         k, v = (x[:, first:length] for x in exact[s])
-        true = attend_one(q[s], k, v, torch.float64)
+        true = attend_one(q[s], k, v, torch.float64, sinks)
         # Queries and probabilities are kept to float16's 11 bits.
-        eager_error = (attend_one(q[s], k, v, BF16 if case.dtype == BF16 else FP16) - true).abs().max()
+        eager_error = (attend_one(q[s], k, v, BF16 if case.dtype == BF16 else FP16, sinks) - true).abs().max()
         error = (got[s].double() - true).abs().max()
         assert error <= 1.5 * eager_error + 2e-7, (s, error, eager_error)
 

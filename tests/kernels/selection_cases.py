@@ -280,10 +280,19 @@ class Decode:
     dtype: torch.dtype = FP32
     window: int | None = None
     token_major: bool = False  # the arena as a view of [T, Hkv, D]
+    sinks: bool = False
 
     def __str__(self) -> str:
         shape = f"{'+'.join(map(str, self.lengths))}-{self.heads}/{self.kv_heads}x{self.head_dim}"
-        return f"{shape}-{str(self.dtype).removeprefix('torch.')}-w{self.window}"
+        return f"{shape}-{str(self.dtype).removeprefix('torch.')}-w{self.window}{'-sinks' * self.sinks}"
+
+    def sink_logits(self) -> Tensor | None:
+        """[H]: some that hardly count, some that outweigh every key, one that is not there."""
+        if not self.sinks:
+            return None
+        logits = torch.linspace(-20.0, 30.0, self.heads)
+        logits[1] = -torch.inf
+        return logits.to(self.dtype)
 
 
 def check_decode(case: Decode, impl: str, device: str) -> None:
@@ -302,10 +311,11 @@ def check_decode(case: Decode, impl: str, device: str) -> None:
             x[:, start : start + length] = torch.randn(case.kv_heads, length, case.head_dim, generator=generator)
     q = torch.randn(len(case.lengths), case.heads, case.head_dim, generator=generator)
     q, k, v = (x.to(case.dtype) for x in (q, k, v))
+    sinks = case.sink_logits()
     got = decode_attention(
         q.to(device), k.to(device), v.to(device),
         torch.tensor(starts, device=device), torch.tensor(case.lengths, dtype=torch.int32, device=device),
-        max_length=max(case.lengths), window=case.window, impl=impl,
+        max_length=max(case.lengths), window=case.window, sinks=None if sinks is None else sinks.to(device), impl=impl,
     ).cpu()  # fmt: skip
     for s, (start, length) in enumerate(zip(starts, case.lengths, strict=True)):
         if not length:
@@ -313,8 +323,8 @@ def check_decode(case: Decode, impl: str, device: str) -> None:
             continue
         first = start if case.window is None else start + max(0, length - case.window)
         keys, values = k[:, first : start + length], v[:, first : start + length]
-        exact = _attend(q[s], keys, values, torch.float64)
-        eager = float((_attend(q[s], keys, values, case.dtype) - exact).abs().max())
+        exact = _attend(q[s], keys, values, torch.float64, sinks)
+        eager = float((_attend(q[s], keys, values, case.dtype, sinks) - exact).abs().max())
         error = float((got[s].double() - exact).abs().max())
         # Of one key, eager attention is exact: shares that are weighed and divided again may be off by a rounding. In
         # float32 the rounding is that of products in three terms of TF32.
@@ -322,9 +332,11 @@ def check_decode(case: Decode, impl: str, device: str) -> None:
         assert error <= (8 if case.dtype == FP32 else 1.5) * eager + rounding, (s, error, eager)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
-    """q [H, D], k and v [Hkv, L, D] -> float64 [H, D], every intermediate result rounded to `dtype`."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype, sinks: Tensor | None = None) -> Tensor:
+    """q [H, D], k and v [Hkv, L, D], sinks [H] -> float64 [H, D], every intermediate result rounded to `dtype`."""
     grouped = q.double().unflatten(0, (k.shape[0], -1))
     logits = (grouped @ k.double().mT * q.shape[-1] ** -0.5).to(dtype).double()
-    weights = torch.softmax(logits, -1).to(dtype).double()
+    if sinks is not None:
+        logits = torch.cat([logits, sinks.double().view(k.shape[0], -1, 1)], -1)
+    weights = torch.softmax(logits, -1).to(dtype).double()[..., : k.shape[1]]
     return (weights @ v.double()).to(dtype).double().flatten(0, 1)

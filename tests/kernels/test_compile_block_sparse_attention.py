@@ -31,10 +31,11 @@ class Build:
     head_dim: int
     block_size: int | None  # None: dense
     window: int | None = None
+    lse: bool = False
 
     def __str__(self) -> str:
         name = f"sm{self.capability[0]}{self.capability[1]}-{str(self.dtype)[6:]}-{self.head_dim}"
-        return f"{name}-{self.block_size or 'dense'}" + ("-window" if self.window else "")
+        return f"{name}-{self.block_size or 'dense'}" + "-window" * bool(self.window) + "-lse" * self.lse
 
 
 SUBSET = [
@@ -46,6 +47,9 @@ SUBSET = [
     Build(HOPPER, BF16, 128, None, window=4096),
     Build(HOPPER, FP16, 256, 128),
     Build(HOPPER, BF16, 64, 32),
+    # As the layers of gpt-oss, whose sinks ask for the log-sum-exp.
+    *(Build(capability, BF16, 64, None, window=128, lse=True) for capability in (AMPERE, HOPPER)),
+    Build(AMPERE, BF16, 64, 128, lse=True),
 ]
 GRID = [
     Build(capability, dtype, head_dim, block_size)
@@ -82,7 +86,10 @@ def test_portable_kernel(build: Build) -> None:
 
     q, k, selection = arguments(build)
     block_size = build.block_size or 128
-    check(lambda: triton.block_sparse_attention(q, k, k, selection, 0, block_size, 0.1, build.window, FULL), build)
+    check(
+        lambda: triton.block_sparse_attention(q, k, k, selection, 0, block_size, 0.1, build.window, FULL or build.lse),
+        build,
+    )
 
 
 @pytest.mark.skipif((triton_version() or ())[:2] not in ((3, 6), (3, 7)), reason="Gluon of another Triton")

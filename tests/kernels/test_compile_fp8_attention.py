@@ -57,18 +57,24 @@ def check(launch: Callable[[], object], capability: tuple[int, int], serialised:
 
 @pytest.mark.parametrize("capability", [ADA, HOPPER], ids=["sm89", "sm90"])
 @pytest.mark.parametrize(
-    ("dim", "block_size", "window"),
-    [(dim, block, None) for dim in (64, 96, 128, 256) for block in (32, 64, 128, 256, None)]
+    ("dim", "block_size", "window", "lse"),
+    [(dim, block, None, True) for dim in (64, 96, 128, 256) for block in (32, 64, 128, 256, None)]
     if FULL
-    else [(128, 128, None), (256, None, 4096), (96, 32, None), (64, 128, None)],
-)
-def test_portable_attention(dim: int, block_size: int | None, window: int | None, capability: tuple[int, int]) -> None:
+    # The last as the windowed layers of gpt-oss, whose sinks ask for the log-sum-exp.
+    else [
+        (128, 128, None, False), (256, None, 4096, False), (96, 32, None, False), (64, 128, None, False),
+        (64, None, 128, True),
+    ],
+)  # fmt: skip
+def test_portable_attention(
+    dim: int, block_size: int | None, window: int | None, lse: bool, capability: tuple[int, int]
+) -> None:
     from kernels.block_sparse_attention_fp8 import triton
 
     q, k, vt, selection = operands(dim, block_size)
 
     def launch() -> None:
-        triton.block_sparse_attention_fp8(q, k, vt, scales(), selection, 0, block_size or 128, 0.1, window, BF16, FULL)
+        triton.block_sparse_attention_fp8(q, k, vt, scales(), selection, 0, block_size or 128, 0.1, window, BF16, lse)
 
     if capability == HOPPER:
         with offline.compiling(capability) as compiled:
@@ -127,7 +133,13 @@ def test_decode(dim: int, capability: tuple[int, int]) -> None:
     q = empty(3, HEADS, dim, dtype=BF16)
     arenas = (empty(KV_HEADS, LENGTH, dim), empty(KV_HEADS, dim, LENGTH))
     starts, lengths = empty(3, dtype=torch.int64), empty(3, dtype=torch.int32)
-    check(lambda: triton.decode_attention_fp8(q, *arenas, scales(), starts, lengths, LENGTH, 0.1, None), capability)
+    for sinks in (None, empty(HEADS, dtype=BF16)):
+        check(
+            lambda sinks=sinks: triton.decode_attention_fp8(
+                q, *arenas, scales(), starts, lengths, LENGTH, 0.1, None, sinks
+            ),
+            capability,
+        )
 
 
 @pytest.mark.parametrize("capability", [ADA, HOPPER], ids=["sm89", "sm90"])

@@ -46,12 +46,15 @@ def sample(dtype: torch.dtype, head_dim: int) -> None:
     triton_sample.sample_scores(q, k, 0, 128, 8, 0.1, None)
 
 
-def decode(dtype: torch.dtype, head_dim: int) -> None:
+def decode(dtype: torch.dtype, head_dim: int, sinks: torch.Tensor | None = None) -> None:
     arena = torch.empty(8, 4096, head_dim, dtype=dtype)
     starts, lengths = torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int32)
-    triton_decode.decode_attention(
-        torch.empty(4, 32, head_dim, dtype=dtype), arena, arena, starts, lengths, 4096, 1.0, None
-    )
+    q = torch.empty(4, 32, head_dim, dtype=dtype)
+    triton_decode.decode_attention(q, arena, arena, starts, lengths, 4096, 1.0, None, sinks)
+
+
+def decode_with_sinks(dtype: torch.dtype, head_dim: int) -> None:
+    decode(dtype, head_dim, torch.empty(32, dtype=dtype))
 
 
 def decode_one_kv_head(dtype: torch.dtype, head_dim: int) -> None:
@@ -59,7 +62,7 @@ def decode_one_kv_head(dtype: torch.dtype, head_dim: int) -> None:
     arena = torch.empty(1, 1 << 17, head_dim, dtype=dtype)
     starts, lengths = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
     q = torch.empty(1, 8, head_dim, dtype=dtype)
-    triton_decode.decode_attention(q, arena, arena, starts, lengths, 1 << 17, 1.0, None)
+    triton_decode.decode_attention(q, arena, arena, starts, lengths, 1 << 17, 1.0, None, None)
 
 
 def check(launch: Callable[[], object], capability: tuple[int, int], spills: int, kernels: int) -> None:
@@ -75,7 +78,7 @@ def check(launch: Callable[[], object], capability: tuple[int, int], spills: int
 @pytest.mark.parametrize(("dtype", "head_dim"), TYPES, ids=str)
 @pytest.mark.parametrize(
     ("launch", "kernels"),
-    [(oam, 3), (sample, 1), (decode, 2), (decode_one_kv_head, 2)],
+    [(oam, 3), (sample, 1), (decode, 2), (decode_with_sinks, 2), (decode_one_kv_head, 2)],
 )
 def test_compiles(
     launch: Callable[[torch.dtype, int], None],

@@ -63,6 +63,11 @@ def test_budgets_for_each_head(poisoned: None) -> None:
         Decode((127, 128, 1000), heads=6, head_dim=96, dtype=FP16, window=130, token_major=True),
         Decode((40_000, 3), heads=32, kv_heads=8, dtype=BF16, window=4096),
         Decode((9000, 17_123), heads=32, kv_heads=1, dtype=BF16),
+        *(
+            Decode((0, 1, 129, 5000), heads=64, kv_heads=8, head_dim=64, dtype=dtype, window=window, sinks=True)
+            for dtype in (BF16, FP32)
+            for window in (None, 128)
+        ),
     ],
     ids=str,
 )

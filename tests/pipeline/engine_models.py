@@ -37,6 +37,7 @@ LONGROPE = {
     "original_max_position_embeddings": 128,
     "factor": 16.0,
 }
+GPT_OSS_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "qwen2": ("Qwen2Config", {}),
@@ -49,6 +50,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": (
         "Qwen3MoeConfig",
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1},
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 70, "layer_types": GPT_OSS_LAYERS},
     ),
     "gemma2": ("Gemma2Config", {}),
     "phi3_longrope": ("Phi3Config", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128}),
@@ -66,6 +71,8 @@ def save_model(folder: Path, architecture: str, **changes: Any) -> Path:
             # Biases start at zero, where a forgotten bias would go unnoticed.
             if parameter_name.endswith("bias"):
                 parameter.normal_(0.0, 0.5)
+            elif parameter_name.endswith("sinks"):
+                parameter.normal_(0.0, 2.5)  # some heads keep most for their sink, some nothing
     model.save_pretrained(folder)
     return folder
 
@@ -79,8 +86,9 @@ def prompts(lengths: list[int], seed: int = 0) -> list[np.ndarray]:
 def generate(
     folder: Path, prompt: np.ndarray, max_new_tokens: int, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> list[int]:
-    """Greedy tokens of transformers' generate with its sdpa attention, one document alone."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    """Greedy tokens of transformers' generate, one document alone; with sdpa attention, or eager for sinks."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    assert model.config._attn_implementation == ("eager" if model.config.model_type == "gpt_oss" else "sdpa")
     ids = torch.as_tensor(prompt, device=device)[None]
     mask = torch.ones_like(ids)
     out = model.to(device).eval().generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False)

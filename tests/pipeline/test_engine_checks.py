@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 from pipeline.engine import Engine, EngineConfig, EngineError
 from pipeline.engine.kv.arena import LayerShape
 from pipeline.engine.model import self_check
-from pipeline.engine.model.checks import check_head_sizes, check_layers
+from pipeline.engine.model.checks import check_head_sizes, check_layers, check_windows
 from pipeline.engine.model.loading import load_model, load_runner
 from pipeline.engine.model.runner import ModelRunner
 from stem_core import StemConfig
@@ -26,13 +27,6 @@ from stem_core.patch import UnsupportedModelError
 CPU = torch.device("cpu")
 STEM = StemConfig(block_size=16, schedule="density", density=0.5, dense_below=0)
 SLIDING, FULL = "sliding_attention", "full_attention"
-SHARED: dict[str, Any] = {
-    "num_hidden_layers": 4,
-    "layer_types": [SLIDING, FULL, SLIDING, FULL],
-    "num_kv_shared_layers": 2,
-    "vocab_size_per_layer_input": 199,
-    "hidden_size_per_layer_input": 8,
-}
 # Config class, what it has beside COMMON, and what the error must say.
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "recurrent_gemma": (
@@ -41,15 +35,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         r"keeps a state in its modules \(model\.layers\.0\.temporal_block\.conv1d_state, .*change one another's",
     ),
     "nemotron": ("NemotronConfig", {}, r"does not hand the engine's context .* of its layers 0, 1, 2"),
-    "gemma3n": (
-        "Gemma3nTextConfig",
-        SHARED | {"intermediate_size": [96] * 4, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 4},
-        r"keys and values of others \(shared KV\): 2, 3\.",
-    ),
-    "gemma4": ("Gemma4TextConfig", SHARED, r"keys and values of others \(shared KV\): 2, 3\."),
-    "gpt_oss": ("GptOssConfig", {"num_local_experts": 2, "num_experts_per_tok": 1}, "attention sinks"),
     "gemma2": ("Gemma2Config", {}, "soft-capping"),
-    "lfm2": ("Lfm2Config", {"layer_types": ["conv", FULL, "conv"]}, "get_conv_state"),
+    "minimax": ("MiniMaxConfig", {"layer_types": ["linear_attention", FULL, FULL]}, "MiniMax uses cache of its own"),
+    "jamba": (
+        "JambaConfig",
+        {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 16, "mamba_dt_rank": 8, "num_experts": 2},
+        "in chunks than for the whole: its recurrent layers, as transformers computes them, do not go on",
+    ),
 }
 
 
@@ -75,7 +67,7 @@ def test_what_the_engine_cannot_keep_is_named(tmp_path: Path, family: str, atten
         ({0: 2, 1: 2}, {0: 1, 1: 1}, ""),
         ({0: 2}, {0: 1, 1: 1}, "does not hand .* layers 1:"),
         ({}, {}, "does not hand"),
-        ({0: 2, 1: 2}, {0: 1}, r"shared KV\): 1\."),
+        ({0: 2, 1: 2}, {0: 1}, r"nor take those of another layer unchanged: 1\."),
         ({0: 2, 1: 1}, {0: 1, 1: 1}, r"leave out queries whose output nobody reads: 1\."),
         ({0: 2, 1: 2}, {0: 1, 1: 2}, r"several attentions in one layer: 1\."),
     ],
@@ -86,6 +78,43 @@ def test_layers_that_attend_are_those_that_cache(queries: dict[int, int], cached
         return
     with pytest.raises(UnsupportedModelError, match=message):
         check_layers(nn.Linear(1, 1), queries, Counter(cached), tokens=2)
+
+
+def test_keys_of_another_layer_are_known_by_what_they_are() -> None:
+    model, keys, cached = nn.Linear(1, 1), {0: torch.zeros(1), 1: torch.zeros(1)}, Counter({0: 1, 1: 1})
+    given = {0: keys[0], 1: keys[1], 2: keys[0], 3: keys[1]}
+    assert check_layers(model, {0: 2, 1: 2, 2: 2, 3: 1}, cached, 2, given, keys) == {2: 0, 3: 1}
+    with pytest.raises(UnsupportedModelError, match=r"another layer unchanged: 2\."):
+        check_layers(model, {0: 2, 1: 2, 2: 2}, cached, 2, given | {2: keys[0].clone()}, keys)
+    with pytest.raises(UnsupportedModelError, match=r"nobody reads: 2\."):
+        check_layers(model, {0: 3, 1: 3, 2: 2}, cached, 3, given, keys)
+
+
+@pytest.mark.parametrize(
+    ("config", "windows", "silent"),
+    [
+        ({}, {0: None, 1: None}, ""),
+        ({"sliding_window": 8}, {0: 8, 1: None}, ""),
+        ({"sliding_window": 8}, {0: None, 1: None}, "0, 1"),
+        ({"sliding_window": 8, "use_sliding_window": False}, {0: None, 1: None}, ""),
+        ({"sliding_window": 8, "layer_types": [SLIDING, FULL, SLIDING]}, {0: 8, 1: None, 2: 8}, ""),
+        ({"sliding_window": 8, "layer_types": [SLIDING, FULL, SLIDING]}, {0: 8, 1: None, 2: None}, "2"),
+    ],
+)
+def test_windows_that_the_attention_is_not_told_of_are_named(
+    config: dict[str, Any], windows: dict[int, int | None], silent: str
+) -> None:
+    class Text(SimpleNamespace):
+        def get_text_config(self) -> Text:
+            return self
+
+    model: Any = nn.Linear(1, 1)
+    model.config = Text(**config)
+    if not silent:
+        check_windows(model, windows)
+        return
+    with pytest.raises(UnsupportedModelError, match=f"does not tell the attention of its layers {silent};"):
+        check_windows(model, windows)
 
 
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(257, 257), (512, 512), (192, 320)])
@@ -184,6 +213,26 @@ def test_documents_that_change_each_other_are_noticed(
     monkeypatch.setattr(modeling_qwen3, "Qwen3MLP", fault)
     monkeypatch.setattr(self_check, "TESTED_TYPES", frozenset())
     with pytest.raises(EngineError, match=rf"Qwen3ForCausalLM \(model type qwen3\) gives {FAULTS[fault]}"):
+        load_runner(EngineConfig(str(folder), device="cpu", precision=precision, fuse=False))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_model_that_counts_positions_in_its_own_way_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """Left to itself, it counts from 2, as models do whose table of positions has places for padding."""
+    forward = modeling_qwen3.Qwen3Model.forward
+
+    def own(self: Any, input_ids: Tensor, position_ids: Any = None, inputs_embeds: Any = None, **others: Any) -> Any:
+        counted = torch.arange(input_ids.shape[1])[None] + 2 if position_ids is None else position_ids
+        embeddings = self.embed_tokens(input_ids)
+        embeddings = embeddings + embeddings.flip(-1) * counted.sin().to(embeddings)[..., None]
+        return forward(self, inputs_embeds=embeddings, position_ids=position_ids, **others)
+
+    folder = save_model(tmp_path, "qwen3", initializer_range=0.1)
+    monkeypatch.setattr(modeling_qwen3.Qwen3Model, "forward", own)
+    monkeypatch.setattr(self_check, "TESTED_TYPES", frozenset())
+    with pytest.raises(EngineError, match="other logits with a cache and positions counted from 0 than by itself"):
         load_runner(EngineConfig(str(folder), device="cpu", precision=precision, fuse=False))
 
 

@@ -160,11 +160,10 @@ def test_harmless_names_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptur
     assert "LOAD REPORT" not in caplog.text
 
 
-@pytest.mark.parametrize("layout", FP8_CONFIG)
 @pytest.mark.parametrize("devices", [(CPU,), (CPU, META)])
-def test_experts_in_fp8_are_refused(tmp_path: Path, layout: str, devices: tuple[torch.device, ...]) -> None:
-    """transformers stacks the experts' weights and leaves their scales behind."""
-    folder = quantise(save_model(tmp_path, "qwen3_moe"), layout)
+def test_experts_in_fp8_are_refused(tmp_path: Path, devices: tuple[torch.device, ...]) -> None:
+    """transformers stacks the experts' weights and leaves their scales behind; not so in test_engine_checkpoints.py."""
+    folder = quantise(save_model(tmp_path, "qwen3_moe"), "autofp8")
     message = r"36 without a place in the model \(model\.layers\.0\.mlp\.experts\.0\.down_proj\.weight_scale, .*in bf16"
     with pytest.raises(ModelLoadError, match=message):
         load_model(EngineConfig(str(folder), device="cpu"), devices)
@@ -174,6 +173,9 @@ def test_experts_in_bf16_beside_linears_in_fp8_are_read(tmp_path: Path) -> None:
     folder = save_model(tmp_path, "qwen3_moe")
     experts = {name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if ".experts." in name}
     quantise(folder, "compressed-tensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["ignore"].append("re:.*mlp.experts.*")
+    (folder / "config.json").write_text(json.dumps(config))
     rewrite(folder, lambda tensors: {n: t for n, t in tensors.items() if ".experts." not in n} | experts)
     assert load(folder, "fp8 checkpoint") is not None
 
@@ -191,7 +193,7 @@ def test_adapters_are_not_passed_over(tmp_path: Path, file: str) -> None:
     (folder / file).write_text("{}")
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "a.txt").write_text("text")
-    message = rf"it holds an adapter \({file}\).*Merge .*merge_and_unload"
+    message = rf"it holds an adapter \({file}\).*as --adapter"
     for call in (load, lambda path: estimate_plan(EngineConfig(str(path), device="cpu"))):
         with pytest.raises(ModelLoadError, match=message):
             call(folder)

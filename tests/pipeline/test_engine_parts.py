@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from pipeline.engine.config import Request
 from pipeline.engine.document import OVERTAKES, Document, WaitingLine
@@ -101,11 +101,11 @@ def test_sample_follows_the_distribution() -> None:
     draws = uniforms(torch.full((20_000,), 3), torch.arange(20_000))
     temperature, full = torch.full((20_000,), 0.7), torch.ones(20_000)
     every = torch.zeros(20_000, dtype=torch.int64)
-    shares = torch.bincount(sample(logits, temperature, full, every, draws), minlength=4) / 20_000
+    shares = torch.bincount(sample(logits, temperature, full, every, 0 * full, draws), minlength=4) / 20_000
     expected = torch.softmax(logits[0] / 0.7, dim=-1)
     torch.testing.assert_close(shares, expected, atol=0.012, rtol=0)
     # Tokens 1 and 3 hold 0.90 of the probability: with top_p 0.8 nothing else comes, in their proportion.
-    kept = torch.bincount(sample(logits, temperature, full * 0.8, every, draws), minlength=4) / 20_000
+    kept = torch.bincount(sample(logits, temperature, full * 0.8, every, 0 * full, draws), minlength=4) / 20_000
     assert kept[0] == kept[2] == 0
     torch.testing.assert_close(kept[1], expected[1] / (expected[1] + expected[3]), atol=0.012, rtol=0)
 
@@ -114,33 +114,55 @@ def test_sample_edges() -> None:
     logits = torch.tensor([[1.0, 1.0, 0.0], [0.0, 3.0, 3.0], [5.0, 0.0, 0.0]])
     almost_one = torch.full((3,), 1 - 2.0**-53, dtype=torch.float64)
     hot, one, ks = torch.ones(3), torch.ones(3), torch.zeros(3, dtype=torch.int64)
-    assert sample(logits, 0 * hot, one, ks, almost_one).tolist() == [0, 1, 0], (
+    assert sample(logits, 0 * hot, one, ks, 0 * one, almost_one).tolist() == [0, 1, 0], (
         "temperature 0 is the argmax, lower id first"
     )
-    assert sample(logits, hot, one, ks, 0 * almost_one).tolist() == [0, 1, 0], "the first draw is the most likely token"
-    assert sample(logits, hot, one * 1e-6, ks, almost_one).tolist() == [0, 1, 0], "a tiny top_p keeps one token"
-    assert sample(logits, hot, one, ks, almost_one).tolist() == [2, 0, 2], "the last draw is the least likely token"
+    assert sample(logits, hot, one, ks, 0 * one, 0 * almost_one).tolist() == [0, 1, 0], (
+        "the first draw is the most likely token"
+    )
+    assert sample(logits, hot, one * 1e-6, ks, 0 * one, almost_one).tolist() == [0, 1, 0], (
+        "a tiny top_p keeps one token"
+    )
+    assert sample(logits, hot, one, ks, 0 * one, almost_one).tolist() == [2, 0, 2], (
+        "the last draw is the least likely token"
+    )
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (3, 1.0), (3, 0.8), (5, 0.5), (8, 0.9), (99, 0.9)])
-def test_top_k_then_top_p_follow_transformers(top_k: int, top_p: float) -> None:
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"),
+    [
+        *((1, 1.0, 0.0), (3, 1.0, 0.0), (3, 0.8, 0.0), (5, 0.5, 0.0), (8, 0.9, 0.0), (99, 0.9, 0.0)),
+        *((99, 1.0, 0.15), (99, 1.0, 1.0), (99, 0.9, 0.3), (3, 1.0, 0.1), (5, 0.95, 0.2)),
+    ],
+)
+def test_top_k_top_p_and_min_p_follow_transformers(top_k: int, top_p: float, min_p: float) -> None:
     logits = torch.tensor([0.5, 2.0, -1.0, 1.0, 1.4, -0.2, 0.9, 0.1])
     scores = TemperatureLogitsWarper(0.7)(None, logits[None])
-    expected = TopPLogitsWarper(top_p)(None, TopKLogitsWarper(top_k)(None, scores)).softmax(-1)[0]
+    scores = TopPLogitsWarper(top_p)(None, TopKLogitsWarper(top_k)(None, scores))
+    expected = MinPLogitsWarper(min_p)(None, scores).softmax(-1)[0]
     rows = 20_000
     draws = uniforms(torch.full((rows,), 3), torch.arange(rows))
     ks = torch.full((rows,), top_k)
-    tokens = sample(logits.expand(rows, 8), torch.full((rows,), 0.7), torch.full((rows,), top_p), ks, draws)
+    temperatures, top_ps, min_ps = (torch.full((rows,), value) for value in (0.7, top_p, min_p))
+    tokens = sample(logits.expand(rows, 8), temperatures, top_ps, ks, min_ps, draws)
     shares = torch.bincount(tokens, minlength=8) / rows
     assert (shares > 0).tolist() == (expected > 0).tolist()
     torch.testing.assert_close(shares, expected, atol=0.012, rtol=0)
+
+
+def test_rows_of_one_step_have_their_own_min_p() -> None:
+    logits = torch.tensor([1.0, 3.0, 2.0, 3.0]).expand(4, 4)
+    draws = torch.full((4,), 1 - 2.0**-53, dtype=torch.float64)
+    ks = torch.zeros(4, dtype=torch.int64)
+    least = torch.tensor([0.0, 0.2, 0.5, 0.0])
+    assert sample(logits, torch.ones(4), torch.ones(4), ks, least, draws).tolist() == [0, 2, 3, 0]
 
 
 def test_rows_of_one_step_have_their_own_top_k() -> None:
     logits = torch.tensor([1.0, 3.0, 2.0, 3.0]).expand(4, 4)
     draws = torch.full((4,), 1 - 2.0**-53, dtype=torch.float64)
     ks = torch.tensor([0, 1, 2, 3])
-    assert sample(logits, torch.ones(4), torch.ones(4), ks, draws).tolist() == [0, 1, 3, 2]
+    assert sample(logits, torch.ones(4), torch.ones(4), ks, torch.zeros(4), draws).tolist() == [0, 1, 3, 2]
 
 
 def row_start(**changes: object) -> RowStart:
@@ -171,11 +193,11 @@ def test_rows_stop_by_themselves() -> None:
 
 def test_a_moved_row_goes_on() -> None:
     batch = DecodeBatch(3, torch.device("cpu"))
-    batch.begin(2, row_start(temperature=0.5))
+    batch.begin(2, row_start(temperature=0.5, min_p=0.25))
     expected = batch.ints[:, 2].clone()
     batch.move(2, 0)
     assert torch.equal(batch.ints[:, 0], expected)
-    assert batch.floats[:, 0].tolist() == [0.5, 1.0]
+    assert batch.floats[:, 0].tolist() == [0.5, 1.0, 0.25]
     assert batch.ints[LENGTH].tolist() == [10, 0, 0]
     with pytest.raises(ValueError, match="stop ids"):
         batch.begin(0, row_start(stop_ids=tuple(range(MAX_STOP_IDS + 1))))
@@ -189,10 +211,10 @@ def test_caches_write_in_place_and_only_there() -> None:
         tensor.fill_(torch.nan)
     extent = Extent(64, 128)
     k, v = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8)
-    seen_k, _ = PrefillCache(arena, extent, seen=0).update(k, v, 0)
+    seen_k, _ = PrefillCache(arena, extent, seen=0, tokens=k.shape[2]).update(k, v, 0)
     assert torch.equal(seen_k, k)
     more = torch.randn(1, 2, 2, 8)
-    _, seen_v = PrefillCache(arena, extent, seen=3).update(more, more, 0)
+    _, seen_v = PrefillCache(arena, extent, seen=3, tokens=more.shape[2]).update(more, more, 0)
     assert torch.equal(seen_v, torch.cat([v, more], dim=2))
     assert seen_v.data_ptr() == arena.v[0][:, 64:].data_ptr()
     assert arena.k[0].isnan().sum() == arena.k[0].numel() - 2 * 5 * 8

@@ -94,6 +94,7 @@ def test_every_document_has_a_full_row(tmp_path: Path, out: Path, model: Path) -
         "kept_error",
         "density_by_layer",
         "output_error",
+        "reasoning",
     }
     assert not [name for name in filled if row[name] is None]
     assert row["prompt_hash"] == json.loads((out / "manifest.json").read_text())["fingerprints"]["prompt"]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernels.fp8_heads import FP8, append_kv, write_kv
 from pipeline.engine.devices import tensor_bytes
+from pipeline.engine.kv.states import StateSlots
 from stem_core.context import QuantizedKV
 from stem_core.kv_scales import LayerScales
 
@@ -97,10 +98,12 @@ class Arena:
 
     The last ALIGNMENT tokens belong to no extent: unused rows of a decode batch write there (`scratch`).
     devices: of each layer.
+    states: of the layers that keep a state instead of keys and values; None for a model without.
     """
 
     def __init__(self, tokens: int, devices: Mapping[int, torch.device]) -> None:
         self.extents = ExtentAllocator(tokens)
+        self.states: StateSlots | None = None
         self._devices = devices
 
     @property
@@ -116,14 +119,27 @@ class Arena:
     @property
     def nbytes(self) -> int:
         """Bytes of all layers."""
-        return tensor_bytes(self.tensors())
+        return tensor_bytes(self._everything())
 
     def nbytes_on(self, device: torch.device) -> int:
         """Bytes of the layers on a device."""
-        return tensor_bytes(self.tensors(), device)
+        return tensor_bytes(self._everything(), device)
+
+    def _everything(self) -> list[Tensor]:
+        return [*self.tensors(), *([] if self.states is None else self.states.states.values())]
+
+    def release(self, extent: Extent) -> None:
+        """Give an allocated extent back, and the slot of its states."""
+        self.extents.release(extent)
+        self.forget(extent)
+
+    def forget(self, extent: Extent) -> None:
+        """Give back the slot of an extent's states alone."""
+        if self.states is not None:
+            self.states.release(extent.start)
 
     def tensors(self) -> list[Tensor]:
-        """All that was allocated."""
+        """All keys and values that were allocated."""
         raise NotImplementedError
 
     def write(self, layer: int, k: Tensor, v: Tensor, extent: Extent, seen: int) -> tuple[Tensor, Tensor]:
@@ -149,7 +165,7 @@ class Arena:
         raise NotImplementedError
 
     def copy(self, source: Extent, target: Extent, tokens: int) -> None:
-        """The first `tokens` tokens of one extent to another."""
+        """The first `tokens` tokens of one extent to another, and its states, which are those behind its last token."""
         raise NotImplementedError
 
     def _allocate(self, layer: int, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -197,6 +213,8 @@ class KVArena(Arena):
     def copy(self, source: Extent, target: Extent, tokens: int) -> None:
         """See Arena."""
         self._copy([*self.k.values(), *self.v.values()], source, target, tokens)
+        if self.states is not None:
+            self.states.copy(source.start, target.start)
 
     @staticmethod
     def _copy(tensors: Sequence[Tensor], source: Extent, target: Extent, tokens: int) -> None:

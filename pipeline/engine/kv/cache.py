@@ -1,4 +1,5 @@
-"""What transformers' attention layers see as `past_key_values`: they call `update`, the masks call the rest.
+"""What transformers' layers see as `past_key_values`: attention calls `update`, linear attention the states' methods,
+the masks call the rest.
 
 Duck-typed on purpose: transformers' Cache classes own their tensors, ours writes into the arena and copies no more.
 Checked against transformers 5.17 and 5.23.
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.kv.arena import Arena, Extent, LayerShape
+from pipeline.engine.kv.states import CONV, RECURRENT, StateKey, StateShape, extended
 from stem_core.context import Copies
 
 
 class UnsupportedCacheError(AttributeError):
-    """The model asks its cache for something that the engine does not keep (recurrent state, say).
+    """The model asks its cache for something that the engine does not keep.
 
     An AttributeError, so that a model's hasattr() still gets its answer.
     """
@@ -46,38 +48,110 @@ class EngineCache:
     def __getattr__(self, name: str) -> NoReturn:
         # Only reached for names that are not there.
         raise UnsupportedCacheError(
-            f"the model uses its cache's {name!r}, which the engine does not provide: only models whose whole state is "
-            "keys and values of attention layers can run"
+            f"the model uses its cache's {name!r}, which the engine does not provide: only models can run whose whole "
+            "state is keys and values of attention layers, and what transformers' LinearAttentionLayer keeps"
         )
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
+    # -- linear attention: what a layer gets it may change in place, instead of calling an update
+
+    def is_recording_past(self, layer_idx: int = 0) -> bool:
+        """Whether states can be taken back (for speculative decoding)."""
+        return False
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int = 0) -> bool:
+        """Whether tokens were read before this call of the model."""
+        return self.seen > 0
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """The convolution's last inputs [N, C, kernel size]; None before a document's first token."""
+        return self._state(StateKey(CONV, layer_idx, state_idx))
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """The recurrent state [N, ...]; None before a document's first token."""
+        return self._state(StateKey(RECURRENT, layer_idx, state_idx))
+
+    def update_conv_state(
+        self, inputs: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Take a convolution's inputs [N, C, L]. Returns them with those kept in front (see extended())."""
+        place = self._place(StateKey(CONV, layer_idx, state_idx))
+        full = extended(self.get_conv_state(layer_idx, state_idx), inputs, place.shape[-1])
+        place.copy_(full[..., full.shape[-1] - place.shape[-1] :])
+        return full
+
+    def update_recurrent_state(self, state: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        """Take a recurrent state [N, ...]. Returns it."""
+        self._place(StateKey(RECURRENT, layer_idx, state_idx)).copy_(state)
+        return state
+
+    def _state(self, key: StateKey) -> Tensor | None:
+        """What a layer reads, [N, ...]."""
+        return self._place(key) if self.has_previous_state() and self._keeps(key) else None
+
+    def _keeps(self, key: StateKey) -> bool:
+        raise NotImplementedError
+
+    def _place(self, key: StateKey) -> Tensor:
+        """What a layer writes, [N, ...]."""
+        raise NotImplementedError
+
 
 class ProbeCache(EngineCache):
-    """Records what each layer would cache and where, and keeps nothing."""
+    """Records what each layer would cache or keep, and where; keeps nothing. keys: what each attention is given."""
 
     def __init__(self) -> None:
         super().__init__(seen=0)
         self.shapes: dict[int, LayerShape] = {}
+        self.states: dict[StateKey, StateShape] = {}
         self.updates: Counter[int] = Counter()
         self.devices: dict[int, torch.device] = {}
+        self.keys: dict[int, Tensor] = {}
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """k [1, Hkv, L, D], v [1, Hkv, L, Dv], unchanged."""
         self.updates[layer_idx] += 1
         self.shapes[layer_idx] = LayerShape(k.shape[1], k.shape[3], v.shape[3])
         self.devices[layer_idx] = k.device
+        self.keys[layer_idx] = k
         return k, v
+
+    def update_conv_state(
+        self, inputs: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
+    ) -> Tensor:
+        """inputs [1, C, L], unchanged. A model that names no kernel size has padded them to it."""
+        size = inputs.shape[-1] if conv_kernel_size is None else conv_kernel_size
+        self._note(StateKey(CONV, layer_idx, state_idx), (inputs.shape[1], size), inputs)
+        return inputs
+
+    def update_recurrent_state(self, state: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        """state [1, ...], unchanged."""
+        self._note(StateKey(RECURRENT, layer_idx, state_idx), tuple(state.shape[1:]), state)
+        return state
+
+    def _note(self, key: StateKey, shape: tuple[int, ...], like: Tensor) -> None:
+        self.states[key] = StateShape(shape, like.dtype)
+        self.devices[key.layer] = like.device
 
 
 class PrefillCache(EngineCache):
-    """One chunk of one document: tokens [seen, seen + L) of its extent."""
+    """One chunk of one document: tokens [seen, seen + L) of its extent. Its layers change the states where they lie."""
 
-    def __init__(self, arena: Arena, extent: Extent, seen: int) -> None:
+    def __init__(self, arena: Arena, extent: Extent, seen: int, tokens: int) -> None:
         super().__init__(seen)
         self._arena = arena
         self._extent = extent
+        self._slots = arena.states
+        self._slot = 0 if self._slots is None else self._slots.enter(extent.start, seen, seen + tokens)
+
+    def _keeps(self, key: StateKey) -> bool:
+        return self._slots is not None and key in self._slots.states
+
+    def _place(self, key: StateKey) -> Tensor:
+        assert self._slots is not None, "a layer keeps a state that the probe did not see"
+        return self._slots.states[key][self._slot : self._slot + 1]
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write k, v [1, Hkv, L, D] in place; return what the attention is given (Arena.write)."""
@@ -85,12 +159,45 @@ class PrefillCache(EngineCache):
 
 
 class DecodeCache(EngineCache):
-    """One token for each row of a decode batch, written at arena index slots[s]."""
+    """One token for each row of a decode batch, written at arena index slots[s].
 
-    def __init__(self, arena: Arena, slots: Tensor) -> None:
+    states: int64 [S], slots of the rows' states; None for a model without. A layer works on copies of them, which are
+    written back when the next layer asks for its own, and by finish().
+    """
+
+    def __init__(self, arena: Arena, slots: Tensor, states: Tensor | None = None) -> None:
         super().__init__(seen=0)
         self._arena = arena
         self._slots = Copies(slots)
+        self._state_slots = None if states is None else Copies(states)
+        self._copies: dict[StateKey, Tensor] = {}
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int = 0) -> bool:
+        """A prompt was read."""
+        return True
+
+    def finish(self) -> None:
+        """Write back what the last layer was given. Waits for nothing."""
+        assert self._arena.states is not None or not self._copies
+        for key, copied in self._copies.items():
+            self._arena.states.states[key].index_copy_(0, self._at(copied.device), copied)  # type: ignore[union-attr]
+        self._copies = {}
+
+    def _keeps(self, key: StateKey) -> bool:
+        return self._arena.states is not None and key in self._arena.states.states
+
+    def _place(self, key: StateKey) -> Tensor:
+        assert self._arena.states is not None, "a layer keeps a state that the probe did not see"
+        if key not in self._copies:
+            if any(other.layer != key.layer for other in self._copies):
+                self.finish()
+            kept = self._arena.states.states[key]
+            self._copies[key] = kept.index_select(0, self._at(kept.device))
+        return self._copies[key]
+
+    def _at(self, device: torch.device) -> Tensor:
+        assert self._state_slots is not None
+        return self._state_slots.on(device)
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write k, v [S, Hkv, 1, D] in place; return what the attention is given (Arena.append)."""

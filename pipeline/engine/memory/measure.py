@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -21,6 +24,8 @@ from stem_core.selection import new_key_state
 # The sort of top-p sampling holds about this many float64 copies of the logits of the whole batch.
 SAMPLING_COPIES = 6
 GRAPH_BYTES = 256 * 2**20
+# A decode step holds about this many copies of all rows' states of one layer.
+STATE_COPIES = 4
 SHRINK_STEPS = 4
 
 
@@ -67,10 +72,11 @@ def plan_memory(runner: ModelRunner, config: EngineConfig, chunk_tokens: int) ->
                 weight_bytes=weight_bytes(runner.model, device),
                 reserve_bytes=reserve,
                 bytes_per_token=runner.bytes_per_token(device),
+                state_bytes=runner.state_bytes(config.max_live, device),
             )
         )
         left.append(free - reserve)
-    return build_plan(config, runner.precision, parts, left, context)
+    return replace(build_plan(config, runner.precision, parts, left, context), dequantised_from=runner.weights)
 
 
 def _reserve(
@@ -83,7 +89,11 @@ def _reserve(
     reserve = int(peak * RESERVE_FACTOR) + SLACK_BYTES + GRAPH_BYTES
     if device == runner.device:
         reserve += SAMPLING_COPIES * config.max_live * runner.vocabulary * 8
-    longest = min(context, max(1, (free - reserve) // runner.bytes_per_token(device)))
+    by_layer = Counter[int]()
+    for key, shape in runner.states.items():
+        by_layer[key.layer] += shape.nbytes
+    reserve += STATE_COPIES * config.max_live * max(by_layer.values(), default=0)
+    longest = min(context, max(1, (free - reserve) // max(1, runner.bytes_per_token(device))))
     # A prompt that outgrows a layer's window needs no summary there; the longest that does not, does.
     lengths = {longest, *(window for _, window in runner.layers if window is not None and window < longest)}
     return reserve + max(key_state_bytes(runner, length, device) for length in lengths)
@@ -129,6 +139,7 @@ def rehearse(runner: ModelRunner, arena: Arena, plan: MemoryPlan, chunk_tokens: 
         _past_keys(runner, context)
         ids = torch.zeros(1, length - start, dtype=torch.int64, device=runner.device)
         runner.prefill(ids, arena, extent, context, torch.full_like(ids[:, 0], length))
+        arena.forget(extent)
 
 
 def key_states(
@@ -145,7 +156,7 @@ def key_states(
             continue
         if on is not None and place != on:
             continue
-        shape = runner.shapes[policy.layer]
+        shape = runner.shapes[runner.sources.get(policy.layer, policy.layer)]
         keys = torch.empty(1, shape.kv_heads, 1, shape.head_dim, dtype=runner.dtype, device=place)
         state = new_key_state(policy.config, keys, prompt_tokens, place if device is None else device)
         if state is not None:
@@ -194,7 +205,7 @@ def allocate_arena(
 def _rehearsed_arena(runner: ModelRunner, plan: MemoryPlan, chunk_tokens: int) -> Arena | None:
     """The plan's arena, or None if it or the rehearsal in it runs out of GPU memory."""
     try:
-        arena = runner.new_arena(plan.arena_tokens)
+        arena = runner.new_arena(plan.arena_tokens, plan.max_live)
         if runner.device.type == "cuda":
             rehearse(runner, arena, plan, chunk_tokens)
             for device in runner.devices:

@@ -11,10 +11,12 @@ import torch
 from pipeline.engine.config import EngineConfig, EngineError
 from pipeline.engine.devices import GIB, device_memory, weight_bytes
 from pipeline.engine.kv.arena import ALIGNMENT, aligned
-from pipeline.engine.model.loading import context_limit, load_config
+from pipeline.engine.kv.states import slots_for
+from pipeline.engine.model.loading import context_limit, load_config, stored_weights
 from pipeline.engine.model.placement import place
 from pipeline.engine.model.precision import DTYPES, Precision, check_fp8_attention, resolve_precision
-from pipeline.engine.model.skeleton import chunk_bytes, layer_shape, skeleton
+from pipeline.engine.model.skeleton import chunk_bytes, layer_shapes, skeleton, state_shapes
+from stem_core.patch import attention_layers
 
 # On a CPU the arena shares memory with everything else on the machine.
 HOST_SHARE = 0.4
@@ -36,6 +38,7 @@ class DevicePlan:
     weight_bytes: int
     reserve_bytes: int
     bytes_per_token: int
+    state_bytes: int = 0
 
     def line(self, arena_tokens: int) -> str:
         """The plan for a person."""
@@ -53,10 +56,12 @@ class MemoryPlan:
     """Where the memory of the device, or of all devices together, goes; all sizes in bytes, lengths in tokens.
 
     total_bytes: memory of the device (of the host, on a CPU); 0 if there is none to ask. reserve_bytes: kept free for
-    activations, decode graphs and the allocator. bytes_per_token: KV of all layers. max_context: longest document,
-    prompt and output.
+    activations, decode graphs and the allocator. bytes_per_token: KV of all layers. state_bytes: recurrent and
+    convolution states of max_live documents, of models with linear attention. max_context: longest document, prompt and
+    output.
     estimated: made from the config alone, before anything was loaded or measured. precision: of weights and KV.
     devices: of a model spread over several, each; a token lies on all of them, so that the fullest sets arena_tokens.
+    dequantised_from: how the checkpoint holds weights that take more memory than its files; empty if it does not.
     """
 
     device: str
@@ -70,6 +75,8 @@ class MemoryPlan:
     estimated: bool = False
     precision: str = ""
     devices: tuple[DevicePlan, ...] = ()
+    dequantised_from: str = ""
+    state_bytes: int = 0
 
     @property
     def arena_bytes(self) -> int:
@@ -104,18 +111,22 @@ class MemoryPlan:
         kind = "estimated before loading" if self.estimated else "after loading"
         context = f"{self.max_context:,} tokens a document at most (prompt and output)"
         parts = [part.line(self.arena_tokens) for part in self.devices]
+        weights = f"  weights  {self.weight_bytes / GIB:.2f} GiB"
+        if self.dequantised_from:
+            weights += f", dequantised from {self.dequantised_from}"
         if not self.total_bytes:
             return [
                 f"memory of {len(parts)} GPUs ({kind}; there are not so many here to ask), precision {self.precision}",
-                f"  weights  {self.weight_bytes / GIB:.2f} GiB",
+                weights,
                 *parts,
             ]
         kv = f"{self.arena_bytes / GIB:.2f} GiB = {self.arena_tokens:,} tokens x {self.bytes_per_token:,} bytes"
         return [
             f"memory of {self.device} ({kind}): {self.total_bytes / GIB:.1f} GiB, precision {self.precision}",
-            f"  weights  {self.weight_bytes / GIB:.2f} GiB",
+            weights,
             f"  reserve  {self.reserve_bytes / GIB:.2f} GiB for activations and decoding",
             f"  KV       {kv}",
+            *([f"  states   {self.state_bytes / GIB:.2f} GiB for {self.max_live} documents"] * bool(self.state_bytes)),
             *([ESTIMATED_IN_FP8] if self.estimated and self.precision == "fp8" else []),
             *parts,
             f"  {context}; at once: {self.documents(32_768)} of 32K, {self.documents(131_072)} of 128K",
@@ -157,14 +168,14 @@ def build_plan(
 ) -> MemoryPlan:
     """The plan of one device or several: the arena has the tokens that the fullest of them holds.
 
-    parts: of each device, with a total of 0 where there is none to ask: then there is no arena. free: bytes for KV on
-    each. context: most tokens of a document. Raises EngineError as fit_arena does.
+    parts: of each device, with a total of 0 where there is none to ask: then there is no arena. free: bytes for KV and
+    states on each. context: most tokens of a document. Raises EngineError as fit_arena does.
     """
     several = len(parts) > 1
     tokens = 0
     if parts[0].total_bytes:
         tokens = min(
-            fit_arena(config, room, part.bytes_per_token, context, part.device if several else "")
+            fit_arena(config, room - part.state_bytes, part.bytes_per_token, context, part.device if several else "")
             for room, part in zip(free, parts, strict=True)
             if part.bytes_per_token
         )
@@ -180,6 +191,7 @@ def build_plan(
         estimated=estimated,
         precision=precision.name,
         devices=tuple(parts) if several else (),
+        state_bytes=sum(part.state_bytes for part in parts),
     )
 
 
@@ -201,7 +213,9 @@ def estimate_plan(config: EngineConfig, total_bytes: int | None = None) -> Memor
         precision = _precision_unseen(config.precision, hf_config)
     model = skeleton(config, hf_config, precision)
     layers = hf_config.get_text_config().num_hidden_layers
-    per_token = layers * _layer_bytes(config, hf_config, precision)
+    states = state_shapes(model, precision)
+    per_token = _token_bytes(config, hf_config, precision, attention_layers(model) if states else None)
+    all_states = slots_for(config.max_live) * sum(shape.nbytes for shape in states.values())
     reserve = chunk_bytes(config, hf_config, precision)
     if total_bytes is not None:
         memory = [(total_bytes, total_bytes)] * len(devices)
@@ -218,24 +232,31 @@ def estimate_plan(config: EngineConfig, total_bytes: int | None = None) -> Memor
     ):
         kept = max(reserve, int((free - weights) * (1 - HOST_SHARE))) if device.type == "cpu" else reserve
         share = per_token * count // sum(counts)
-        parts.append(DevicePlan(str(device), f"{first}-{first + count - 1}", total, weights, kept, share))
+        here_states = all_states * count // sum(counts)
+        parts.append(DevicePlan(str(device), f"{first}-{first + count - 1}", total, weights, kept, share, here_states))
         left.append(free - weights - kept)
         first += count
     context = config.max_context or context_limit(hf_config)
-    return build_plan(config, precision, parts, left, context, estimated=True)
+    plan = build_plan(config, precision, parts, left, context, estimated=True)
+    return replace(plan, dequantised_from=stored_weights(config, hf_config))
 
 
-def _layer_bytes(config: EngineConfig, hf_config: Any, precision: Precision) -> int:
-    """A token's KV in a layer. Raises EngineError for heads or blocks that the fp8 kernels cannot take."""
-    shape = layer_shape(hf_config)
+def _token_bytes(
+    config: EngineConfig, hf_config: Any, precision: Precision, layers: Sequence[int] | None = None
+) -> int:
+    """A token's KV in all layers, or in those given. Raises EngineError for heads or blocks that fp8 cannot take."""
+    shapes = layer_shapes(hf_config)
+    if layers is not None:
+        shapes = [shapes[layer] for layer in layers]
     if precision.fp8:
-        check_fp8_attention({0: shape}, config.attention)
-    return shape.bytes_per_token(precision.kv_dtype)
+        check_fp8_attention(dict(enumerate(shapes)), config.attention)
+    return sum(shape.bytes_per_token(precision.kv_dtype) for shape in shapes)
 
 
 def _precision_unseen(asked: str, hf_config: Any) -> Precision:
     """What a precision would be on GPUs that are not here."""
     if asked == "auto":
-        asked = "bf16" if getattr(hf_config, "quantization_config", None) is None else "fp8"
+        # As a CPU has it, fp8 only for what is kept in fp8; what is dequantised may come to less than in bf16.
+        asked = "fp8" if resolve_precision("auto", torch.device("cpu"), hf_config).fp8 else "bf16"
     name = resolve_precision(asked, torch.device("cpu"), hf_config).name
     return Precision(name, DTYPES.get(name, torch.bfloat16))

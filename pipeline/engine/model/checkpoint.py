@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.adapters import MERGE, adapter_problem
+from pipeline.adapters import ADVICE, adapter_problem
 from pipeline.engine.config import EngineConfig, EngineError
+from pipeline.model_files import gguf_problem, is_gguf
 
 # Names that may be in a checkpoint without a place in the model, since nothing would be computed with them. Those that
 # transformers lists with a model's class (_keys_to_ignore_on_load_unexpected) do not get here.
@@ -37,9 +38,15 @@ def check_folder(model: str) -> None:
     """Raise ModelLoadError for the commonest mistakes with local folders, in better words than transformers has."""
     path = Path(model)
     looks_local = path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
-    if path.exists():
+    if is_gguf(model) and not path.is_dir():
+        problem = gguf_problem(model)
+        if problem:
+            raise ModelLoadError(f"model {model!r}: {problem}")
+    elif path.exists():
         if not path.is_dir():
-            raise ModelLoadError(f"model {model!r} is a file; give the folder that holds config.json")
+            raise ModelLoadError(
+                f"model {model!r} is a file; give the folder that holds config.json (of files, .gguf ones are read)"
+            )
         if adapter_problem(path):
             raise ModelLoadError(f"model {model!r}: {adapter_problem(path)}")
         config = path / "config.json"
@@ -57,8 +64,9 @@ def check_hub(config: EngineConfig) -> None:
     """Raise ModelLoadError for a repository of the hub that holds an adapter."""
     from transformers.utils import find_adapter_config_file
 
-    if not Path(config.model).is_dir() and find_adapter_config_file(config.model, revision=config.revision):
-        raise ModelLoadError(f"model {config.model!r}: it holds an adapter, which is not read. {MERGE}")
+    here = Path(config.model).exists() or is_gguf(config.model)
+    if not here and find_adapter_config_file(config.model, revision=config.revision):
+        raise ModelLoadError(f"model {config.model!r}: it holds an adapter, which is not read here. {ADVICE}")
 
 
 def keys_problem(found: Mapping[str, Any]) -> str:
@@ -75,23 +83,27 @@ def keys_problem(found: Mapping[str, Any]) -> str:
         return ""
     # A worker's reason is cut at 500 characters, and the remedy stands at its end.
     shown = SHOWN if len(wrong) == 1 else 1
-    told = [f"{len(names):,} {kind} ({_listed(names, shown)})" for kind, names in wrong.items()]
+    told = [f"{len(names):,} {kind} ({listed(names, shown)})" for kind, names in wrong.items()]
     return f"its weights are not those that its config describes: {'; '.join(told)}. {_remedy(missing, extra)}"
 
 
-def _listed(names: list[str], shown: int = SHOWN) -> str:
+def listed(names: list[str], shown: int = SHOWN) -> str:
+    """The first of some names, and "..." for the others."""
     return ", ".join(names[:shown]) + ", ..." * (len(names) > shown)
 
 
 def _remedy(missing: list[str], extra: list[str]) -> str:
     if any(".lora_" in key or ".base_layer." in key for key in extra):
-        return MERGE
+        return (
+            "It holds an adapter that is not merged: save the model again after peft's merge_and_unload(), or the "
+            "adapter alone (peft's save_pretrained) and give that as --adapter"
+        )
     wrapper = next((name for name in WRAPPERS if any(f".{name}" in f".{key}" for key in extra)), "")
     if wrapper and missing:
         return f"They were saved from inside a wrapper ({wrapper[:-1]}): save the model in it with save_pretrained()"
     if any(SCALES.search(key) for key in extra):
         return (
-            "Without their scales quantised weights are wrong, and those of mixture-of-experts layers are not read: "
+            "Without their scales quantised weights are wrong, and this model has no place for these where they are: "
             "use the checkpoint in bf16, with precision fp8 to make it smaller"
         )
     if missing == ["lm_head.weight"]:
@@ -125,6 +137,18 @@ def conversion_problem(report: list[str]) -> str:
     if not names:
         return ""
     return (
-        f"{len(names):,} weights cannot be put together from its parts ({_listed(names)}): some are missing, or of "
+        f"{len(names):,} weights cannot be put together from its parts ({listed(names)}): some are missing, or of "
         f"another shape. {_remedy([], [])}"
+    )
+
+
+def pickle_problem(error: BaseException) -> str:
+    """What torch found in a pytorch_model.bin besides tensors, and how to mend it; empty if it is something else."""
+    text = str(error)
+    if "Weights only load failed" not in text and "weights_only" not in text:
+        return ""
+    found = re.search(r"GLOBAL (\S+)", text)
+    return (
+        f"its pytorch_model.bin holds more than tensors{f' ({found[1]})' if found else ''}, which could run code when "
+        "it is loaded, so it is not read: load it where you trust it, and save the model again with save_pretrained()"
     )

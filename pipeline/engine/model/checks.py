@@ -20,11 +20,21 @@ from stem_core.patch import UnsupportedModelError
 MAX_HEAD_DIM = 256
 
 
-def check_layers(model: nn.Module, queries: Mapping[int, int], cached: Counter[int], tokens: int) -> None:
+def check_layers(
+    model: nn.Module,
+    queries: Mapping[int, int],
+    cached: Counter[int],
+    tokens: int,
+    given: Mapping[int, Tensor] | None = None,
+    own: Mapping[int, Tensor] | None = None,
+) -> dict[int, int]:
     """Compare the layers whose attention ran with those that put keys and values into the cache.
 
     queries: by layer, how many its attention was given. cached: how often each put something. tokens: of the prompt.
-    Raises UnsupportedModelError, naming the feature, unless each layer had all queries and put keys and values once.
+    given: by layer, the keys that its attention got. own: those that it put, as the cache gave them back.
+    Returns, by layer, whose keys and values a layer without its own takes.
+    Raises UnsupportedModelError, naming the feature, unless every other layer had all queries and put keys and values
+    once, and those without their own had all or the last.
     """
     name = type(model).__name__
     silent = sorted(set(cached) - set(queries))
@@ -34,12 +44,15 @@ def check_layers(model: nn.Module, queries: Mapping[int, int], cached: Counter[i
             f"{_listed(silent)}: its code drops what it does not know; use another model"
         )
     borrowing = sorted(set(queries) - set(cached))
-    if borrowing:
+    owners = {id(keys): layer for layer, keys in (own or {}).items()}
+    sources = {layer: owners[id(given[layer])] for layer in borrowing if given and id(given.get(layer)) in owners}
+    unknown = sorted(set(borrowing) - set(sources))
+    if unknown:
         raise UnsupportedModelError(
-            f"{name} has layers that take the keys and values of others (shared KV): {_listed(borrowing)}. The engine "
-            "gives each layer its own; use another model"
+            f"{name} has layers that neither keep keys and values nor take those of another layer unchanged: "
+            f"{_listed(unknown)}. The engine keeps them by layer; use another model"
         )
-    fewer = sorted(layer for layer, count in queries.items() if count != tokens)
+    fewer = sorted(layer for layer, n in queries.items() if n != tokens and not (layer in sources and n == 1))
     if fewer:
         raise UnsupportedModelError(
             f"{name} has layers that leave out queries whose output nobody reads: {_listed(fewer)}. The kernels expect "
@@ -50,6 +63,31 @@ def check_layers(model: nn.Module, queries: Mapping[int, int], cached: Counter[i
         raise UnsupportedModelError(
             f"{name} has several attentions in one layer: {_listed(repeated)}. The engine keeps the keys and values of "
             "one; use another model"
+        )
+    return sources
+
+
+def check_windows(model: nn.Module, windows: Mapping[int, int | None]) -> None:
+    """Raise UnsupportedModelError for a model whose config has a sliding window of which its attention is not told.
+
+    windows: by layer, as its attention was told. Such models put it into masks or caches of their own, which nothing
+    here reads.
+    """
+    text = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    types = getattr(text, "layer_types", None)
+    if types is None:
+        window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+        silent = list(windows) if isinstance(window, int) and not any(windows.values()) else []
+    else:
+        silent = [
+            layer
+            for layer, window in windows.items()
+            if window is None and layer < len(types) and types[layer] == "sliding_attention"
+        ]
+    if silent:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has a sliding window in its config of which it does not tell the attention of its "
+            f"layers {_listed(silent)}; use another model"
         )
 
 
@@ -88,7 +126,7 @@ def check_state(model: nn.Module, before: Mapping[str, Tensor]) -> None:
     if changed:
         raise UnsupportedModelError(
             f"{type(model).__name__} keeps a state in its modules ({', '.join(changed[:3])}), where the documents of a "
-            "batch would change one another's; only models whose whole state is keys and values can run"
+            "batch would change one another's; only models whose whole state is in their cache can run"
         )
 
 

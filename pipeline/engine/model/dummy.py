@@ -17,6 +17,7 @@ from torch import nn
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.model.placement import Placement
 from pipeline.engine.model.precision import Precision
+from pipeline.engine.model.text_part import model_class
 from stem_core.fp8 import quantize_linears
 
 
@@ -61,15 +62,13 @@ def _build(
     lean: bool,
 ) -> Any:
     """The model as its class makes it; lean: its linears without memory."""
-    from transformers import AutoModelForCausalLM
-
     torch.manual_seed(config.seed)
     with ExitStack() as stack:
         stack.enter_context(placement.devices[0])
         if lean:
             stack.enter_context(linears_on_meta())
         stack.enter_context(layers_on_devices(placement))
-        return AutoModelForCausalLM.from_config(
+        return model_class(hf_config, config.trust_remote_code).from_config(
             hf_config, dtype=precision.dtype, trust_remote_code=config.trust_remote_code
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from pipeline.engine.config import EngineConfig, EngineError
 from pipeline.engine.devices import GIB, shares
+from pipeline.engine.model.adapter import check_adapter, merge_adapter
 from pipeline.engine.model.checkpoint import (
     ModelLoadError,
     check_folder,
@@ -19,16 +21,21 @@ from pipeline.engine.model.checkpoint import (
     conversion_problem,
     keys_problem,
     load_report,
+    pickle_problem,
 )
 from pipeline.engine.model.checks import named_failures
 from pipeline.engine.model.dummy import dummy_model
+from pipeline.engine.model.files import read_config, weight_files
 from pipeline.engine.model.placement import Placement, connect, move, place, whole
 from pipeline.engine.model.precision import Precision, resolve_precision
+from pipeline.engine.model.rope import stretch
 from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.model.self_check import is_tested, self_check
 from pipeline.engine.model.skeleton import chunk_bytes, skeleton
+from pipeline.engine.model.text_part import model_class
+from pipeline.model_files import config_problem, is_gguf
 from stem_core.errors import first_line
-from stem_core.fp8 import Fp8Linear, prepare_quantized_config, quantize_linears
+from stem_core.fp8 import Fp8Linear, prepare_quantized_config, quantize_linears, storage
 
 # A context that no arena reaches, for configs that state none.
 UNBOUNDED = 1 << 40
@@ -39,6 +46,7 @@ def load_runner(config: EngineConfig, devices: Sequence[torch.device] | None = N
     model = load_model(config, devices)
     try:
         runner = ModelRunner(model, config.attention, config.fuse)
+        runner.weights = stored_weights(config, load_config(config))
         if not is_tested(runner):
             with named_failures(model):
                 self_check(runner)
@@ -48,17 +56,21 @@ def load_runner(config: EngineConfig, devices: Sequence[torch.device] | None = N
 
 
 def load_config(config: EngineConfig) -> Any:
-    """The transformers config of `config.model`. Raises ModelLoadError."""
-    from transformers import AutoConfig
-
+    """The transformers config of `config.model`, its context stretched if that is asked for. Raises ModelLoadError, or
+    EngineError for a context that cannot be stretched.
+    """
     check_folder(config.model)
     check_hub(config)
+    if config.adapter is not None:
+        check_adapter(config.adapter)
     try:
-        return AutoConfig.from_pretrained(
-            config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
+        hf_config = read_config(config.model, config.revision, config.trust_remote_code)
     except Exception as error:
-        raise ModelLoadError(f"cannot read the config of model {config.model!r}: {first_line(error, 1000)}") from error
+        why = config_problem(error, config.model, config.revision) or first_line(error, 1000)
+        raise ModelLoadError(f"cannot read the config of model {config.model!r}: {why}") from error
+    if config.rope_scaling is not None:
+        stretch(hf_config, config.rope_scaling)
+    return hf_config
 
 
 def load_precision(config: EngineConfig) -> Precision:
@@ -70,7 +82,8 @@ def load_model(config: EngineConfig, devices: Sequence[torch.device] | None = No
     """The model in eval mode on the engine's devices, its linears in fp8 if that is the precision.
 
     devices: of the stages that its layers are divided into (pipeline.engine.model.placement); None is the config's.
-    Reads safetensors only. load_format "dummy" makes random weights on the devices (pipeline.engine.model.dummy).
+    Reads safetensors, GGUF, and pytorch_model.bin as tensors alone. An adapter is merged before anything is quantised.
+    load_format "dummy" makes random weights on the devices (pipeline.engine.model.dummy).
     Neither needs a second copy in host memory, nor, for fp8, device memory for more than one weight in 16 bits.
     Raises ModelLoadError, or EngineError for a precision that cannot be and a model that cannot be divided.
     """
@@ -81,6 +94,10 @@ def load_model(config: EngineConfig, devices: Sequence[torch.device] | None = No
         placement = _placement(config, hf_config, precision, devices)
         stored_fp8 = prepare_quantized_config(hf_config)
         if config.load_format == "dummy":
+            if config.adapter is not None:
+                raise EngineError(
+                    "load_format 'dummy' has random weights, which no adapter is for: leave one of them out"
+                )
             model = dummy_model(config, hf_config, precision, placement)
         else:
             model = _from_files(config, hf_config, precision, stored_fp8, placement)
@@ -110,39 +127,68 @@ def _placement(
 def _from_files(
     config: EngineConfig, hf_config: Any, precision: Precision, stored_fp8: bool, placement: Placement
 ) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
     # Weights that are to be quantised come to host memory and go to their devices one by one, in fp8.
     to_quantize = precision.fp8 and not stored_fp8
-    auto: Any = AutoModelForCausalLM
+    auto = model_class(hf_config, config.trust_remote_code)
     several = len(placement.devices) > 1
+    if config.adapter is not None and stored_fp8:
+        raise ModelLoadError(
+            f"adapter {config.adapter!r}: it cannot be merged into a checkpoint whose weights are in fp8: use the one "
+            "in bf16, with precision fp8 to make it smaller"
+        )
+    place, more = weight_files(config.model)
     with _unconnected() if several else nullcontext(), load_report() as report:
         try:
             model, found = auto.from_pretrained(
-                config.model,
+                place,
+                **more,
                 config=hf_config,
                 revision=config.revision,
                 trust_remote_code=config.trust_remote_code,
                 dtype=precision.dtype,
-                use_safetensors=True,
                 device_map=placement.device_map() if placement.devices[0].type != "cpu" and not to_quantize else None,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are named below
             )
-        except RuntimeError as error:
-            problem = conversion_problem(report)
+        except (RuntimeError, UnpicklingError) as error:
+            problem = conversion_problem(report) or pickle_problem(error)
             if not problem:
                 raise
             raise ModelLoadError(f"model {config.model!r}: {problem}") from error
     problem = keys_problem(found)
     if problem:
         raise ModelLoadError(f"model {config.model!r}: {problem}")
+    if getattr(hf_config, "quantization_config", None) is not None and not stored_fp8:
+        _convert_rest(model, precision.dtype)
+    if config.adapter is not None:
+        model = merge_adapter(model, config.adapter)
     if to_quantize:
         return quantize_linears(model, fast_accumulation=config.fp8_fast_accumulation, device=placement.device_of)
     for module in model.modules():  # those of a checkpoint that is stored in fp8
         if isinstance(module, Fp8Linear):
             module.fast_accumulation = config.fp8_fast_accumulation
     return model
+
+
+def _convert_rest(model: Any, dtype: torch.dtype) -> None:
+    """Bring the weights that a quantised checkpoint holds in 16 or 32 bits to `dtype`.
+
+    transformers leaves them as stored where it dequantises the others. It knows of some that must stay in float32.
+    """
+    exact = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    for name, parameter in model.named_parameters():
+        if not exact.intersection(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+
+
+def stored_weights(config: EngineConfig, hf_config: Any) -> str:
+    """What a checkpoint's weights were dequantised from when they were loaded; empty if they are as stored."""
+    if config.load_format == "dummy":
+        return ""
+    if is_gguf(config.model):
+        return "GGUF"
+    stored = storage(hf_config)
+    return "" if stored is None or stored.kept else stored.name
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pipeline.engine.config import EngineError
 from pipeline.engine.kv.arena import LayerShape
 from stem_core.config import StemConfig
 from stem_core.estimators import ESTIMATORS
-from stem_core.fp8 import Fp8Linear
+from stem_core.fp8 import Fp8Linear, UnsupportedCheckpointError, storage
 from stem_core.kv_scales import WIDE_ERROR, Calibration
 
 # Share of a model's layers that may be wide (stem_core.kv_scales) in fp8.
@@ -60,14 +60,22 @@ def _name(dtype: torch.dtype) -> str:
 def resolve_precision(asked: str, device: torch.device, hf_config: Any) -> Precision:
     """What `asked` (one of PRECISIONS) is on `device` for a checkpoint with this transformers config.
 
-    Raises EngineError where the device has no fp8, and where a checkpoint in fp8 is asked for in another precision.
+    A checkpoint in fp8 whose linears are kept as they are is in fp8 everywhere. One that is dequantised when it loads
+    can be in any: "auto" quantises it again on GPUs that have fp8, if it was in fp8.
+    Raises EngineError where the device has no fp8, where a checkpoint in fp8 is asked for in another precision, and for
+    a quantisation that is not read.
     """
-    stored = getattr(hf_config, "quantization_config", None) is not None
+    try:
+        stored = storage(hf_config)
+    except UnsupportedCheckpointError as error:
+        raise EngineError(str(error)) from error
     name = asked
     if asked == "auto":
-        name = "fp8" if stored else "fp32" if device.type == "cpu" else "bf16"
+        name = "fp32" if device.type == "cpu" else "bf16"
+        if stored is not None and stored.fp8 and (stored.kept or (device.type != "cpu" and not fp8_obstacle(device))):
+            name = "fp8"
     if name != "fp8":
-        if stored:
+        if stored is not None and stored.kept:
             raise EngineError(
                 f"precision {name!r} does not go with this checkpoint, whose weights are quantised already: use fp8 "
                 "(or auto), or the checkpoint in bf16 that it was made of"

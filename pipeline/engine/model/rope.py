@@ -1,4 +1,4 @@
-"""Rotary embeddings whose frequencies depend on the document: chosen per document, not per batch.
+"""Rotary embeddings: stretched to a longer context, and, where frequencies depend on the document, chosen by document.
 
 transformers switches LongRoPE models (Phi-3 128K) between two sets of frequencies by the largest position of the whole
 call. In a ragged batch one long document would switch its neighbours, and in chunked prefill the first chunks would be
@@ -7,6 +7,7 @@ rotated unlike the last. Here every document takes one set for its whole life, b
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,61 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.engine.config import EngineError
+
+# YaRN by more is not proposed: models that were published with it are, by 4 at most.
+MOST_HINTED = 8
+
+
+def yarn_obstacle(hf_config: Any) -> str:
+    """Why the context of a model with this transformers config cannot be stretched by YaRN; empty if it can."""
+    text = hf_config.get_text_config()
+    rope = getattr(text, "rope_parameters", None)
+    if not rope or "rope_theta" not in _flat(rope):
+        return "it has no rotary position embedding"
+    kinds = sorted({part.get("rope_type", "default") for part in _parts(rope)} - {"default"})
+    if kinds:
+        return f"its config scales its rotary embedding already (rope_type {', '.join(kinds)})"
+    if len(_parts(rope)) > 1:
+        return "its layers have rotary embeddings of different kinds"
+    if not isinstance(getattr(text, "max_position_embeddings", None), int):
+        return "its config does not say for what context it was made (max_position_embeddings)"
+    return ""
+
+
+def stretch(hf_config: Any, factor: float) -> None:
+    """Give a transformers config, in place, a context `factor` times as long, by YaRN (Peng et al. 2023,
+    arXiv:2309.00071) as transformers computes it. Raises EngineError where that cannot be.
+    """
+    obstacle = yarn_obstacle(hf_config)
+    if obstacle:
+        raise EngineError(f"--rope-scaling {factor:g}: this model's context cannot be stretched: {obstacle}")
+    text = hf_config.get_text_config()
+    limit = text.max_position_embeddings
+    yarn = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": limit}
+    text.rope_parameters = {**text.rope_parameters, **yarn}
+    text.max_position_embeddings = int(limit * factor)
+
+
+def stretch_hint(hf_config: Any, tokens: int) -> str:
+    """The factor that makes room for a document of so many tokens, prompt and output, as a sentence.
+
+    hf_config: as the checkpoint has it. Empty if the model's own context holds them, if it cannot be stretched, or if
+    it would have to be by more than MOST_HINTED.
+    """
+    limit = getattr(hf_config.get_text_config(), "max_position_embeddings", None) or tokens
+    factor = math.ceil(10 * tokens / limit) / 10
+    if yarn_obstacle(hf_config) or not 1 < factor <= MOST_HINTED:
+        return ""
+    return f"--rope-scaling {factor:g} would make room for it: the model was made for {limit:,} tokens"
+
+
+def _parts(rope: Any) -> list[dict[str, Any]]:
+    """rope_parameters of a model, or those of each type of its layers."""
+    return [part for part in rope.values() if isinstance(part, dict)] or [rope]
+
+
+def _flat(rope: Any) -> dict[str, Any]:
+    return {name: value for part in _parts(rope) for name, value in part.items()}
 
 
 class RopeBounds:

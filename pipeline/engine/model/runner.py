@@ -7,16 +7,25 @@ import torch
 from torch import Tensor, nn
 
 from kernels.fp8_heads import FP8
-from pipeline.engine.kv.arena import Arena, Extent, Fp8KVArena, KVArena, LayerShape
+from pipeline.engine.config import EngineError
+from pipeline.engine.kv.arena import ALIGNMENT, Arena, Extent, Fp8KVArena, KVArena, LayerShape
 from pipeline.engine.kv.cache import DecodeCache, EngineCache, PrefillCache, ProbeCache
-from pipeline.engine.model.checks import check_head_sizes, check_layers, check_state, kept_tensors, named_failures
+from pipeline.engine.kv.states import StateShapes, StateSlots, slots_for
+from pipeline.engine.model.checks import (
+    check_head_sizes,
+    check_layers,
+    check_state,
+    check_windows,
+    kept_tensors,
+    named_failures,
+)
 from pipeline.engine.model.precision import check_fp8_attention, check_wide_layers, model_precision
 from pipeline.engine.model.rope import prepare_rope
 from stem_core.config import StemConfig
 from stem_core.context import DecodeContext, PrefillContext, StemContext
 from stem_core.fuse import fuse_model
 from stem_core.kv_scales import Calibration, calibrate
-from stem_core.patch import UnsupportedModelError, layer_policies, patch_model
+from stem_core.patch import UnsupportedModelError, keep_dense, layer_policies, patch_model
 from stem_core.policy import LayerPolicy
 
 # Prompts that give the fp8 scales: how many, of how many tokens, from which seed.
@@ -35,7 +44,11 @@ class ModelRunner:
     device: of token ids and logits. devices: all of the model, in the order of its layers. layer_devices: by layer.
     precision: as the model was loaded. In fp8 attention and KV are in fp8 too, except in layers that this would harm
         (wide ones, see stem_core.kv_scales).
-    shapes: what each layer caches. layers: policy and sliding window of each attention layer, in the model's order.
+    shapes: what each attention layer caches. states: what layers of linear attention keep of a document. sources: by
+        layer without keys and values of its own, whose it reads (shared KV).
+    layers: policy and sliding window of each attention layer that reads a whole prompt, in the model's order. Layers of
+        shared KV may read its last token alone: then they are dense, and run in the last chunk only.
+    weights: what they were dequantised from when they were loaded ("GGUF"); "" if they are as stored.
     calibration: scales of keys, values and queries in fp8, and which layers are wide; empty in other precisions.
     """
 
@@ -44,6 +57,7 @@ class ModelRunner:
         self.device, self.dtype = embedding.weight.device, embedding.weight.dtype
         self.vocabulary: int = embedding.num_embeddings
         self.precision = model_precision(model)
+        self.weights = ""
         if self.device.type == "cuda" or self.precision.fp8 if fuse is None else fuse:
             fuse_model(model)
         self.model = patch_model(model, attention)
@@ -51,6 +65,11 @@ class ModelRunner:
         self._probe()
         self.devices = tuple(dict.fromkeys([self.device, *self.layer_devices.values()]))
         self.calibration = Calibration()
+        if self.precision.fp8 and self.sources:
+            raise EngineError(
+                f"precision 'fp8' does not take layers that read the keys and values of others (shared KV), as layer "
+                f"{min(self.sources)} of this model does: use bf16"
+            )
         if self.precision.fp8:
             check_fp8_attention(self.shapes, attention)
             self.calibration = self._calibrate()
@@ -75,11 +94,34 @@ class ModelRunner:
             if device is None or self.layer_devices[layer] == device
         )
 
-    def new_arena(self, tokens: int) -> Arena:
-        """An arena of `tokens` tokens, each layer's part in the layer's precision and on its device."""
+    def state_bytes(self, documents: int, device: torch.device | None = None) -> int:
+        """States of all layers, or of those on a device, in an arena for so many documents."""
+        return slots_for(documents) * sum(
+            shape.nbytes
+            for key, shape in self.states.items()
+            if device is None or self.layer_devices[key.layer] == device
+        )
+
+    def new_arena(self, tokens: int, documents: int = 1) -> Arena:
+        """An arena of `tokens` tokens, each layer's part in the layer's precision and on its device.
+
+        documents: how many may have states in it at once, of a model that has any.
+        """
+        arena: Arena
         if self.precision.fp8:
-            return Fp8KVArena(self.shapes, tokens, self.calibration.scales, self.dtype, self.layer_devices)
-        return KVArena(self.shapes, tokens, self.dtype, self.layer_devices)
+            arena = Fp8KVArena(self.shapes, tokens, self.calibration.scales, self.dtype, self.layer_devices)
+        else:
+            arena = KVArena(self.shapes, tokens, self.dtype, self.layer_devices)
+        if self.states:
+            units = arena.capacity // ALIGNMENT
+            arena.states = StateSlots(self.states, documents, units, ALIGNMENT, self.layer_devices, self.device)
+        return arena
+
+    @property
+    def last_layer(self) -> int | None:
+        """The attention layer behind which nothing is kept of a document; None where a layer with states follows."""
+        last = self.layers[-1][0].layer
+        return None if any(key.layer >= last for key in self.states) else last
 
     @torch.inference_mode()
     def logits(
@@ -122,14 +164,25 @@ class ModelRunner:
         or [R, V] of the rows.
         """
         positions = torch.arange(context.start, context.start + ids.shape[1], device=ids.device)[None]
-        return self.logits(ids, positions, PrefillCache(arena, extent, seen=context.start), context, bound, rows)
+        cache = PrefillCache(arena, extent, seen=context.start, tokens=ids.shape[1])
+        return self.logits(ids, positions, cache, context, bound, rows)
+
+    def uncached(self, ids: Tensor) -> Tensor:
+        """A whole document read densely, without a cache and with the positions that the model itself gives its tokens.
+
+        ids: int64 [1, L]. Returns logits [1, V] of the last token. Attention is not in fp8, whatever the precision.
+        """
+        self._rope.rows = torch.full_like(ids[:, 0], ids.shape[1])
+        context = PrefillContext(prompt_length=ids.shape[1], dense=True)
+        return self.model(input_ids=ids, use_cache=False, logits_to_keep=1, stem_context=context).logits[:, -1]
 
     def decode(
         self, tokens: Tensor, starts: Tensor, lengths: Tensor, bounds: Tensor, arena: Arena, max_length: int
     ) -> Tensor:
         """One step of S rows: each reads its newest token, behind what its extent holds of it. Waits for nothing.
 
-        All int64 [S]. tokens: the newest ones. starts: of the extents in the arena; rows may share one. lengths: of the
+        All int64 [S]. tokens: the newest ones. starts: of the extents in the arena; rows may share one, but
+        not of a model with states. lengths: of the
         documents, their newest token counted, at most `max_length`; 0 for an idle row, which writes to the arena's
         scratch token. bounds: as for logits(). Returns logits [S, V].
         """
@@ -138,7 +191,11 @@ class ModelRunner:
         context = DecodeContext(
             starts=starts, lengths=lengths.to(torch.int32), max_length=max_length, quantized=arena.quantized()
         )
-        return self.logits(tokens[:, None], positions[:, None], DecodeCache(arena, slots), context, bounds)
+        states = None if arena.states is None else arena.states.rows(starts, lengths)
+        cache = DecodeCache(arena, slots, states)
+        logits = self.logits(tokens[:, None], positions[:, None], cache, context, bounds)
+        cache.finish()
+        return logits
 
     def _calibrate(self) -> Calibration:
         """Static fp8 scales of every layer, or that it is wide, from fixed prompts."""
@@ -149,14 +206,14 @@ class ModelRunner:
         return calibrate(self.model, prompts)
 
     def _probe(self) -> None:
-        """Set `shapes`, `layers` and `layer_devices`, as seen by running a prompt of two tokens.
+        """Set `shapes`, `states`, `sources`, `layers` and `layer_devices`, as seen by running a prompt of two tokens.
 
         A window is what the model passes to the attention; some families keep no attribute that tells.
         """
         cache = ProbeCache()
         ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
         positions = torch.arange(2, device=self.device)[None]
-        context = PrefillContext(prompt_length=2)
+        context = PrefillContext(prompt_length=2, given={})
         before = kept_tensors(self.model)
         try:
             with named_failures(self.model):
@@ -164,14 +221,21 @@ class ModelRunner:
         except UnsupportedModelError:
             check_head_sizes(cache.shapes, cache.devices)  # a kernel that does not hold them says so in its own words
             raise
-        check_layers(self.model, context.queries, cache.updates, tokens=2)
+        self.sources = check_layers(
+            self.model, context.queries, cache.updates, tokens=2, given=context.given, own=cache.keys
+        )
+        check_windows(self.model, context.windows)
         check_state(self.model, before)
         check_head_sizes(cache.shapes, cache.devices)
-        policies = {policy.layer: policy for policy in layer_policies(self.model)}
         self.shapes: dict[int, LayerShape] = cache.shapes
-        self.layer_devices: dict[int, torch.device] = cache.devices
+        self.states: StateShapes = cache.states
+        self.layer_devices: dict[int, torch.device] = dict(cache.devices)
+        self.layer_devices |= {layer: cache.devices[source] for layer, source in self.sources.items()}
+        keep_dense(self.model, [layer for layer, count in context.queries.items() if count == 1])
+        policies = {policy.layer: policy for policy in layer_policies(self.model)}
+        whole = [layer for layer, count in context.queries.items() if count > 1]
         self.layers: list[tuple[LayerPolicy, int | None]] = [
-            (policies[layer], window) for layer, window in context.windows.items()
+            (policies[layer], context.windows[layer]) for layer in whole
         ]
 
 

@@ -1,4 +1,7 @@
-"""Two short documents, read whole and alone, then in chunks and together: the model must give the same both times."""
+"""Two short documents, read whole and alone, then in chunks and together: the model must give the same both times.
+
+And what it gives without a cache, with its own positions: some count them from another number than 0.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,9 @@ from stem_core.policy import DENSE_BLOCK_SIZE
 
 # Model types that the tests compare with transformers' own generate, in batches and in chunks
 # (tests/pipeline/test_engine_generate.py). All others are checked when they are loaded.
-TESTED_TYPES = frozenset({"gemma3_text", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe"})
+TESTED_TYPES = frozenset(
+    {"gemma3_text", "gpt_oss", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe"}
+)
 # One document of two chunks, of which the second is so short that what it forgets of the first shows in the logits, and
 # two documents of less than a chunk, its neighbours in turn.
 LENGTHS = (DENSE_BLOCK_SIZE + 2, 70, 70)
@@ -36,23 +41,31 @@ def is_tested(runner: ModelRunner) -> bool:
 
 @torch.inference_mode()
 def self_check(runner: ModelRunner) -> None:
-    """Raise UnsupportedModelError for a model whose logits depend on chunks or on other documents."""
+    """Raise UnsupportedModelError where logits depend on chunks, on other documents, or on who counts positions."""
     trial = _Trial(runner)
     limit = ROUNDING.get(runner.precision.name, COARSE)
     alone = [trial.read_and_write([number], whole=True)[0] for number in (0, 1)]
     pair = trial.read_and_write([0, 1], whole=False)
     other = trial.read_and_write([0, 2], whole=False)[0]
+    model: Any = runner.model
+    name = f"{type(model).__name__} (model type {model.config.model_type})"
+    if not runner.precision.fp8 and difference(trial.uncached(), alone[0][0]) > limit:
+        raise UnsupportedModelError(
+            f"{name} gives other logits with a cache and positions counted from 0 than by itself; use another model"
+        )
     problem = ""
     if any(difference(got[0], expected[0]) > limit for got, expected in zip(pair, alone, strict=True)):
         problem = "gives other logits for a prompt that is read in chunks than for the whole"
     elif _usual(pair[0], other) > NEIGHBOUR or any(_usual(*both) > limit for both in zip(pair, alone, strict=True)):
         problem = "gives other logits for documents together than for each alone"
     if problem:
-        model: Any = runner.model
-        raise UnsupportedModelError(
-            f"{type(model).__name__} (model type {model.config.model_type}) {problem}: it keeps more of a document "
-            "than keys and values; use another model"
-        )
+        raise UnsupportedModelError(f"{name} {problem}: {_cause(runner)}; use another model")
+
+
+def _cause(runner: ModelRunner) -> str:
+    if runner.states:
+        return "its recurrent layers, as transformers computes them, do not go on from the state of an earlier chunk"
+    return "it keeps more of a document than keys and values"
 
 
 def _usual(got: list[Tensor], expected: list[Tensor]) -> float:
@@ -78,7 +91,7 @@ class _Trial:
         self._ids = [torch.as_tensor(row, device=runner.device) for row in ids]
         size = aligned(LENGTHS[0] + STEPS)
         self._extents = [Extent(0, size), Extent(size, size), Extent(size, size)]
-        self._arena = runner.new_arena(2 * size)
+        self._arena = runner.new_arena(2 * size, documents=2)
 
     def read_and_write(self, numbers: list[int], whole: bool) -> list[list[Tensor]]:
         """Logits [V] of each document behind its prompt, read whole or in chunks, and behind each token of its output.
@@ -90,6 +103,10 @@ class _Trial:
             for row, found in zip(self._decode(numbers, step), logits, strict=True):
                 found.append(row)
         return logits
+
+    def uncached(self) -> Tensor:
+        """Logits [V] behind the first document's prompt, without a cache."""
+        return self._runner.uncached(self._ids[0][None, : LENGTHS[0]])[0]
 
     def _prefill(self, number: int, chunk: int) -> Tensor:
         extent, length = self._extents[number], LENGTHS[number]

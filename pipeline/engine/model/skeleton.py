@@ -9,7 +9,9 @@ from torch import nn
 
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.kv.arena import LayerShape
+from pipeline.engine.kv.states import CONV, RECURRENT, StateKey, StateShape
 from pipeline.engine.model.precision import Precision
+from pipeline.engine.model.text_part import model_class
 from stem_core.fp8 import quantize_linears
 
 # Allocator fragmentation, cuBLAS workspaces and what else a process takes unasked.
@@ -18,25 +20,59 @@ SLACK_BYTES = 512 * 2**20
 
 def skeleton(config: EngineConfig, hf_config: Any, precision: Precision) -> nn.Module:
     """The architecture on the device "meta", its linears in fp8 if that is the precision."""
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
+        model = model_class(hf_config, config.trust_remote_code).from_config(
             hf_config, dtype=precision.dtype, trust_remote_code=config.trust_remote_code
         )
         return quantize_linears(model) if precision.fp8 else model
 
 
-def layer_shape(hf_config: Any) -> LayerShape:
-    """What a layer caches of a token, as far as the config tells."""
+def layer_shapes(hf_config: Any) -> list[LayerShape]:
+    """What each layer caches of a token, as far as the config tells; layers that read another's keys cache nothing."""
     text = hf_config.get_text_config()
-    heads = text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return LayerShape(getattr(text, "num_key_value_heads", None) or heads, head_dim, head_dim)
+    layers = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", None) or 0)
+    return [_layer_shape(layer) for layer in _layer_configs(text)[:layers]]
+
+
+def state_shapes(model: nn.Module, precision: Precision) -> dict[StateKey, StateShape]:
+    """What layers of linear attention keep of a document, as far as their modules tell (the engine's probe sees it).
+
+    A gated delta rule keeps a matrix for each head of its values, Mamba-2 one for each head, a short convolution alone
+    nothing more.
+    """
+    found: dict[StateKey, StateShape] = {}
+    for module in model.modules():
+        conv = next((child for child in module.children() if isinstance(child, nn.Conv1d)), None)
+        layer = getattr(module, "layer_idx", None)
+        if conv is None or not isinstance(layer, int):
+            continue
+        found[StateKey(CONV, layer)] = StateShape((conv.out_channels, conv.kernel_size[0]), precision.dtype)
+        for names in (("num_v_heads", "head_k_dim", "head_v_dim"), ("num_heads", "head_dim", "ssm_state_size")):
+            sizes = tuple(getattr(module, name, None) for name in names)
+            if None not in sizes:
+                found[StateKey(RECURRENT, layer)] = StateShape(sizes, torch.float32)  # type: ignore[arg-type]
+                break
+    return found
 
 
 def chunk_bytes(config: EngineConfig, hf_config: Any, precision: Precision) -> int:
     """Roughly what a prefill chunk takes beside weights and KV (the engine measures it)."""
     text = hf_config.get_text_config()
-    widest = 3 * getattr(text, "intermediate_size", 4 * text.hidden_size) + 6 * text.hidden_size
-    return config.chunk_tokens * widest * precision.dtype.itemsize + SLACK_BYTES
+    widest = 0
+    for layer in _layer_configs(text):
+        inner = getattr(layer, "intermediate_size", 4 * text.hidden_size)
+        widest = max([widest, *(inner if isinstance(inner, list | tuple) else [inner])])
+    return config.chunk_tokens * (3 * widest + 6 * text.hidden_size) * precision.dtype.itemsize + SLACK_BYTES
+
+
+def _layer_configs(text: Any) -> list[Any]:
+    """By layer, the config: one for all, unless sizes differ between layers."""
+    if getattr(text, "per_layer_attributes", None):
+        return [text.per_layer_config[layer] for layer in range(text.num_hidden_layers)]
+    return [text] * text.num_hidden_layers
+
+
+def _layer_shape(layer: Any) -> LayerShape:
+    heads = layer.num_attention_heads
+    head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // heads
+    return LayerShape(getattr(layer, "num_key_value_heads", None) or heads, head_dim, head_dim)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.fp8_heads import KEY_GROUP
-from pipeline.engine.config import EngineConfig
+from pipeline.engine.config import EngineConfig, EngineError
 from pipeline.engine.document import Document
 from pipeline.engine.engine import Engine
 from pipeline.engine.kv.arena import Extent
@@ -26,11 +26,18 @@ class ForcingEngine(Engine):
     own output will be written over it. The first row is the prefill's; the others go through the decode path, a few in
     one batch of rows that share the document's extent and differ in how much of it they see.
 
+    Raises EngineError for a model with recurrent states, which cannot go back behind what was read.
+
     forcing_seconds: wall time spent so, which is in no completion's prefill_seconds or decode_seconds.
     """
 
     def __init__(self, config: EngineConfig, runner: ModelRunner | None = None) -> None:
         super().__init__(config, runner)
+        if self._runner.states:
+            raise EngineError(
+                f"model {config.model!r} has layers of linear attention, whose states go on with every token that is "
+                "read: given outputs cannot be read beside its own; use a model whose layers all attend"
+            )
         self.forcing_seconds = 0.0
         self._expected: dict[str, tuple[list[int], Note]] = {}
 

@@ -35,6 +35,7 @@ class RowStart:
     temperature: float
     top_p: float
     top_k: int = 0  # all
+    min_p: float = 0.0
 
 
 class DecodeBatch:
@@ -43,13 +44,13 @@ class DecodeBatch:
     ints: int64 [FIELDS + MAX_STOP_IDS, rows]; by row: the newest token, the extent's start, tokens in the arena with
         the newest one counted (0: idle), tokens generated, their limit, the seed, top_k (0: all), and the stop ids (-1
         where fewer).
-    floats: float32 [2, rows]: temperature, top_p. report: int64 [rows]: what the last step gave.
+    floats: float32 [3, rows]: temperature, top_p, min_p. report: int64 [rows]: what the last step gave.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.rows = rows
         self.ints = torch.zeros(FIELDS + MAX_STOP_IDS, rows, dtype=torch.int64, device=device)
-        self.floats = torch.zeros(2, rows, dtype=torch.float32, device=device)
+        self.floats = torch.zeros(3, rows, dtype=torch.float32, device=device)
         self.report = torch.full((rows,), IDLE, dtype=torch.int64, device=device)
 
     def begin(self, row: int, start: RowStart) -> None:
@@ -59,7 +60,7 @@ class DecodeBatch:
             raise ValueError(f"at most {MAX_STOP_IDS} stop ids are supported, got {len(start.stop_ids)}")
         values = [0, start.extent.start, start.prompt_tokens, 0, start.max_new_tokens, start.seed, start.top_k, *stops]
         ints = torch.tensor(values, dtype=torch.int64)
-        floats = torch.tensor([start.temperature, start.top_p], dtype=torch.float32)
+        floats = torch.tensor([start.temperature, start.top_p, start.min_p], dtype=torch.float32)
         if self.ints.is_cuda:
             ints, floats = ints.pin_memory(), floats.pin_memory()
         self.ints[:, row].copy_(ints, non_blocking=True)
@@ -85,7 +86,8 @@ class DecodeBatch:
         live = ints[LENGTH] > 0
         if sampled:
             draws = uniforms(ints[SEED], ints[EMITTED])
-            token = sample(logits, self.floats[0, rows], self.floats[1, rows], ints[TOP_K], draws)
+            temperatures, top_ps, min_ps = self.floats[:, rows]
+            token = sample(logits, temperatures, top_ps, ints[TOP_K], min_ps, draws)
         else:
             token = greedy(logits)
         finite = torch.isfinite(logits.amax(dim=-1))

@@ -101,7 +101,7 @@ class Prefill:
         self._context = PrefillContext(
             prompt_length=len(prompt_ids),
             quantized=arena.quantized(extent),
-            last_layer=None if every_row else runner.layers[-1][0].layer,
+            last_layer=None if every_row else runner.last_layer,
             probe=None if self._measured is None else self._measured.probe,
             select=select,
         )
@@ -135,9 +135,10 @@ class Prefill:
         """A prefill of another prompt that begins with the tokens prefilled here, which it does not read again.
 
         For a prefill with every_row. Keys and values of these tokens must be in the branch's extent before its first
-        step (Arena.copy), or it goes on in this one's. What follows them attends as in a prefill from the start, if
-        they end at a block's border and both prompts have as many blocks (budgets go by these; ValueError otherwise);
-        with `dense`, densely, whatever was prefilled here. Branches of one prefill run one after the other.
+        step (Arena.copy), or it goes on in this one's; with a model that keeps states, only one branch can. What
+        follows them attends as in a prefill from the start, if they end at a block's border and both prompts have as
+        many blocks (budgets go by these; ValueError otherwise); with `dense`, densely, whatever was prefilled here.
+        Branches of one prefill run one after the other.
         """
         config = self._runner.layers[-1][0].config
         if not dense and config is not None:

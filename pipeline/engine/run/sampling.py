@@ -38,12 +38,14 @@ def greedy(logits: Tensor) -> Tensor:
     return logits.argmax(dim=-1)
 
 
-def sample(logits: Tensor, temperatures: Tensor, top_ps: Tensor, top_ks: Tensor, draws: Tensor) -> Tensor:
-    """Top-k, then top-p sampling by inverse CDF over the tokens from the most likely down, as transformers orders them.
+def sample(
+    logits: Tensor, temperatures: Tensor, top_ps: Tensor, top_ks: Tensor, min_ps: Tensor, draws: Tensor
+) -> Tensor:
+    """Top-k, top-p, then min-p sampling by inverse CDF over the tokens from the most likely down, as transformers does.
 
-    logits [S, V]; temperatures, top_ps float32 [S]; top_ks int64 [S], 0 keeps all; draws float64 [S] in [0, 1). A
-    temperature of 0 takes the argmax. Returns int64 [S]. A row's result depends on that row alone. Ties go to the lower
-    token id.
+    logits [S, V]; temperatures, top_ps float32 [S]; top_ks int64 [S], 0 keeps all; min_ps float32 [S], the least share
+    of the most likely token's probability that a token needs; draws float64 [S] in [0, 1). A temperature of 0 takes the
+    argmax. Returns int64 [S]. A row's result depends on that row alone. Ties go to the lower token id.
     """
     rows = logits.float()
     scaled = rows / temperatures.clamp(min=1e-6)[:, None]
@@ -57,6 +59,7 @@ def sample(logits: Tensor, temperatures: Tensor, top_ps: Tensor, top_ks: Tensor,
     # always is.
     kept = before < top_ps.double()[:, None] * held
     kept &= (torch.arange(logits.shape[-1], device=logits.device) <= last) | ~some[:, None]
+    kept &= probabilities >= min_ps[:, None] * probabilities[:, :1]
     kept[:, 0] = True
     mass = probabilities.masked_fill(~kept, 0.0).sum(dim=-1, dtype=torch.float64)
     below = (total <= (draws * mass)[:, None]) & kept

@@ -68,6 +68,8 @@ def test_writing(
         Decode((0, 1, 129, 700), dtype=FP16),
         Decode((127, 128, 1000), head_dim=96, dtype=FP32, window=130),
         Decode((33, 17), heads=3, kv_heads=3, head_dim=256, window=5),
+        Decode((0, 1, 129, 700), head_dim=64, dtype=FP16, sinks=True),
+        Decode((700, 3), dtype=FP32, window=128, sinks=True),
     ],
     ids=str,
 )

@@ -69,6 +69,8 @@ def test_budgets_for_each_head(impl: str, poisoned: None) -> None:
         Decode((0, 1, 129, 700)),
         Decode((127, 128, 1000), head_dim=96, dtype=FP16, window=130, token_major=True),
         Decode((33,), heads=3, kv_heads=3, head_dim=256, window=5),
+        Decode((0, 1, 129, 700), head_dim=64, sinks=True),
+        Decode((700, 3), dtype=FP16, window=128, token_major=True, sinks=True),
     ],
     ids=str,
 )
