@@ -56,7 +56,7 @@ def stem_prefill(
     keys: KeyState | None = None,
     quantized: QuantizedKV | None = None,
     probe: ErrorProbe | None = None,
-    select: Callable[..., BlockSelection] = stem_selection,
+    select: Callable[..., BlockSelection] | None = None,
 ) -> Tensor:
     """Causal attention of one chunk of a prompt, sparse or dense as `budget` says.
 
@@ -65,12 +65,13 @@ def stem_prefill(
     of its weight from every key of a row, so that estimators and selection, which compare keys, need not know of it.
     quantized: attend in fp8 to these keys and values; then N is 1, and k, v are those of the chunk alone.
     probe: gets the errors of those of its blocks that lie in the chunk, if the chunk is sparse. select: makes the
-    selection of a sparse chunk.
+    selection of a sparse chunk (stem_selection).
     Returns [N, H, Lq, D] in q's dtype (a view of [N, Lq, H, D]).
     """
     if config is None or budget.budgets is None:
         selection, block_size = None, DENSE_BLOCK_SIZE if config is None else config.block_size
     else:
+        select = select or stem_selection
         selection = select(q, k, v, config, budget, start=start, scale=scale, keys=keys, quantized=quantized)
         block_size = config.block_size
     chunk = _Chunk(q, k, v, quantized, start, block_size, scale, window, sinks)
@@ -254,11 +255,13 @@ def _prefill_chunk(
     budget = LayerPolicy(config, policy.layer).budget(context.prompt_length, window)
     select = stem_selection if context.select is None else partial(context.select, policy.layer)
     quantized = context.quantized.get(policy.layer)
-    left_out = k.shape[2] - (context.start if quantized is None else 0) - q.shape[2]
-    if left_out:  # the chunk's last queries alone, which is as decoding does: densely
+    known = k.shape[2] + (0 if quantized is None else context.start)
+    start = min(known, context.prompt_length) - 1
+    if q.shape[2] == 1 and start > context.start:  # the last query of the last chunk alone: densely, as in decoding
         dense = LayerPolicy(None, policy.layer).budget(context.prompt_length, window)
-        start = context.start + left_out
-        return stem_prefill(q, k, v, None, dense, start=start, scale=scale, window=window, quantized=quantized)
+        return stem_prefill(
+            q, k, v, None, dense, start=start, scale=scale, window=window, sinks=sinks, quantized=quantized
+        )
     keys = None
     if config is not None and budget.budgets is not None:
         keys = context.keys.get(policy.layer)

@@ -4,9 +4,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kernels.block_selection import BlockSelection
 from stem_core import DecodeContext, PrefillContext, StemConfig, patch_model, unpatch_model
 from stem_core.attention import attention_forward
 from stem_core.patch import UnsupportedModelError
+from stem_core.selection import stem_selection
 
 VOCAB = 97
 SMALL = {
@@ -73,14 +75,33 @@ def prompt(length=200, batch=1):
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-# A budget that keeps everything but still goes through scores, selection and the sparse kernel.
-EVERYTHING = StemConfig(schedule="density", density=0.999999, block_size=16, dense_layers=0, local_blocks=4096)
+SPARSE = StemConfig(
+    schedule="density", density=0.3, block_size=16, dense_layers=0, dense_below=0, sink_blocks=1, local_blocks=2
+)
 
 
-@pytest.mark.parametrize("config", [None, EVERYTHING], ids=["dense", "everything"])
+@pytest.fixture
+def everything(monkeypatch):
+    """Scores, selection and the sparse kernel run; then every causal block is put where the selection was. Holds how
+    many blocks each selection had dropped."""
+    dropped = []
+
+    def keep_all(q, *args, start=0, **kwargs):
+        kept = stem_selection(q, *args, start=start, **kwargs)
+        rows = torch.arange(kept.counts.shape[2]) + start // SPARSE.block_size
+        counts = (rows + 1).to(torch.int32).expand(kept.counts.shape).contiguous()
+        blocks = torch.arange(int(counts.max()), dtype=torch.int32).expand(*counts.shape, -1).contiguous()
+        dropped.append(int((counts - kept.counts).sum()))
+        return BlockSelection(blocks, counts)
+
+    monkeypatch.setattr("stem_core.attention.stem_selection", keep_all)
+    return dropped
+
+
+@pytest.mark.parametrize("config", [None, SPARSE], ids=["dense", "everything"])
 @pytest.mark.parametrize("family", SUPPORTED)
 @torch.no_grad()
-def test_supported_families_equal_their_own_attention(family, config):
+def test_supported_families_equal_their_own_attention(family, config, everything):
     model = tiny(family, **SUPPORTED[family])
     ids = prompt()
     own = model(ids).logits
@@ -88,6 +109,8 @@ def test_supported_families_equal_their_own_attention(family, config):
     patch_model(model, config)
     torch.testing.assert_close(model(ids).logits, own, atol=2e-4, rtol=2e-4)
     assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), tokens)
+    # Every layer of this Mistral has a window that cuts the prompt.
+    assert (sum(everything) > 0) == (config is not None and family != "mistral"), "the selections had dropped nothing"
     unpatch_model(model)
     torch.testing.assert_close(model(ids).logits, own)
 
@@ -98,7 +121,7 @@ def test_a_small_budget_really_drops_blocks(family):
     model = tiny(family, **SUPPORTED[family])
     ids = prompt(600)
     own = model(ids).logits
-    patch_model(model, EVERYTHING.replace(density=0.3, sink_blocks=1, local_blocks=2))
+    patch_model(model, SPARSE)
     # float noise is 1e-5 here; a dropped block shows far above it
     assert (model(ids).logits - own).abs().max() > 1e-3
 
@@ -161,9 +184,7 @@ def test_arguments_that_change_the_computation_are_refused(name, context):
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_padding_changes_nothing(family, side):
-    model = patch_model(
-        tiny(family, **SUPPORTED[family]), EVERYTHING.replace(density=0.4, local_blocks=2, sink_blocks=1)
-    )
+    model = patch_model(tiny(family, **SUPPORTED[family]), SPARSE.replace(density=0.4))
     ids = prompt(330, batch=2)
     length = 250
     alone = model(ids[1:, :length]).logits[0]
