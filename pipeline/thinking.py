@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,10 @@ TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</se
 # The harmony format of gpt-oss:
 # <|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>final<|message|>...<|return|>
 CHANNEL, MESSAGE = "<|channel|>", "<|message|>"
-HARMONY = (CHANNEL, MESSAGE, "<|start|>", "<|end|>", "<|return|>", "<|call|>")
-MARKERS = frozenset([*(tag for pair in TAGS for tag in pair), *HARMONY])
-# Variables of chat templates that switch thinking. gpt-oss has only more or less of it.
+HARMONY = frozenset([CHANNEL, MESSAGE, "<|start|>", "<|end|>", "<|return|>", "<|call|>"])
+TAG_MARKERS = frozenset(tag for pair in TAGS for tag in pair)
+# Variables of chat templates that switch thinking. gpt-oss has only more or less of it; other templates with its
+# variable take other values.
 SWITCHES = ("enable_thinking", "thinking")
 EFFORT = "reasoning_effort"
 
@@ -24,8 +25,8 @@ EFFORT = "reasoning_effort"
 class Answer:
     """A generated text in its two parts.
 
-    text: what the model answers; None if it ended before it began to. reasoning: what it thought before; None if it did
-    not think.
+    text: what the model answers; None if it thought, or began to, and gave no answer. reasoning: what it thought before
+    its answer; None if nothing.
     """
 
     text: str | None
@@ -39,10 +40,15 @@ def template_switches(template: str, thinking: str) -> dict[str, Any]:
     """
     if thinking == "auto":
         return {}
-    wanted: Mapping[str, Any] = dict.fromkeys(SWITCHES, thinking == "on")
-    if thinking == "off":
-        wanted = {**wanted, EFFORT: "low"}
+    wanted: dict[str, Any] = dict.fromkeys(SWITCHES, thinking == "on")
+    if thinking == "off" and CHANNEL in template:
+        wanted[EFFORT] = "low"
     return {name: value for name, value in wanted.items() if re.search(rf"\b{name}\b", template)}
+
+
+def may_think(template: str) -> bool:
+    """Whether a chat template knows of thinking: it switches it, or names what marks it."""
+    return bool(template_switches(template, "on")) or any(mark in template for mark in (*TAG_MARKERS, CHANNEL))
 
 
 def opens_thinking(prompt: str) -> bool:
@@ -50,22 +56,25 @@ def opens_thinking(prompt: str) -> bool:
     return prompt.rstrip().endswith(tuple(opening for opening, _ in TAGS))
 
 
-def split_answer(pieces: Sequence[tuple[str, str]], opened: bool) -> Answer:
-    """Thinking and answer of a generated text.
+def markers_of(control: Sequence[str]) -> frozenset[str]:
+    """The control tokens at which a generated text is cut into pieces. control: those that it holds, in any order."""
+    return HARMONY if CHANNEL in control else TAG_MARKERS
 
-    pieces: (marker, the text behind it) in order; marker: a control token that is one of MARKERS, "" at the start.
+
+def split_answer(pieces: Sequence[tuple[str, str]], opened: bool) -> Answer | None:
+    """Thinking and answer of a generated text; None if it has no thinking, so that all of it is the answer.
+
+    pieces: (marker, the text behind it) in order; marker: a control token that is one of markers_of(), "" at the start.
     opened: the prompt has opened the thinking (opens_thinking).
     """
     if any(marker == CHANNEL for marker, _ in pieces):
         return _harmony(pieces)
-    text = "".join(behind if marker in HARMONY else marker + behind for marker, behind in pieces)
-    start = text.lstrip()
+    text = "".join(marker + behind for marker, behind in pieces).strip()
     for opening, closing in TAGS:
-        begun = start.startswith(opening)
-        if begun or (opened and closing in start):
-            thought, closed, answer = start.removeprefix(opening).partition(closing)
-            return Answer(answer.strip() if closed else None, thought.strip())
-    return Answer(None, start.rstrip()) if opened else Answer(text)
+        if text.startswith(opening) or (opened and closing in text):
+            thought, _, answer = text.removeprefix(opening).partition(closing)
+            return Answer(answer.strip() or None, thought.strip() or None)
+    return Answer(None, text or None) if opened else None
 
 
 def _harmony(pieces: Sequence[tuple[str, str]]) -> Answer:
@@ -78,4 +87,4 @@ def _harmony(pieces: Sequence[tuple[str, str]]) -> Answer:
             channel = words[0] if words else ""
         elif marker == MESSAGE:
             (finals if channel == "final" else others).append(text.strip())
-    return Answer("\n\n".join(finals) if finals else None, "\n\n".join(others) or None)
+    return Answer(*("\n\n".join(filter(None, texts)) or None for texts in (finals, others)))

@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.model_files import is_gguf, source
-from pipeline.thinking import MARKERS, Answer, split_answer, template_switches
+from pipeline.thinking import Answer, markers_of, may_think, split_answer, template_switches
 
 # The function by which chat templates ask for the date, and the codes of its formats: %d, %-d, %B.
 CLOCK = "strftime_now"
@@ -70,21 +70,27 @@ class Tokens:
         """The user message in the model's chat template, up to where the answer starts; as it is where there is none.
 
         today: what the template takes for the current date. thinking: off, on or auto (as the template has it); what
-        `args` say goes before it. Raises JobError if the template fails.
+        `args` say goes before it. Raises JobError if the template fails, or cannot do what `thinking` asks.
         """
         if not self.has_chat_template:
             if args:
                 raise JobError("--chat-template-args: the model has no chat template")
+            if thinking == "on":
+                raise JobError("--thinking on: the model has no chat template; leave --thinking out")
             return message
         messages = [{"role": "user", "content": message}]
         try:
             template = self._tokenizer.get_chat_template(args.get("chat_template"))
+            known = may_think(template)
             args = {**template_switches(template, thinking), **args}
             if CLOCK in template:
                 args = {**args, "chat_template": dated(template, today)}
-            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **args)
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **args)
         except Exception as error:  # templates raise Jinja errors of many kinds
             raise JobError(f"the model's chat template failed: {one_line(error)}") from None
+        if thinking == "on" and not known:
+            raise JobError("--thinking on: the model's chat template knows of no thinking; leave --thinking out")
+        return text
 
     def last_control(self, text: str) -> int:
         """Where the last control token in `text` ends, with the white space that it swallows; 0 if there is none."""
@@ -180,14 +186,19 @@ class Tokens:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def answer(self, ids: list[int], opened: bool) -> Answer:
-        """The text of generated tokens, the model's thinking apart. opened: the prompt has opened the thinking."""
+        """The text of generated tokens, the model's thinking apart; without any, what decode() gives.
+
+        opened: the prompt has opened the thinking.
+        """
+        control = [self.control.get(token, "") for token in ids]
+        markers = markers_of(control)
         pieces, begin, marker = [], 0, ""
-        for end, token in enumerate(ids):
-            if self.control.get(token) in MARKERS:
+        for end, name in enumerate(control):
+            if name in markers:
                 pieces.append((marker, self.decode(ids[begin:end])))
-                begin, marker = end + 1, self.control[token]
+                begin, marker = end + 1, name
         pieces.append((marker, self.decode(ids[begin:])))
-        return split_answer(pieces, opened)
+        return split_answer(pieces, opened) or Answer(self.decode(ids))
 
 
 def dated(template: str, today: date) -> str:

@@ -311,12 +311,13 @@ def whole_request(document_id: str) -> str:
 
 def _no_answer(completion: Completion, config: WorkerConfig) -> str:
     """Why a document has thinking and no answer, and what to do about it."""
+    off = "--thinking off did not keep it from thinking"
+    if config.thinking != "off":
+        off = "--thinking off helps if the model's chat template can switch it"
     if completion.finish_reason == "length":
-        ended = f"--max-new-tokens {config.max_new_tokens} cut the model off inside its thinking"
-    else:
-        ended = "the model stopped inside its thinking"
-    off = "" if config.thinking == "off" else ", or --thinking off if the model's chat template can switch it off"
-    return f"{ended}, before its answer; give a larger --max-new-tokens{off}"
+        cut = f"--max-new-tokens {config.max_new_tokens} cut the model off inside its thinking, before its answer"
+        return f"{cut}; give a larger one ({off})"
+    return f"the model stopped by itself inside its thinking, before its answer; {off}"
 
 
 def _load_tokens(config: EngineConfig) -> tuple[Any, Tokens]:

@@ -71,7 +71,7 @@ class FakeEngine:
             return [self._completion(request, status="oom", error="out of fake memory")]
         ids = self._answer
         if "THINK" in text:
-            thought = "<think>a plan" if "CUT" in text else f"<think>a plan</think>{ANSWER}"
+            thought = "<think>a plan" if "CUT" in text else f"<think>a plan</think>\n\n{ANSWER}"
             ids = self._tokenizer.encode(thought).ids
         answer = {"token_ids": ids, "output_tokens": len(ids)}
         return [self._completion(request, **answer, finish_reason="length" if "CUT" in text else "stop")]

@@ -64,8 +64,9 @@ def test_thinking_has_its_column_and_a_cut_inside_it_is_no_answer(tmp_path: Path
     assert {name: (row["output"], row["reasoning"]) for name, row in found.items()} == {
         "thought": ("the answer", "a plan"), "cut": (None, "a plan"), "plain": ("the answer", None),
     }  # fmt: skip
-    assert found["cut"]["error"].startswith("--max-new-tokens 8 cut the model off inside its thinking")
-    assert "--thinking off" in found["cut"]["error"]
+    error = found["cut"]["error"]
+    assert error.startswith("--max-new-tokens 8 cut the model off inside its thinking, before its answer; give a")
+    assert "--thinking off helps" in error
     again = job(docs, out, model, thinking="auto", retry_failed=True)
     assert rows(out)["cut"]["finished_at"] > found["cut"]["finished_at"], again.counts
 
