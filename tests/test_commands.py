@@ -53,6 +53,7 @@ WORK = {
     "tools.faults soak": ("tools.faults.runs.soak",),
     "tools.faults table": ("tools.faults.table.table",),
     "jobs.inspect": ("jobs.inspect.__main__.capture",),
+    "tools.models": ("tools.models.__main__.checked",),
     "tools.simulate": ("tools.simulate.__main__.measure", "tools.simulate.__main__.run_apart"),
     "jobs.submit": ("jobs.submit.connect",),
     "jobs.summarize": ("pipeline.job.run", "pipeline.plan.describe_plan"),
@@ -71,6 +72,7 @@ RUN_BY = {
     "tools.benchmark selection": "tests/tools/test_benchmark_selection.py: def test_",
     "jobs.demo": "tests/quality/test_findings.py: test_demo_settings_keep_the_findings",
     "tools.demo_documents": "tests/tools/test_demo_documents.py: test_committed_documents_are",
+    "tools.models": "tests/tools/test_models.py: test_types_that_are_named_are_checked_alone",
     "tools.docs": "tests/tools/test_docs.py: test_the_command_writes_what_is_missing_or_differs",
     "tools.models": "tests/tools/test_models.py: test_types_that_are_named_are_checked_alone",
     "jobs.evaluate": "tests/jobs/test_evaluate.py: test_job_writes_rows_and_report",
@@ -105,7 +107,7 @@ ELSEWHERE = {
     "pip": "the Makefile makes the environment",
 }  # fmt: skip
 # Words of the text that are no commands.
-NAMES = {("make",), ("python",), ("ray",), ("tools.benchmark", "...")}
+NAMES = {("make",), ("python",), ("ray",), ("git",), ("tools.benchmark", "...")}  # git is a model type, too
 EARLIER_FLAGS = {("--dtype",)}  # told under "Upgrading"
 RAY_FLAGS = {("--working-dir", ".")}
 
