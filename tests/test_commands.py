@@ -72,7 +72,6 @@ RUN_BY = {
     "tools.benchmark selection": "tests/tools/test_benchmark_selection.py: def test_",
     "jobs.demo": "tests/quality/test_findings.py: test_demo_settings_keep_the_findings",
     "tools.demo_documents": "tests/tools/test_demo_documents.py: test_committed_documents_are",
-    "tools.models": "tests/tools/test_models.py: test_types_that_are_named_are_checked_alone",
     "tools.docs": "tests/tools/test_docs.py: test_the_command_writes_what_is_missing_or_differs",
     "tools.models": "tests/tools/test_models.py: test_types_that_are_named_are_checked_alone",
     "jobs.evaluate": "tests/jobs/test_evaluate.py: test_job_writes_rows_and_report",
