@@ -15,6 +15,7 @@ from jobs.evaluate.haystacks import KINDS, finish
 from jobs.evaluate.wording import Style
 from pipeline.errors import JobError, one_line
 from pipeline.model_files import source
+from pipeline.thinking import template_switches
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,10 @@ class Tokenizer:
             raise JobError(f"--tokenizer {model}: it cannot be loaded: {one_line(error)}") from None
         if not self._tokenizer.is_fast:
             raise JobError(f"--tokenizer {model}: a fast tokenizer (tokenizer.json) is needed to find needles by place")
-        self.chat = bool(getattr(self._tokenizer, "chat_template", None))
+        template = getattr(self._tokenizer, "chat_template", None)
+        self.chat = bool(template)
+        # As a job asks: an answer that is cut inside its thinking would count as one that was not found.
+        self._switches = template_switches(template, "off") if isinstance(template, str) else {}
         self.vocabulary = len(self._tokenizer)
 
     def count(self, texts: Sequence[str]) -> list[int]:
@@ -103,7 +107,9 @@ class Tokenizer:
         text = message
         if self.chat:
             said = [{"role": "user", "content": message}]
-            text = self._tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+            text = self._tokenizer.apply_chat_template(
+                said, tokenize=False, add_generation_prompt=True, **self._switches
+            )
         begins = text.index(message)
         if prefix:
             text += ("" if self.chat else "\n") + prefix

@@ -12,6 +12,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from jobs.evaluate.__main__ import main
 from jobs.evaluate.arms import CONTROLS, Arm, attention_mass, make_arms, random_scores, window_scores
@@ -464,3 +465,17 @@ def test_it_runs_without_ray() -> None:
 
     code = "import sys; sys.modules['ray'] = None; import jobs.evaluate.__main__, jobs.evaluate.run"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_prompts_ask_for_an_answer_without_thinking() -> None:
+    """As those of a job: a template in the manner of Qwen 3 then closes the thinking itself."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer.chat_template = (
+        "{{ messages[0]['content'] }}\n{% if enable_thinking is defined and enable_thinking is false %}"
+        "<think></think>{% endif %}"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *args, **kwargs: tokenizer)
+        made = Tokenizer(MODEL)
+    ids, _, begins = made.prompt("What is it?", "")
+    assert (tokenizer.decode(ids), begins) == ("What is it?\n<think></think>", 0)
