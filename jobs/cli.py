@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.answering import left_behind
-from pipeline.config import JobConfig, declared, flag, read_job_file
 from pipeline.errors import JobError, nearest
 from pipeline.imports import WrongPackageError, check_kernels
+from pipeline.settings.config import JobConfig, declared, flag, read_job_file
 from stem_core.settings import kind_of
 
 

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cli import Parser, add_job_flags, run_main, unheard
-from pipeline.config import JobConfig, read_job_file
 from pipeline.errors import JobError, one_line, without_secrets
 from pipeline.imports import ROOT
 from pipeline.location import has_credentials, is_uri, safe_name
 from pipeline.model_files import is_local
+from pipeline.settings.config import JobConfig, read_job_file
 
 # What is uploaded: our packages and nothing else of the checkout (Ray refuses a working folder of more than 100 MiB).
 PACKAGES = ("jobs", "kernels", "pipeline", "stem_core")

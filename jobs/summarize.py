@@ -14,10 +14,10 @@ from pathlib import Path
 
 from jobs.cli import Parser, add_job_flags, command, job_config, run_main, this_python, unheard
 from pipeline.answering import stop_signals
-from pipeline.config import JobConfig, flag
 from pipeline.errors import JobError, visible
 from pipeline.location import is_uri
-from pipeline.summary import JobReport, rows_for_table
+from pipeline.results.summary import JobReport, rows_for_table
+from pipeline.settings.config import JobConfig, flag
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -32,12 +32,12 @@ def main(arguments: Sequence[str]) -> int:
     for number in stop_signals():  # until the job has its own way to stop
         signal.signal(number, _interrupt)
     if config.dry_run:
-        from pipeline.plan import describe_plan
+        from pipeline.job.plan import describe_plan
 
         for line in describe_plan(config):
             print(visible(line), flush=True)
         return 0
-    from pipeline.job import run
+    from pipeline.job.job import run
 
     report = run(config)
     with unheard():  # what became of the documents is in the rows, and in the exit code

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.api import Summarizer, summarize
-    from pipeline.job import run_job
+    from pipeline.job.job import run_job
     from pipeline.ray_data import StemlineStage
-    from pipeline.sink import read_results
+    from pipeline.results.sink import read_results
 
 __all__ = ["StemlineStage", "Summarizer", "read_results", "run_job", "summarize"]
 
 _PLACES = {
     "StemlineStage": ("pipeline.ray_data", "StemlineStage"),
     "Summarizer": ("pipeline.api", "Summarizer"),
-    "read_results": ("pipeline.sink", "read_results"),
-    "run_job": ("pipeline.job", "run_job"),
+    "read_results": ("pipeline.results.sink", "read_results"),
+    "run_job": ("pipeline.job.job", "run_job"),
     "summarize": ("pipeline.api", "summarize"),
 }
 

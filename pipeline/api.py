@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config import JobConfig, from_mapping
 from pipeline.errors import JobError
-from pipeline.given import Given, TextReader, Texts, list_given
 from pipeline.imports import check_kernels
-from pipeline.inprocess import LocalPool
-from pipeline.plan import Survey, make_worker_config
-from pipeline.progress import Progress
-from pipeline.prompts import make_task
-from pipeline.rows import Row, failed_row, result_schema, to_table
-from pipeline.scheduler import Limits, Scheduler, hang_after
+from pipeline.inputs import Inputs, TextReader, Texts, list_inputs
+from pipeline.job.plan import Survey, make_worker_config
+from pipeline.job.progress import Progress
+from pipeline.prompts.prompt import make_task
+from pipeline.results.rows import Row, failed_row, result_schema, to_table
+from pipeline.settings.config import JobConfig, from_mapping
 from pipeline.source import Catalogue, Document
+from pipeline.workers.inprocess import LocalPool
+from pipeline.workers.scheduler import Limits, Scheduler, hang_after
 
 # Settings of a run on Ray that mean something in one process too.
 RUN_SETTINGS = ("deadline", "max_attempts", "gpus_per_worker")
@@ -41,9 +41,9 @@ def summarize(
 
     documents: texts, {id: text}, or pathlib.Paths of files and folders. A string is a text, never a path.
     model: folder or hub id of a transformers model. input: files, folders, globs or URIs, as for the job.
-    progress: tell on standard error how far it is. settings: those of the job (pipeline.config.JobConfig).
+    progress: tell on standard error how far it is. settings: those of the job (pipeline.settings.config.JobConfig).
 
-    The table is like that of read_results: the columns of pipeline.rows, for to_pandas(), DuckDB, or
+    The table is like that of read_results: the columns of pipeline.results.rows, for to_pandas(), DuckDB, or
     pyarrow.parquet.write_table. A document that fails does not raise, its row says why. Raises JobError for settings,
     models and inputs that cannot be used. Loads the model each time; Summarizer keeps it.
     """
@@ -88,14 +88,14 @@ class Summarizer:
     ) -> pa.Table:
         """The documents' rows, as summarize() says."""
         inputs = (input,) if isinstance(input, str | Path) else tuple(input)
-        return self.run(list_given(documents, tuple(map(str, inputs)), self._config), progress)
+        return self.run(list_inputs(documents, tuple(map(str, inputs)), self._config), progress)
 
-    def run(self, given: Given, progress: bool = False) -> pa.Table:
+    def run(self, inputs: Inputs, progress: bool = False) -> pa.Table:
         """The rows of documents with different ids, in their order."""
-        schema = result_schema(given.kept)
+        schema = result_schema(inputs.kept)
         rows: dict[str, Row] = {}
         todo = []
-        for document in given.documents:
+        for document in inputs.documents:
             if document.error:
                 rows[document.document_id] = failed_row(document, "error", document.error)
             else:
@@ -110,14 +110,14 @@ class Summarizer:
         with self._lock:
             if todo:
                 self._pool.load()
-                self._pool.read_with(TextReader(self._config.text_column, given.kept))
+                self._pool.read_with(TextReader(self._config.text_column, inputs.kept))
                 problem = self._schedule(todo, done, told)
         for document in todo:
             if document.document_id not in rows:
                 rows[document.document_id] = failed_row(document, "error", problem)
         if told:
             told.finish()
-        return to_table([rows[document.document_id] for document in given.documents], schema)
+        return to_table([rows[document.document_id] for document in inputs.documents], schema)
 
     def _schedule(self, todo: list[Document], done: Any, told: Progress | None) -> str:
         """Run documents; why there are some without a row, if there are."""

@@ -14,10 +14,10 @@ import pyarrow as pa
 
 from pipeline.api import Summarizer
 from pipeline.errors import JobError
-from pipeline.given import Given, TextDocument, text_document
-from pipeline.kept import Kept
-from pipeline.options import short
-from pipeline.rows import NAMES, result_schema
+from pipeline.inputs import Inputs, TextDocument, text_document
+from pipeline.results.kept_columns import Kept
+from pipeline.results.rows import NAMES, result_schema
+from pipeline.settings.options import short
 from pipeline.source import input_hash
 
 ID_COLUMNS = ("id", "document_id")
@@ -36,7 +36,7 @@ class StemlineStage:
 
     text_column: holds the documents. id_column: their ids; unset: `id` or `document_id` if there is one, else a hash of
     the text. keep_columns: columns of the input to carry along. columns: result columns to give out; unset: all of
-    pipeline.rows. settings: those of the job (pipeline.config.JobConfig), as for pipeline.summarize.
+    pipeline.results.rows. settings: those of the job (pipeline.settings.config.JobConfig), as for pipeline.summarize.
 
     A row that cannot be processed comes out with its status and error; nothing raises on account of a document. Raises
     JobError, which ends the dataset's execution, for settings, models and column names that cannot be.
@@ -93,7 +93,7 @@ class StemlineStage:
                 rounds.append(here := {})
             here[document.document_id] = place
         places = [place for r in rounds for place in r.values()]
-        tables = [self._summarizer.run(Given([documents[place] for place in r.values()])) for r in rounds]
+        tables = [self._summarizer.run(Inputs([documents[place] for place in r.values()])) for r in rounds]
         table = pa.concat_tables(tables) if tables else result_schema().empty_table()
         return table.take(pa.array(sorted(range(len(places)), key=places.__getitem__), pa.int64()))
 

@@ -12,6 +12,7 @@ from stem_core.settings import SettingError, check_all, nearest, setting
 
 SCHEDULES = ("paper", "release", "growing", "density")
 BLOCK_SIZES = (16, 32, 64, 128, 256)
+FP8_BLOCK_SIZES = (32, 64, 128, 256)
 MOST = 1 << 30  # blocks, tokens or layers: counts on the device are of 32 bits
 
 
@@ -118,6 +119,13 @@ class StemConfig(EstimatorSettings):
     def replace(self, **changes: Any) -> StemConfig:
         """A copy with `changes` applied, validated again."""
         return replace(self, **changes)
+
+    def fp8_obstacle(self) -> str:
+        """Why the fp8 kernels cannot take these blocks; empty if they can."""
+        if self.block_size in FP8_BLOCK_SIZES:
+            return ""
+        sizes = ", ".join(map(str, FP8_BLOCK_SIZES))
+        return f"its kernels take blocks of {sizes} tokens, got block_size={self.block_size}"
 
     def fingerprint(self) -> str:
         """12 hex digits that differ whenever a field differs."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from pipeline.kept import Kept
-from pipeline.rows import EngineFields, Outcome, Row, WorkerFields
+from pipeline.results.kept_columns import Kept
+from pipeline.results.rows import EngineFields, Outcome, Row, WorkerFields
 
 UNKNOWN = {item.name: None for item in fields(WorkerFields)}
 

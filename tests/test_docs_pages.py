@@ -17,13 +17,13 @@ import torch
 import yaml
 
 from jobs.cli import Parser, add_job_flags, job_config
-from pipeline.config import JobConfig
 from pipeline.engine.config import EngineConfig, EngineError
 from pipeline.engine.devices import GIB
 from pipeline.engine.memory import plan
 from pipeline.engine.model.precision import Precision
 from pipeline.engine.model.skeleton import skeleton
-from pipeline.rows import STATUSES
+from pipeline.results.rows import STATUSES
+from pipeline.settings.config import JobConfig
 from stem_core.config import StemConfig
 
 ROOT = Path(__file__).parents[1]

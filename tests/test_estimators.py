@@ -17,9 +17,9 @@ from torch import Tensor
 
 from kernels.block_selection import BlockSelection, choose_block_selection
 from kernels.dispatch import Choice
-from pipeline.config import STEM_OVERRIDES
 from pipeline.engine import Engine, EngineConfig, Request
 from pipeline.engine.memory.measure import key_state_bytes
+from pipeline.settings.config import STEM_OVERRIDES
 from stem_core import PromptBudget, StemConfig, patch_model
 from stem_core.attention import stem_prefill
 from stem_core.budget import prompt_budget

@@ -28,7 +28,7 @@ from jobs.page.charts import graph_objects
 from jobs.page.terminal import print_sections
 from pipeline.errors import without_secrets
 from pipeline.location import safe_name
-from pipeline.tokens import load_tokens
+from pipeline.prompts.tokens import load_tokens
 
 
 def main(arguments: Sequence[str]) -> int:

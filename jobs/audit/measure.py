@@ -22,7 +22,7 @@ from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.probes.forcing import ForcingEngine
 from pipeline.engine.probes.timing import decode_step_ms
 from pipeline.errors import JobError, one_line
-from pipeline.records import column
+from pipeline.results.columns import column
 from stem_core.budget import prompt_budget
 
 # Prompts timed for the crossover: runs of each length on a GPU after one that compiles, and on a CPU.

@@ -11,12 +11,12 @@ from jobs.cli import Parser, add_job_flags
 from jobs.evaluate.options import read_essay
 from jobs.evaluate.results import BY_EXACTNESS
 from jobs.shapes import SHAPES, shape_folder
-from pipeline.config import JobConfig, read_job_file
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.model.loading import context_limit, load_config, load_precision
 from pipeline.errors import JobError
-from pipeline.plan import make_engine_config
-from pipeline.settings import PRECISIONS, Sampling
+from pipeline.job.plan import make_engine_config
+from pipeline.settings.config import JobConfig, read_job_file
+from pipeline.settings.shared import PRECISIONS, Sampling
 from stem_core.config import DEFAULT_PRESET, PRESETS
 
 # What of a job the audit decides itself (greedy outputs, one engine at a time) or takes several of.

@@ -15,8 +15,8 @@ from jobs.audit.likeness import exact_match, rouge_l
 from jobs.audit.measure import ArmRun, Likeness, Reference, same_tokens
 from jobs.audit.sample import Sampled
 from pipeline.errors import JobError, one_line
-from pipeline.records import column, columns_of, from_values, group, same_as, schema_of, values_of
-from pipeline.rows import NOT_OK, EngineFields, Outcome, Row, WorkerFields
+from pipeline.results.columns import column, columns_of, from_values, group, same_as, schema_of, values_of
+from pipeline.results.rows import NOT_OK, EngineFields, Outcome, Row, WorkerFields
 
 ROWS, FIGURES, PAGE = "rows.parquet", "audit.json", "audit.html"
 

@@ -8,9 +8,9 @@ import numpy as np
 
 from jobs.audit.options import Options
 from pipeline.errors import DocumentError, JobError, one_line
-from pipeline.prompts import PromptBuilder, make_task
+from pipeline.prompts.prompt import PromptBuilder, make_task
+from pipeline.prompts.tokens import Tokens
 from pipeline.source import Catalogue, DocumentReader, find_files, list_documents
-from pipeline.tokens import Tokens
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from kernels.block_selection import BlockSelection
-from pipeline.engine.model.precision import fp8_block_obstacle
 from pipeline.errors import JobError, nearest
 from stem_core.budget import PromptBudget
 from stem_core.config import BLOCK_SIZES, PRESETS, StemConfig
@@ -120,7 +119,7 @@ def make_arms(specs: Sequence[str], block_size: int | None, precisions: Sequence
             hint = nearest(name, ARMS) or f"; there are {', '.join(ARMS)}"
             raise JobError(f"--arms: {name!r} is not an arm{hint}")
     for arm in arms if "fp8" in precisions else ():
-        obstacle = fp8_block_obstacle(arm.config) if arm.config is not None else ""
+        obstacle = arm.config.fp8_obstacle() if arm.config is not None else ""
         if arm.name.partition(":")[0] == "oracle":
             obstacle = "it reads keys in 16 or 32 bits"
         if obstacle:

@@ -15,7 +15,7 @@ from jobs.evaluate.haystacks import KINDS, finish
 from jobs.evaluate.wording import Style
 from pipeline.errors import JobError, one_line
 from pipeline.model_files import source
-from pipeline.thinking import template_switches
+from pipeline.prompts.thinking import template_switches
 
 
 @dataclass(frozen=True)

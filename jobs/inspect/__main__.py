@@ -17,9 +17,9 @@ from jobs.inspect.page import sections
 from jobs.inspect.pictures import OF_A_CELL, layer_picture, map_colours, maps_picture
 from jobs.page import render_page
 from jobs.page.charts import graph_objects
-from pipeline.config import JobConfig
 from pipeline.errors import DocumentError, JobError, nearest, without_secrets
-from pipeline.settings import Sampling
+from pipeline.settings.config import JobConfig
+from pipeline.settings.shared import Sampling
 from pipeline.source import DocumentReader, find_files, list_documents
 
 PAGE = "inspect.html"

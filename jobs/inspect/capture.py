@@ -11,7 +11,6 @@ import torch
 
 from jobs.inspect.cells import Grid, LayerCells
 from kernels.block_selection import BlockSelection
-from pipeline.config import JobConfig
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.describe import describe_kernels
 from pipeline.engine.kv.arena import ALIGNMENT, Extent
@@ -20,9 +19,10 @@ from pipeline.engine.model.precision import describe_precision
 from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.run.prefill import Prefill, attention_plan, chunk_size
 from pipeline.errors import DocumentError, JobError
-from pipeline.plan import make_engine_config
-from pipeline.prompts import PromptBuilder, make_task
-from pipeline.tokens import Tokens, load_tokens
+from pipeline.job.plan import make_engine_config
+from pipeline.prompts.prompt import PromptBuilder, make_task
+from pipeline.prompts.tokens import Tokens, load_tokens
+from pipeline.settings.config import JobConfig
 from stem_core.config import StemConfig
 from stem_core.policy import LayerPolicy, cutting_window
 from stem_core.selection import stem_selection

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from jobs.page.blocks import Block, Chart, Details, Section
 from jobs.page.charts import chart_data, graph_objects
-from pipeline.records import valid_text
+from pipeline.results.columns import valid_text
 
 FOLDER = Path(__file__).parent
 

@@ -21,8 +21,8 @@ from jobs.report.results import Run, load_runs
 from jobs.report.sections import sections
 from pipeline.errors import JobError
 from pipeline.location import split_name
-from pipeline.records import utc_now
-from pipeline.store import Store
+from pipeline.results.columns import utc_now
+from pipeline.results.store import Store
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -12,7 +12,7 @@ from jobs.page.charts import GRID, SERIES, graph_objects, seconds_axis
 from jobs.report import clock
 from jobs.report.measures import Measures, worked
 from jobs.report.results import Run
-from pipeline.rows import PHASES
+from pipeline.results.rows import PHASES
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -14,7 +14,7 @@ import numpy as np
 
 from jobs.report import clock
 from jobs.report.results import Run
-from pipeline.rows import PHASES
+from pipeline.results.rows import PHASES
 
 Measures = dict[str, Any]
 SLOWEST, FAILED, REASONS = 10, 50, 20

@@ -8,7 +8,7 @@ from datetime import datetime
 from jobs.page import Block, KeyFigure, KeyFigures, Prose, Table
 from jobs.page.numbers import binary_bytes, count, figure, seconds
 from jobs.report.measures import Measures
-from pipeline.records import utc_now
+from pipeline.results.columns import utc_now
 
 STATES = {
     "finished": "finished",

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow.fs import FileType
 
-from pipeline import manifest
 from pipeline.errors import JobError, one_line
-from pipeline.rows import COLUMNS
-from pipeline.sink import part_names, read_columns
-from pipeline.store import Store
+from pipeline.job import manifest
+from pipeline.results.rows import COLUMNS
+from pipeline.results.sink import part_names, read_columns
+from pipeline.results.store import Store
 
 _UNUSED = ("output", "config_hash", "input_stamp", "input_hash")
 NAMES = tuple(column.name for column in COLUMNS if column.name not in _UNUSED)

@@ -15,8 +15,8 @@ from jobs.report.layers import TITLE, layer_chart, layer_table
 from jobs.report.measures import FAILED, SLOWEST, Measures
 from jobs.report.overview import overview
 from jobs.report.results import Run
-from pipeline.config import JobConfig
-from pipeline.rows import STATUSES
+from pipeline.results.rows import STATUSES
+from pipeline.settings.config import JobConfig
 
 PLACES = ("input", "output", "model")
 # Header -> the name of a figure, or what makes the cell.

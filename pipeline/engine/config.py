@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from pipeline.errors import JobError
-from pipeline.rows import EngineFields
-from pipeline.settings import EngineSettings, Sampling
+from pipeline.results.rows import EngineFields
+from pipeline.settings.shared import EngineSettings, Sampling
 from stem_core.config import StemConfig
 from stem_core.settings import check_all, setting
 
@@ -26,7 +26,7 @@ class EngineError(JobError):
 
 @dataclass(frozen=True)
 class EngineConfig(EngineSettings):
-    """How one engine holds and runs a model: the settings of pipeline.settings, and what the job decides.
+    """How one engine holds and runs a model: the settings of pipeline.settings.shared, and what the job decides.
 
     device: "auto" (the first GPU, else the CPU) or a torch device name.
     gpus: how many GPUs, `device` and those that follow it, hold the model: its layers are spread over them in order.
@@ -103,7 +103,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion(EngineFields):
-    """What became of a request, with what was measured of it (pipeline.rows.EngineFields).
+    """What became of a request, with what was measured of it (pipeline.results.rows.EngineFields).
 
     token_ids: generated tokens, the stop token included (as transformers' generate returns them).
     finish_reason: "stop" (a stop token), "length" (max_new_tokens reached) or "error".

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from pipeline.answering import answering
 from pipeline.errors import DocumentError, JobError, one_line
-from pipeline.kept import Kept, keep
+from pipeline.results.kept_columns import Kept, keep
 from pipeline.source.catalogue import Catalogue, CatalogueBuilder, Document, in_shard
 from pipeline.source.files import find_files
 from pipeline.source.formats import FORMATS

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import JobError, one_line
-from pipeline.kept import common_type
-from pipeline.records import valid_text
+from pipeline.results.columns import valid_text
+from pipeline.results.kept_columns import common_type
 from pipeline.source.protocol import Locator, SourceFile
 from pipeline.source.streams import MOST_BYTES
 

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import DocumentError, one_line
-from pipeline.kept import common_type
 from pipeline.location import open_filesystem
+from pipeline.results.kept_columns import common_type
 from pipeline.source.catalogue import CatalogueBuilder
 from pipeline.source.ids import column_problem, id_name, json_id
 from pipeline.source.protocol import Locator, SourceFile

@@ -15,7 +15,7 @@ from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 from pipeline.answering import answering
 from pipeline.errors import JobError, one_line
 from pipeline.location import WILDCARD, is_remote, open_filesystem, printed, safe_name, split_location
-from pipeline.records import valid_text
+from pipeline.results.columns import valid_text
 from pipeline.source.formats import SUFFIXES, format_of
 from pipeline.source.protocol import Format, SourceFile
 

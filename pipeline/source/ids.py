@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.errors import one_line
-from pipeline.records import valid_text
+from pipeline.results.columns import valid_text
 
 DEFAULT_IDS = ("id", "document_id")
 # Ids are held for all documents at once.

@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 from pipeline.errors import DocumentError, one_line
-from pipeline.kept import json_type
 from pipeline.location import open_filesystem
+from pipeline.results.kept_columns import json_type
 from pipeline.source.catalogue import CatalogueBuilder
 from pipeline.source.ids import id_name, json_id
 from pipeline.source.protocol import Locator, SourceFile

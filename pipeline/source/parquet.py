@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import DocumentError, one_line
-from pipeline.kept import storable
 from pipeline.location import open_filesystem
+from pipeline.results.kept_columns import storable
 from pipeline.source.catalogue import CatalogueBuilder
 from pipeline.source.ids import column_problem, id_name, id_texts
 from pipeline.source.protocol import Locator, SourceFile

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from pipeline import lock, read_results, sink
-from pipeline.config import JobConfig
+from pipeline import read_results
 from pipeline.errors import JobError
-from pipeline.job import run
-from pipeline.sink import part_names
+from pipeline.job.job import run
+from pipeline.results import lock, sink
+from pipeline.results.sink import part_names
+from pipeline.results.store import Store
+from pipeline.settings.config import JobConfig
 from pipeline.source import DocumentReader, find_files, list_documents
-from pipeline.store import Store
 
 pytest.importorskip("moto.server", reason="needs moto[server]")
 from tools.faults.bucket import credentials, server, upload

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from pipeline import read_results
-from pipeline.config import JobConfig
 from pipeline.engine import Engine, EngineConfig, Request
 from pipeline.engine.config import Sampling
-from pipeline.job import run
+from pipeline.job.job import run
+from pipeline.settings.config import JobConfig
 from stem_core.config import StemConfig
 from tools.faults.corpus import write_model
 

@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 from result_rows import kept_columns, make_row
 
 from jobs.cli import Parser, add_job_flags, job_config
-from pipeline.config import JobConfig, read_job_file
 from pipeline.errors import DocumentError, JobError
-from pipeline.plan import make_worker_config
-from pipeline.rows import result_schema, to_table
+from pipeline.job.plan import make_worker_config
+from pipeline.results.rows import result_schema, to_table
+from pipeline.settings.config import JobConfig, read_job_file
 from pipeline.source import DocumentReader, find_files, input_hash, list_documents
 
 CASES = int(os.environ.get("STEMLINE_FUZZ_CASES", "40"))

@@ -22,16 +22,17 @@ import zstandard
 from pyarrow.fs import FileSystem
 from result_rows import kept_columns, make_row
 
-from pipeline import manifest, read_results
-from pipeline.config import JobConfig
+from pipeline import read_results
 from pipeline.errors import DocumentError
 from pipeline.imports import ROOT
+from pipeline.job import manifest
+from pipeline.job.plan import make_plan, survey_input
 from pipeline.location import open_filesystem, printed, split_location
-from pipeline.plan import make_plan, survey_input
-from pipeline.rows import result_schema
-from pipeline.sink import Sink, recover
+from pipeline.results.rows import result_schema
+from pipeline.results.sink import Sink, recover
+from pipeline.results.store import Store
+from pipeline.settings.config import JobConfig
 from pipeline.source import DocumentReader, input_hash
-from pipeline.store import Store
 
 CASES = int(os.environ.get("STEMLINE_FUZZ_CASES", "40"))
 MODEL = ROOT / "models" / "tiny-reader"

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from patience import patient
 
-from pipeline import lock
 from pipeline.errors import JobError
-from pipeline.store import Store
+from pipeline.results import lock
+from pipeline.results.store import Store
 
 
 @pytest.mark.parametrize("name", [".lock", "."])

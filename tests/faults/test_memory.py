@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pipeline.config import JobConfig
 from pipeline.errors import DocumentError
 from pipeline.imports import ROOT
-from pipeline.plan import describe_plan
+from pipeline.job.plan import describe_plan
+from pipeline.settings.config import JobConfig
 from pipeline.source import Document, DocumentReader, find_files, list_documents, parquet, streams
 
 MIB = 1 << 20

@@ -13,17 +13,17 @@ import pyarrow.parquet as pq
 import pytest
 from result_rows import kept_columns, make_row
 
-from pipeline import manifest
-from pipeline.config import JobConfig
 from pipeline.errors import JobError
-from pipeline.job import run
-from pipeline.plan import Plan, make_plan, survey_input
-from pipeline.records import utc_now
-from pipeline.repair import remove_rows
-from pipeline.rows import result_schema
-from pipeline.sink import Sink, read_results, recover
+from pipeline.job import manifest
+from pipeline.job.job import run
+from pipeline.job.plan import Plan, make_plan, survey_input
+from pipeline.results.columns import utc_now
+from pipeline.results.repair import remove_rows
+from pipeline.results.rows import result_schema
+from pipeline.results.sink import Sink, read_results, recover
+from pipeline.results.store import Store
+from pipeline.settings.config import JobConfig
 from pipeline.source import DocumentReader, input_hash
-from pipeline.store import Store
 from tools.faults.corpus import count_rows
 
 TEXTS = {f"d{i}": f"text number {i}" for i in range(6)}

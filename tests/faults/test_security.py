@@ -14,18 +14,18 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from jobs import submit
-from pipeline import manifest
-from pipeline.config import JobConfig
 from pipeline.errors import JobError, one_line, without_secrets
+from pipeline.job import manifest
+from pipeline.job.plan import make_worker_config, survey_input
 from pipeline.location import safe_name
-from pipeline.plan import make_worker_config, survey_input
-from pipeline.prompts import PromptBuilder, Task
-from pipeline.rows import result_schema
-from pipeline.sink import Sink
+from pipeline.prompts.prompt import PromptBuilder, Task
+from pipeline.prompts.tokens import Tokens, load_tokens
+from pipeline.results.rows import result_schema
+from pipeline.results.sink import Sink
+from pipeline.results.store import Store
+from pipeline.settings.config import JobConfig
 from pipeline.source import find_files
-from pipeline.store import Store
-from pipeline.tokens import Tokens, load_tokens
-from pipeline.worker import part_request, whole_request
+from pipeline.workers.worker import part_request, whole_request
 from tools.faults.corpus import write_model
 
 ROOT = Path(__file__).parents[2]

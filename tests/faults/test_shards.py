@@ -13,15 +13,15 @@ import pyarrow.parquet as pq
 import pytest
 from result_rows import kept_columns, make_row
 
-from pipeline import manifest
-from pipeline.config import JobConfig
 from pipeline.errors import DocumentError, JobError
-from pipeline.kept import Kept
-from pipeline.plan import make_plan, survey_input
-from pipeline.rows import result_schema
-from pipeline.sink import Sink, read_results
+from pipeline.job import manifest
+from pipeline.job.plan import make_plan, survey_input
+from pipeline.results.kept_columns import Kept
+from pipeline.results.rows import result_schema
+from pipeline.results.sink import Sink, read_results
+from pipeline.results.store import Store
+from pipeline.settings.config import JobConfig
 from pipeline.source import Catalogue, DocumentReader, find_files, input_hash, list_documents
-from pipeline.store import Store
 
 
 def listed(folder: Path, **options: Any) -> Catalogue:

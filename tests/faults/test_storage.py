@@ -15,12 +15,12 @@ import pytest
 from result_rows import make_row
 
 from pipeline import read_results
-from pipeline.config import JobConfig
 from pipeline.errors import JobError
-from pipeline.job import run
-from pipeline.rows import result_schema
-from pipeline.sink import Sink, compact, done_rows, part_names, recover
-from pipeline.store import Store
+from pipeline.job.job import run
+from pipeline.results.rows import result_schema
+from pipeline.results.sink import Sink, compact, done_rows, part_names, recover
+from pipeline.results.store import Store
+from pipeline.settings.config import JobConfig
 
 FAKE = "fake_engine:FakeEngine"
 

@@ -15,9 +15,9 @@ from result_rows import make_row
 
 from pipeline.engine.config import Completion, EngineConfig, Request
 from pipeline.errors import JobError
-from pipeline.rows import result_schema
-from pipeline.sink import Sink
-from pipeline.store import Store
+from pipeline.results.rows import result_schema
+from pipeline.results.sink import Sink
+from pipeline.results.store import Store
 from tools.faults import determinism, table
 from tools.faults.__main__ import main
 from tools.faults.bucket import bucket

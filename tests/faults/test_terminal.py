@@ -22,18 +22,18 @@ from result_rows import make_row
 
 from jobs.cli import run_main
 from jobs.summarize import main, show
-from pipeline import manifest
 from pipeline.answering import answering, left_behind, stop_signals
 from pipeline.errors import DocumentError, JobError, visible
 from pipeline.imports import ROOT
+from pipeline.job import manifest
+from pipeline.job.progress import Progress
 from pipeline.location import open_filesystem
-from pipeline.lock import FolderLock
-from pipeline.progress import Progress
-from pipeline.rows import result_schema
-from pipeline.sink import Sink
+from pipeline.results.lock import FolderLock
+from pipeline.results.rows import result_schema
+from pipeline.results.sink import Sink
+from pipeline.results.store import Store
+from pipeline.results.summary import summarize_results
 from pipeline.source import DocumentReader, find_files, list_documents
-from pipeline.store import Store
-from pipeline.summary import summarize_results
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e\u2066\u2028"
 FULL = Path("/dev/full")
@@ -50,10 +50,10 @@ FINISHED = """
 import sys
 from jobs import summarize
 from jobs.cli import run_main
-from pipeline.rows import Outcome, Row, result_schema
-from pipeline.sink import Sink
-from pipeline.store import Store
-from pipeline.summary import summarize_results
+from pipeline.results.rows import Outcome, Row, result_schema
+from pipeline.results.sink import Sink
+from pipeline.results.store import Store
+from pipeline.results.summary import summarize_results
 
 def run(config):
     store = Store(config.output)
@@ -63,8 +63,8 @@ def run(config):
     sink.add(Row(document_id="a", source="x", outcome=outcome))
     return summarize_results(store, 1)
 
-import pipeline.job
-pipeline.job.run = run
+import pipeline.job.job
+pipeline.job.job.run = run
 run_main(summarize.main, ["--input", "x", "--output", sys.argv[1], "--model", "m"])
 """
 

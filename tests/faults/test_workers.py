@@ -10,10 +10,10 @@ import pytest
 from patience import patient
 
 from pipeline import read_results
-from pipeline.config import JobConfig
 from pipeline.errors import JobError
-from pipeline.job import run
-from pipeline.summary import JobReport
+from pipeline.job.job import run
+from pipeline.results.summary import JobReport
+from pipeline.settings.config import JobConfig
 from tools.faults.corpus import write_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]

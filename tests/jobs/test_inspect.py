@@ -24,10 +24,10 @@ from jobs.inspect.page import PATTERNS
 from jobs.inspect.pictures import FAINT, INK, RULE, WHITE, map_colours, maps_picture, mostly_rule
 from jobs.page.numbers import stretches
 from kernels.block_selection import BlockSelection, select_blocks
-from pipeline.config import JobConfig
 from pipeline.errors import JobError
-from pipeline.prompts import PromptBuilder, make_task
-from pipeline.tokens import load_tokens
+from pipeline.prompts.prompt import PromptBuilder, make_task
+from pipeline.prompts.tokens import load_tokens
+from pipeline.settings.config import JobConfig
 from stem_core import StemConfig, patch_model
 from stem_core.budget import PromptBudget, prompt_budget
 from stem_core.policy import LayerPolicy

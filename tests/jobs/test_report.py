@@ -26,11 +26,11 @@ from jobs.report import clock
 from jobs.report.__main__ import main
 from jobs.report.measures import length_edges
 from jobs.report.results import load_runs, short_names
-from pipeline import manifest
-from pipeline.config import JobConfig
-from pipeline.rows import STATUSES, Row, result_schema, to_table
-from pipeline.sink import REQUIRED
-from pipeline.store import Store
+from pipeline.job import manifest
+from pipeline.results.rows import STATUSES, Row, result_schema, to_table
+from pipeline.results.sink import REQUIRED
+from pipeline.results.store import Store
+from pipeline.settings.config import JobConfig
 
 ROOT = Path(__file__).parents[2]
 BEGIN = datetime(2026, 3, 1, 23, 50, tzinfo=UTC)
@@ -402,7 +402,7 @@ def test_table_and_json_need_no_plotly_and_a_page_says_so(tmp_path: Path) -> Non
 
 def test_the_command_that_a_job_names_at_its_end_runs(tmp_path: Path) -> None:
     from jobs.summarize import show
-    from pipeline.summary import summarize_results
+    from pipeline.results.summary import summarize_results
 
     folder = write(tmp_path / "with space", [ok_row("a", 900, 0)])
     with redirect_stdout(io.StringIO()) as shown:

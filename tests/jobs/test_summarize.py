@@ -19,8 +19,8 @@ from jobs import submit
 from jobs.cli import this_python
 from jobs.summarize import main
 from pipeline import read_results
-from pipeline.config import JobConfig, meaning
-from pipeline.rows import NAMES
+from pipeline.results.rows import NAMES
+from pipeline.settings.config import JobConfig, meaning
 
 ROOT = Path(__file__).parents[2]
 QUESTION = "List the key findings in order."
@@ -238,9 +238,9 @@ class Parsed:
 
 def test_the_example_in_the_report_reads_the_results(tmp_path: Path) -> None:
     from jobs.summarize import show
-    from pipeline.rows import result_schema, to_table
-    from pipeline.store import Store
-    from pipeline.summary import summarize_results
+    from pipeline.results.rows import result_schema, to_table
+    from pipeline.results.store import Store
+    from pipeline.results.summary import summarize_results
 
     pq.write_table(to_table([make_row("a", "b", "ok", output="hello")], result_schema()), tmp_path / "part-0.parquet")
     import contextlib

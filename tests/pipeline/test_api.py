@@ -20,7 +20,7 @@ from patience import patient
 import pipeline
 from pipeline.api import Summarizer, summarize
 from pipeline.errors import JobError
-from pipeline.rows import result_schema
+from pipeline.results.rows import result_schema
 
 ROOT = Path(__file__).parents[2]
 REPORT = (ROOT / "examples" / "documents" / "report-01.txt").read_text(encoding="utf-8")
@@ -149,7 +149,7 @@ def test_mistakes_are_named_before_a_model_is_loaded(
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "two.jsonl").write_text('{"text": "x"}\n{"text": "y"}\n')
     if "model" not in settings:
-        monkeypatch.setattr("pipeline.inprocess.LocalPool.load", lambda self: pytest.fail("it loads"))
+        monkeypatch.setattr("pipeline.workers.inprocess.LocalPool.load", lambda self: pytest.fail("it loads"))
     with pytest.raises(JobError, match=message):
         summarize(documents, **{"model": model, **settings})
 

@@ -18,14 +18,15 @@ from engine_models import generate, prompts, run, save_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline import manifest, model_files, summarize
-from pipeline.config import JobConfig
+from pipeline import model_files, summarize
 from pipeline.engine import Engine, EngineConfig, EngineError, ModelLoadError, Request, estimate_plan
 from pipeline.engine.model.loading import context_limit, load_config, load_model
 from pipeline.engine.model.precision import resolve_precision
 from pipeline.engine.model.rope import stretch, stretch_hint
 from pipeline.errors import JobError
-from pipeline.plan import describe_plan, make_engine_config, model_label
+from pipeline.job import manifest
+from pipeline.job.plan import describe_plan, make_engine_config, model_label
+from pipeline.settings.config import JobConfig
 from stem_core.fp8 import Fp8Linear
 
 CPU = torch.device("cpu")

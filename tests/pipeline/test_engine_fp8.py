@@ -15,7 +15,6 @@ from transformers import AutoTokenizer
 
 from kernels.fp8_heads.reference import restore_keys
 from pipeline import read_results
-from pipeline.config import JobConfig
 from pipeline.engine import Engine, EngineConfig, EngineError, Request, estimate_plan
 from pipeline.engine.kv.arena import ALIGNMENT, Extent, Fp8KVArena, LayerShape
 from pipeline.engine.model.dummy import dummy_model
@@ -24,7 +23,8 @@ from pipeline.engine.model.placement import whole
 from pipeline.engine.model.precision import Precision, resolve_precision
 from pipeline.engine.model.runner import CALIBRATION_TOKENS, calibration_prompts
 from pipeline.errors import JobError
-from pipeline.job import run_job
+from pipeline.job.job import run_job
+from pipeline.settings.config import JobConfig
 from stem_core import StemConfig
 from stem_core.fp8 import Fp8Linear
 from stem_core.kv_scales import HeadScales, recording

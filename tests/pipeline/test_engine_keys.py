@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline import summarize
-from pipeline.config import JobConfig
 from pipeline.engine import EngineConfig, ModelLoadError, estimate_plan
 from pipeline.engine.model.loading import load_model
 from pipeline.errors import JobError
-from pipeline.plan import describe_plan
+from pipeline.job.plan import describe_plan
+from pipeline.settings.config import JobConfig
 
 Tensors = dict[str, Tensor]
 CPU, META = torch.device("cpu"), torch.device("meta")

@@ -21,8 +21,8 @@ from pipeline.engine.model.loading import load_model
 from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.run.readings import ProbeReadings
 from pipeline.errors import JobError
-from pipeline.job import run_job
-from pipeline.rows import EngineFields
+from pipeline.job.job import run_job
+from pipeline.results.rows import EngineFields
 from stem_core import StemConfig
 from stem_core.output_error import ErrorProbe
 

@@ -17,7 +17,7 @@ from pipeline.engine import Engine, EngineConfig, EngineError, Request, estimate
 from pipeline.engine.devices import weight_bytes
 from pipeline.engine.model.loading import load_model
 from pipeline.engine.model.text_part import model_class
-from pipeline.tokens import Tokens
+from pipeline.prompts.tokens import Tokens
 from tools.models.check import build
 
 

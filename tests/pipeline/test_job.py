@@ -18,11 +18,11 @@ import pytest
 from patience import patient
 
 from pipeline import read_results
-from pipeline.config import JobConfig
 from pipeline.errors import JobError
-from pipeline.job import run, run_job
-from pipeline.rows import NAMES
-from pipeline.summary import JobReport
+from pipeline.job.job import run, run_job
+from pipeline.results.rows import NAMES
+from pipeline.results.summary import JobReport
+from pipeline.settings.config import JobConfig
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 FAKE = "fake_engine:FakeEngine"

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from jobs.submit import absolute_paths
 from jobs.summarize import refuse_unpacked_paths
-from pipeline.config import JobConfig
 from pipeline.errors import JobError
 from pipeline.location import is_remote, printed, safe_name, split_location, split_name
+from pipeline.results.store import Store
+from pipeline.settings.config import JobConfig
 from pipeline.source import DocumentReader, find_files, list_documents
 from pipeline.source.files import glob_regex
-from pipeline.store import Store
 
 AWS = "?region=us-east-1"  # else the client asks for it
 

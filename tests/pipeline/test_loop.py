@@ -9,7 +9,7 @@ import pytest
 from patience import patient
 
 from pipeline.engine.config import Completion, Request
-from pipeline.loop import EngineLoop
+from pipeline.workers.loop import EngineLoop
 
 
 class Gated:

@@ -20,17 +20,17 @@ import pytest
 from engine_models import TINY_READER
 from result_rows import make_row
 
-from pipeline import metrics as metrics_module
 from pipeline import read_results
-from pipeline.config import JobConfig
 from pipeline.engine import Engine, EngineConfig, Request
-from pipeline.job import run
-from pipeline.metrics import ADDED, DOCUMENTS, METRICS, OBSERVED, JobMetrics, report_arena
-from pipeline.progress import Progress
-from pipeline.rows import STATUSES, Row, result_schema, to_table
-from pipeline.sink import Sink
-from pipeline.store import Store
-from pipeline.summary import JobReport
+from pipeline.job.job import run
+from pipeline.job.progress import Progress
+from pipeline.results.rows import STATUSES, Row, result_schema, to_table
+from pipeline.results.sink import Sink
+from pipeline.results.store import Store
+from pipeline.results.summary import JobReport
+from pipeline.settings.config import JobConfig
+from pipeline.workers import metrics as metrics_module
+from pipeline.workers.metrics import ADDED, DOCUMENTS, METRICS, OBSERVED, JobMetrics, report_arena
 
 DASHBOARD = Path(__file__).parents[2] / "examples" / "monitoring" / "dashboard.json"
 

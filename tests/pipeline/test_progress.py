@@ -15,11 +15,11 @@ from typing import TextIO
 import pytest
 from result_rows import make_row
 
-from pipeline.config import JobConfig
 from pipeline.errors import JobError
-from pipeline.job import run
-from pipeline.progress import Progress
-from pipeline.rows import Row
+from pipeline.job.job import run
+from pipeline.job.progress import Progress
+from pipeline.results.rows import Row
+from pipeline.settings.config import JobConfig
 
 OK = {"prompt_tokens": 1_234_000, "output_tokens": 567}
 
@@ -201,7 +201,7 @@ def test_a_job_on_a_terminal_whose_disk_is_full_at_the_end(
     def full(*arguments: object) -> None:
         raise JobError("the disk is full")
 
-    monkeypatch.setattr("pipeline.sink.Sink._write", full)
+    monkeypatch.setattr("pipeline.results.sink.Sink._write", full)
     config = JobConfig(input=str(tmp_path), output=str(tmp_path / "out"), model=str(model), device="cpu", workers=1)  # type: ignore[arg-type]
     with pytest.raises(JobError, match="the disk is full"):
         run(config, engine_factory="fake_engine:FakeEngine", progress=Progress(3, 120, stream=screen.stream))

@@ -32,8 +32,8 @@ DRIVER = """
 import sys
 from pathlib import Path
 import ray
-from pipeline.config import JobConfig
-from pipeline.job import run
+from pipeline.settings.config import JobConfig
+from pipeline.job.job import run
 folder, model, address = sys.argv[1:]
 ray.init(address=address, log_to_driver=False, logging_level="error")
 for name in ("killer", "slow"):

@@ -15,11 +15,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from pipeline import Summarizer
-from pipeline.config import JobConfig
 from pipeline.errors import DocumentError, JobError
-from pipeline.plan import describe_plan
-from pipeline.prompts import PromptBuilder, Task, make_task, user_message
-from pipeline.tokens import Tokens, load_tokens
+from pipeline.job.plan import describe_plan
+from pipeline.prompts.prompt import PromptBuilder, Task, make_task, user_message
+from pipeline.prompts.tokens import Tokens, load_tokens
+from pipeline.settings.config import JobConfig
 
 MODEL = Path(__file__).parents[2] / "models" / "tiny-reader"
 TASK = make_task("summarize", "List the key findings in order.", None)

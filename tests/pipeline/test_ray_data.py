@@ -13,7 +13,7 @@ import pytest
 
 from pipeline import StemlineStage
 from pipeline.errors import JobError
-from pipeline.rows import result_schema
+from pipeline.results.rows import result_schema
 
 FAKE = {"engine_factory": "fake_engine:FakeEngine", "max_new_tokens": 8}
 

@@ -10,10 +10,10 @@ import pytest
 from result_rows import make_row
 
 from pipeline.errors import JobError
-from pipeline.pool import Event
-from pipeline.rows import Row
-from pipeline.scheduler import Limits, Scheduler, StopRequestedError
+from pipeline.results.rows import Row
 from pipeline.source import Document, Locator
+from pipeline.workers.pool import Event
+from pipeline.workers.scheduler import Limits, Scheduler, StopRequestedError
 
 Behave = Callable[["Workers", int, Document], Event | None]
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from test_scheduler import NAMES, Behave, Workers, by_id, document, ok
 
-from pipeline.cluster_size import LOOK_EVERY, ClusterSize
-from pipeline.pool import Event
-from pipeline.rows import Row
-from pipeline.scheduler import Limits, Scheduler
+from pipeline.results.rows import Row
 from pipeline.source import Document
+from pipeline.workers.cluster_size import LOOK_EVERY, ClusterSize
+from pipeline.workers.pool import Event
+from pipeline.workers.scheduler import Limits, Scheduler
 
 
 def make(names: list[str], pool: Workers, rows: list[Row], tick: Any = lambda: None, **limits: Any) -> Scheduler:
@@ -32,7 +32,7 @@ def calls_per_document(workers: int) -> float:
 
     def count(frame: Any, event: str, argument: Any) -> None:
         nonlocal calls
-        calls += event in ("call", "c_call") and frame.f_code.co_filename.endswith("pipeline/scheduler.py")
+        calls += event in ("call", "c_call") and frame.f_code.co_filename.endswith("pipeline/workers/scheduler.py")
 
     sys.setprofile(count)
     try:

@@ -15,20 +15,21 @@ import pyarrow.parquet as pq
 import pytest
 from result_rows import make_row
 
-import pipeline.config
-from pipeline import Summarizer, manifest
-from pipeline.config import JobConfig
+import pipeline.settings.config
+from pipeline import Summarizer
 from pipeline.engine.config import EngineConfig
 from pipeline.errors import JobError
+from pipeline.job import manifest
+from pipeline.job.plan import make_engine_config
+from pipeline.job.progress import Progress
 from pipeline.location import open_filesystem, safe_name
-from pipeline.plan import make_engine_config
-from pipeline.progress import Progress
-from pipeline.prompts import make_task
-from pipeline.rows import Outcome, result_schema
-from pipeline.settings import EngineSettings, Sampling
-from pipeline.sink import Sink, compact, done_rows, part_names, read_results, recover
+from pipeline.prompts.prompt import make_task
+from pipeline.results.rows import Outcome, result_schema
+from pipeline.results.sink import Sink, compact, done_rows, part_names, read_results, recover
+from pipeline.results.store import Store
+from pipeline.settings.config import JobConfig
+from pipeline.settings.shared import EngineSettings, Sampling
 from pipeline.source import DocumentReader, find_files, list_documents
-from pipeline.store import Store
 from stem_core.config import StemConfig
 from stem_core.settings import SettingError, values_of
 
@@ -137,7 +138,7 @@ HANDED_ON = {
 def test_what_engine_and_sampling_share_with_the_job_is_declared_once_and_handed_on() -> None:
     shared = {item.name for item in (*fields(EngineSettings), *fields(Sampling))}
     assert shared == set(HANDED_ON), "a new one needs a value here"
-    tree = ast.parse(inspect.getsource(pipeline.config))
+    tree = ast.parse(inspect.getsource(pipeline.settings.config))
     (job,) = (node for node in tree.body if isinstance(node, ast.ClassDef))
     own = {node.target.id for node in job.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
     assert "output" in own

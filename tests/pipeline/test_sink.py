@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 from result_rows import make_row
 
-from pipeline import sink as sinks
 from pipeline.errors import JobError
-from pipeline.plan import check_columns
-from pipeline.records import utc_now
-from pipeline.rows import COLUMNS, Row, result_schema
-from pipeline.sink import Sink, compact, done_rows, part_names, read_results, recover
-from pipeline.store import Store
+from pipeline.job.plan import check_columns
+from pipeline.results import sink as sinks
+from pipeline.results.columns import utc_now
+from pipeline.results.rows import COLUMNS, Row, result_schema
+from pipeline.results.sink import Sink, compact, done_rows, part_names, read_results, recover
+from pipeline.results.store import Store
 
 
 class Clock:
@@ -244,8 +244,8 @@ def test_the_lock_keeps_others_out_and_survives_a_crash(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     store.create()
     code = (
-        "import sys; from pipeline.store import Store; s = Store(sys.argv[1]); s.lock(); print('in', flush=True);"
-        "sys.stdin.read()"
+        "import sys; from pipeline.results.store import Store; s = Store(sys.argv[1]); "
+        "s.lock(); print('in', flush=True);sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     root = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ import pytest
 import zstandard
 
 from pipeline.errors import DocumentError, JobError
-from pipeline.kept import Kept
+from pipeline.results.kept_columns import Kept
 from pipeline.source import Catalogue, DocumentReader, find_files, list_documents
 
 ROWS = [{"id": f"d{i}", "text": f"text number {i} " * (i + 1), "year": 2000 + i, "tags": ["a", i]} for i in range(7)]

@@ -10,11 +10,11 @@ from result_rows import make_row
 
 from jobs.report.__main__ import main as report_main
 from jobs.summarize import show
-from pipeline.progress import Progress
-from pipeline.rows import result_schema
-from pipeline.sink import Sink
-from pipeline.store import Store
-from pipeline.summary import JobReport, rows_for_table, summarize_results
+from pipeline.job.progress import Progress
+from pipeline.results.rows import result_schema
+from pipeline.results.sink import Sink
+from pipeline.results.store import Store
+from pipeline.results.summary import JobReport, rows_for_table, summarize_results
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 from pipeline import summarize
 from pipeline.engine.config import Request
 from pipeline.errors import DocumentError, JobError
-from pipeline.prompts import PromptBuilder, make_task
-from pipeline.thinking import opens_thinking, template_switches
-from pipeline.tokens import Tokens
+from pipeline.prompts.prompt import PromptBuilder, make_task
+from pipeline.prompts.thinking import opens_thinking, template_switches
+from pipeline.prompts.tokens import Tokens
 
 MODEL = Path(__file__).parents[2] / "models" / "tiny-reader"
 TASK = make_task("summarize", "What does it say?", None)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from jobs.demo.scoring import Score, read_findings, score
-from pipeline.config import JobConfig, read_job_file
 from pipeline.engine import Engine, EngineConfig, Request
-from pipeline.prompts import PromptBuilder, make_task
-from pipeline.tokens import load_tokens
+from pipeline.prompts.prompt import PromptBuilder, make_task
+from pipeline.prompts.tokens import load_tokens
+from pipeline.settings.config import JobConfig, read_job_file
 from stem_core.budget import row_budgets
 from stem_core.config import StemConfig
 

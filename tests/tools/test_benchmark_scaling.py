@@ -12,8 +12,8 @@ import pytest
 
 import tools.benchmark.scaling as benchmark
 from pipeline.errors import JobError
-from pipeline.prompts import PromptBuilder, make_task
-from pipeline.tokens import load_tokens
+from pipeline.prompts.prompt import PromptBuilder, make_task
+from pipeline.prompts.tokens import load_tokens
 from tools.benchmark.__main__ import main
 from tools.benchmark.scaling.documents import model_folder, write_documents
 from tools.benchmark.scaling.figures import check_rows, compared, figures

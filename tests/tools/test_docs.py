@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import add_job_flags
-from pipeline import manifest
-from pipeline.config import GROUPS, JobConfig
 from pipeline.engine.config import Completion
-from pipeline.records import column, columns_of
-from pipeline.rows import COLUMNS, NAMES, NOT_STARTED, STATUSES, EngineFields, Outcome, Row
-from pipeline.store import Store
+from pipeline.job import manifest
+from pipeline.results.columns import column, columns_of
+from pipeline.results.rows import COLUMNS, NAMES, NOT_STARTED, STATUSES, EngineFields, Outcome, Row
+from pipeline.results.store import Store
+from pipeline.settings.config import GROUPS, JobConfig
 from stem_core.config import StemConfig
 from tools.docs.__main__ import FOLDER, main, pages
 

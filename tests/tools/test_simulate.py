@@ -13,7 +13,7 @@ from result_rows import make_row
 
 from pipeline import read_results
 from pipeline.errors import JobError
-from pipeline.rows import result_schema, to_table
+from pipeline.results.rows import result_schema, to_table
 from tools.simulate.__main__ import main
 from tools.simulate.cost import H100, EngineCost, fit, lengths
 from tools.simulate.engine import SimulatedEngine, job_seconds

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from jobs.measurement import stamp
-from pipeline.config import JobConfig
 from pipeline.errors import JobError
-from pipeline.job import run
+from pipeline.job.job import run
+from pipeline.settings.config import JobConfig
 from tools.benchmark._measure import write_json
 
 SENTENCE = "The quiet committee reviewed the harbour budget in the spring. "

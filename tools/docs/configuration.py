@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from pipeline.config import GROUPS, STEM_OVERRIDES, JobConfig, declared, flag, from_mapping
-from pipeline.manifest import READING
+from pipeline.job.manifest import READING
+from pipeline.settings.config import GROUPS, STEM_OVERRIDES, JobConfig, declared, flag, from_mapping
 from stem_core.budget import prompt_budget
 from stem_core.config import DENSE_BELOW, PRESETS, StemConfig
 from stem_core.estimators import ESTIMATORS

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from pipeline import lock, manifest, sink, store
-from pipeline.config import JobConfig
-from pipeline.records import Column
-from pipeline.rows import COLUMNS, STATUSES
+from pipeline.job import manifest
+from pipeline.results import lock, sink, store
+from pipeline.results.columns import Column
+from pipeline.results.rows import COLUMNS, STATUSES
+from pipeline.settings.config import JobConfig
 from tools.docs.markdown import table
 
 TYPES = {

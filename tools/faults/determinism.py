@@ -146,8 +146,8 @@ def make_prompts(model: str, documents: int, longest: int, texts: bool) -> dict[
 
 def text_prompt(model: str, index: int, tokens: int) -> np.ndarray:
     """A piece of an example document behind the model's chat template, at most `tokens` tokens."""
-    from pipeline.prompts import PromptBuilder, make_task
-    from pipeline.tokens import load_tokens
+    from pipeline.prompts.prompt import PromptBuilder, make_task
+    from pipeline.prompts.tokens import load_tokens
 
     builder = PromptBuilder(load_tokens(model), make_task("summarize", QUESTION, None))
     files = sorted((ROOT / "examples" / "documents").glob("*.txt"))

@@ -9,7 +9,7 @@ from jobs.cli import Parser, add_job_flags, job_config, run_main
 
 def main(arguments: Sequence[str]) -> int:
     """Run the job that the command line asks for; the exit code."""
-    from pipeline.job import run
+    from pipeline.job.job import run
 
     parser = Parser(prog="python -m tools.faults.driver")
     parser.add_argument("--engine", default="CountingEngine", help="a class of tools.faults.engines")

@@ -18,7 +18,7 @@ from torch import nn
 
 from pipeline.engine import Engine
 from pipeline.engine.config import Completion, Request
-from pipeline.tokens import Tokens
+from pipeline.prompts.tokens import Tokens
 from tools.faults.processes import LOG
 
 VICTIM = "victim"

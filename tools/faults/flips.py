@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline import manifest, read_results
-from pipeline.config import JobConfig
+from pipeline import read_results
 from pipeline.errors import JobError
 from pipeline.imports import ROOT
-from pipeline.lock import FILE
-from pipeline.plan import Survey, make_plan, survey_input
-from pipeline.rows import Outcome, Row, result_schema
-from pipeline.sink import Sink, part_names, recover
-from pipeline.store import Store
+from pipeline.job import manifest
+from pipeline.job.plan import Survey, make_plan, survey_input
+from pipeline.results.lock import FILE
+from pipeline.results.rows import Outcome, Row, result_schema
+from pipeline.results.sink import Sink, part_names, recover
+from pipeline.results.store import Store
+from pipeline.settings.config import JobConfig
 from tools.faults.runs import refuse_used
 
 MODEL = ROOT / "models" / "tiny-reader"

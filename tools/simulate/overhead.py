@@ -1,4 +1,4 @@
-"""What Ray adds: real actors that do nothing, fed through pipeline.ray_pool by the job's scheduler and writer."""
+"""What Ray adds: real actors that do nothing, fed through the Ray pool by the job's scheduler and writer."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any, cast
 
 import numpy as np
 
-from pipeline.metrics import JobMetrics
-from pipeline.ray_pool import RayPool, Share, connected
-from pipeline.rows import Row, result_schema
-from pipeline.scheduler import Limits, Scheduler
-from pipeline.sink import Sink
+from pipeline.results.rows import Row, result_schema
+from pipeline.results.sink import Sink
+from pipeline.results.store import Store
 from pipeline.source import Document
-from pipeline.store import Store
+from pipeline.workers.metrics import JobMetrics
+from pipeline.workers.ray_pool import RayPool, Share, connected
+from pipeline.workers.scheduler import Limits, Scheduler
 from tools.simulate.cost import H100
 from tools.simulate.pool import SimulatedPool
 from tools.simulate.run import catalogue
@@ -27,7 +27,7 @@ WARM = 0.2
 
 
 class IdleWorker:
-    """Stands in for pipeline.worker.Worker: every document is done at once."""
+    """Stands in for pipeline.workers.worker.Worker: every document is done at once."""
 
     def __init__(self, config: Any) -> None:
         pool = SimulatedPool(H100, 256, start_seconds=0, failures=0, driver_seconds=0, seed=0)

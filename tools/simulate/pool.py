@@ -1,4 +1,4 @@
-"""pipeline.scheduler.Pool over simulated engines, in virtual time."""
+"""pipeline.workers.scheduler.Pool over simulated engines, in virtual time."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.pool import Event, WorkerId
-from pipeline.records import columns_of, utc_now
-from pipeline.rows import EngineFields, Outcome, Row, WorkerFields
+from pipeline.results.columns import columns_of, utc_now
+from pipeline.results.rows import EngineFields, Outcome, Row, WorkerFields
 from pipeline.source import Document
+from pipeline.workers.pool import Event, WorkerId
 from tools.simulate.cost import EngineCost
 from tools.simulate.engine import SimulatedEngine
 

@@ -12,14 +12,14 @@ import psutil
 import pyarrow as pa
 
 from pipeline.errors import JobError
-from pipeline.metrics import JobMetrics
-from pipeline.progress import Progress
-from pipeline.rows import Row, result_schema
-from pipeline.scheduler import Limits, Scheduler
-from pipeline.sink import Sink, compact, part_names, read_results
+from pipeline.job.progress import Progress
+from pipeline.results.rows import Row, result_schema
+from pipeline.results.sink import Sink, compact, part_names, read_results
+from pipeline.results.store import Store
 from pipeline.source import FORMATS, Catalogue, Document, SourceFile
 from pipeline.source.catalogue import in_shard
-from pipeline.store import Store
+from pipeline.workers.metrics import JobMetrics
+from pipeline.workers.scheduler import Limits, Scheduler
 from tools.simulate.cost import EngineCost, lengths, share
 from tools.simulate.pool import BYTES_PER_TOKEN, SimulatedPool
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from kernels.block_sparse_attention_fp8 import BLOCK_SIZES
 from kernels.fp8_heads import FP8, fp8_obstacle
 from pipeline.engine.config import EngineError
 from pipeline.engine.kv.arena import LayerShape
@@ -103,7 +102,7 @@ def check_fp8_attention(shapes: dict[int, LayerShape], attention: StemConfig | N
                 f"precision 'fp8' takes estimator {attention.estimator!r} with heads of at least {least}, this model "
                 f"has heads of {shape.head_dim}: use bf16 or estimator {' or '.join(others)}"
             )
-    obstacle = "" if attention is None else fp8_block_obstacle(attention)
+    obstacle = "" if attention is None else attention.fp8_obstacle()
     if obstacle:
         raise EngineError(f"precision 'fp8': {obstacle}; change it or use another precision")
 
@@ -141,13 +140,4 @@ def wide_note(precision: Precision, calibration: Calibration) -> str:
         f"fp8: attention and KV of {wide_layers(calibration)} stay in {precision.dtype_name}, since e4m3 would change "
         f"the attention's output by {errors} there (limit {WIDE_ERROR:.0%}, the largest other "
         f"{max(error for layer, error in calibration.errors.items() if layer not in calibration.wide):.1%})"
-    )
-
-
-def fp8_block_obstacle(attention: StemConfig) -> str:
-    """Why the fp8 kernels cannot take these blocks; empty if they can."""
-    if attention.block_size in BLOCK_SIZES:
-        return ""
-    return (
-        f"its kernels take blocks of {', '.join(map(str, BLOCK_SIZES))} tokens, got block_size={attention.block_size}"
     )

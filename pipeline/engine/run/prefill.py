@@ -30,7 +30,8 @@ class AttentionPlan:
     """How a prompt attends: before it runs a matter of its length alone, then also of what is measured
     (max_output_error).
 
-    Its fields are those of the same names in pipeline.rows.EngineFields. `density` is the mean of density_by_layer.
+    Its fields are those of the same names in pipeline.results.rows.EngineFields.
+    density: the mean of density_by_layer.
     output_error: of the sampled query block that is furthest from dense attention, mean over its rows and the sparse
     layers (see stem_core.output_error); None where nothing was measured.
     """

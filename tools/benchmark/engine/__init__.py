@@ -24,7 +24,7 @@ from jobs.shapes import ALIASES, SHAPES, shape_folder
 from pipeline.engine import Engine, EngineConfig
 from pipeline.engine.model.loading import load_config, load_precision
 from pipeline.errors import JobError
-from pipeline.settings import PRECISIONS
+from pipeline.settings.shared import PRECISIONS
 from stem_core.config import PRESETS, StemConfig
 from tools.benchmark.engine import vllm_peer
 from tools.benchmark.engine.agreement import MODEL, check_agreement

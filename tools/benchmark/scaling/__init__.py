@@ -16,13 +16,13 @@ import torch
 
 from jobs.measurement import stamp
 from jobs.shapes import ALIASES, SHAPES
-from pipeline.config import JobConfig
 from pipeline.engine.config import EngineConfig
 from pipeline.errors import JobError
-from pipeline.job import run
-from pipeline.records import utc_now
-from pipeline.settings import PRECISIONS
-from pipeline.sink import read_results
+from pipeline.job.job import run
+from pipeline.results.columns import utc_now
+from pipeline.results.sink import read_results
+from pipeline.settings.config import JobConfig
+from pipeline.settings.shared import PRECISIONS
 from stem_core.config import DEFAULT_PRESET, PRESETS
 from tools.benchmark._measure import write_json
 from tools.benchmark.scaling.documents import model_folder, write_documents

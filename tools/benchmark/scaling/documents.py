@@ -9,8 +9,8 @@ from pathlib import Path
 
 from jobs.shapes import shape_folder
 from pipeline.errors import JobError
-from pipeline.prompts import PromptBuilder, make_task
-from pipeline.tokens import load_tokens
+from pipeline.prompts.prompt import PromptBuilder, make_task
+from pipeline.prompts.tokens import load_tokens
 from tools.faults.corpus import READER, WORDS
 
 OPENING, CLOSING = "Report", " end."

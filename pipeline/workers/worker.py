@@ -21,14 +21,14 @@ from pipeline.engine.model.loading import context_limit, load_config
 from pipeline.engine.model.rope import stretch_hint
 from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.imports import check_kernels
-from pipeline.kept import Kept
-from pipeline.loop import EngineBrokenError, EngineLike, EngineLoop
-from pipeline.metrics import report_arena
-from pipeline.prompts import Prompt, PromptBuilder, Task
-from pipeline.records import utc_now
-from pipeline.rows import EngineFields, Outcome, Row, WorkerFields
+from pipeline.prompts.prompt import Prompt, PromptBuilder, Task
+from pipeline.prompts.tokens import Tokens, load_tokens
+from pipeline.results.columns import utc_now
+from pipeline.results.kept_columns import Kept
+from pipeline.results.rows import EngineFields, Outcome, Row, WorkerFields
 from pipeline.source import Document, DocumentReader, input_hash
-from pipeline.tokens import Tokens, load_tokens
+from pipeline.workers.loop import EngineBrokenError, EngineLike, EngineLoop
+from pipeline.workers.metrics import report_arena
 
 T = TypeVar("T")
 # How long after its deadline a document may still hold the reader or the engine before the worker counts as hung. The

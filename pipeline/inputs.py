@@ -9,12 +9,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.config import JobConfig
 from pipeline.errors import JobError
-from pipeline.kept import Kept, keep
 from pipeline.location import is_remote
-from pipeline.options import short
-from pipeline.records import valid_text
+from pipeline.results.columns import valid_text
+from pipeline.results.kept_columns import Kept, keep
+from pipeline.settings.config import JobConfig
+from pipeline.settings.options import short
 from pipeline.source import Document, DocumentReader, Locator, SourceFile, find_files, list_documents
 from pipeline.source.texts import checked_text
 
@@ -40,7 +40,7 @@ class TextReader(DocumentReader):
 
 
 @dataclass(frozen=True)
-class Given:
+class Inputs:
     """Documents in the order in which they were given, and the fields of --keep-columns that their files have."""
 
     documents: list[Document]
@@ -53,7 +53,7 @@ def text_document(document_id: str, text: Any, source: str) -> TextDocument:
     return TextDocument(valid_text(document_id), source, _MEMORY, size, text=text)
 
 
-def list_given(texts: Texts | None, inputs: tuple[str, ...], config: JobConfig) -> Given:
+def list_inputs(texts: Texts | None, inputs: tuple[str, ...], config: JobConfig) -> Inputs:
     """The documents of a call. Strings are texts, Paths are read as the job reads its input.
 
     Ids are the mapping's keys, a text's place in the list, or those that the job gives to files and rows.
@@ -81,7 +81,7 @@ def list_given(texts: Texts | None, inputs: tuple[str, ...], config: JobConfig) 
     if not documents:
         raise JobError("there are no documents: give texts, {id: text}, pathlib.Paths, or input=")
     _refuse_doubles(documents)
-    return Given(documents, kept)
+    return Inputs(documents, kept)
 
 
 def _items(texts: Texts | None) -> Iterator[tuple[Any, Any]]:

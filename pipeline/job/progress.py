@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 from pipeline.errors import visible
-from pipeline.rows import Row
+from pipeline.results.rows import Row
 
 LOG_EVERY = 30.0
 TERMINAL_EVERY = 0.5

@@ -1,6 +1,6 @@
 """Every setting of a job: the flags, the keys of a job file and the keyword arguments come from this record.
 
-A setting is declared once, where it is used: those of the engine and of sampling in pipeline.settings, Stem's in
+A setting is declared once, where it is used: those of the engine and of sampling in pipeline.settings.shared, Stem's in
 stem_core.config, all others here.
 """
 
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.errors import JobError, nearest, one_line
-from pipeline.options import check_flags, flag, short, told
-from pipeline.settings import EngineSettings, Sampling
-from pipeline.thinking import THINKING
+from pipeline.prompts.thinking import THINKING
+from pipeline.settings.options import check_flags, flag, short, told
+from pipeline.settings.shared import EngineSettings, Sampling
 from stem_core.config import DEFAULT_PRESET, PRESETS, REMOVED_PRESETS, StemConfig
 from stem_core.settings import SettingError, setting
 
@@ -183,9 +183,7 @@ class JobConfig(Sampling, EngineSettings):
 
     def _check_precision(self, stem: StemConfig | None) -> None:
         if self.precision == "fp8" and stem is not None:
-            from pipeline.engine.model.precision import fp8_block_obstacle
-
-            obstacle = fp8_block_obstacle(stem)
+            obstacle = stem.fp8_obstacle()
             if obstacle:
                 raise JobError(f"{flag('precision')} fp8: {obstacle}; change {flag('block_size')}")
 

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import one_line
-from pipeline.records import valid_text
-from pipeline.rows import NAMES
+from pipeline.results.columns import valid_text
+from pipeline.results.rows import NAMES
 
 # What Arrow raises for a value that a type does not hold, and Python for one that it has no object for.
 VALUE_ERRORS = (pa.ArrowException, ValueError, TypeError, OverflowError)

@@ -19,10 +19,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import JobError, one_line
-from pipeline.kept import concat
-from pipeline.rows import COLUMNS, Row, to_table
-from pipeline.seal import seal_problem, sealed
-from pipeline.store import Store
+from pipeline.results.kept_columns import concat
+from pipeline.results.rows import COLUMNS, Row, to_table
+from pipeline.results.seal import seal_problem, sealed
+from pipeline.results.store import Store
 
 PREFIX, SUFFIX = "part-", ".parquet"
 PART = re.compile(r"(?:^|/)part-\d{6,}-[0-9a-f]{8}\.parquet$")

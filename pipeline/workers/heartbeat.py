@@ -27,7 +27,7 @@ class ClusterLostError(JobError):
     """Ray is gone; nothing more can be asked of it."""
 
 
-class Pulse:
+class Heartbeat:
     """Looks now and then whether somebody listens at each address, by name; `check` raises ClusterLostError if not."""
 
     def __init__(
@@ -52,8 +52,8 @@ class Pulse:
         self._next = self._clock() + EVERY
 
 
-def pulse(local: bool) -> Pulse:
-    """The pulse of the cluster that this process is connected to."""
+def heartbeat(local: bool) -> Heartbeat:
+    """The heartbeat of the cluster that this process is connected to."""
     addresses: dict[str, Address] = {}
     with contextlib.suppress(Exception):  # Ray's client has neither, and tells by itself
         context = ray.get_runtime_context()
@@ -62,7 +62,7 @@ def pulse(local: bool) -> Pulse:
         for node in ray.nodes():
             if node["NodeID"] == context.get_node_id():
                 addresses["node manager (raylet)"] = node["NodeManagerAddress"], int(node["NodeManagerPort"])
-    return Pulse(addresses, PRIVATE_SECONDS if local else SHARED_SECONDS)
+    return Heartbeat(addresses, PRIVATE_SECONDS if local else SHARED_SECONDS)
 
 
 def _listens(address: Address) -> bool:

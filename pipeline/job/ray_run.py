@@ -7,18 +7,18 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from pipeline.cluster_size import ClusterSize
 from pipeline.errors import JobError
-from pipeline.metrics import JobMetrics
-from pipeline.plan import Survey, make_worker_config
-from pipeline.pool import EventKind
-from pipeline.progress import Progress
-from pipeline.pulse import pulse
-from pipeline.ray_pool import Cluster, RayPool, Share, divide, room_for, room_now
-from pipeline.rows import Row
-from pipeline.scheduler import Limits, Scheduler, hang_after
-from pipeline.sink import Sink
+from pipeline.job.plan import Survey, make_worker_config
+from pipeline.job.progress import Progress
+from pipeline.results.rows import Row
+from pipeline.results.sink import Sink
 from pipeline.source import Catalogue, Document
+from pipeline.workers.cluster_size import ClusterSize
+from pipeline.workers.heartbeat import heartbeat
+from pipeline.workers.metrics import JobMetrics
+from pipeline.workers.pool import EventKind
+from pipeline.workers.ray_pool import Cluster, RayPool, Share, divide, room_for, room_now
+from pipeline.workers.scheduler import Limits, Scheduler, hang_after
 
 
 class RayRun:
@@ -45,7 +45,7 @@ class RayRun:
         self._sink, self._progress, self._metrics = sink, progress, metrics
         share = divide(cluster, config.device, config.workers, len(documents), config.gpus_per_worker)
         worker_config = make_worker_config(survey, share.device, share.threads, engine_factory, grace)
-        self._pulse = pulse(cluster.local)
+        self._heartbeat = heartbeat(cluster.local)
         self._pool = RayPool(worker_config, share, local=cluster.local)
         room = room_for(cluster, share.device, config.gpus_per_worker)
         self._tell_begin(share, room, len(documents))
@@ -92,7 +92,7 @@ class RayRun:
     def _tick(self) -> None:
         scheduler = self._scheduler
         self._sink.tick()
-        self._pulse.check()
+        self._heartbeat.check()
         self._progress.workers(scheduler.live, scheduler.starting, scheduler.in_flight)
         self._progress.tick()
         self._metrics.tick(scheduler.waiting, scheduler.in_flight, scheduler.live, scheduler.starting)

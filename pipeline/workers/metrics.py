@@ -22,8 +22,8 @@ from typing import Literal
 import pyarrow as pa
 
 from pipeline.errors import one_line
-from pipeline.loop import EngineLike
-from pipeline.rows import COLUMNS, PHASES
+from pipeline.results.rows import COLUMNS, PHASES
+from pipeline.workers.loop import EngineLike
 
 EVERY = 1.0
 SECONDS = (

@@ -13,19 +13,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import manifest
-from pipeline.config import JobConfig
 from pipeline.errors import DocumentError, JobError, one_line
-from pipeline.kept import PROMOTE
+from pipeline.job import manifest
 from pipeline.location import safe_name
 from pipeline.model_files import is_local
-from pipeline.prompts import Task, make_task
-from pipeline.rows import NAMES, result_schema
-from pipeline.settings import EngineSettings, Sampling
-from pipeline.sink import PART, done_rows, part_names
+from pipeline.prompts.prompt import Task, make_task
+from pipeline.results.kept_columns import PROMOTE
+from pipeline.results.rows import NAMES, result_schema
+from pipeline.results.sink import PART, done_rows, part_names
+from pipeline.results.store import Store
+from pipeline.settings.config import JobConfig
+from pipeline.settings.shared import EngineSettings, Sampling
 from pipeline.source import Catalogue, Document, DocumentReader, find_files, input_hash, list_documents
 from pipeline.source.files import directly_in
-from pipeline.store import Store
 from stem_core.settings import values_of
 
 
@@ -194,8 +194,8 @@ def _compare_with_earlier(
 def make_worker_config(
     survey: Survey, device: str, threads: int, engine_factory: str = "", grace: float | None = None
 ) -> Any:
-    """The job's settings in the form a worker takes them (pipeline.worker.WorkerConfig)."""
-    from pipeline.worker import GRACE_SECONDS, WorkerConfig
+    """The job's settings in the form a worker takes them (pipeline.workers.worker.WorkerConfig)."""
+    from pipeline.workers.worker import GRACE_SECONDS, WorkerConfig
 
     config = survey.config
     return WorkerConfig(
@@ -276,8 +276,8 @@ def _token_lines(config: JobConfig, plan: Plan) -> Iterator[str]:
     from pipeline.engine import EngineError, estimate_plan
     from pipeline.engine.model.loading import load_config
     from pipeline.engine.model.rope import stretch_hint
-    from pipeline.prompts import PromptBuilder
-    from pipeline.tokens import load_tokens
+    from pipeline.prompts.prompt import PromptBuilder
+    from pipeline.prompts.tokens import load_tokens
 
     pending = plan.pending
     memory = None

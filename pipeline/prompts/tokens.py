@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.model_files import is_gguf, source
-from pipeline.thinking import Answer, markers_of, may_think, split_answer, template_switches
+from pipeline.prompts.thinking import Answer, markers_of, may_think, split_answer, template_switches
 
 # The function by which chat templates ask for the date, and the codes of its formats: %d, %-d, %B.
 CLOCK = "strftime_now"

@@ -15,8 +15,8 @@ from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pipeline.errors import DocumentError, JobError, one_line
-from pipeline.thinking import opens_thinking
-from pipeline.tokens import Tokens
+from pipeline.prompts.thinking import opens_thinking
+from pipeline.prompts.tokens import Tokens
 
 # What stands for the document while templates are rendered: ordinary letters, so that no template strips or escapes it.
 MARK = "STEMLINEDOCUMENTSTANDSHERE"

@@ -19,10 +19,10 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from pipeline.errors import JobError, one_line, without_secrets
 from pipeline.imports import ROOT
-from pipeline.loop import EngineBrokenError, describe_error
-from pipeline.pool import Event, WorkerId
 from pipeline.source import Document
-from pipeline.worker import Worker, WorkerConfig
+from pipeline.workers.loop import EngineBrokenError, describe_error
+from pipeline.workers.pool import Event, WorkerId
+from pipeline.workers.worker import Worker, WorkerConfig
 
 START_TIMEOUT = 900.0
 # Every worker holds the whole model; beyond so many on CPUs a person should say that there is memory for them.
@@ -59,7 +59,7 @@ def connected(address: str | None) -> Iterator[Cluster]:
     local = address == "local"
     with _local_environment() if local else contextlib.nullcontext():
         if local:
-            # What Ray prints when one of its parts ends, with pages of its log, pipeline.pulse says in a line. It is
+            # What Ray prints when one of its parts ends, with pages of its log, heartbeat.py says in a line. It is
             # how Ray's own debugger quiets it.
             ray._private.worker._worker_logs_enabled = False
             options |= {"include_dashboard": False, "object_store_memory": 128 << 20, "dashboard_host": "127.0.0.1"}
@@ -170,7 +170,7 @@ def _divide_gpus(cluster: Cluster, workers: int | str, documents: int, each: int
 
 
 class RayPool:
-    """pipeline.scheduler.Pool over Ray actors that are never restarted and whose calls are never retried by Ray.
+    """The scheduler's Pool over Ray actors that are never restarted and whose calls are never retried by Ray.
 
     Every call tells of its own end, so that waiting costs the same with ten calls out as with ten thousand.
     """

@@ -25,7 +25,7 @@ def column(
 
     meaning: what it says. unit: of numbers. null: when it has no value; where the type allows None, and only there.
     origin: who measures it, unless the group says so. arrow: its type where it does not follow from the annotation.
-    joined: how rows make one (pipeline.rows.EngineFields).
+    joined: how rows make one (pipeline.results.rows.EngineFields).
     """
     about = {"meaning": meaning, "unit": unit, "null": null, "origin": origin, "arrow": arrow}
     return field(metadata={"column": about, "joined": joined}, **default)

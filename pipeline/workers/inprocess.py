@@ -9,11 +9,11 @@ from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any
 
-from pipeline.given import TextReader
-from pipeline.loop import EngineBrokenError, describe_error
-from pipeline.pool import Event, WorkerId
+from pipeline.inputs import TextReader
 from pipeline.source import Document, DocumentReader
-from pipeline.worker import Worker, WorkerConfig
+from pipeline.workers.loop import EngineBrokenError, describe_error
+from pipeline.workers.pool import Event, WorkerId
+from pipeline.workers.worker import Worker, WorkerConfig
 
 # How long a closed engine may take to end its current step and give its memory back.
 CLOSE_SECONDS = 60.0
@@ -38,7 +38,7 @@ class LocalWorker(Worker):
 
 
 class LocalPool:
-    """pipeline.scheduler.Pool with one worker in this process. The worker stays for the next run.
+    """pipeline.workers.scheduler.Pool with one worker in this process. The worker stays for the next run.
 
     Its coroutines run in an event loop of their own: a notebook's is busy with the cell that waits for them.
     """

@@ -19,7 +19,7 @@ class Shift:
     since: float | None = None
 
 
-class Pace:
+class ServiceTime:
     """Seconds that a document takes a worker, over all that ended, and what that says of those that have not."""
 
     def __init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from pipeline.rows import Row
+from pipeline.results.rows import Row
 from pipeline.source import Document
 
 WorkerId = int

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.sink import encode, part_names, read_part
-from pipeline.store import Store
+from pipeline.results.sink import encode, part_names, read_part
+from pipeline.results.store import Store
 
 
 def remove_rows(store: Store, ids: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from pipeline.errors import JobError, one_line
-from pipeline.records import Column, column, columns_of, group, schema_of, utc_now, values_of
+from pipeline.results.columns import Column, column, columns_of, group, schema_of, utc_now, values_of
 
 if TYPE_CHECKING:
     from pipeline.source import Document

@@ -8,7 +8,7 @@ suffix; it is put again only to replace outdated rows by new ones. A put, or the
 atomic: before it there is no object or the earlier one, after it the new one. A crash leaves at most an upload that was
 never completed, which nobody can see (let a lifecycle rule of the bucket remove such). What replaces several objects (a
 merge of parts) is announced in a journal object first, which readers honour and the next run finishes or undoes. One
-job at a time: pipeline.lock.
+job at a time: pipeline.results.lock.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pyarrow.fs import FileSelector, FileSystem, FileType
 from pipeline.answering import answering
 from pipeline.errors import JobError, one_line
 from pipeline.location import is_remote, open_filesystem, safe_name, split_location
-from pipeline.lock import ClaimLock, FolderLock, Lock
+from pipeline.results.lock import ClaimLock, FolderLock, Lock
 
 T = TypeVar("T")
 TEMPORARY, PROBE = ".tmp", "probe-"

@@ -6,9 +6,9 @@ import socket
 
 import pytest
 
-from pipeline import ray_pool
 from pipeline.errors import JobError
-from pipeline.pulse import EVERY, ClusterLostError, Pulse
+from pipeline.workers import ray_pool
+from pipeline.workers.heartbeat import EVERY, ClusterLostError, Heartbeat
 
 
 class Clock:
@@ -21,32 +21,32 @@ class Clock:
 def test_an_address_where_nobody_listens_any_more_is_told() -> None:
     clock = Clock()
     with socket.create_server(("127.0.0.1", 0)) as server:
-        pulse = Pulse({"raylet": server.getsockname()}, 0.0, clock)
+        heartbeat = Heartbeat({"raylet": server.getsockname()}, 0.0, clock)
         for _ in range(3):
             clock.now += EVERY
-            pulse.check()
-    pulse.check()  # not yet time to look
+            heartbeat.check()
+    heartbeat.check()  # not yet time to look
     clock.now += EVERY
     with pytest.raises(ClusterLostError, match="its raylet is gone; what is finished is written, run the same command"):
-        pulse.check()
+        heartbeat.check()
 
 
 def test_one_that_comes_back_in_time_is_not_lost() -> None:
     clock = Clock()
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = server.getsockname()
-        pulse = Pulse({"GCS": address}, 10.0, clock)
+        heartbeat = Heartbeat({"GCS": address}, 10.0, clock)
     for _ in range(3):
         clock.now += 3.0
-        pulse.check()
+        heartbeat.check()
     with socket.create_server(address):
         clock.now += 1.0
-        pulse.check()
+        heartbeat.check()
     clock.now += 9.0
-    pulse.check()
+    heartbeat.check()
     clock.now += 1.0
     with pytest.raises(ClusterLostError, match="GCS"):
-        pulse.check()
+        heartbeat.check()
 
 
 def test_one_that_is_too_busy_to_answer_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,10 +54,10 @@ def test_one_that_is_too_busy_to_answer_is_not_lost(monkeypatch: pytest.MonkeyPa
         raise TimeoutError
 
     clock = Clock()
-    pulse = Pulse({"GCS": ("127.0.0.1", 1)}, 0.0, clock)
+    heartbeat = Heartbeat({"GCS": ("127.0.0.1", 1)}, 0.0, clock)
     monkeypatch.setattr(socket, "create_connection", slow)
     clock.now += 1.0
-    pulse.check()
+    heartbeat.check()
 
 
 @pytest.mark.parametrize(

@@ -10,20 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import manifest
 from pipeline.answering import stop_signals
-from pipeline.config import JobConfig, from_mapping
 from pipeline.errors import JobError, one_line
 from pipeline.imports import check_kernels
-from pipeline.metrics import JobMetrics
-from pipeline.plan import Plan, Survey, make_plan, survey_input
-from pipeline.progress import Progress
-from pipeline.repair import remove_rows
-from pipeline.rows import failed_row, result_schema
-from pipeline.sink import COMPACT_ABOVE, Sink, compact, part_names, recover
+from pipeline.job import manifest
+from pipeline.job.plan import Plan, Survey, make_plan, survey_input
+from pipeline.job.progress import Progress
+from pipeline.results.repair import remove_rows
+from pipeline.results.rows import failed_row, result_schema
+from pipeline.results.sink import COMPACT_ABOVE, Sink, compact, part_names, recover
+from pipeline.results.store import Store
+from pipeline.results.summary import JobReport, summarize_results
+from pipeline.settings.config import JobConfig, from_mapping
 from pipeline.source import Catalogue
-from pipeline.store import Store
-from pipeline.summary import JobReport, summarize_results
+from pipeline.workers.metrics import JobMetrics
 
 
 def run_job(config: JobConfig | None = None, **settings: Any) -> JobReport:
@@ -130,9 +130,9 @@ class _Run:
         # Ray and the engine are imported here, so that "nothing to do" and user errors come at once.
         from ray.exceptions import RayError
 
-        from pipeline.ray_pool import connected
-        from pipeline.ray_run import RayRun
-        from pipeline.scheduler import StopRequestedError
+        from pipeline.job.ray_run import RayRun
+        from pipeline.workers.ray_pool import connected
+        from pipeline.workers.scheduler import StopRequestedError
 
         survey = self._plan.survey
         try:

@@ -14,17 +14,17 @@ from pyarrow.fs import LocalFileSystem
 from pipeline.adapters import CONFIG as ADAPTER_CONFIG
 from pipeline.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from pipeline.adapters import adapter_problem, merge_problem
-from pipeline.config import JobConfig
 from pipeline.errors import JobError, one_line
 from pipeline.location import open_filesystem, safe_name
 from pipeline.model_files import config_problem, gguf_problem, is_gguf, weights_problem
-from pipeline.options import short
-from pipeline.prompts import Task
-from pipeline.records import utc_now
-from pipeline.seal import json_seal
+from pipeline.prompts.prompt import Task
+from pipeline.results.columns import utc_now
+from pipeline.results.seal import json_seal
+from pipeline.results.store import Store
+from pipeline.settings.config import JobConfig
+from pipeline.settings.options import short
 from pipeline.source import SourceFile
 from pipeline.source.files import content_stamp
-from pipeline.store import Store
 from pipeline.versions import job_versions
 
 NAME = "manifest.json"

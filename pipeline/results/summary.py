@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.sink import part_names, read_columns
-from pipeline.store import Store
+from pipeline.results.sink import part_names, read_columns
+from pipeline.results.store import Store
 
 _COLUMNS = (
     "status", "error", "document_id", "prompt_tokens", "output_tokens", "time_to_first_token", "decode_seconds",
@@ -26,7 +26,7 @@ class JobReport:
     decode_rate: output tokens a second of one document while it decodes. density: mean over sparse documents.
     why_dense: of one of the documents that were to run sparse and did not, empty without any. truncated: documents
     that were cut to fit; cut: those whose outputs end at --max-new-tokens.
-    seconds, done_now: of this run alone; seconds from the first dispatch to the last row. stats: see pipeline.job.
+    seconds, done_now: of this run alone; seconds from the first dispatch to the last row. stats: see pipeline.job.job.
     """
 
     output: str

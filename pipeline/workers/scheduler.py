@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.errors import JobError
-from pipeline.pace import Pace, Shift
-from pipeline.pool import Event, EventKind, Pool, WorkerId
-from pipeline.rows import Row, failed_row
+from pipeline.results.rows import Row, failed_row
 from pipeline.source import Document
+from pipeline.workers.pool import Event, EventKind, Pool, WorkerId
+from pipeline.workers.service_time import ServiceTime, Shift
 
 # What a document is blamed with when its worker is lost in this way while it holds nothing else.
 BLAME = {"died": "worker_died", "failed": "error", "hung": "timeout"}
@@ -46,7 +46,7 @@ class Limits:
 def hang_after(deadline: float, grace: float) -> float:
     """Limits.hang_after for documents with a deadline: after their worker had time to give each up by itself.
 
-    deadline: seconds, 0 for none. grace: for how long a worker waits then for its engine (pipeline.worker).
+    deadline: seconds, 0 for none. grace: for how long a worker waits then for its engine (pipeline.workers.worker).
     """
     return deadline + 3 * grace if deadline else 0.0
 
@@ -120,7 +120,7 @@ class Scheduler:
         # than it is looked at: an entry that no longer holds is passed over when it comes up.
         self._room: list[tuple[int, WorkerId]] = []
         self._suspects: deque[Job] = deque()
-        self._pace = Pace()
+        self._service_time = ServiceTime()
         self._failed_starts = 0
         self._next_start = 0.0
         self.started: dict[WorkerId, dict[str, Any]] = {}
@@ -217,8 +217,8 @@ class Scheduler:
         if held >= batch and self._to_come <= batch * (len(self._workers) - 1):
             return False
         now = self._clock()
-        share = (self._left - self._pace.done(now, self.in_flight)) / len(self._workers)
-        return held - self._pace.done_by(state.shift, now, held) < share
+        share = (self._left - self._service_time.done(now, self.in_flight)) / len(self._workers)
+        return held - self._service_time.done_by(state.shift, now, held) < share
 
     def _has_room(self, worker: WorkerId, state: WorkerState) -> None:
         """Enter a worker into the queue of those that take documents, if it does."""
@@ -229,7 +229,7 @@ class Scheduler:
         job.attempts += 1
         job.worker, job.sent_at = worker, self._clock()
         job.shared = bool(state.jobs)
-        self._pace.gets(state.shift, job.sent_at)
+        self._service_time.gets(state.shift, job.sent_at)
         for other in state.jobs.values():
             other.shared = True
         state.jobs[job.document.document_id] = self._out[job.document.document_id] = job
@@ -250,7 +250,7 @@ class Scheduler:
                 if line not in self._told:
                     self._told.add(line)
                     self._log(line)
-            self._pace.joins(state.shift, self._clock())
+            self._service_time.joins(state.shift, self._clock())
             self._has_room(event.worker, state)
         elif event.kind == "start_failed":
             self._start_failed(event)
@@ -263,7 +263,7 @@ class Scheduler:
         job = state.jobs.pop(event.document_id)
         del self._out[event.document_id]
         state.alone = False
-        self._pace.ends(state.shift, self._clock(), len(state.jobs))
+        self._service_time.ends(state.shift, self._clock(), len(state.jobs))
         self._has_room(event.worker, state)
         assert event.row is not None
         status = event.row.outcome.status
@@ -278,7 +278,7 @@ class Scheduler:
         self._pool.kill(worker)
         del self._workers[worker]
         if state.capacity:
-            self._pace.leaves(state.shift, self._clock())
+            self._service_time.leaves(state.shift, self._clock())
         jobs = list(state.jobs.values())
         for document_id in state.jobs:
             del self._out[document_id]

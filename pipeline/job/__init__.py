@@ -1,0 +1,1 @@
+"""A whole job: what there is to do, doing it on Ray, and saying how far it is."""
