@@ -140,6 +140,11 @@ def group_kernel(
         tl.store(partial_lse + place, top + tl.log2(total), mask=there)
 
 
+def _group_tile(height: int, element_size: int, head_dim: int) -> dict[str, Any]:
+    """As _tile, for tiles of `height` queries: without spills (tests/kernels/test_compile_selection.py)."""
+    return _tile(element_size, head_dim) | {"num_warps": 8 if height >= 128 else 4}
+
+
 def _attend_to_prefixes(
     q: Tensor,
     k: Tensor,
@@ -163,7 +168,7 @@ def _attend_to_prefixes(
         KV_HEADS=kv_heads, GROUP=H // kv_heads, D=D, SHARES=tiles.shares, STRIDE=partial.shape[2],
         MEMBERS=members.shape[1], TILES=tiles.count, BM=tiles.BM,
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
-        **_tile(q.element_size(), D) | {"num_warps": 8 if tiles.BM >= 128 else 4},
+        **_group_tile(tiles.BM, q.element_size(), D),
     )  # fmt: skip
 
 
@@ -195,8 +200,9 @@ def decode_attention(
     before = 0 if tiles is None else tiles.shares
     partial, partial_lse = allocate_shares(q, kv_heads, longest, before)
     shares = partial.shape[2]
+    own_shares = partial[:, :, before:], partial_lse[:, :, before:]
     share_kernel[(shares - before, kv_heads, S)](
-        q, k, v, starts, lengths, partial[:, :, before:], partial_lse[:, :, before:], scale * LOG2E, NO_WINDOW if window is None else window,
+        q, k, v, starts, lengths, *own_shares, scale * LOG2E, NO_WINDOW if window is None else window,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         KV_HEADS=kv_heads, GROUP=H // kv_heads, D=D, SHARES=shares - before, STRIDE=shares,
         BG=max(16, power_of_2(H // kv_heads)),

@@ -8,6 +8,8 @@ values agree on what a column is.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,6 +27,7 @@ from kernels._common.decode_triton import (
 from kernels._common.fp8 import HeadScales
 from kernels._common.fp8_triton import key_at
 from kernels._common.prefixes import Prefixes
+from kernels._common.sizes import power_of_2
 
 WEIGHT_BITS = tl.constexpr(14.0)
 
@@ -164,6 +167,11 @@ def group_kernel(
         tl.store(partial_lse + place, top - WEIGHT_BITS + tl.log2(total), mask=there)
 
 
+def _group_tile(height: int, head_dim: int) -> dict[str, Any]:
+    """Keys a step, and warps, with which nothing is spilled (tests/kernels/test_compile_fp8_attention.py)."""
+    return {"BN": max(32, min(128, 16384 // power_of_2(head_dim))), "STAGES": 3, "num_warps": 8 if height >= 128 else 4}
+
+
 def _attend_to_prefixes(
     q: Tensor,
     k: Tensor,
@@ -186,8 +194,7 @@ def _attend_to_prefixes(
         scale * LOG2E, NO_WINDOW if window is None else window, S,
         *q.stride()[:2], *k.stride()[:2], *vt.stride()[:2], members.stride(0),
         KV_HEADS=kv_heads, GROUP=H // kv_heads, D=D, SHARES=tiles.shares, STRIDE=partial.shape[2],
-        MEMBERS=members.shape[1], TILES=tiles.count, BM=tiles.BM,
-        BN=max(32, min(128, 16384 // triton.next_power_of_2(D))), STAGES=3, num_warps=8 if tiles.BM >= 128 else 4,
+        MEMBERS=members.shape[1], TILES=tiles.count, BM=tiles.BM, **_group_tile(tiles.BM, D),
     )  # fmt: skip
 
 
@@ -212,10 +219,11 @@ def decode_attention_fp8(
     before = 0 if tiles is None else tiles.shares
     partial, partial_lse = allocate_shares(q, kv_heads, longest, before)
     shares = partial.shape[2]
+    own_shares = partial[:, :, before:], partial_lse[:, :, before:]
     # 16 KiB of keys a step; three stages of keys and values leave room for two programs on a multiprocessor.
     block_d = triton.next_power_of_2(D)
     share_kernel[(shares - before, kv_heads, S)](
-        q, k, vt, scales.k, scales.v, starts, lengths, partial[:, :, before:], partial_lse[:, :, before:], scale * LOG2E,
+        q, k, vt, scales.k, scales.v, starts, lengths, *own_shares, scale * LOG2E,
         NO_WINDOW if window is None else window, *q.stride()[:2], *k.stride()[:2], *vt.stride()[:2],
         KV_HEADS=kv_heads, GROUP=H // kv_heads, D=D, SHARES=shares - before, STRIDE=shares,
         BG=max(16, triton.next_power_of_2(H // kv_heads)), BN=max(32, min(128, 16384 // block_d)), STAGES=3,
