@@ -11,7 +11,9 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from random import Random
 
-from jobs.demo.grammar import (
+from jobs.evaluate.documents import Fact, Filler, Lookup, Question, depths
+from jobs.evaluate.fillers import essay_filler, noise_filler, record_filler, word_list
+from jobs.evaluate.grammar import (
     ADJECTIVES,
     NAMES,
     NOTES,
@@ -24,8 +26,6 @@ from jobs.demo.grammar import (
     number,
     sentence,
 )
-from jobs.evaluate.documents import Fact, Filler, Lookup, Question, depths
-from jobs.evaluate.fillers import essay_filler, noise_filler, record_filler, word_list
 from jobs.evaluate.wording import Style
 
 DISTRACTORS = 4
