@@ -23,12 +23,12 @@ from pipeline.engine.model.checkpoint import (
     load_report,
     pickle_problem,
 )
-from pipeline.engine.model.checks import named_failures
 from pipeline.engine.model.dummy import dummy_model
 from pipeline.engine.model.files import read_config, weight_files
 from pipeline.engine.model.meta_model import chunk_bytes, meta_model
 from pipeline.engine.model.placement import Placement, connect, move, place, whole
 from pipeline.engine.model.precision import Precision, resolve_precision
+from pipeline.engine.model.requirements import named_failures
 from pipeline.engine.model.rope import stretch
 from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.model.self_check import is_tested, self_check

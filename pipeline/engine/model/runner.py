@@ -11,7 +11,8 @@ from pipeline.engine.config import EngineError
 from pipeline.engine.kv.arena import ALIGNMENT, Arena, Extent, Fp8KVArena, KVArena, LayerShape
 from pipeline.engine.kv.cache import DecodeCache, EngineCache, PrefillCache, ProbeCache
 from pipeline.engine.kv.states import StateShapes, StateSlots, slots_for
-from pipeline.engine.model.checks import (
+from pipeline.engine.model.precision import check_fp8_attention, check_wide_layers, model_precision
+from pipeline.engine.model.requirements import (
     check_head_sizes,
     check_layers,
     check_state,
@@ -19,7 +20,6 @@ from pipeline.engine.model.checks import (
     kept_tensors,
     named_failures,
 )
-from pipeline.engine.model.precision import check_fp8_attention, check_wide_layers, model_precision
 from pipeline.engine.model.rope import prepare_rope
 from stem_core.config import StemConfig
 from stem_core.context import DecodeContext, PrefillContext, StemContext
@@ -38,7 +38,7 @@ class ModelRunner:
     """A patched model on its device or devices, its elementwise operations fused (`fuse` as in EngineConfig).
 
     Raises stem_core's UnsupportedModelError or EngineError for a model whose attention or rotary embedding cannot run
-    here, or that keeps more of a document than the engine does (pipeline.engine.model.checks), UnsupportedCacheError
+    here, or that keeps more of a document than the engine does (pipeline.engine.model.requirements), UnsupportedCacheError
     for one that asks for it.
 
     device: of token ids and logits. devices: all of the model, in the order of its layers. layer_devices: by layer.
