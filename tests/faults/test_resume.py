@@ -18,7 +18,7 @@ from pipeline.job import manifest
 from pipeline.job.job import run
 from pipeline.job.plan import Plan, make_plan, survey_input
 from pipeline.results.columns import utc_now
-from pipeline.results.repair import remove_rows
+from pipeline.results.removal import remove_rows
 from pipeline.results.rows import result_schema
 from pipeline.results.sink import Sink, read_results, recover
 from pipeline.results.store import Store
@@ -55,7 +55,7 @@ def finish(settings: JobConfig, flush_documents: int = 4) -> Plan:
     store.create()
     recover(store)
     plan = make_plan(survey, store)
-    remove_rows(store, plan.repaired)
+    remove_rows(store, plan.stale_errors)
     manifest.save(store, settings, survey.prints)
     schema = result_schema(survey.catalogue.kept)
     sink = Sink(store, schema, flush_documents=flush_documents, flush_seconds=9, replaces=plan.replaced)
@@ -236,7 +236,7 @@ def test_a_line_that_is_mended_takes_the_place_of_its_error(tmp_path: Path, mode
     assert statuses == {name: "ok" for name in TEXTS if name != "d3"} | {"docs.jsonl:4": "error"}
     path.write_text(whole)
     plan = finish(settings)
-    assert plan.repaired == ("docs.jsonl:4",)
+    assert plan.stale_errors == ("docs.jsonl:4",)
     assert [document.document_id for document in plan.pending.documents()] == ["d3"]
     assert outputs(settings) == TEXTS
 
