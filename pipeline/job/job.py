@@ -14,7 +14,7 @@ from pipeline.answering import stop_signals
 from pipeline.errors import JobError, one_line
 from pipeline.imports import check_kernels
 from pipeline.job import manifest
-from pipeline.job.plan import Plan, Survey, make_plan, survey_input
+from pipeline.job.plan import JobPlan, Survey, make_plan, survey_input
 from pipeline.job.progress import Progress
 from pipeline.results.removal import remove_rows
 from pipeline.results.rows import failed_row, result_schema
@@ -82,7 +82,7 @@ class _Run:
     progress: of tests and benchmarks, else one that tells on standard error.
     """
 
-    def __init__(self, plan: Plan, store: Store, messages: list[str], progress: Progress | None) -> None:
+    def __init__(self, plan: JobPlan, store: Store, messages: list[str], progress: Progress | None) -> None:
         config = plan.survey.config
         self._begun = time.monotonic()
         self._plan, self._store, self._messages = plan, store, messages

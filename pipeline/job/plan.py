@@ -45,7 +45,7 @@ class Survey:
 
 
 @dataclass(frozen=True)
-class Plan:
+class JobPlan:
     """What is left to do.
 
     pending: documents without a row, or whose row is to be replaced. already: rows that an earlier run left and that
@@ -80,14 +80,14 @@ def survey_input(config: JobConfig) -> Survey:
     return Survey(config, task, catalogue, prints, messages, config.today())
 
 
-def make_plan(survey: Survey, store: Store) -> Plan:
+def make_plan(survey: Survey, store: Store) -> JobPlan:
     """Compare the input with what the output holds; changes nothing.
 
     Raises JobError if the output was made with something else, or holds rows of other documents, and --force is not
     given; or if its columns are of other types.
     """
     if not part_names(store):
-        return Plan(survey, survey.catalogue, 0, ())
+        return JobPlan(survey, survey.catalogue, 0, ())
     earlier, messages = _compare_with_earlier(survey.config, store, survey.prints)
     if earlier is not None and survey.config.prompt_date is None:
         survey = replace(survey, today=manifest.prompt_date(earlier))
@@ -107,7 +107,7 @@ def make_plan(survey: Survey, store: Store) -> Plan:
     if survey.config.retry_failed:
         messages.append(f"--retry-failed: {len(failed):,} documents are done again")
     ids = rows["document_id"].take(pa.array(stay, pa.int64()))
-    return Plan(
+    return JobPlan(
         survey, survey.catalogue.without(ids), len(ids), tuple(messages), (*outdated, *failed), tuple(stale_errors)
     )
 
@@ -273,7 +273,7 @@ def id_rule(config: JobConfig, catalogue: Catalogue) -> str:
     return f"{rule}; e.g. {example!r}"
 
 
-def _token_lines(config: JobConfig, plan: Plan) -> Iterator[str]:
+def _token_lines(config: JobConfig, plan: JobPlan) -> Iterator[str]:
     """Tokens estimated from a sample, and the engine's memory plan."""
     from pipeline.engine import EngineError, estimate_plan
     from pipeline.engine.model.loading import load_config

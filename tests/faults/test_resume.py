@@ -16,7 +16,7 @@ from result_rows import kept_columns, make_row
 from pipeline.errors import JobError
 from pipeline.job import manifest
 from pipeline.job.job import run
-from pipeline.job.plan import Plan, make_plan, survey_input
+from pipeline.job.plan import JobPlan, make_plan, survey_input
 from pipeline.results.columns import utc_now
 from pipeline.results.removal import remove_rows
 from pipeline.results.rows import result_schema
@@ -49,7 +49,7 @@ def config(tmp_path: Path, model: Path, **settings: Any) -> JobConfig:
     )
 
 
-def finish(settings: JobConfig, flush_documents: int = 4) -> Plan:
+def finish(settings: JobConfig, flush_documents: int = 4) -> JobPlan:
     """What a job does, with the document's own text as its output: plan, and do what is pending."""
     survey, store = survey_input(settings), Store(settings.output)
     store.create()
