@@ -50,7 +50,8 @@ class JobPlan:
 
     pending: documents without a row, or whose row is to be replaced. already: rows that an earlier run left and that
     stay. replaced: ids whose rows give way to new ones, since the document has changed or its failure is tried again.
-    stale_errors: ids of rows that stand for what could not be read when it was listed, and is not in the input any more.
+    stale_errors: ids of rows that stand for what could not be read when it was listed, and is not in the input any
+        more.
     """
 
     survey: Survey
@@ -107,16 +108,15 @@ def make_plan(survey: Survey, store: Store) -> JobPlan:
     if survey.config.retry_failed:
         messages.append(f"--retry-failed: {len(failed):,} documents are done again")
     ids = rows["document_id"].take(pa.array(stay, pa.int64()))
-    return JobPlan(
-        survey, survey.catalogue.without(ids), len(ids), tuple(messages), (*outdated, *failed), tuple(stale_errors)
-    )
+    replaced = (*outdated, *failed)
+    return JobPlan(survey, survey.catalogue.without(ids), len(ids), tuple(messages), replaced, tuple(stale_errors))
 
 
 def check_columns(store: Store, schema: pa.Schema) -> None:
     """Raise JobError if rows of `schema` and those that are there do not go into one table; kept columns always do."""
     schema = pa.schema([field for field in schema if field.name in NAMES])
     for name in part_names(store):
-        with store.told(f"{name} cannot be read"), store.open(name) as file:
+        with store.named_failures(f"{name} cannot be read"), store.open(name) as file:
             found = pq.read_schema(file)
         try:
             pa.unify_schemas([pa.schema([f for f in found if f.name in NAMES]), schema], promote_options=PROMOTE)
