@@ -257,7 +257,9 @@ def _prefill_chunk(
     quantized = context.quantized.get(policy.layer)
     known = k.shape[2] + (0 if quantized is None else context.start)
     start = min(known, context.prompt_length) - 1
-    if q.shape[2] == 1 and start > context.start:  # the last query of the last chunk alone: densely, as in decoding
+    # The last query of the last chunk alone: densely, as in decoding. Gemma 4 hands layers without keys of their own
+    # the queries that logits_to_keep asks for: this is known of a call, by its shapes, not of a layer, by its policy.
+    if q.shape[2] == 1 and start > context.start:
         dense = LayerPolicy(None, policy.layer).budget(context.prompt_length, window)
         return stem_prefill(
             q, k, v, None, dense, start=start, scale=scale, window=window, sinks=sinks, quantized=quantized
