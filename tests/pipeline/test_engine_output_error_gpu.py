@@ -76,7 +76,7 @@ def test_measuring_changes_nothing_and_going_beyond_gives_dense(
     dense = completed(folder, None, 4000, precision)
     assert plain.output_error is None
     assert measured.output_error is not None
-    # Random values cancel in dense attention's mean over all keys; in one over fewer of them less, so 1 is no limit here.
+    # Random values cancel in dense attention's mean over all keys, and less in one over fewer: 1 is no limit here.
     assert 0 < measured.output_error < 2
     assert measured.token_ids == plain.token_ids
     assert (measured.attention, measured.attention_reason) == ("stem", "")
