@@ -51,7 +51,7 @@ def _against_time(pyplot: Any, rows: Sequence[Row], counted: Sequence[Row], fold
     if not lengths:
         return None
     figure, axes = pyplot.subplots(
-        len(panels), len(lengths), figsize=(4.2 * len(lengths), 3.4 * len(panels)), squeeze=False, sharex="col"
+        len(panels), len(lengths), figsize=(4.2 * len(lengths), 3.4 * len(panels)), squeeze=False
     )
     colours = {arm: f"C{place}" for place, arm in enumerate(dict.fromkeys(row["arm"] for row in rows))}
     for y, (title, (value, here)) in enumerate(panels.items()):
