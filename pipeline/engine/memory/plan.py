@@ -10,7 +10,7 @@ import torch
 
 from pipeline.engine.config import EngineConfig, EngineError
 from pipeline.engine.devices import GIB, device_memory, weight_bytes
-from pipeline.engine.kv.arena import ALIGNMENT, aligned
+from pipeline.engine.kv.arena import ALIGNMENT, ID_BYTES, aligned
 from pipeline.engine.kv.states import slots_for
 from pipeline.engine.model.loading import context_limit, load_config, stored_weights
 from pipeline.engine.model.meta_model import chunk_bytes, layer_shapes, meta_model, state_shapes
@@ -244,13 +244,13 @@ def estimate_plan(config: EngineConfig, total_bytes: int | None = None) -> Memor
 def _token_bytes(
     config: EngineConfig, hf_config: Any, precision: Precision, layers: Sequence[int] | None = None
 ) -> int:
-    """A token's KV in all layers, or in those given. Raises EngineError for heads or blocks that fp8 cannot take."""
+    """A token's KV in all layers, or in those given, and its id. Raises EngineError for heads or blocks that fp8 cannot take."""
     shapes = layer_shapes(hf_config)
     if layers is not None:
         shapes = [shapes[layer] for layer in layers]
     if precision.fp8:
         check_fp8_attention(dict(enumerate(shapes)), config.attention)
-    return sum(shape.bytes_per_token(precision.kv_dtype) for shape in shapes)
+    return ID_BYTES + sum(shape.bytes_per_token(precision.kv_dtype) for shape in shapes)
 
 
 def _precision_unseen(asked: str, hf_config: Any) -> Precision:
