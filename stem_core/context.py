@@ -126,7 +126,8 @@ class DecodeContext:
         """`prefixes` on a layer's device."""
         if self.prefixes is None:
             return None
-        return Prefixes(*(part.on(device) for part in self._prefixes), self.prefixes.max_length)
+        starts, lengths, members = (part.on(device) for part in self._prefixes)
+        return Prefixes(starts, lengths, members, self.prefixes.max_length)
 
     def last_row(self) -> DecodeContext:
         """The last row alone, for layers to which a model hands its last token's query only."""
