@@ -25,7 +25,7 @@ from pipeline.review.words import Words, fold, split_words
 # A sentence is supported if its passages hold this share of its weight; chosen by measurement (docs/evidence.md).
 THRESHOLD = 0.6
 # How much more a number and a name count than another word that is as rare, and the name of a JSON field less.
-NUMBER, NAME, CONTEXT = 3.0, 1.5, 0.2
+NUMBER, NAME, CONTEXT = 4.0, 1.5, 0.2
 # The weight of a word that the document does not have, if it is no number or name: it is often a mere synonym.
 UNKNOWN = 0.4
 # Sentences with less weight than this say too little to have a place: "Yes.", "Positive."

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os.path
 import re
 
 import numpy as np
+from rapidfuzz.distance import Postfix, Prefix
 
 from pipeline.review.language import is_other_language
 from pipeline.review.refusals import REFUSALS, is_refusal
@@ -75,9 +75,9 @@ def is_copied(text: str, output: str) -> bool:
     for _ in range(_ANCHOR_PLACES):
         if place < 0:
             return False
-        behind = os.path.commonprefix([after, source[place : place + len(after)]])
-        ahead = os.path.commonprefix([before[::-1], source[max(0, place - middle) : place][::-1]])
-        if len(ahead) + len(behind) >= COPIED_SHARE * len(said):
+        behind = Prefix.similarity(after, source[place : place + len(after)])
+        ahead = Postfix.similarity(before, source[max(0, place - middle) : place])
+        if ahead + behind >= COPIED_SHARE * len(said):
             return True
         place = source.find(after[:_ANCHOR], place + 1)
     return False

@@ -11,7 +11,7 @@ LEAST_LETTERS, LEAST_UNSPACED = 60, 15
 # Probability that the classifier must give both languages.
 SURE = 0.98
 # Characters of each of three pieces of a document: its start, its middle, its end.
-PIECE = 1500
+PIECE = 1000
 _HAN = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 _LETTER = re.compile(r"[^\W\d_]")
 

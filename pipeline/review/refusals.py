@@ -6,7 +6,8 @@ import re
 
 _VERBS = (
     "help|assist|comply|provide|answer|fulfil|fulfill|summarise|summarize|access|see|read|open|view|find|locate|give|"
-    "offer|generate|create|share|discuss|engage|complete|continue|process|analyse|analyze|respond|support|do that|do this"
+    "offer|generate|create|share|discuss|engage|complete|continue|process|analyse|analyze|respond|support|do that"
+    "|do this"
 )
 _UNABLE = "(?:cannot|can't|can not|could not|couldn't|won't|will not|(?:am|'m) (?:unable|not able) to)"
 # What stands at an output's start, behind _APOLOGIES or without one.
@@ -19,7 +20,8 @@ REFUSALS = {
         r"(?:provided?|included?|attach(?:ed)?|shared?|given?)\b",
         r"(?:it (?:seems|looks like|appears) (?:that )?)?(?:no|there is no) (?:document|text) "
         r"(?:(?:was|is|has been) )?(?:provided|included|attached|shared|given)\b",
-        r"please (?:provide|share|paste|upload|attach) (?:me with )?(?:the|your|an?) (?:full )?(?:document|text|file)\b",
+        r"please (?:provide|share|paste|upload|attach) (?:me with )?(?:the|your|an?) (?:full )?"
+        r"(?:document|text|file)\b",
     ),
     "German": (
         r"(?:ich kann|kann ich) (?:dir |ihnen |euch |dabei |hier )?(?:diese[nmrs]? |das |die |den |ihre[nmrs]? )?"
@@ -47,12 +49,12 @@ _APOLOGIES = (
     "申し訳(?:ありません|ございません)", "すみません", "残念ながら",
 )  # fmt: skip
 _START = re.compile(
-    rf"(?:(?:{'|'.join(_APOLOGIES)})[,.!;:，。、— -]*(?:but |that |aber |mais |pero |但是?|が、?)?)?"
+    rf"(?:(?:{'|'.join(_APOLOGIES)})[^\w'\"]*(?:but |that |aber |mais |pero |但是?|が、?)?)?"
     rf"(?:as an ai[^,.]*, )?(?:{'|'.join(each for listed in REFUSALS.values() for each in listed)})"
 )
 
 
 def is_refusal(output: str) -> bool:
     """Whether an output begins with one of REFUSALS, whatever its case, marks and white space are."""
-    start = " ".join(output.lstrip("*_#>\"'“ \r\n")[:300].split()).lower().replace("’", "'")
+    start = " ".join(output.lstrip("*_#>\"'“ \r\n")[:300].split()).lower().replace("\u2019", "'")
     return _START.match(start) is not None

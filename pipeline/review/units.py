@@ -22,24 +22,26 @@ _CLOSING = "\"'\u201d\u2019\u00bb)\\]"
 # A sentence ends at a line's end; at a full stop of a script without spaces; and at another one behind which white
 # space and something else than a lower-case letter come, unless it belongs to an abbreviation, initial or list number.
 _END = re.compile(
-    rf"\s*[\r\n\u2028\u2029]\s*|(?<=[\u3002\uff01\uff1f])[{_CLOSING}\u300d\u300f]*"
+    rf"[\r\n\u2028\u2029]+|(?<=[\u3002\uff01\uff1f])[{_CLOSING}\u300d\u300f]*"
     rf"|(?:[.!?\u2026\u0964\u06d4\u061f]+)[{_CLOSING}]*(?=\s)"
 )
 _ABBREVIATION = re.compile(
-    r"(?:^|[\s(])(?:\w|\d+|Mrs?|Ms|Drs?|Prof|St|Jr|Sr|vs|etc|cf|ca|approx|Nos?|Nr|Figs?|Eqs?|Secs?|Vols?|pp|eds?|al"
+    r"(?:^|[\s(])(?:[^\W\d]|Mrs?|Ms|Drs?|Prof|St|Jr|Sr|vs|etc|cf|ca|approx|Nos?|Nr|Figs?|Eqs?|Secs?|Vols?|pp|eds?|al"
     r"|Inc|Ltd|Corp|Co|bzw|usw|(?:\w\.)+\w)\.$",
     re.IGNORECASE,
 )
+_LIST_NUMBER = re.compile(r"\s*[-*\u2022\u2013]?\s*\(?\d{1,3}\.")
 _LIST_MARK = re.compile(r"(?:[-*\u2022\u2013]|\(?\d{1,3}[.)]|#+)\s+")
-_FENCED = re.compile(r"\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*", re.DOTALL | re.IGNORECASE)
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{},:]|[^\s\[\]{},:"]+')
 _NAME_PARTS = re.compile(r"[_\-.]+|(?<=[a-z])(?=[A-Z])")
 
 
 def units_of(output: str) -> list[Unit]:
     """Sentences of an output in order; of one that is a JSON object or array the leaves, long texts by sentences."""
-    fenced = _FENCED.fullmatch(output)
-    begin, text = (fenced.start(1), fenced.group(1)) if fenced else (0, output)
+    begin, text = 0, output
+    if output.lstrip().startswith("```") and output.rstrip().endswith("```") and "\n" in output:
+        begin = output.index("\n", output.index("```"))
+        text = output[begin : output.rindex("```")]
     if text.lstrip()[:1] in ("{", "["):
         try:
             json.loads(text)
@@ -70,7 +72,8 @@ def _ends_sentence(text: str, begin: int, match: re.Match[str]) -> bool:
     )
     if after.islower():
         return False
-    return not (match.group() == "." and _ABBREVIATION.search(text[max(begin, match.end() - 20) : match.end()]))
+    before = text[max(begin, match.end() - 20) : match.end()]
+    return not (match.group() == "." and (_ABBREVIATION.search(before) or _LIST_NUMBER.fullmatch(before)))
 
 
 def _unit(text: str, begin: int, end: int) -> Iterator[Unit]:
