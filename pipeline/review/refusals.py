@@ -17,7 +17,7 @@ REFUSALS = {
         r"i (?:do not|don't) have (?:any |the |enough |sufficient )?(?:access|document|text|information|context|file)",
         r"as an? (?:ai|artificial intelligence|large language model|language model)\b",
         r"(?:it (?:seems|looks like|appears) (?:that )?)?you (?:haven't|have not|didn't|did not) "
-        r"(?:provided?|included?|attach(?:ed)?|shared?|given?)\b",
+        r"(?:provided?|included?|attach(?:ed)?|shared?)\b",
         r"(?:it (?:seems|looks like|appears) (?:that )?)?(?:no|there is no) (?:document|text) "
         r"(?:(?:was|is|has been) )?(?:provided|included|attached|shared|given)\b",
         r"please (?:provide|share|paste|upload|attach) (?:me with )?(?:the|your|an?) (?:full )?"
