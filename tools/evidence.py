@@ -32,6 +32,8 @@ KINDS = ("copied", "reworded", "two in a sentence", "shortened prose")
 UNSUPPORTED = ("other number", "not in the document")
 # Characters of a document of 128K tokens; facts of each kind in it.
 LENGTH, FACTS = 600_000, 20
+# The weights of pipeline.review.evidence were chosen on documents of the seeds 0 to 3.
+FIRST_SEED = 100
 SYNONYMS = {
     "was": "amounted to", "reached": "was", "came to": "was", "stood at": "came to", "dollars": "USD",
     "litres": "l", "people": "persons", "metres": "m", "hours": "h",
@@ -71,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
     found, planted = demo_score()
     print(f"demo: {found} of {planted} findings point to their own passage, threshold {THRESHOLD}\n")
     essay = args.essay.read_text(encoding="utf-8") if args.essay else ""
-    cases = [make_case(Random(seed), essay) for seed in range(args.documents)]
+    cases = [make_case(Random(FIRST_SEED + number), essay) for number in range(args.documents)]
     print("| threshold | " + " | ".join(f"{kind}: recall, precision" for kind in KINDS if essay or kind != KINDS[3])
           + " | " + " | ".join(f"{kind}: with a passage" for kind in UNSUPPORTED) + " |")  # fmt: skip
     seconds = []

@@ -30,8 +30,8 @@ NUMBER, NAME, CONTEXT = 4.0, 1.5, 0.2
 UNKNOWN = 0.4
 # Sentences with less weight than this say too little to have a place: "Yes.", "Positive."
 LEAST = 0.8
-# A further passage must add this share of the sentence's weight.
-MORE, MOST_PASSAGES = 0.25, 3
+# A further passage must add this share of the sentence's weight, in so many words: a number alone may stand anywhere.
+MORE, MORE_WORDS, MOST_PASSAGES = 0.25, 3, 3
 # Places in the document that are looked at closely.
 CANDIDATES = 6
 # In mean weights of the sentence's words: what a word inside a passage costs that the sentence does not have, and the
@@ -106,10 +106,14 @@ class _Index:
         total = sum(weights.values())
         if total < LEAST:
             return
-        left, found = dict(weights), []
+        left = dict(weights)
+        found: list[_Stretch] = []
         for _ in range(MOST_PASSAGES):
             best = self._best(terms, left, weights)
-            if best is None or (found and sum(left.get(term, 0.0) for term in best.terms) < MORE * total):
+            if best is None:
+                break
+            added = [left[term] for term in best.terms if term in left]
+            if found and (len(added) < MORE_WORDS or sum(added) < MORE * total):
                 break
             found.append(best)
             left = {term: weight for term, weight in left.items() if term not in best.terms}
