@@ -74,7 +74,7 @@ RUN_BY = {
     "jobs.demo": "tests/quality/test_findings.py: test_demo_settings_keep_the_findings",
     "tools.demo_documents": "tests/tools/test_demo_documents.py: test_committed_documents_are",
     "tools.docs": "tests/tools/test_docs.py: test_the_command_writes_what_is_missing_or_differs",
-    "tools.evidence": "tests/tools/test_evidence.py: test_the_command_prints_a_table",
+    "tools.evidence": "tests/tools/test_evidence_tool.py: test_the_command_prints_a_table",
     "tools.models": "tests/tools/test_models.py: test_types_that_are_named_are_checked_alone",
     "jobs.evaluate": "tests/jobs/test_evaluate.py: test_job_writes_rows_and_report",
     "tools.faults blows": "tests/faults/test_blows.py: test_ray_and_workers_are_killed_in_turn",
