@@ -18,10 +18,10 @@ from pathlib import Path
 from random import Random
 
 from jobs.cli import Parser, run_main
-from jobs.demo.grammar import NOTES, SAYS, Measure, fact, new_measure, number
 from jobs.demo.scoring import read_findings
 from jobs.evaluate.documents import Fact, Span, depths, weave
 from jobs.evaluate.fillers import essay_filler
+from jobs.evaluate.grammar import NOTES, SAYS, Measure, fact, new_measure, number
 from jobs.evaluate.haystacks import Keys, magic
 from jobs.evaluate.wording import RULER
 from pipeline.imports import ROOT
