@@ -173,7 +173,7 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
 
 
 QUESTIONS = (
-    "--phases questions --questions 4 --questions-each 2 --question-tokens 20 --max-live 4 --agreement-tokens 600"
+    "--phases questions --questions 4 --questions-each 2 --question-tokens 20 --max-live 4 --agreement-tokens 1000"
 )
 
 

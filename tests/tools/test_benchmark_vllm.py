@@ -149,7 +149,7 @@ def test_the_time_limit_skips(tmp_path: Path) -> None:
 def test_questions_with_a_prefix_cache(tmp_path: Path) -> None:
     """The engine's own lists, sorted by document, in an engine that caches; the other phases in one that does not."""
     flags = "--phases latency questions vllm --questions 4 --questions-each 2 --question-tokens 20 --max-live 4"
-    code, results, calls = run(tmp_path, *flags.split(), "--agreement-tokens", "600")
+    code, results, calls = run(tmp_path, *flags.split(), "--agreement-tokens", "1000")
     assert code == 0, results["failed"]
     assert [call["enable_prefix_caching"] for call in calls if "enable_prefix_caching" in call] == [False, True]
     prompts = prompts_of(

@@ -96,8 +96,12 @@ def _all_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     add("job: GPU utilisation (driver)", [_text(j.get("gpu_utilisation"), "{:.1%}") for j in jobs])
     asked = [{}, *(found.get("questions", {}) for found in (*peers, *arms))]
     for figure in ("one_seconds", "all_seconds", "job_seconds", "job_of_one_question_seconds"):
-        factors = told([_text(found.get(figure), "{:.2f} s") for found in asked])
-        add(f"questions: {figure}", factors, lambda factor, figure=figure: factor.get(f"questions_{figure}_vs_vllm"))
+        seconds = told([_text(found.get(figure), "{:.2f} s") for found in asked]) if any(asked) else []
+        add(
+            f"questions: {figure}",
+            seconds,
+            lambda factor, figure=figure: factor.get(f"questions_{figure}_vs_vllm"),  # type: ignore[misc]
+        )
     for figure in ("all_vs_one", "jobs_vs_questions", "step_vs_one"):
         add(f"questions: {figure}", [_text(found.get(figure), "{:.2f}x") for found in asked])
     for figure in ("step_of_one_ms", "step_of_all_ms", "step_of_one_whole_prompt_ms"):
