@@ -20,7 +20,7 @@ from stem_core.kv_scales import LayerScales
 # Extents start at multiples of this many tokens, so that a kernel's tiles of keys stay aligned, and the groups of 16
 # keys in which the values of an fp8 arena are permuted.
 ALIGNMENT = 64
-# Of a token's id, which lies beside its keys and values: documents are looked up in (kernels.prompt_lookup).
+# Of a token's id, which lies beside its keys and values for prompt lookup (kernels.prompt_lookup).
 ID_BYTES = 4
 
 
@@ -123,7 +123,7 @@ class Arena:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all layers."""
+        """Bytes of all layers, without `ids`."""
         return tensor_bytes(self._everything())
 
     def nbytes_on(self, device: torch.device) -> int:
@@ -131,7 +131,7 @@ class Arena:
         return tensor_bytes(self._everything(), device)
 
     def _everything(self) -> list[Tensor]:
-        return [self.ids, *self.tensors(), *([] if self.states is None else self.states.states.values())]
+        return [*self.tensors(), *([] if self.states is None else self.states.states.values())]
 
     def release(self, extent: Extent) -> None:
         """Give an allocated extent back, and the slot of its states."""

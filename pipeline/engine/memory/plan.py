@@ -134,7 +134,8 @@ class MemoryPlan:
 
 
 def fit_arena(config: EngineConfig, free_bytes: int, bytes_per_token: int, context: int, where: str = "") -> int:
-    """Tokens of KV that `free_bytes` hold, at most what `max_live` documents of `context` tokens could use.
+    """Tokens of KV that `free_bytes` hold beside the ids of the tokens, at most what `max_live` documents of `context`
+    tokens could use.
 
     where: names the device for a message, if there are several.
     Raises EngineError if not even the smallest extent fits, or the arena asked for does not.
@@ -142,13 +143,13 @@ def fit_arena(config: EngineConfig, free_bytes: int, bytes_per_token: int, conte
     on = f" on {where}" if where else ""
     if config.arena_tokens is not None:
         wanted = aligned(config.arena_tokens)
-        if (wanted + ALIGNMENT) * bytes_per_token > free_bytes:
+        if (wanted + ALIGNMENT) * (bytes_per_token + ID_BYTES) > free_bytes:
             raise EngineError(
                 f"arena_tokens={config.arena_tokens} need {wanted * bytes_per_token / GIB:.2f} GiB, but "
                 f"{max(0, free_bytes) / GIB:.2f} GiB are free for KV{on}; lower it or leave it out"
             )
         return wanted
-    fits = free_bytes // bytes_per_token // ALIGNMENT * ALIGNMENT - ALIGNMENT
+    fits = free_bytes // (bytes_per_token + ID_BYTES) // ALIGNMENT * ALIGNMENT - ALIGNMENT
     tokens = min(fits, config.max_live * aligned(context))
     if tokens < ALIGNMENT:
         raise EngineError(
@@ -244,13 +245,13 @@ def estimate_plan(config: EngineConfig, total_bytes: int | None = None) -> Memor
 def _token_bytes(
     config: EngineConfig, hf_config: Any, precision: Precision, layers: Sequence[int] | None = None
 ) -> int:
-    """A token's KV in all layers, or in those given, and its id. Raises EngineError for heads or blocks that fp8 cannot take."""
+    """A token's KV in all layers, or in those given. Raises EngineError for heads or blocks that fp8 cannot take."""
     shapes = layer_shapes(hf_config)
     if layers is not None:
         shapes = [shapes[layer] for layer in layers]
     if precision.fp8:
         check_fp8_attention(dict(enumerate(shapes)), config.attention)
-    return ID_BYTES + sum(shape.bytes_per_token(precision.kv_dtype) for shape in shapes)
+    return sum(shape.bytes_per_token(precision.kv_dtype) for shape in shapes)
 
 
 def _precision_unseen(asked: str, hf_config: Any) -> Precision:

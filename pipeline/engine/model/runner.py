@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kernels.decode_attention import Prefixes
 from kernels.fp8_heads import FP8
 from pipeline.engine.config import EngineError
-from pipeline.engine.kv.arena import ALIGNMENT, ID_BYTES, Arena, Extent, Fp8KVArena, KVArena, LayerShape
+from pipeline.engine.kv.arena import ALIGNMENT, Arena, Extent, Fp8KVArena, KVArena, LayerShape
 from pipeline.engine.kv.cache import DecodeCache, EngineCache, PrefillCache, ProbeCache, TailCache
 from pipeline.engine.kv.states import StateShapes, StateSlots, slots_for
 from pipeline.engine.model.precision import check_fp8_attention, check_wide_layers, model_precision
@@ -88,9 +88,8 @@ class ModelRunner:
         return self.calibration.scales.get(layer) is not None
 
     def bytes_per_token(self, device: torch.device | None = None) -> int:
-        """Keys and values of all layers, or of those on a device, and the token's id."""
-        ids = ID_BYTES if device is None or device == self.device else 0
-        return ids + sum(
+        """Keys and values of all layers, or of those on a device."""
+        return sum(
             shape.bytes_per_token(FP8 if self.is_fp8(layer) else self.dtype)
             for layer, shape in self.shapes.items()
             if device is None or self.layer_devices[layer] == device
@@ -320,7 +319,7 @@ class ModelRunner:
         )
         arena.ids.index_copy_(0, slots, tokens.flatten().to(torch.int32))
         positions = torch.where(real, positions, 0)
-        return self.logits(tokens, positions, DecodeCache(arena, slots), context, bounds, every_token=True)
+        return self.logits(tokens, positions, DecodeCache(arena, slots), context, bounds, None, True)
 
     def _calibrate(self) -> Calibration:
         """Static fp8 scales of every layer, or that it is wide, from fixed prompts."""

@@ -61,6 +61,10 @@ def test_writing(
     cases.check_writing(length, dtype, head_dim, impl, "cpu")
 
 
+def test_writing_runs(rounding_to_nearest: None) -> None:
+    cases.check_runs("triton", "cpu")
+
+
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 @pytest.mark.parametrize(
     "case",
