@@ -86,7 +86,7 @@ def grouped_linear(
     weight: float8_e4m3fn [E, N, K], contiguous. scale: float32 [E, N], of each expert's output channels.
     rows: values [M, K], R = n M: one row of them goes to n experts (as tokens do), or to one.
     groups: of R rows and E experts. bias: [E, N] or None. factors: [R] or None. K, N: multiples of 16.
-    fast_accumulation: as for `stem_core.fp8.scaled_linear`; otherwise sums are promoted to float32 every 128 products at least.
+    fast_accumulation: as for `stem_core.fp8.scaled_linear`; otherwise sums go to float32 every 128 products.
     Returns [R, N] in rows.dtype. Raises ValueError for what does not fit, and on GPUs without fp8.
     """
     choice = choose_row_kernel("grouped_linear", weight.device, impl, fp8=True)

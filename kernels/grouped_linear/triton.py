@@ -45,10 +45,7 @@ def grouped_linear_kernel(
         k = tl.arange(0, BK)
         x_at = rows + source[:, None] * K + k[None, :]
         w_at = weight + expert * N * K + n[:, None] * K + k[None, :]
-        if TALL_WEIGHT:
-            acc = tl.zeros((BN, BM), tl.float32)
-        else:
-            acc = tl.zeros((BM, BN), tl.float32)
+        acc = tl.zeros((BN, BM), tl.float32) if TALL_WEIGHT else tl.zeros((BM, BN), tl.float32)
         for at in tl.range(0, K, BK, num_stages=STAGES):
             if EVEN:
                 x = tl.load(x_at + at)
