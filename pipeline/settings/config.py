@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from pipeline.errors import JobError, nearest, one_line
 from pipeline.prompts.thinking import THINKING
-from pipeline.settings.options import check_flags, flag, short, told
+from pipeline.settings.options import check_flags, flag, flag_error, short
 from pipeline.settings.shared import EngineSettings, Sampling
 from stem_core.config import DEFAULT_PRESET, PRESETS, REMOVED_PRESETS, StemConfig
 from stem_core.settings import SettingError, setting
@@ -28,7 +28,7 @@ GROUPS = {
     "model": "The model. A folder needs `config.json`, a tokenizer, and `*.safetensors` or `pytorch_model.bin`; a "
     "`.gguf` file holds all of that.",
     "prompt": "What the model is asked about each document.",
-    "generation": "How the output is generated.",
+    "generation": "How the output is generated, and looked up in the document.",
     "attention": "How prompts are read. What each setting means in full, and the presets' values: "
     "[Stem's fields and presets](#stems-fields-and-presets).",
     "engine": "Device, number format and memory of each worker.",
@@ -114,6 +114,14 @@ class JobConfig(Sampling, EngineSettings):
 
     max_new_tokens: int = setting(256, "most tokens to generate", low=1, group="generation", changes_output=True)
 
+    evidence: str = setting(
+        "on",
+        "passages of the document that say what each sentence of the output says, in the column evidence",
+        kind="switch",
+        choices=("off", "on"),
+        group="generation",
+    )
+
     attention: str = setting(
         "stem", "attention of the prefill", choices=("stem", "dense"), group="attention", changes_output=True
     )
@@ -197,7 +205,7 @@ class JobConfig(Sampling, EngineSettings):
         try:
             return StemConfig.preset(self.preset, **changes)
         except SettingError as error:
-            raise told(error) from None
+            raise flag_error(error) from None
         except ValueError as error:
             raise JobError(f"attention settings: {error}") from None
 
