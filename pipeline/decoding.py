@@ -40,6 +40,6 @@ def looks_like(data: bytes) -> str:
     other = "save the text as UTF-8, or name its encoding with --encoding"
     if found is None or "\0" in str(found):
         return other
-    # Windows' code page holds all that Latin-1 does, and is what such files are in.
-    name = {"latin_1": "cp1252", "iso8859_1": "cp1252"}.get(found.encoding, found.encoding)
+    # Of encodings that give the same text the one that most such files are in.
+    name = "cp1252" if "cp1252" in found.could_be_from_charset else found.encoding
     return f"it looks like {name}: give --encoding {name} if it is"

@@ -46,6 +46,8 @@ def _serve(asked: BinaryIO, answers: BinaryIO) -> bool:
         error, out_of_memory = "out of memory", True
     except ConversionError as raised:
         error, out_of_memory = str(raised), False
+    except RecursionError:
+        error, out_of_memory = "its elements are nested too deeply", False
     except Exception as raised:  # parsers raise what they like
         error, out_of_memory = f"it cannot be read: {type(raised).__name__}: {raised}", False
     signal.setitimer(signal.ITIMER_REAL, 0)

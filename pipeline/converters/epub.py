@@ -14,6 +14,8 @@ from pipeline.converters.protocol import ConversionError, Converted
 
 _CONTAINER = "META-INF/container.xml"
 _ENCRYPTION = "META-INF/encryption.xml"
+# The encoding is known, and what a DTD defines is not put in.
+_PROLOGUE = re.compile(r"^\s*<\?xml[^>]*\?>|<!DOCTYPE[^\[>]*(?:\[.*?\]\s*)?>", re.DOTALL)
 _XML_ENTITIES = ("amp", "lt", "gt", "quot", "apos")
 # Fonts are obfuscated by these, which protects no text.
 _OF_FONTS = ("http://www.idpf.org/2008/embedding", "http://ns.adobe.com/pdf/enc#RC")
@@ -67,7 +69,7 @@ def _chapter(data: bytes, encoding: str) -> str:
     source = decoded(data, encoding)
     if not source.strip():
         return ""
-    source = re.sub(r"&(\w+);", _as_character, re.sub(r"^\s*<\?xml[^>]*\?>", "", source))
+    source = re.sub(r"&(\w+);", _as_character, _PROLOGUE.sub("", source))
     try:
         tree = etree.fromstring(source.encode("utf-8", errors="replace"), _parser())
     except etree.XMLSyntaxError:

@@ -43,28 +43,27 @@ def decoded(data: bytes, encoding: str) -> str:
 
 def page_text(source: str) -> str:
     """The text of a page's source. Raises ConversionError."""
+    from lxml.etree import ParserError
     from lxml.html import HTMLParser, document_fromstring
 
-    if not source.strip():
-        raise ConversionError("its text is empty")
     # Marks that do not nest in a finite depth are cut off by the parser without a word, unless it may go deep.
     parser = HTMLParser(encoding="utf-8", huge_tree=True, no_network=True)
-    return tree_text(document_fromstring(source.encode("utf-8", errors="replace"), parser=parser))
+    try:
+        return tree_text(document_fromstring(source.encode("utf-8", errors="replace"), parser=parser))
+    except ParserError:  # there is no element in it
+        raise ConversionError("its text is empty") from None
 
 
 def tree_text(tree: object) -> str:
     """The text of a tree of HTML elements, as a page is laid out."""
+    from inscriptis.css_profiles import STRICT_CSS_PROFILE
     from inscriptis.html_engine import Inscriptis
     from inscriptis.model.config import ParserConfig
 
     for element in tree.xpath(_UNSEEN):  # type: ignore[attr-defined]
         if element.getparent() is not None:
             element.drop_tree()
-    try:
-        text = Inscriptis(tree, ParserConfig(display_links=False)).get_text()
-    except RecursionError:
-        raise ConversionError("its elements are nested too deeply to be laid out") from None
-    return tidy(text)
+    return tidy(Inscriptis(tree, ParserConfig(css=STRICT_CSS_PROFILE, display_links=False)).get_text())
 
 
 def tidy(text: str) -> str:
