@@ -11,6 +11,8 @@ MARKS = (
     (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"),
 )  # fmt: skip
 _SAMPLE = 64 << 10
+# What fewer bytes look like is chance.
+_LEAST_SAMPLE = 100
 
 
 class EncodingError(ValueError):
@@ -36,7 +38,7 @@ def looks_like(data: bytes) -> str:
     """What helps to read bytes that are not in the declared encoding."""
     from charset_normalizer import from_bytes
 
-    found = from_bytes(data[:_SAMPLE]).best()
+    found = from_bytes(data[:_SAMPLE]).best() if len(data) >= _LEAST_SAMPLE else None
     other = "save the text as UTF-8, or name its encoding with --encoding"
     if found is None or "\0" in str(found):
         return other

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import re
+from typing import Any
 
 from pipeline.converters.protocol import ConversionError, Converted
 from pipeline.decoding import EncodingError, decode, mark_of
@@ -54,16 +55,27 @@ def page_text(source: str) -> str:
         raise ConversionError("its text is empty") from None
 
 
-def tree_text(tree: object) -> str:
+def tree_text(tree: Any) -> str:
     """The text of a tree of HTML elements, as a page is laid out."""
     from inscriptis.css_profiles import STRICT_CSS_PROFILE
     from inscriptis.html_engine import Inscriptis
     from inscriptis.model.config import ParserConfig
 
-    for element in tree.xpath(_UNSEEN):  # type: ignore[attr-defined]
+    for element in tree.xpath(_UNSEEN):
         if element.getparent() is not None:
             element.drop_tree()
+    for block in tree.xpath("//pre"):
+        _flatten(block)
     return tidy(Inscriptis(tree, ParserConfig(css=STRICT_CSS_PROFILE, display_links=False)).get_text())
+
+
+def _flatten(block: Any) -> None:
+    """Leave a preformatted block its text alone: inside elements of it, inscriptis would join the lines."""
+    for line_break in block.iter("br"):
+        line_break.tail = "\n" + (line_break.tail or "")
+    text, tail = block.text_content(), block.tail
+    block.clear()
+    block.text, block.tail = text, tail
 
 
 def tidy(text: str) -> str:

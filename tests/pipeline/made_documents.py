@@ -95,7 +95,9 @@ def epub(
     chapters: dict[str, str | bytes], more: dict[str, str | bytes] | None = None, spine: Sequence[str] = ()
 ) -> bytes:
     """A book of these chapters: file names and bodies, or whole pages as bytes. spine: their order, if another."""
-    items = "".join(f'<item id="i{n}" href="{name}" media-type="application/xhtml+xml"/>' for n, name in enumerate(chapters))
+    items = "".join(
+        f'<item id="i{n}" href="{name}" media-type="application/xhtml+xml"/>' for n, name in enumerate(chapters)
+    )
     order = [list(chapters).index(name) for name in spine or chapters]
     references = "".join(f'<itemref idref="i{n}"/>' for n in order)
     package = (

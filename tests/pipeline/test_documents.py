@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from made_documents import PASSWORD, archive, docx, epub, paragraph, pdf, table
+from patience import patient
 
+from pipeline import summarize
 from pipeline.errors import DocumentError, JobError
 from pipeline.results.kept_columns import Kept
+from pipeline.settings.config import JobConfig
 from pipeline.settings.shared import ReadSettings
-from pipeline.source import DocumentReader, converted, find_files, list_documents
+from pipeline.source import FORMATS, DocumentReader, Format, converted, find_files, list_documents
+from pipeline.source.formats import SUFFIXES
 
 
 def read(tmp_path: Path, name: str, data: bytes, **settings: Any) -> tuple[str, Kept]:
@@ -74,9 +80,9 @@ class TestPdf:
         )
         assert kept.page_starts == (0, 5, 7, 14)
 
-    @pytest.mark.parametrize("pages", [[""], []])
-    def test_one_without_anything_is_told(self, tmp_path: Path, pages: list[str]) -> None:
-        assert "blank" in told(tmp_path, "a.pdf", pdf(pages)) or not pages
+    def test_one_without_anything_is_told(self, tmp_path: Path) -> None:
+        assert told(tmp_path, "a.pdf", pdf(["", ""])) == "its 2 pages are blank"
+        assert told(tmp_path, "a.pdf", pdf([])).startswith("it is no PDF file, or a damaged one")
 
     def test_an_encrypted_one_is_told(self, tmp_path: Path) -> None:
         error = told(tmp_path, "a.pdf", pdf(["secret"], PASSWORD))
@@ -135,7 +141,10 @@ class TestDocx:
         [
             (b"PK\x03\x04 and no more", "it is no DOCX file, or is cut off"),
             (docx(paragraph("t" * 999))[:-40], "it is no DOCX file, or is cut off"),
-            (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600), "it is an old Word file or has a password, no DOCX file"),
+            (
+                b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600),
+                "it is an old Word file or has a password, no DOCX file",
+            ),
             (archive({"a.txt": "x"}), "it is no DOCX file: its archive has no word/document.xml"),
             (docx(""), "its text is empty"),
             (docx("<w:p>"), "it cannot be read: ExpatError"),
@@ -148,13 +157,13 @@ class TestDocx:
         levels = "".join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10}">' for i in range(1, 12))
         laugh = f'<!DOCTYPE d [<!ENTITY l0 "ha">{levels}]>'
         good = docx(paragraph("LAUGH"))
-        with zipfile.ZipFile(tmp_path / "x.zip", "w") as out, zipfile.ZipFile(__import__("io").BytesIO(good)) as source:
+        with zipfile.ZipFile(tmp_path / "x.zip", "w") as out, zipfile.ZipFile(io.BytesIO(good)) as source:
             for name in source.namelist():
                 data = source.read(name)
                 if name == "word/document.xml":
                     data = laugh.encode() + data.replace(b"LAUGH", b"&l11;")
                 out.writestr(name, data)
-        told(tmp_path, "a.docx", (tmp_path / "x.zip").read_bytes())
+        assert "amplification" in told(tmp_path, "a.docx", (tmp_path / "x.zip").read_bytes())
 
 
 class TestEpub:
@@ -173,7 +182,9 @@ class TestEpub:
     def test_one_that_is_protected_is_told(self, tmp_path: Path) -> None:
         def encryption(method: str) -> dict[str, str | bytes]:
             name = "META-INF/encryption.xml"
-            return {name: f'<encryption><EncryptedData><EncryptionMethod Algorithm="{method}"/></EncryptedData></encryption>'}
+            return {
+                name: f'<encryption><EncryptedData><EncryptionMethod Algorithm="{method}"/></EncryptedData></encryption>'
+            }
 
         chapters = {"a.xhtml": "<p>text</p>"}
         fonts = encryption("http://www.idpf.org/2008/embedding")
@@ -232,10 +243,10 @@ class TestHtml:
         assert text(tmp_path, "a.html", page.encode(encoding)) == word
 
     def test_one_that_declares_none_is_read_as_asked_for(self, tmp_path: Path) -> None:
-        page = "<p>Le caf\xe9 est ferm\xe9 ce matin, mais la biblioth\xe8que est ouverte.</p>".encode("cp1252")
+        page = ("<p>Le caf\xe9 est ferm\xe9 ce matin, mais la biblioth\xe8que est ouverte.</p>" * 3).encode("cp1252")
         error = told(tmp_path, "a.html", page)
         assert error.startswith("invalid UTF-8 at byte 9")
-        assert "give --encoding cp12" in error
+        assert error.endswith("it looks like cp1252: give --encoding cp1252 if it is")
         assert "café" in text(tmp_path, "a.html", page, encoding="cp1252")
 
     @pytest.mark.parametrize("depth", [200, 3_000, 200_000])
@@ -245,13 +256,19 @@ class TestHtml:
             found = text(tmp_path, "a.html", page)
         except DocumentError as error:
             assert depth > 1000
-            assert "nested too deeply" in str(error) or "crashed" in str(error) or "cannot be read" in str(error)
+            assert str(error) == "its elements are nested too deeply"
         else:
             assert found.split() == ["inside", "after"]
+            assert not found.startswith(" ")
+
+    def test_preformatted_lines_stay_lines(self, tmp_path: Path) -> None:
+        page = b"<p>Run</p><pre><code><b>def</b> f():<br/>    <i>return</i>  1\n</code></pre><p>a <code>b</code></p>"
+        found = text(tmp_path, "a.html", page)
+        assert [line for line in found.splitlines() if line] == ["Run", "def f():", "    return  1", "a b"]
 
     @pytest.mark.parametrize("page", [b"", b" \n", b"<html><body></body></html>", b"<script>x</script>", b"<!-- x -->"])
     def test_one_without_text_is_told(self, tmp_path: Path, page: bytes) -> None:
-        assert "empty" in told(tmp_path, "a.html", page) or page
+        assert "is empty" in told(tmp_path, "a.html", page)
 
 
 @pytest.mark.parametrize("kind", ["docx", "epub"])
@@ -269,10 +286,10 @@ def test_an_archive_that_lies_about_its_size_is_refused(tmp_path: Path, kind: st
     name = "OEBPS/a.xhtml" if kind == "epub" else "word/document.xml"
     big = b"<p>" + b" " * (300 << 20)
     data = bytearray(epub({"a.xhtml": big}) if kind == "epub" else docx("", {name: big}))
-    place = data.rindex(b"PK\x01\x02" + data[data.rindex(b"PK\x01\x02") + 4 :][:0], 0, data.rindex(name.encode()))
+    place = data.rindex(b"PK\x01\x02", 0, data.rindex(name.encode()))
     data[place + 24 : place + 28] = struct.pack("<I", 10)
     error = told(tmp_path, f"a.{kind}", bytes(data), conversion_memory=0.25)
-    assert "damaged" in error or "cannot be read" in error or "memory" in error
+    assert "Bad CRC-32" in error or "needs more than 0.25 GiB" in error
 
 
 @pytest.mark.parametrize("name", ["a.pdf", "a.docx", "a.epub", "a.html"])
@@ -310,5 +327,82 @@ def test_a_package_that_is_missing_is_told_before_anything_is_read(
     files = find_files((str(tmp_path),))[0]
     real = converted.importlib.util.find_spec
     monkeypatch.setattr(converted.importlib.util, "find_spec", lambda name: None if name == "pypdfium2" else real(name))
-    with pytest.raises(JobError, match=r"the package pypdfium2, which is not installed: pip install 'stemline\[documents\]'"):
+    with pytest.raises(
+        JobError, match=r"the package pypdfium2, which is not installed: pip install 'stemline\[documents\]'"
+    ):
         list_documents(files)
+
+
+def test_a_file_that_hangs_holds_up_no_other_document(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the worker of a job: its limits go to the converters, and texts and other files pass the file by."""
+    fake = Format(
+        "fake", (".fake",), converted.list_whole_file, partial(converted.ConvertingReader, "fake_converter"),
+        has_columns=False, is_converted=True,
+    )  # fmt: skip
+    monkeypatch.setitem(FORMATS, "fake", fake)
+    monkeypatch.setitem(SUFFIXES, ".fake", fake)
+    (tmp_path / "a.fake").write_text("spin")
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text(f"text {number}")
+        (tmp_path / f"{number}.pdf").write_bytes(pdf([f"page {number}", None, "more"]))
+    limit = patient(4.0)
+    table = summarize(
+        input=tmp_path, model=model, engine_factory="fake_engine:FakeEngine", max_new_tokens=8,
+        conversion_seconds=limit,
+    )  # fmt: skip
+    rows = {row["document_id"]: row for row in table.to_pylist()}
+    slow = rows.pop("a.fake")
+    assert slow["status"] == "error"
+    assert slow["error"].startswith(f"it was not converted within {limit:g} s")
+    assert slow["total_seconds"] >= limit
+    assert {row["status"] for row in rows.values()} == {"ok"}
+    for name, row in rows.items():
+        assert row["total_seconds"] < limit, "it did not wait for the one that hangs"
+        assert row["page_starts"] == ([0, 8, 10] if name.endswith("pdf") else None)
+        assert row["input_note"] == (
+            "1 of 3 pages hold pictures and no text; if they are scans, run OCR first: ocrmypdf IN.pdf OUT.pdf"
+            if name.endswith("pdf")
+            else None
+        )
+
+
+class TestEncoding:
+    def test_a_text_file_is_read_as_declared(self, tmp_path: Path) -> None:
+        french = "Le café est fermé ce matin, mais la bibliothèque reste ouverte à tous les élèves. " * 2
+        for encoding in ("cp1252", "utf-16", "shift_jis"):
+            words = "図書館は閉まっている" if encoding == "shift_jis" else french
+            assert text(tmp_path, "a.txt", words.encode(encoding), encoding=encoding) == words
+        error = told(tmp_path, "a.txt", french.encode("cp1252"))
+        assert error.startswith("invalid UTF-8 at byte 6: invalid continuation byte")
+        assert error.endswith("; it looks like cp1252: give --encoding cp1252 if it is")
+        assert "give --encoding utf-16" in told(tmp_path, "a.txt", french.encode("utf-16"))
+        assert "invalid ascii at byte 6" in told(tmp_path, "a.txt", french.encode("cp1252"), encoding="ascii")
+
+    @pytest.mark.parametrize("encoding", ["cp1252", "gb18030"])
+    def test_csv_is_read_as_declared(self, tmp_path: Path, encoding: str) -> None:
+        words = {"cp1252": "“fermé”", "gb18030": "图书馆,关门"}[encoding]
+        path = tmp_path / "a.csv"
+        path.write_bytes(f'id,text,clé\r\n1,"{words}",é\r\n2,more,à\r\n'.encode(encoding))
+        settings = ReadSettings(encoding=encoding)
+        catalogue = list_documents(find_files((str(path),))[0], keep_columns=("clé",), settings=settings)
+        reader = DocumentReader("text", catalogue.kept, settings)
+        found = {document.document_id: reader.read(document) for document in catalogue.documents()}
+        assert {name: read_text for name, (read_text, _) in found.items()} == {"1": words, "2": "more"}
+        assert found["2"][1].columns["clé"].to_pylist() == ["à"]
+
+    def test_csv_in_utf_16_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "a.csv").write_bytes("id,text\n1,x\n".encode("utf-16"))
+        with pytest.raises(JobError, match="lines cannot be told apart in utf-16; save it as UTF-8"):
+            list_documents(find_files((str(tmp_path),))[0], settings=ReadSettings(encoding="utf-16"))
+
+    def test_the_setting_is_checked_and_part_of_the_job(self, model: Path) -> None:
+        def config(**more: Any) -> JobConfig:
+            return JobConfig(input=("a",), output="b", model=str(model), **more)
+
+        assert config(encoding="CP1252").encoding == "cp1252"
+        assert config(encoding="UTF8").fingerprint() == config().fingerprint() != config(encoding="l1").fingerprint()
+        for wrong in ("nonsense", "hex", "", 5):
+            with pytest.raises(JobError, match="--encoding must be an encoding that Python knows, like cp1252"):
+                config(encoding=wrong)

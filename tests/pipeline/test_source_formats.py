@@ -58,7 +58,7 @@ def test_a_name_has_one_format_whatever_its_case() -> None:
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_what_is_no_file_of_its_format_is_told_and_nothing_is_raised(tmp_path: Path, suffix: str) -> None:
     """By its lister or by its reader, in every format alike."""
-    broken = [b"\xff\xfe\0\x01" * 99, b"", b"\n", *((b'"', b"{") if SUFFIXES[suffix].has_columns else ())]
+    broken = [b"\xff\xfe\0\xd8" * 99, b"", b"\n", *((b'"', b"{") if SUFFIXES[suffix].has_columns else ())]
     for data in broken:
         (tmp_path / f"a{suffix}").write_bytes(data)
         (file,) = find_files((str(tmp_path),))[0]
