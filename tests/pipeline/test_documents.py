@@ -418,6 +418,10 @@ def test_a_data_set_of_hugging_face_is_a_folder(tmp_path: Path, monkeypatch: pyt
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(str(tmp_path), LocalFileSystem())
 
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return path.removeprefix("hf://")
+
     monkeypatch.setattr("huggingface_hub.HfFileSystem", Store)
     _opened.cache_clear()
     found = {}
