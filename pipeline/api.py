@@ -110,7 +110,7 @@ class Summarizer:
         with self._lock:
             if todo:
                 self._pool.load()
-                self._pool.read_with(TextReader(self._config.text_column, inputs.kept))
+                self._pool.read_with(TextReader(self._config.text_column, inputs.kept, self._config))
                 problem = self._schedule(todo, done, told)
         for document in todo:
             if document.document_id not in rows:

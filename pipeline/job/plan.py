@@ -23,7 +23,7 @@ from pipeline.results.rows import NAMES, result_schema
 from pipeline.results.sink import PART, done_rows, part_names
 from pipeline.results.store import Store
 from pipeline.settings.config import JobConfig
-from pipeline.settings.shared import EngineSettings, Sampling
+from pipeline.settings.shared import EngineSettings, ReadSettings, Sampling
 from pipeline.source import Catalogue, Document, DocumentReader, find_files, input_hash, list_documents
 from pipeline.source.files import directly_in
 from stem_core.settings import values_of
@@ -76,6 +76,7 @@ def survey_input(config: JobConfig) -> Survey:
         id_column=config.id_column,
         keep_columns=config.keep_columns,
         shard=config.shard_pair(),
+        settings=config,
     )
     result_schema(catalogue.kept)
     return Survey(config, task, catalogue, prints, messages, config.today())
@@ -145,7 +146,7 @@ def _sort_rows(survey: Survey, rows: pa.Table) -> tuple[list[int], list[str], li
             stay.append(number)
         else:
             doubtful.append((position, number))
-    reader = DocumentReader(survey.config.text_column, catalogue.kept)
+    reader = DocumentReader(survey.config.text_column, catalogue.kept, survey.config)
     for position, number in sorted(doubtful):  # in the order of the files
         was = rows["input_hash"][number].as_py()
         if was is not None and was == _hash_now(reader, catalogue.document(position)):
@@ -207,6 +208,7 @@ def make_worker_config(
         max_new_tokens=config.max_new_tokens,
         sampling=Sampling(**values_of(config, Sampling)),
         text_column=config.text_column,
+        reading=ReadSettings(**values_of(config, ReadSettings)),
         model_name=model_label(config),
         config_hash=config.fingerprint(),
         today=survey.today,
@@ -296,15 +298,16 @@ def _token_lines(config: JobConfig, plan: JobPlan) -> Iterator[str]:
             plan.survey.today,
             config.thinking,
         )
-        reader = DocumentReader(config.text_column, [])
+        reader = DocumentReader(config.text_column, [], config)
         readable = [position for position in pending.order().tolist() if position not in pending.errors]
-        tokens = sampled = 0
+        tokens, sampled = 0, 0.0
         for position in readable[:: max(1, len(readable) // 8)][:8]:
             document = pending.document(position)
             with contextlib.suppress(DocumentError):
-                text = reader.read(document)[0][:200_000]
-                tokens += len(builder.build(text, 1 << 40).ids)
-                sampled += len(text.encode())
+                text = reader.read(document)[0]
+                tokens += len(builder.build(text[:200_000], 1 << 40).ids)
+                # In bytes as the listing has them: of a PDF they are its file's, not its text's.
+                sampled += document.size_bytes * min(1.0, 200_000 / len(text))
         if sampled:
             ratio = tokens / sampled
             total, longest = int(pending.total_bytes * ratio), int(pending.columns[:, 3].max() * ratio)

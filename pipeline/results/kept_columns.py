@@ -29,15 +29,18 @@ _WHOLE_NUMBER = pa.decimal128(20, 0)
 
 @dataclass(frozen=True)
 class Kept:
-    """A document's kept columns: by name an array of one value, in the column's type.
+    """What goes from a document into its row beside its text. columns: by name an array of one value, in its type.
 
     problem: which of them is null for what reason, empty if the values are as they were. plain: what they are
-    known again by (`input_hash`).
+    known again by (`input_hash`). page_starts: characters of the text before each page, None without pages. note: what
+    of the document is not in the text.
     """
 
     columns: dict[str, pa.Array] = field(default_factory=dict)
     problem: str = ""
     plain: dict[str, Any] = field(default_factory=dict)
+    page_starts: tuple[int, ...] | None = None
+    note: str = ""
 
 
 def keep(found: dict[str, Any], fields: Sequence[pa.Field]) -> Kept:

@@ -219,6 +219,15 @@ class WorkerFields:
         "of the text and kept columns as they were read; null if they could not be",
         null=f"{NO_WORKER}, or the text could not be read", default=None,
     )  # fmt: skip
+    page_starts: tuple[int, ...] | None = column(
+        "characters of the document's text before each of its pages, the first page first",
+        unit="characters", null=f"{NO_WORKER}, the format has no pages, or the text could not be read",
+        arrow=pa.list_(pa.int64()), default=None,
+    )  # fmt: skip
+    input_note: str | None = column(
+        "what of the document is not in its text: pages that are pictures, say",
+        null="nothing is known to be missing", default=None,
+    )  # fmt: skip
     kept_error: str | None = column(
         "kept columns that are null though the document has a value, and why; null if none is",
         null="the kept values are as they were", default=None,

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from pipeline.errors import JobError, nearest, one_line
 from pipeline.prompts.thinking import THINKING
 from pipeline.settings.options import check_flags, flag, flag_error, short
-from pipeline.settings.shared import EngineSettings, Sampling
+from pipeline.settings.shared import EngineSettings, ReadSettings, Sampling
 from stem_core.config import DEFAULT_PRESET, PRESETS, REMOVED_PRESETS, StemConfig
 from stem_core.settings import SettingError, setting
 
@@ -49,7 +49,7 @@ def with_stem_settings(config: type[Config]) -> type[Config]:
 
 @dataclass(frozen=True)
 @with_stem_settings
-class JobConfig(Sampling, EngineSettings):
+class JobConfig(Sampling, EngineSettings, ReadSettings):
     """A summarising job. Values are checked on construction; JobError says what is wrong and how to mend it."""
 
     input: tuple[str, ...] = setting((), "files, folders or globs; local, s3:// or gs://", kind="list", group="data")

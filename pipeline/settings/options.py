@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -96,6 +97,15 @@ def _switch(name: str, value: Any) -> str:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else _text(name, value)
 
 
+def _encoding(name: str, value: Any) -> str:
+    """By the name that Python's codecs have for it."""
+    try:
+        "a".encode(value)  # of codecs only those of texts do that
+        return codecs.lookup(value).name
+    except (LookupError, TypeError, ValueError):
+        raise SettingError(name, "an encoding that Python knows, like cp1252, shift_jis or utf-16", value) from None
+
+
 def _shard(name: str, value: Any) -> str:
     index, slash, count = (value if isinstance(value, str) else "").partition("/")
     numbers = slash and index.isdecimal() and count.isdecimal() and len(index) < 10 and len(count) < 10
@@ -112,6 +122,7 @@ KINDS: dict[str, Callable[[str, Any], Any]] = {
     "columns": _columns,
     "auto_int": _whole_or_auto,
     "date": _date,
+    "encoding": _encoding,
     "shard": _shard,
     "switch": _switch,
 }

@@ -28,7 +28,9 @@ from pipeline.results.kept_columns import Kept
 from pipeline.results.rows import EngineFields, Outcome, Row, WorkerFields
 from pipeline.review.evidence import find_evidence
 from pipeline.review.flags import find_flags
+from pipeline.settings.shared import ReadSettings
 from pipeline.source import Document, DocumentReader, input_hash
+from pipeline.source.processes import TOGETHER
 from pipeline.workers.loop import EngineBrokenError, EngineLike, EngineLoop
 from pipeline.workers.metrics import report_arena
 
@@ -62,6 +64,7 @@ class WorkerConfig:
     thinking: str = "off"
     kept: tuple[pa.Field, ...] = ()
     evidence: bool = True
+    reading: ReadSettings = ReadSettings()
     deadline: float = 0.0
     grace: float = GRACE_SECONDS
     threads: int = 0
@@ -99,7 +102,8 @@ class Worker:
         self._limit = 0
         self._hf_config: Any = None  # with the context that the model was made for
         self._reader = ThreadPoolExecutor(1, "reader")
-        self._documents = DocumentReader(config.text_column, list(config.kept))
+        self._converting = ThreadPoolExecutor(TOGETHER, "converting")  # these threads wait for other processes
+        self._documents = DocumentReader(config.text_column, list(config.kept), config.reading)
         self._busy_read = 0.0
         self._first = self._last = 0.0  # when the first document came and the last row went
 
@@ -196,9 +200,10 @@ class Worker:
             work.fields.input_hash = input_hash(text, kept)
             return text, kept
 
-        (text, kept), seconds = await self._in_reader(work, read)
+        (text, kept), seconds = await self._in_reader(work, read, converts=self._documents.converts(document))
         work.fields.load_seconds += seconds
         work.fields.kept_error = kept.problem or None
+        work.fields.page_starts, work.fields.input_note = kept.page_starts, kept.note or None
         return text, kept
 
     async def _complete(self, document_id: str, text: str, work: Work) -> Outcome:
@@ -295,8 +300,13 @@ class Worker:
         work.fields.tokenize_seconds += seconds
         return reviewed
 
-    async def _in_reader(self, work: Work, call: Callable[..., T], *args: Any) -> tuple[T, float]:
-        """Run something in the reader thread; its result and seconds. The wait before counts as queueing."""
+    async def _in_reader(
+        self, work: Work, call: Callable[..., T], *args: Any, converts: bool = False
+    ) -> tuple[T, float]:
+        """Run something in the reader thread; its result and seconds. The wait before counts as queueing.
+
+        converts: it waits for another process, in a thread that is there for that.
+        """
         asked = time.perf_counter()
 
         def timed() -> tuple[T, float, float]:
@@ -304,10 +314,12 @@ class Worker:
             try:
                 result = call(*args)
             finally:
-                self._busy_read += time.perf_counter() - begin
+                if not converts:
+                    self._busy_read += time.perf_counter() - begin
             return result, begin, time.perf_counter()
 
-        result, begin, end = await asyncio.get_running_loop().run_in_executor(self._reader, timed)
+        executor = self._converting if converts else self._reader
+        result, begin, end = await asyncio.get_running_loop().run_in_executor(executor, timed)
         work.fields.queue_seconds += begin - asked
         return result, end - begin
 

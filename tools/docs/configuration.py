@@ -31,6 +31,7 @@ TYPES = {
     "shard": "`i/n`",
     "switch": "text",
     "date": "date, `2026-11-28`",
+    "encoding": "encoding, `cp1252`",
 }
 HUGE = 1_000_000  # upper limits that nobody meets are left out
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
