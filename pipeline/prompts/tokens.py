@@ -62,6 +62,11 @@ class Tokens:
         self.eos_ids = tuple({i for i in [tokenizer.eos_token_id] if i is not None})
 
     @property
+    def tokenizer(self) -> Any:
+        """As transformers has it."""
+        return self._tokenizer
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether the model is a chat model."""
         return bool(getattr(self._tokenizer, "chat_template", None))

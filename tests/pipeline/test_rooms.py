@@ -28,9 +28,10 @@ PACKAGES: dict[str, Rooms] = {
         "location": {"answering", "errors"},
         "results": {"answering", "errors", "location"},
         "prompts": {"errors", "model_files"},
-        "settings": {"errors", "prompts"},
+        "answers": {"errors", "results"},
+        "settings": {"answers", "errors", "prompts"},
         "source": {"answering", "errors", "location", "results"},
-        "engine": {"adapters", "errors", "model_files", "results", "settings", "versions"},
+        "engine": {"adapters", "answers", "errors", "model_files", "results", "settings", "versions"},
         "inputs": {"errors", "location", "results", "settings", "source"},
         "workers": {"engine", "errors", "imports", "inputs", "prompts", "results", "source"},
         "job": {
