@@ -88,7 +88,7 @@ def everywhere(schema: Json, pointer: str = "#") -> Iterator[tuple[str, Json]]:
 
 def problem(schema: Json) -> str:
     """Why an output cannot be held to `schema`: what was found, where, what to use instead. Empty if it can."""
-    return _not_a_schema(schema) or _passed_over(schema) or _unsupported(schema)
+    return _not_a_schema(schema) or _passed_over(schema) or _unsupported(schema) or _impossible(schema)
 
 
 def _not_a_schema(schema: Json) -> str:
@@ -132,6 +132,16 @@ def _unsupported(schema: Json) -> str:
     keyword = _keyword(message, found)
     hint = f"; {INSTEAD[keyword]}" if keyword in INSTEAD else ""
     return f"{pointer}{f'/{keyword}' if keyword in found else ''}: {_in_words(message, keyword)}{hint}"
+
+
+def _impossible(schema: Json) -> str:
+    """A part that no value fits: a property that is not required, say, of which llguidance just makes no use."""
+    for pointer, each in everywhere(schema):
+        if "$ref" not in each and not any(children(each)):
+            message = refusal(each)
+            if message:
+                return f"{pointer}: {_in_words(message, '')}"
+    return ""
 
 
 def _keyword(message: str, schema: Json) -> str:

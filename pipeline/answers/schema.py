@@ -71,9 +71,9 @@ class Schema:
             return AnswerError(f"is not JSON: {one_line(error, 100)}")
         except RecursionError:
             return AnswerError("is nested too deeply")
-        error = next(iter(self._validator.iter_errors(value)), None)
-        if error is not None:
-            return AnswerError(f"does not fit the schema at {error.json_path}: {one_line(error.message, 200)}")
+        wrong = next(iter(self._validator.iter_errors(value)), None)
+        if wrong is not None:
+            return AnswerError(f"does not fit the schema at {wrong.json_path}: {one_line(wrong.message, 200)}")
         try:
             return self._typed.value(value) if as_type else json_text(value)
         except MisfitError as misfit:
@@ -90,9 +90,9 @@ def _no_constant(name: str) -> Any:
 def compile_schema(schema: Mapping[str, Any] | str, origin: str = "--schema") -> Schema:
     """A schema, or its JSON text, checked; the same object for the same text.
 
-    An object with `properties` that says nothing of other ones gets none: its answers are a narrower choice of what the
-    schema allows. Raises JobError, one line: what is wrong, where (a JSON pointer), what to use instead. origin: what
-    the message begins with.
+    Of what the schema allows, answers are what it means: what has `properties` and no `type` is an object, and it has
+    no other properties unless the schema speaks of them; what has `items` is a list. Raises JobError, one line: what is
+    wrong, where (a JSON pointer), what to use instead. origin: what the message begins with.
     """
     try:
         text = schema if isinstance(schema, str) else json.dumps(schema, allow_nan=False, ensure_ascii=False)
@@ -120,11 +120,17 @@ def _compiled(text: str) -> tuple[Schema | None, str]:
 
 
 def _close(root: dict[str, Any]) -> None:
-    """Give objects that list their properties no others, unless schemas are combined: then one's own are another's."""
+    """Give objects that list their properties no others, and say that they are objects, and lists lists.
+
+    Not where schemas are combined: then the properties of one are others to another.
+    """
     found = [each for _, each in everywhere(root)]
     others = {"anyOf", "oneOf", "$ref"}
     combined = any("allOf" in each or ("properties" in each and others & set(each)) for each in found)
     for each in found if not combined else ():
+        for key, kind in (("properties", "object"), ("items", "array")):
+            if key in each and not {"type", "enum", "const", "$ref", "anyOf", "oneOf"} & set(each):
+                each["type"] = kind
         if "properties" in each and not {"additionalProperties", "patternProperties"} & set(each):
             each["additionalProperties"] = False
 

@@ -33,7 +33,7 @@ PACKAGES: dict[str, Rooms] = {
         "source": {"answering", "errors", "location", "results"},
         "engine": {"adapters", "answers", "errors", "model_files", "results", "settings", "versions"},
         "inputs": {"errors", "location", "results", "settings", "source"},
-        "workers": {"engine", "errors", "imports", "inputs", "prompts", "results", "source"},
+        "workers": {"answers", "engine", "errors", "imports", "inputs", "prompts", "results", "source"},
         "job": {
             "adapters", "answering", "engine", "errors", "imports", "location", "model_files", "prompts", "results",
             "settings", "source", "versions", "workers",
