@@ -82,6 +82,11 @@ class Engine:
         return bool(self._waiting or self._prefilling or self._live or self._done)
 
     @property
+    def live(self) -> int:
+        """Documents that decode together now."""
+        return len(self._live)
+
+    @property
     def max_context(self) -> int:
         """Most tokens of one document, prompt and output."""
         return self._plan.max_context
