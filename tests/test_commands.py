@@ -40,6 +40,7 @@ WORK = {
     "tools.benchmark accumulation": ("tools.benchmark.accumulation.linear_rows",),
     "tools.benchmark attention": ("tools.benchmark.attention._at_length",),
     "tools.benchmark engine": ("tools.benchmark.engine.Run",),
+    "tools.benchmark schema": ("tools.benchmark.schema.answers",),
     "tools.benchmark scaling": ("tools.benchmark.scaling.prepare",),
     "tools.benchmark selection": ("tools.benchmark.selection.copy_bandwidth",),
     "jobs.demo": ("jobs.demo.__main__.run_arm",),

@@ -19,7 +19,7 @@ import torch
 from jobs.measurement import stamp
 from pipeline.answers.schema import compile_schema
 from pipeline.api import Summarizer
-from pipeline.engine import Engine, EngineConfig, Request
+from pipeline.engine import Completion, Engine, EngineConfig, Request
 from pipeline.errors import JobError
 from pipeline.prompts.prompt import PromptBuilder, make_task
 from pipeline.prompts.tokens import load_tokens
@@ -151,7 +151,8 @@ def _timed(engine: Engine, requests: list[Request], most: int) -> tuple[float, i
     for _ in range(WARM_UP):
         engine.step()
     _synchronize()
-    begin, count, ended = time.perf_counter(), 0, []
+    begin, count = time.perf_counter(), 0
+    ended: list[Completion] = []
     while count < most and not ended:
         ended = engine.step()
         count += 1
