@@ -84,6 +84,7 @@ _PLACEHOLDERS = {
     "date": "DATE",
     "map": "JSON",
     "encoding": "NAME",
+    "schema": "FILE",
 }
 
 

@@ -19,7 +19,7 @@ from pipeline.location import safe_name
 from pipeline.model_files import is_local
 from pipeline.prompts.prompt import Task, make_task
 from pipeline.results.kept_columns import PROMOTE
-from pipeline.results.rows import NAMES, result_schema
+from pipeline.results.rows import ANSWER, NAMES, result_schema
 from pipeline.results.sink import PART, done_rows, part_names
 from pipeline.results.store import Store
 from pipeline.settings.config import JobConfig
@@ -42,6 +42,12 @@ class Survey:
     prints: dict[str, str]
     messages: tuple[str, ...]
     today: date
+
+    @property
+    def columns(self) -> pa.Schema:
+        """Of the results. Raises JobError if a kept column has the name of a result column."""
+        answers = self.config.answers()
+        return result_schema(self.catalogue.kept, None if answers is None else answers.arrow_type)
 
 
 @dataclass(frozen=True)
@@ -78,8 +84,9 @@ def survey_input(config: JobConfig) -> Survey:
         shard=config.shard_pair(),
         settings=config,
     )
-    result_schema(catalogue.kept)
-    return Survey(config, task, catalogue, prints, messages, config.today())
+    survey = Survey(config, task, catalogue, prints, messages, config.today())
+    _ = survey.columns  # raises now what it raises
+    return survey
 
 
 def make_plan(survey: Survey, store: Store) -> JobPlan:
@@ -93,7 +100,7 @@ def make_plan(survey: Survey, store: Store) -> JobPlan:
     earlier, messages = _compare_with_earlier(survey.config, store, survey.prints)
     if earlier is not None and survey.config.prompt_date is None:
         survey = replace(survey, today=manifest.prompt_date(earlier))
-    check_columns(store, result_schema(survey.catalogue.kept))
+    check_columns(store, survey.columns)
     rows = done_rows(store)
     stay, outdated, failed, gone, stale_errors = _sort_rows(survey, rows)
     if gone:
@@ -114,13 +121,17 @@ def make_plan(survey: Survey, store: Store) -> JobPlan:
 
 
 def check_columns(store: Store, schema: pa.Schema) -> None:
-    """Raise JobError if rows of `schema` and those that are there do not go into one table; kept columns always do."""
-    schema = pa.schema([field for field in schema if field.name in NAMES])
+    """Raise JobError if rows of `schema` and those that are there do not go into one table.
+
+    Kept columns and answers always do (kept_columns.concat).
+    """
+    fixed = {*NAMES} - {ANSWER}
+    schema = pa.schema([field for field in schema if field.name in fixed])
     for name in part_names(store):
         with store.named_failures(f"{name} cannot be read"), store.open(name) as file:
             found = pq.read_schema(file)
         try:
-            pa.unify_schemas([pa.schema([f for f in found if f.name in NAMES]), schema], promote_options=PROMOTE)
+            pa.unify_schemas([pa.schema([f for f in found if f.name in fixed]), schema], promote_options=PROMOTE)
         except pa.ArrowException as error:
             what = f"{name} has columns of other types than new rows would: {one_line(error)}"
             raise JobError(f"--output {store.name}: {what}; choose another output") from None
@@ -215,6 +226,7 @@ def make_worker_config(
         template_args=config.chat_template_args,
         thinking=config.thinking,
         evidence=config.evidence == "on",
+        schema=config.schema,
         kept=tuple(pa.field(field.name, field.type) for field in survey.catalogue.kept),
         deadline=config.deadline,
         grace=GRACE_SECONDS if grace is None else grace,
@@ -232,7 +244,14 @@ def make_engine_config(config: JobConfig, device: str) -> Any:
         values["model"] = _absolute(config.model)
     if config.adapter is not None:
         values["adapter"] = _absolute(config.adapter)
-    return EngineConfig(**values, device=device, gpus=config.gpus_per_worker, attention=config.stem(), seed=config.seed)
+    return EngineConfig(
+        **values,
+        device=device,
+        gpus=config.gpus_per_worker,
+        attention=config.stem(),
+        seed=config.seed,
+        grammars=config.schema is not None,
+    )
 
 
 def _absolute(path: str) -> str:
@@ -298,6 +317,11 @@ def _token_lines(config: JobConfig, plan: JobPlan) -> Iterator[str]:
             plan.survey.today,
             config.thinking,
         )
+        answers = config.answers()
+        if answers is not None:
+            builder.check_answers()
+            answers.grammar(builder.tokens.tokenizer, builder.tokens.eos_ids)
+            yield f"answers: {answers.arrow_type}"
         reader = DocumentReader(config.text_column, [], config)
         readable = [position for position in pending.order().tolist() if position not in pending.errors]
         tokens, sampled = 0, 0.0

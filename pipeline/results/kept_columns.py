@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import one_line
 from pipeline.results.columns import valid_text
-from pipeline.results.rows import NAMES
+from pipeline.results.rows import ANSWER, NAMES
 
 # What Arrow raises for a value that a type does not hold, and Python for one that it has no object for.
 VALUE_ERRORS = (pa.ArrowException, ValueError, TypeError, OverflowError)
@@ -153,8 +153,9 @@ def common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType:
 
 
 def concat(tables: Sequence[pa.Table]) -> pa.Table:
-    """Tables of results one after another; kept columns that differ in their types in a common one."""
-    for name in dict.fromkeys(name for table in tables for name in table.column_names if name not in NAMES):
+    """Tables of results one after another; kept columns, and answers, that differ in their types in a common one."""
+    fixed = {*NAMES} - {ANSWER}
+    for name in dict.fromkeys(name for table in tables for name in table.column_names if name not in fixed):
         kinds = [table.schema.field(name).type for table in tables if name in table.column_names]
         if any(kind != kinds[0] for kind in kinds):
             tables = _in_common_type(tables, name, reduce(common_type, kinds))

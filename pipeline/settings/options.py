@@ -114,6 +114,13 @@ def _shard(name: str, value: Any) -> str:
     return f"{int(index)}/{int(count)}"
 
 
+def _schema(name: str, value: Any) -> str:
+    """A JSON Schema as JSON text, which the manifest, the fingerprint and the command line of a cluster can hold."""
+    from pipeline.answers.schema import read_schema
+
+    return _text(name, read_schema(value, flag(name)))
+
+
 # By kind, the normal form of a value; "str" is stricter than elsewhere.
 KINDS: dict[str, Callable[[str, Any], Any]] = {
     "str": _text,
@@ -124,5 +131,6 @@ KINDS: dict[str, Callable[[str, Any], Any]] = {
     "date": _date,
     "encoding": _encoding,
     "shard": _shard,
+    "schema": _schema,
     "switch": _switch,
 }

@@ -31,11 +31,14 @@ PACKAGES: dict[str, Rooms] = {
         "review": set(),
         "results": {"answering", "errors", "location", "review"},
         "prompts": {"errors", "model_files"},
-        "settings": {"errors", "prompts"},
+        "answers": {"errors", "results"},
+        "settings": {"answers", "errors", "prompts"},
         "source": {"answering", "converters", "decoding", "errors", "location", "results", "settings"},
-        "engine": {"adapters", "errors", "model_files", "results", "settings", "versions"},
+        "engine": {"adapters", "answers", "errors", "model_files", "results", "settings", "versions"},
         "inputs": {"errors", "location", "results", "settings", "source"},
-        "workers": {"engine", "errors", "imports", "inputs", "prompts", "results", "review", "settings", "source"},
+        "workers": {
+            "answers", "engine", "errors", "imports", "inputs", "prompts", "results", "review", "settings", "source",
+        },
         "job": {
             "adapters", "answering", "engine", "errors", "imports", "location", "model_files", "prompts", "results",
             "settings", "source", "versions", "workers",

@@ -30,6 +30,7 @@ TYPES = {
     "auto_int": "whole number or `auto`",
     "shard": "`i/n`",
     "switch": "text",
+    "schema": "a file, or JSON",
     "date": "date, `2026-11-28`",
     "encoding": "encoding, `cp1252`",
 }
