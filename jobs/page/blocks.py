@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from jobs.page.outputs import Outputs
+
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
@@ -125,7 +127,7 @@ class Details:
     blocks: Sequence[Block]
 
 
-Block = Prose | KeyFigures | Table | Chart | SideBySide | Picture | Details
+Block = Prose | KeyFigures | Table | Chart | SideBySide | Picture | Details | Outputs
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from typing import Any
 from jobs.page import Block, Details, Section, Table
 from jobs.page.blocks import Cell
 from jobs.page.numbers import count, figure, seconds, share
+from jobs.page.outputs import Outputs
 from jobs.report import charts
 from jobs.report.layers import TITLE, layer_chart, layer_table
 from jobs.report.measures import FAILED, SLOWEST, Measures
-from jobs.report.overview import overview
+from jobs.report.overview import overview, states_of
 from jobs.report.results import Run
 from pipeline.results.rows import STATUSES
 from pipeline.settings.config import JobConfig
@@ -23,9 +24,19 @@ PLACES = ("input", "output", "model")
 Columns = dict[str, str | Callable[[Measures], Cell]]
 
 
-def sections(runs: Sequence[Run], measures: Sequence[Measures], *, with_charts: bool) -> list[Section]:
-    """The report. Without charts plotly is not needed. Raises JobError if it is, and is missing."""
-    parts = [Section("Overview", overview(measures))]
+def sections(
+    runs: Sequence[Run], measures: Sequence[Measures], *, with_charts: bool, outputs: Outputs | None = None
+) -> list[Section]:
+    """The report, what people wrote for first: the outputs. Without charts plotly is not needed.
+
+    Raises JobError if it is, and is missing.
+    """
+    states, figures = states_of(measures), overview(measures)
+    parts = [Section("Overview", [*states, *figures])]
+    if outputs is not None and outputs.entries:
+        title = "Outputs" if len(runs) == 1 else "Outputs side by side"
+        told = [] if all(run["state"] == "finished" and not run["without_row"] for run in measures) else states
+        parts = [Section(title, [*told, outputs]), Section("Figures", figures)]
     if any(run["failed"] for run in measures):
         parts.append(Section("Failures", _failures(measures)))
     if any(run["ok"] for run in measures):

@@ -85,7 +85,7 @@ def test_text_of_strangers_starts_no_element(tmp_path: Path) -> None:
 
 def test_a_page_lets_nothing_in_from_outside(tmp_path: Path, open_page: Callable[..., CheckedPage]) -> None:
     page = render_page("t", "s", [Section("a", [Prose("b")])])
-    assert "default-src 'none'; script-src 'none'" in unescape(page)
+    assert "default-src 'none'; script-src 'sha256-" in unescape(page)
     assert len(page) < 30_000, "no charts, no plotly"
     file = tmp_path / "page.html"
     for injected in ('<script>document.title = "x"</script>', '<img src="http://127.0.0.1:9/x.png">'):
@@ -115,7 +115,7 @@ def test_charts_follow_light_and_dark(tmp_path: Path, open_page: Callable[..., C
     file.write_text(all_blocks("x"), encoding="utf-8")
     assert open_page(file).background != open_page(file, dark=True).background
     style = (Path(__file__).parents[2] / "jobs" / "page" / "style.css").read_text()
-    light, dark = style.split("@media screen and (prefers-color-scheme: dark)")[:2]
+    light, dark = style.split('data-theme="dark"')[:2]
     names = set(re.findall(r"--[\w-]+(?=:)", light))
     assert len(names) > 10
     assert names == set(re.findall(r"--[\w-]+(?=:)", dark.split("\n}\n")[0])), "every colour has a dark twin"
