@@ -31,7 +31,9 @@ FLAGS = {
     "repetitive": Label("repetitive", "repetitive", "the output repeats itself", "warn"),
     "empty": Label("empty", "empty", "the output is empty", "warn"),
     "refused": Label("refused", "refused", "the model declined to answer", "warn"),
-    "language": Label("language", "other language", "the output is in another language than the document", "warn"),
+    "other_language": Label(
+        "other_language", "other language", "the output is in another language than the document", "warn"
+    ),
     "answer_error": Label("answer_error", "no valid answer", "the output does not fit its schema", "warn"),
     "copied": Label("copied", "copied", "the output copies the document word for word", ""),
 }
@@ -129,7 +131,9 @@ def _documents(
     excerpts: list[Excerpt] = []
     places, notes = {}, {}
     for item, found in zip(asked, read_documents(run, asked, how=how, inputs=inputs), strict=True):
-        places[item.document_id], notes[item.document_id] = -1, found.note
+        of_input = wanted[item.document_id][0].values.get("input_note") or ""
+        places[item.document_id] = -1
+        notes[item.document_id] = " ".join(part for part in (found.note, of_input) if part)
         if found.excerpt is not None:
             places[item.document_id] = len(excerpts)
             excerpts.append(found.excerpt)

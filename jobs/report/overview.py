@@ -41,6 +41,8 @@ def _times(run: Measures) -> str:
 def key_figures(run: Measures) -> list[KeyFigure]:
     """The figures of a run that its report begins with."""
     of = "" if run["documents"] is None else f"of {run['documents']:,} documents"
+    if run["rows"] > run["documents_with_row"]:
+        of = f"of {run['rows']:,} answers about {run['documents_with_row']:,} documents"
     first, kept = run["time_to_first_token"] or {}, run["density"]
     failed = ", ".join(f"{number:,} {status}" for status, number in run["counts"].items() if status != "ok")
     figures = [

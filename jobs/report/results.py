@@ -26,6 +26,7 @@ TEXTS = (
     "output_tokens", "total_seconds", "time_to_first_token", "attention", "density", "truncated_tokens", "parts",
     "attempts", "input_stamp", "input_hash",
     "flags", "evidence", "question_id", "question", "answer", "answer_error", "page_starts",
+    "input_note",
 )  # fmt: skip
 _TYPES = {column.name: column.type for column in COLUMNS}
 
