@@ -106,17 +106,19 @@ class SideBySide:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG inside the page. meaning: what it shows, for those who do not see it."""
+    """A PNG inside the page. meaning: what it shows, for those who do not see it. dark: the same in dark colours."""
 
     png: bytes
     meaning: str
     title: str = ""
     note: str = ""
+    dark: bytes | None = None
 
     @property
-    def uri(self) -> str:
-        """The picture as a data: URI."""
-        return "data:image/png;base64," + base64.b64encode(self.png).decode()
+    def uris(self) -> list[tuple[str, str]]:
+        """(when it is shown, as a CSS class; the picture as a data: URI)."""
+        pictures = [("", self.png)] if self.dark is None else [("by-day", self.png), ("by-night", self.dark)]
+        return [(when, "data:image/png;base64," + base64.b64encode(png).decode()) for when, png in pictures]
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,8 @@ def sections(
     if any(run["ok"] for run in measures):
         parts.append(Section("Latency by length", _latency(runs, measures, with_charts)))
         parts.append(Section("Time and throughput", _time(runs, measures, with_charts)))
+        memory = charts.memory_chart(runs) if with_charts else None
+        parts.append(Section("Memory", [memory] if memory else []))
         parts.append(Section("Attention", _attention(runs, measures, with_charts)))
         parts.append(Section("Slowest documents", [_slowest(measures)]))
     parts.append(Section("Configuration and versions", _configuration(measures)))
