@@ -69,6 +69,11 @@ class Table:
                 raise ValueError(f"a table of {len(self.header)} columns has a row of {len(row)} cells: {row!r:.200}")
 
     @property
+    def is_wide(self) -> bool:
+        """Whether a phone shows each row as a list of its cells instead."""
+        return len(self.header) > 3
+
+    @property
     def cells(self) -> list[list[tuple[str, str]]]:
         """(text, CSS class) of each cell."""
         texts = [[cell_text(cell) for cell in row] for row in self.rows]

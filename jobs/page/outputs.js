@@ -2,7 +2,7 @@
 // The list of outputs: search, filters, order, pages, and the reader that opens one beside its document.
 // Texts of strangers only ever become text nodes.
 (() => {
-  const ROWS_OF_A_PAGE = 50;
+  const ROWS_OF_A_PAGE = 25;
   const KEPT_BLOCKS = 6; // unpacked blocks of documents that are kept; the texts of all rows stay for the search
   const ORDERS = [
     ["name", "By id"],

@@ -69,13 +69,13 @@ def open_page(chromium: Any) -> Callable[..., CheckedPage]:
 
 @pytest.fixture
 def visit(chromium: Any) -> Iterator[Callable[..., Any]]:
-    """visit(file, width=1280, dark=False) -> a page of playwright, to be used as a reader does.
+    """visit(file, width=1280, dark=False) -> a page of playwright, to be used as a reader does, once it `shows` that.
 
     At the end of the test it must have logged nothing and asked the network for nothing.
     """
     contexts, told = [], []
 
-    def call(file: Path, *, width: int = 1280, dark: bool = False) -> Any:
+    def call(file: Path, *, width: int = 1280, dark: bool = False, shows: str = ".outputs[data-drawn]") -> Any:
         context = chromium.new_context(
             viewport={"width": width, "height": 844 if width < 600 else 900},
             color_scheme="dark" if dark else "light", has_touch=width < 600,
@@ -88,7 +88,7 @@ def visit(chromium: Any) -> Iterator[Callable[..., Any]]:
         page.on("dialog", lambda dialog: (told.append(f"dialog: {dialog.message}"), dialog.dismiss()))
         page.on("request", lambda request: asked_for(request.url, file, told))
         page.goto(file.resolve().as_uri(), wait_until="commit")
-        page.wait_for_selector(".outputs[data-drawn]")
+        page.wait_for_selector(shows, state="attached")
         return page
 
     yield call

@@ -21,7 +21,7 @@ from jobs.inspect.__main__ import PAGE, chosen_layers, main
 from jobs.inspect.capture import Capture, _why_dense, capture
 from jobs.inspect.cells import Grid, LayerCells
 from jobs.inspect.page import PATTERNS
-from jobs.inspect.pictures import LIGHT, map_colours, maps_picture, mostly_rule
+from jobs.inspect.pictures import DARK, LIGHT, map_colours, maps_picture, mostly_rule
 from jobs.page.numbers import stretches
 from kernels.block_selection import BlockSelection, select_blocks
 from pipeline.errors import JobError
@@ -174,6 +174,9 @@ def test_colours_tell_rule_from_score() -> None:
     free = np.isfinite(cells.shares())
     order = np.argsort(cells.shares()[free])
     assert (np.diff(colours[free][order].astype(int).sum(1)) <= 0).all(), "the more heads, the darker"
+    dark = map_colours(cells.grid, cells.shares(), DARK)
+    assert (np.diff(dark[free][order].astype(int).sum(1)) >= 0).all(), "on a dark page, the lighter"
+    assert (dark[np.triu_indices(41, 1)] == DARK.page).all()
 
 
 def test_many_maps_fit_a_page() -> None:

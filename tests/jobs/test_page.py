@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from html import unescape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -119,6 +120,20 @@ def test_charts_follow_light_and_dark(tmp_path: Path, open_page: Callable[..., C
     names = set(re.findall(r"--[\w-]+(?=:)", light))
     assert len(names) > 10
     assert names == set(re.findall(r"--[\w-]+(?=:)", dark.split("\n}\n")[0])), "every colour has a dark twin"
+
+
+def test_pictures_have_a_twin_for_the_night_and_wide_tables_fit_a_phone(tmp_path: Path, visit: Any) -> None:
+    wide = Table(("arm", "density", "first token", "ROUGE-L"), [["dense", 1.0, "2.00 s", "0.999"]])
+    blocks = [Picture(PIXEL, "a map", dark=PIXEL), wide]
+    file = tmp_path / "page.html"
+    file.write_text(render_page("t", "s", [Section("a", blocks)]), encoding="utf-8")
+    for dark, shown in ((False, "by-day"), (True, "by-night")):
+        page = visit(file, width=PHONE, dark=dark, shows="table")
+        assert [box.get_attribute("class") for box in page.locator("img").all() if box.is_visible()] == [shown]
+        cells = page.locator("td").all()
+        assert len({box.bounding_box()["y"] for box in cells}) == 4, "each in a line of its own"
+        assert page.evaluate("document.documentElement.scrollWidth") <= PHONE
+    assert len({box.bounding_box()["y"] for box in visit(file, shows="table").locator("td").all()}) == 1
 
 
 def test_the_same_page_twice_is_the_same_bytes() -> None:
