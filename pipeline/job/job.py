@@ -14,9 +14,9 @@ from pipeline.answering import stop_signals
 from pipeline.errors import JobError, one_line
 from pipeline.imports import check_kernels
 from pipeline.job import manifest
-from pipeline.job.plan import Plan, Survey, make_plan, survey_input
+from pipeline.job.plan import JobPlan, Survey, make_plan, survey_input
 from pipeline.job.progress import Progress
-from pipeline.results.repair import remove_rows
+from pipeline.results.removal import remove_rows
 from pipeline.results.rows import failed_row, result_schema
 from pipeline.results.sink import COMPACT_ABOVE, Sink, compact, part_names, recover
 from pipeline.results.store import Store
@@ -51,7 +51,7 @@ def run(
     with store.locked():
         messages = [*survey.messages, *recover(store)]
         plan = make_plan(survey, store)
-        remove_rows(store, plan.repaired)
+        remove_rows(store, plan.stale_errors)
         messages += plan.messages
         if not len(plan.pending):
             _note_finished(store, plan.survey)
@@ -82,7 +82,7 @@ class _Run:
     progress: of tests and benchmarks, else one that tells on standard error.
     """
 
-    def __init__(self, plan: Plan, store: Store, messages: list[str], progress: Progress | None) -> None:
+    def __init__(self, plan: JobPlan, store: Store, messages: list[str], progress: Progress | None) -> None:
         config = plan.survey.config
         self._begun = time.monotonic()
         self._plan, self._store, self._messages = plan, store, messages

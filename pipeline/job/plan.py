@@ -45,12 +45,13 @@ class Survey:
 
 
 @dataclass(frozen=True)
-class Plan:
+class JobPlan:
     """What is left to do.
 
     pending: documents without a row, or whose row is to be replaced. already: rows that an earlier run left and that
     stay. replaced: ids whose rows give way to new ones, since the document has changed or its failure is tried again.
-    repaired: ids of rows that stand for what could not be read when it was listed, and is not in the input any more.
+    stale_errors: ids of rows that stand for what could not be read when it was listed, and is not in the input any
+        more.
     """
 
     survey: Survey
@@ -58,7 +59,7 @@ class Plan:
     already: int
     messages: tuple[str, ...]
     replaced: tuple[str, ...] = ()
-    repaired: tuple[str, ...] = ()
+    stale_errors: tuple[str, ...] = ()
 
 
 def survey_input(config: JobConfig) -> Survey:
@@ -80,20 +81,20 @@ def survey_input(config: JobConfig) -> Survey:
     return Survey(config, task, catalogue, prints, messages, config.today())
 
 
-def make_plan(survey: Survey, store: Store) -> Plan:
+def make_plan(survey: Survey, store: Store) -> JobPlan:
     """Compare the input with what the output holds; changes nothing.
 
     Raises JobError if the output was made with something else, or holds rows of other documents, and --force is not
     given; or if its columns are of other types.
     """
     if not part_names(store):
-        return Plan(survey, survey.catalogue, 0, ())
+        return JobPlan(survey, survey.catalogue, 0, ())
     earlier, messages = _compare_with_earlier(survey.config, store, survey.prints)
     if earlier is not None and survey.config.prompt_date is None:
         survey = replace(survey, today=manifest.prompt_date(earlier))
     check_columns(store, result_schema(survey.catalogue.kept))
     rows = done_rows(store)
-    stay, outdated, failed, gone, repaired = _sort_rows(survey, rows)
+    stay, outdated, failed, gone, stale_errors = _sort_rows(survey, rows)
     if gone:
         what = f"{len(gone):,} rows are of documents that the input does not hold, e.g. {gone[0]!r}"
         if not survey.config.force:
@@ -101,20 +102,21 @@ def make_plan(survey: Survey, store: Store) -> Plan:
         messages.append(f"{what}; kept with --force")
     if outdated:
         messages.append(f"{len(outdated):,} documents have changed since, e.g. {outdated[0]!r}; they are done again")
-    if repaired:
-        what = f"e.g. {repaired[0]!r}; their rows are removed"
-        messages.append(f"{len(repaired):,} lines or files that could not be read are not there any more, {what}")
+    if stale_errors:
+        what = f"e.g. {stale_errors[0]!r}; their rows are removed"
+        messages.append(f"{len(stale_errors):,} lines or files that could not be read are not there any more, {what}")
     if survey.config.retry_failed:
         messages.append(f"--retry-failed: {len(failed):,} documents are done again")
     ids = rows["document_id"].take(pa.array(stay, pa.int64()))
-    return Plan(survey, survey.catalogue.without(ids), len(ids), tuple(messages), (*outdated, *failed), tuple(repaired))
+    replaced = (*outdated, *failed)
+    return JobPlan(survey, survey.catalogue.without(ids), len(ids), tuple(messages), replaced, tuple(stale_errors))
 
 
 def check_columns(store: Store, schema: pa.Schema) -> None:
     """Raise JobError if rows of `schema` and those that are there do not go into one table; kept columns always do."""
     schema = pa.schema([field for field in schema if field.name in NAMES])
     for name in part_names(store):
-        with store.told(f"{name} cannot be read"), store.open(name) as file:
+        with store.named_failures(f"{name} cannot be read"), store.open(name) as file:
             found = pq.read_schema(file)
         try:
             pa.unify_schemas([pa.schema([f for f in found if f.name in NAMES]), schema], promote_options=PROMOTE)
@@ -134,11 +136,11 @@ def _sort_rows(survey: Survey, rows: pa.Table) -> tuple[list[int], list[str], li
     positions = pc.index_in(ids, value_set=catalogue.ids).to_pylist()
     stay, doubtful, outdated = [], [], []
     gone: list[int] = []
-    repaired: list[int] = []
+    stale_errors: list[int] = []
     unread = pc.and_(pc.equal(rows["attempts"], 0), pc.equal(rows["status"], "error")).to_pylist()
     for number, (position, stamp) in enumerate(zip(positions, rows["input_stamp"].to_pylist(), strict=True)):
         if position is None:
-            (repaired if unread[number] else gone).append(number)
+            (stale_errors if unread[number] else gone).append(number)
         elif stamp == catalogue.stamp(position):
             stay.append(number)
         else:
@@ -158,7 +160,7 @@ def _sort_rows(survey: Survey, rows: pa.Table) -> tuple[list[int], list[str], li
     if gone and survey.config.force:
         stay += gone
     names = rows["document_id"].to_pylist()
-    return stay, outdated, failed, [names[number] for number in gone], [names[number] for number in repaired]
+    return stay, outdated, failed, [names[number] for number in gone], [names[number] for number in stale_errors]
 
 
 def _hash_now(reader: DocumentReader, document: Document) -> str | None:
@@ -271,7 +273,7 @@ def id_rule(config: JobConfig, catalogue: Catalogue) -> str:
     return f"{rule}; e.g. {example!r}"
 
 
-def _token_lines(config: JobConfig, plan: Plan) -> Iterator[str]:
+def _token_lines(config: JobConfig, plan: JobPlan) -> Iterator[str]:
     """Tokens estimated from a sample, and the engine's memory plan."""
     from pipeline.engine import EngineError, estimate_plan
     from pipeline.engine.model.loading import load_config

@@ -123,7 +123,7 @@ def _places(store: Store, ids: Sequence[str]) -> dict[str, str]:
     places: dict[str, str] = {}
     wanted = pa.array(ids, pa.string())
     for name in part_names(store) if ids else ():
-        with store.told(f"{name} cannot be read"):
+        with store.named_failures(f"{name} cannot be read"):
             column = read_part(store, name, ["document_id"])["document_id"]
         places |= dict.fromkeys(column.filter(pc.is_in(column, value_set=wanted)).to_pylist(), name)
     return places
@@ -276,7 +276,7 @@ def compact(store: Store) -> int:
     for name in [*part_names(store), ""]:
         info, bytes_ = None, 0
         if name:
-            with store.told(f"{name} cannot be read"), store.open(name) as file:
+            with store.named_failures(f"{name} cannot be read"), store.open(name) as file:
                 info, bytes_ = pq.read_metadata(file), file.size()
         if group and (info is None or rows + info.num_rows > COMPACT_ROWS or size + bytes_ > COMPACT_BYTES):
             _merge(store, group)
@@ -291,7 +291,7 @@ def _merge(store: Store, names: list[str]) -> None:
         return
     tables = []
     for name in names:
-        with store.told(f"{name} cannot be read"):
+        with store.named_failures(f"{name} cannot be read"):
             tables.append(read_part(store, name))
     merged = f"{names[0].removesuffix(SUFFIX).rpartition('-')[0]}-{secrets.token_hex(4)}{SUFFIX}"
     store.write(JOURNAL, json.dumps({"merged": merged, "replaced": names}).encode())

@@ -36,7 +36,7 @@ def prompt(dtype: torch.dtype, head_dim: int) -> tuple[torch.Tensor, torch.Tenso
 
 def oam(dtype: torch.dtype, head_dim: int) -> None:
     q, k = prompt(dtype, head_dim)
-    sums = triton_oam.sums_dtype(dtype)
+    sums = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32  # key_sums_dtype, on a GPU
     summary = KeySummary.allocate(1, 8, 1024, head_dim, block_size=128, stride=16, device=q.device, dtype=sums)
     triton_oam.oam_scores(q, k, k, 0, 128, 16, 0.2, 0.1, summary)
 
