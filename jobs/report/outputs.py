@@ -39,6 +39,7 @@ FLAGS = {
 }
 # Flags that say something about an output, but nothing against it: extracts are copies.
 HARMLESS = ("copied",)
+_ORDERING = ["document_id", "question_id", "status", "finish_reason", "flags", "answer_error"]
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,13 @@ class Result:
         return LOOK if any(flag not in HARMLESS for flag in self.flags) else FINE
 
 
-def read_rows(run: Run) -> list[Result]:
-    """All rows with their outputs, those on top first that need a look, by id within a group."""
-    found = [_result(values) for values in run.with_texts.to_pylist()]
-    return sorted(found, key=lambda row: (row.group, row.document_id, row.question))
+def read_rows(run: Run, most: int | None = None) -> list[Result]:
+    """The rows with their outputs, those that need a look on top, by id within a group; the first `most` of them."""
+    table = run.with_texts
+    # Of a million rows Python gets what decides about the order, and all columns of those alone that are shown.
+    found = [_result(values) for values in table.select(_ORDERING).to_pylist()]
+    order = sorted(range(len(found)), key=lambda at: (found[at].group, found[at].document_id, found[at].question))
+    return [_result(values) for values in table.take(order[:most]).to_pylist()]
 
 
 def _result(values: dict[str, Any]) -> Result:
@@ -89,11 +93,10 @@ def _result(values: dict[str, Any]) -> Result:
 
 def outputs(run: Run, *, documents: str, inputs: Sequence[str], most: int) -> Outputs:
     """The list of a run. documents, inputs: see read_documents(). most: entries; what needs a look comes first."""
-    rows = read_rows(run)
+    rows, total = read_rows(run, most), len(run.with_texts)
     note = ""
-    if len(rows) > most:
-        note = f"The first {most:,} of {len(rows):,} outputs, what needs a look before the others; --rows N shows more."
-        rows = rows[:most]
+    if total > most:
+        note = f"The first {most:,} of {total:,} outputs, what needs a look before the others; --rows N shows more."
     excerpts, places, notes = _documents(run, rows, documents, inputs)
     statuses = labels_of((row.status for row in rows), STATUS_LABELS)
     flags = labels_of((flag for row in rows for flag in row.flags), FLAGS)

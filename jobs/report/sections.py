@@ -38,7 +38,8 @@ def sections(
         told = [] if all(run["state"] == "finished" and not run["without_row"] for run in measures) else states
         parts = [Section(title, [*told, outputs]), Section("Figures", figures)]
     if any(run["failed"] for run in measures):
-        parts.append(Section("Failures", _failures(measures)))
+        reasons, documents = _failures(measures)
+        parts.append(Section("Failures", [reasons] if outputs is not None else [reasons, documents]))
     if any(run["ok"] for run in measures):
         parts.append(Section("Latency by length", _latency(runs, measures, with_charts)))
         parts.append(Section("Time and throughput", _time(runs, measures, with_charts)))
@@ -50,7 +51,8 @@ def sections(
     return [section for section in parts if section.blocks]
 
 
-def _failures(measures: Sequence[Measures]) -> list[Block]:
+def _failures(measures: Sequence[Measures]) -> tuple[Table, Table]:
+    """Reasons, and documents, of which a list of outputs tells more."""
     reasons = _table(
         measures,
         "reasons",
@@ -79,7 +81,7 @@ def _failures(measures: Sequence[Measures]) -> list[Block]:
         if any(run["failed"] > FAILED for run in measures)
         else "",
     )
-    return [reasons, documents]
+    return reasons, documents
 
 
 def _statuses(measures: Sequence[Measures]) -> list[str]:

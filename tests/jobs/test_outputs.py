@@ -99,7 +99,7 @@ def folder(tmp_path: Path) -> Path:
         row("cut.txt", "It ends in the mid", finish_reason="length", flags=["cut"]),
         row("again.txt", "again and again and again", flags=["repetitive", "strange_new"]),
         row("lost.txt", None, "oom", "it needs 93 GiB"),
-        row(HOSTILE, HOSTILE, flags=["copied"], answer=json.dumps({HOSTILE: HOSTILE}), reasoning=HOSTILE),
+        row(HOSTILE, f"{HOSTILE}\0", flags=["copied"], answer=json.dumps({HOSTILE: HOSTILE}), reasoning=HOSTILE),
     ]
     return write(tmp_path / "out", {item["row"].document_id: text for item in rows}, rows)
 
@@ -201,8 +201,9 @@ def test_texts_of_strangers_stay_texts(folder: Path, report: Report, visit: Call
     title = page.title()
     page.locator(".rows a", has_text="taken").click()
     page.wait_for_selector("dialog[open] .answer")
-    for part in ("#reader-name bdi", ".answer dt", ".answer dd", ".pane .text", "details .text"):
+    for part in ("#reader-name bdi", ".answer dt", ".answer dd", "details .text"):
         assert page.locator(part).first.text_content() == HOSTILE, part
+    assert page.locator(".pane .text").first.text_content() == f"{HOSTILE}\0"
     assert page.title() == title
     assert not page.locator("dialog img").count()
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE
