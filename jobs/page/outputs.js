@@ -141,6 +141,7 @@
     after.disabled = page === lastPage();
     groups.forEach((button, at) => button.setAttribute("aria-pressed", String(query.group === at)));
     box.dataset.drawn = String(turn);
+    if (turn === 1) performance.mark("outputs");
   };
 
   const groupHeading = ({ label, about }) => {

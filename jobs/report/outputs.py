@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+
 from jobs.page.numbers import figure, seconds
 from jobs.page.outputs import Entry, Evidence, Excerpt, Label, Outputs, Pane, Question
 from jobs.report.documents import Wanted, read_documents
@@ -74,7 +76,7 @@ def read_rows(run: Run, most: int | None = None) -> list[Result]:
     # Of a million rows Python gets what decides about the order, and all columns of those alone that are shown.
     found = [_result(values) for values in table.select(_ORDERING).to_pylist()]
     order = sorted(range(len(found)), key=lambda at: (found[at].group, found[at].document_id, found[at].question))
-    return [_result(values) for values in table.take(order[:most]).to_pylist()]
+    return [_result(values) for values in table.take(pa.array(order[:most], pa.int64())).to_pylist()]
 
 
 def _result(values: dict[str, Any]) -> Result:
