@@ -308,8 +308,8 @@ def test_the_verdict_in_plain_words() -> None:
     stem = dense | {"arm": "a", "preset": "sampled", "density": 0.3, "exact_match": same, "rouge_l": alike}
     found = {"arms": [dense, stem | {"documents_per_hour": 210.0}], "advice": {"verdict": "use", "arm": "a"}}
     told = verdict(found)
-    for words in ("Yes, switch", "skips 70%", "2.1 times the work", "15 of 20 outputs", "95% of the words"):
-        assert words in told, told
+    for part in ("Yes, switch", "skips 70%", "2.1 times the work", "15 of 20 outputs", "95% of the words"):
+        assert part in told, told
     assert "in full" in verdict(found | {"advice": {"verdict": "stay"}})
     assert "cannot be told" in verdict(found | {"advice": {"verdict": "none"}})
 
