@@ -67,7 +67,7 @@ def verdict(audit: dict[str, Any]) -> str:
     """The advice for those who know their documents and not the words of this trade."""
     advice = audit["advice"]
     if advice["verdict"] == "none":
-        return "It cannot be told yet whether reading less of each document pays here. What is missing:"
+        return "Whether reading less of each document pays here is still open. What is missing:"
     if advice["verdict"] == "stay":
         return "Go on reading every document in full: nothing that was tried is both faster here and as good."
     reference = audit["arms"][0]
