@@ -77,10 +77,14 @@ def user_message(template: str, question: str) -> str:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A document's prompt. ids: int32 [tokens]; truncated_tokens: how many of the document's were cut."""
+    """A document's prompt. ids: int32 [tokens]; truncated_tokens: how many of the document's were cut.
+
+    unread: which characters [start, end) of its text those are, give or take those of a token; None if none were cut.
+    """
 
     ids: np.ndarray
     truncated_tokens: int = 0
+    unread: tuple[int, int] | None = None
 
 
 class PromptBuilder:
@@ -149,7 +153,9 @@ class PromptBuilder:
                 f"question and template alone have {total - last + first} tokens, the limit is {limit}", "too_long"
             )
         cut = first + (keep + 1) // 2
-        return Prompt(np.concatenate([head, body[:cut], body[cut + excess :], tail]), excess)
+        kept = [self._tokens.decode(ids.tolist()) for ids in (body[first:cut], body[cut + excess : last])]
+        unread = min(len(kept[0]), len(text)), max(len(text) - len(kept[1]), min(len(kept[0]), len(text)))
+        return Prompt(np.concatenate([head, body[:cut], body[cut + excess :], tail]), excess, unread)
 
     def overhead(self, *, merging: bool = False) -> int:
         """Prompt tokens besides the document's."""

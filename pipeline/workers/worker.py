@@ -26,6 +26,8 @@ from pipeline.prompts.tokens import Tokens, load_tokens
 from pipeline.results.columns import utc_now
 from pipeline.results.kept_columns import Kept
 from pipeline.results.rows import EngineFields, Outcome, Row, WorkerFields
+from pipeline.review.evidence import find_evidence
+from pipeline.review.flags import find_flags
 from pipeline.source import Document, DocumentReader, input_hash
 from pipeline.workers.loop import EngineBrokenError, EngineLike, EngineLoop
 from pipeline.workers.metrics import report_arena
@@ -43,6 +45,7 @@ class WorkerConfig:
     """All that a worker needs to know. threads: for torch on a CPU; 0 leaves its default. deadline: seconds; 0 none.
 
     model_name: what the rows call the model. today: the date for chat templates that print one.
+    evidence: whether rows get the passages that support the output.
     engine_factory: "module:name" of a callable EngineConfig -> engine.
     """
 
@@ -58,6 +61,7 @@ class WorkerConfig:
     template_args: Mapping[str, Any] | None = None
     thinking: str = "off"
     kept: tuple[pa.Field, ...] = ()
+    evidence: bool = True
     deadline: float = 0.0
     grace: float = GRACE_SECONDS
     threads: int = 0
@@ -69,11 +73,13 @@ class Work:
     """A document in the worker: its row's columns as far as they are known, and what it has in the engine.
 
     completions: of its prompts, in the order in which they came back. requests: ids of those that are out.
-    chunk_tokens: prefill steps at most so long; None: as the engine's configuration says.
+    chunk_tokens: prefill steps at most so long; None: as the engine's configuration says. unread: characters
+    [start, end) of the document's text that were cut out to make it fit.
     """
 
     fields: WorkerFields
     chunk_tokens: int | None = None
+    unread: tuple[int, int] | None = None
     completions: list[Completion] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
@@ -151,6 +157,7 @@ class Worker:
             async with limit:
                 text, kept = await self._read(document, work)
                 outcome = await self._complete(document.document_id, text, work)
+                outcome = await self._review(text, outcome, work)
         except EngineBrokenError:
             raise
         except DocumentError as error:
@@ -204,6 +211,7 @@ class Worker:
                 raise
             return await self._map_reduce(document_id, text, work, merging=False)
         work.fields.truncated_tokens += prompt.truncated_tokens
+        work.unread = prompt.unread
         return await self._run(whole_request(document_id), prompt, work)
 
     async def _map_reduce(self, document_id: str, text: str, work: Work, merging: bool) -> Outcome:
@@ -271,6 +279,21 @@ class Worker:
         return Outcome(
             status="ok", output=answer.text, finish_reason=completion.finish_reason, reasoning=answer.reasoning
         )
+
+    async def _review(self, text: str, outcome: Outcome, work: Work) -> Outcome:
+        """An outcome that is ok with what its document's text tells of the output."""
+        output = outcome.output
+        if outcome.status != "ok" or output is None:
+            return outcome
+
+        def review() -> Outcome:
+            flags = tuple(find_flags(text, output, outcome.finish_reason))
+            passages = tuple(find_evidence(text, output, work.unread)) if self._config.evidence else None
+            return replace(outcome, flags=flags, evidence=passages)
+
+        reviewed, seconds = await self._in_reader(work, review)
+        work.fields.tokenize_seconds += seconds
+        return reviewed
 
     async def _in_reader(self, work: Work, call: Callable[..., T], *args: Any) -> tuple[T, float]:
         """Run something in the reader thread; its result and seconds. The wait before counts as queueing."""
