@@ -76,7 +76,16 @@ def add_job_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()
             group.add_argument(flag(item.name), dest=item.name, default=argparse.SUPPRESS, **_argument(item))
 
 
-_PLACEHOLDERS = {"int": "N", "float": "X", "auto_int": "N|auto", "shard": "I/N", "date": "DATE", "map": "JSON"}
+_PLACEHOLDERS = {
+    "int": "N",
+    "float": "X",
+    "auto_int": "N|auto",
+    "shard": "I/N",
+    "date": "DATE",
+    "map": "JSON",
+    "encoding": "NAME",
+    "schema": "FILE",
+}
 
 
 def _argument(item: Field[Any]) -> dict[str, Any]:

@@ -63,6 +63,8 @@ def split_arguments(parser: Parser, arguments: Sequence[str]) -> tuple[Any, list
                 f"{safe_name(location)}: its URI holds a key, and the cluster shows the command line of a job to "
                 "whoever looks; set it in the environment of the cluster instead (AWS_ACCESS_KEY_ID and so on)"
             )
+    if config.schema is not None:
+        values["schema"] = config.schema  # its file need not be there on the cluster
     return options, to_flags(absolute_paths(values))
 
 

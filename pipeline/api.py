@@ -72,8 +72,14 @@ class Summarizer:
         survey = Survey(self._config, task, nothing, {}, (), self._config.today())
         # Every document can be in the engine at once, and Ray is not there to divide the cores.
         self._worker_config = make_worker_config(survey, self._config.device, 0, engine_factory, grace)
+        answers = self._config.answers()
+        self._answer_type = None if answers is None else answers.arrow_type
         self._lock = threading.Lock()
         self._pool = LocalPool(self._worker_config)
+
+    def columns(self, kept: Sequence[pa.Field] = ()) -> pa.Schema:
+        """Of the tables that it gives back. kept: columns of the input that go along."""
+        return result_schema(kept, self._answer_type)
 
     def load(self) -> dict[str, Any]:
         """Load the model now and not at the first call; what its engine says of itself. Raises JobError if it fails."""
@@ -92,7 +98,7 @@ class Summarizer:
 
     def run(self, inputs: Inputs, progress: bool = False) -> pa.Table:
         """The rows of documents with different ids, in their order."""
-        schema = result_schema(inputs.kept)
+        schema = self.columns(inputs.kept)
         rows: dict[str, Row] = {}
         todo = []
         for document in inputs.documents:
@@ -110,7 +116,7 @@ class Summarizer:
         with self._lock:
             if todo:
                 self._pool.load()
-                self._pool.read_with(TextReader(self._config.text_column, inputs.kept))
+                self._pool.read_with(TextReader(self._config.text_column, inputs.kept, self._config))
                 problem = self._schedule(todo, done, told)
         for document in todo:
             if document.document_id not in rows:

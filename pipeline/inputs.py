@@ -105,7 +105,11 @@ def _list_files(groups: list[list[SourceFile]], config: JobConfig) -> tuple[list
             raise JobError(f"keep_columns {config.keep_columns[0]}: texts have no columns")
         return [[] for _ in groups], []
     catalogue = list_documents(
-        files, text_column=config.text_column, id_column=config.id_column, keep_columns=config.keep_columns
+        files,
+        text_column=config.text_column,
+        id_column=config.id_column,
+        keep_columns=config.keep_columns,
+        settings=config,
     )
     owner = [number for number, group in enumerate(groups) for _ in group]
     documents: list[list[Document]] = [[] for _ in groups]

@@ -94,7 +94,7 @@ class StemlineStage:
             here[document.document_id] = place
         places = [place for r in rounds for place in r.values()]
         tables = [self._summarizer.run(Inputs([documents[place] for place in r.values()])) for r in rounds]
-        table = pa.concat_tables(tables) if tables else result_schema().empty_table()
+        table = pa.concat_tables(tables) if tables else self._summarizer.columns().empty_table()
         return table.take(pa.array(sorted(range(len(places)), key=places.__getitem__), pa.int64()))
 
 

@@ -6,7 +6,7 @@ import platform
 from importlib import metadata
 
 ENGINE = ("torch", "transformers", "triton")
-JOB = ("stemline", *ENGINE, "ray", "pyarrow")
+JOB = ("stemline", *ENGINE, "ray", "pyarrow", "llguidance")
 
 
 def versions(packages: tuple[str, ...] = ENGINE) -> dict[str, str]:

@@ -40,6 +40,7 @@ WORK = {
     "tools.benchmark accumulation": ("tools.benchmark.accumulation.linear_rows",),
     "tools.benchmark attention": ("tools.benchmark.attention._at_length",),
     "tools.benchmark engine": ("tools.benchmark.engine.Run",),
+    "tools.benchmark schema": ("tools.benchmark.schema.answers",),
     "tools.benchmark scaling": ("tools.benchmark.scaling.prepare",),
     "tools.benchmark selection": ("tools.benchmark.selection.copy_bandwidth",),
     "jobs.demo": ("jobs.demo.__main__.run_arm",),
@@ -69,6 +70,7 @@ RUN_BY = {
     "tools.benchmark accumulation": "tests/tools/test_benchmark_accumulation.py: test_sums_and_logits_are_measured",
     "tools.benchmark attention": "tests/tools/test_benchmark_attention.py: test_every_case_of_ours",
     "tools.benchmark engine": "tests/tools/test_benchmark_engine.py: test_every_precision_has_its_arms_and_its_errors",
+    "tools.benchmark schema": "tests/tools/test_benchmark_schema.py: test_answers_and_steps_are_measured",
     "tools.benchmark scaling": "tests/tools/test_benchmark_scaling.py: test_real_jobs_of_one_and_two_workers",
     "tools.benchmark selection": "tests/tools/test_benchmark_selection.py: def test_",
     "jobs.demo": "tests/quality/test_findings.py: test_demo_settings_keep_the_findings",
@@ -352,7 +354,7 @@ def test_they_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
         words = [word.replace("/data/results", "results/") for word in command.words[1:]]
         assert main_of("jobs.report")(words) == 0
         shown = capsys.readouterr().out
-        assert "written" in shown or "Stemline" in shown, command
+        assert "written" in shown or "Results: " in shown or "Stemline comparison" in shown, command
     assert (place / "results/report.html").stat().st_size > 1 << 20
     for block in documented.blocks():
         run_block(block)

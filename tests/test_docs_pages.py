@@ -27,7 +27,14 @@ from pipeline.settings.config import JobConfig
 from stem_core.config import StemConfig
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("docs/operations.md", "docs/troubleshooting.md", "docs/algorithm.md", "docs/checks.md", "CONTRIBUTING.md")
+PAGES = (
+    "docs/operations.md",
+    "docs/troubleshooting.md",
+    "docs/algorithm.md",
+    "docs/checks.md",
+    "docs/answers.md",
+    "CONTRIBUTING.md",
+)
 BENCHMARKS = "docs/benchmarks.md"  # whose commands have flags of their own
 PACKAGES = ("jobs", "kernels", "pipeline", "stem_core", "tools")
 # Flags of other programs, and of our own that are not settings of the job.

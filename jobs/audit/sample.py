@@ -49,8 +49,10 @@ def draw(options: Options, tokens: Tokens) -> Sample:
         tokens, make_task(job.task, job.question, job.prompt_file), job.chat_template_args, job.today(), job.thinking
     )
     files, _ = find_files(job.input)
-    catalogue = list_documents(files, text_column=job.text_column, id_column=job.id_column, shard=job.shard_pair())
-    reader = DocumentReader(job.text_column, [])
+    catalogue = list_documents(
+        files, text_column=job.text_column, id_column=job.id_column, shard=job.shard_pair(), settings=job
+    )
+    reader = DocumentReader(job.text_column, [], job)
     limit = options.context - job.max_new_tokens
     found, left_out = [], []
     for position in choose(catalogue, options.sample, options.seed):

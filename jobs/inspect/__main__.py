@@ -26,7 +26,7 @@ PAGE = "inspect.html"
 SHOWN = 4
 # Settings of the job that a single prefill knows nothing of.
 WITHOUT = {
-    *("input", "output", "keep_columns", "shard", "max_live", "arena_tokens"),
+    *("input", "output", "keep_columns", "shard", "max_live", "arena_tokens", "schema"),
     *(item.name for item in fields(Sampling) if item.name != "seed"),  # which is that of dummy weights, too
     *(item.name for item in fields(JobConfig) if item.metadata["group"] == "run"),
 }
@@ -73,7 +73,8 @@ def _parser() -> Parser:
 
 def read_document(job: JobConfig, document_id: str | None) -> tuple[str, str]:
     """Id and text of the document to look at. Raises JobError."""
-    catalogue = list_documents(find_files(job.input)[0], text_column=job.text_column, id_column=job.id_column)
+    files, _ = find_files(job.input)
+    catalogue = list_documents(files, text_column=job.text_column, id_column=job.id_column, settings=job)
     ids = catalogue.ids.to_pylist()
     if document_id is None and len(ids) > 1:
         raise JobError(f"--document {job.input[0]} holds {len(ids):,} documents: give --id, e.g. --id {ids[0]}")
@@ -83,7 +84,7 @@ def read_document(job: JobConfig, document_id: str | None) -> tuple[str, str]:
     try:
         if document.error:
             raise DocumentError(document.error)
-        return document.document_id, DocumentReader(job.text_column, []).read(document)[0]
+        return document.document_id, DocumentReader(job.text_column, [], job).read(document)[0]
     except DocumentError as error:
         raise JobError(f"{document.source}: {error}") from None
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+import numpy as np
+
 from jobs.inspect.capture import Capture
+from jobs.inspect.cells import LayerCells
 from jobs.inspect.charts import budget_charts, density_chart, map_chart
-from jobs.inspect.pictures import MANY, OF_A_CELL, map_colours, maps_picture
+from jobs.inspect.pictures import BY_HEADS, DARK, LIGHT, MANY, OF_A_CELL, map_colours, maps_picture
 from jobs.page import Block, Details, KeyFigure, KeyFigures, Picture, Prose, Section, Table
 from jobs.page.numbers import share
 
@@ -58,11 +61,12 @@ def _introduction(seen: Capture) -> list[Block]:
 
 
 def _overview(seen: Capture) -> list[Block]:
-    maps, rows, many = [], [], len(seen.layers) > MANY
+    maps: list[tuple[str, LayerCells, np.ndarray]] = []
+    rows, many = [], len(seen.layers) > MANY
     for layer, cells in seen.layers.items():
         stripes = cells.pattern().name
         name = f"layer {layer}" if many else f"layer {layer}: {stripes}"
-        maps.append((name, map_colours(cells.grid, cells.shares())))
+        maps.append((name, cells, cells.shares()))
         half, most = (f"{cells.reach_tokens(part):,}" for part in (0.5, 0.9))
         rows.append((layer, stripes, share(cells.density), half, most, share(cells.shared)))
     table = Table(
@@ -72,8 +76,9 @@ def _overview(seen: Capture) -> list[Block]:
         "chose a block, the share of the layer's other heads that chose it too.",
     )
     return [
-        Picture(
-            maps_picture("Every sparse layer, its heads together", maps),
+        _maps(
+            "Every sparse layer, its heads together",
+            maps,
             "small maps of the blocks that each sparse layer keeps",
             note="One map for each layer. Stripes along the diagonal are blocks at a fixed distance; stripes straight "
             "down are blocks that are read from everywhere below them.",
@@ -84,12 +89,11 @@ def _overview(seen: Capture) -> list[Block]:
 
 def _layer(seen: Capture, layer: int) -> list[Block]:
     cells = seen.layers[layer]
-    heads = [(f"head {head}", map_colours(cells.grid, cells.shares(head))) for head in range(cells.heads)]
-    picture = Picture(
-        maps_picture(f"Layer {layer}: each head", heads, OF_A_CELL),
-        f"a map for each of the {cells.heads} heads of layer {layer}",
-        note="All heads of a layer have the same budget; each spends it in its own way.",
-    )
+    heads = [(f"head {head}", cells, cells.shares(head)) for head in range(cells.heads)]
+    picture = _maps(
+        f"Layer {layer}: each head", heads, f"a map for each of the {cells.heads} heads of layer {layer}",
+        note="All heads of a layer have the same budget; each spends it in its own way.", ends=OF_A_CELL,
+    )  # fmt: skip
     blocks: list[Block] = [Prose(PATTERNS[cells.pattern().name]), map_chart(layer, cells, len(seen.prompt)), picture]
     size = cells.grid.block_size
     most = [
@@ -101,6 +105,20 @@ def _layer(seen: Capture, layer: int) -> list[Block]:
         table = Table(("from token", "chosen by", "text"), most, note=note)
         blocks.append(Details("The blocks chosen most, and what they say", [table]))
     return blocks
+
+
+def _maps(
+    title: str, maps: Sequence[tuple[str, LayerCells, np.ndarray]], meaning: str, *,
+    note: str, ends: tuple[str, str] = BY_HEADS,
+) -> Picture:  # fmt: skip
+    """Small maps, (label, cells, shares) each, in light and in dark colours."""
+    light, dark = (
+        maps_picture(
+            title, [(name, map_colours(cells.grid, shares, palette)) for name, cells, shares in maps], ends, palette
+        )
+        for palette in (LIGHT, DARK)
+    )
+    return Picture(light, meaning, note=note, dark=dark)
 
 
 def _settings(seen: Capture) -> list[Block]:

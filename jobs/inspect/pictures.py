@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -11,10 +12,29 @@ from PIL import Image, ImageDraw, ImageFont
 from jobs.inspect.cells import Grid, LayerCells
 
 Colour = tuple[int, int, int]
-WHITE, INK, GREY, FAINT = (255, 255, 255), (27, 31, 36), (89, 99, 110), (190, 196, 203)
-# Light to dark: kept by no head, by half of them, by all.
-SCALE = ((240, 244, 248), (104, 163, 216), (14, 50, 92))
-RULE: Colour = (232, 143, 66)
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Colours of a picture. scale: kept by no head, by half of them, by all. rule: kept whatever the scores."""
+
+    page: Colour
+    ink: Colour
+    muted: Colour
+    faint: Colour
+    scale: tuple[Colour, Colour, Colour]
+    rule: Colour
+
+
+LIGHT = Palette(
+    page=(255, 255, 255), ink=(27, 31, 36), muted=(89, 99, 110), faint=(190, 196, 203),
+    scale=((240, 244, 248), (104, 163, 216), (14, 50, 92)), rule=(232, 143, 66),
+)  # fmt: skip
+# On the dark page of jobs.page, of its colours: the more heads, the lighter.
+DARK = Palette(
+    page=(20, 23, 26), ink=(228, 231, 234), muted=(154, 164, 175), faint=(74, 82, 91),
+    scale=((29, 33, 37), (51, 105, 155), (185, 220, 251)), rule=(214, 125, 48),
+)  # fmt: skip
 RULES = "kept by rule: sink (left), local (diagonal), rows that keep all"
 MAP_PIXELS = 720
 # A page of jobs.page is 1,016 pixels wide; four maps of 240 fit.
@@ -25,17 +45,17 @@ BY_HEADS, OF_A_CELL = ("by no head", "by all"), ("no block", "all of a cell")
 FONT = ImageFont.load_default(15)  # comes with Pillow
 
 
-def map_colours(grid: Grid, shares: np.ndarray) -> np.ndarray:
-    """uint8 [cells, cells, 3] of LayerCells.shares: blue by score, orange by rule, white where nothing is causal."""
-    colours = _blues(np.nan_to_num(shares))
-    colours[mostly_rule(grid)] = RULE
-    colours[grid.causal == 0] = WHITE
+def map_colours(grid: Grid, shares: np.ndarray, palette: Palette = LIGHT) -> np.ndarray:
+    """uint8 [cells, cells, 3] of LayerCells.shares: blue by score, orange by rule, the page where nothing is causal."""
+    colours = _blues(np.nan_to_num(shares), palette)
+    colours[mostly_rule(grid)] = palette.rule
+    colours[grid.causal == 0] = palette.page
     return colours
 
 
-def _blues(shares: np.ndarray) -> np.ndarray:
+def _blues(shares: np.ndarray, palette: Palette) -> np.ndarray:
     """Shares from 0 to 1 -> their colours, uint8 [..., 3]."""
-    channels = [np.interp(shares, (0.0, 0.5, 1.0), channel) for channel in zip(*SCALE, strict=True)]
+    channels = [np.interp(shares, (0.0, 0.5, 1.0), channel) for channel in zip(*palette.scale, strict=True)]
     return np.stack(channels, -1).round().astype(np.uint8)
 
 
@@ -50,19 +70,21 @@ def layer_picture(layer: int, cells: LayerCells, tokens: int) -> bytes:
     scale = max(1, MAP_PIXELS // grid.cells)
     side = grid.cells * scale
     left, top, bars = 80, 64, 150
-    picture, draw = _canvas(left + side + 24 + bars + MARGIN, top + side + 108)
-    _write(draw, (left, 12), f"Layer {layer}: share of its {cells.heads} heads that keep a block", INK)
+    picture, draw = _canvas(left + side + 24 + bars + MARGIN, top + side + 108, LIGHT)
+    _write(draw, (left, 12), f"Layer {layer}: share of its {cells.heads} heads that keep a block", LIGHT.ink)
     _write(draw, (left, 34), f"density {cells.density:.3f}: that share of the causal blocks is kept")
-    _map(picture, draw, (left, top), map_colours(grid, cells.shares()), scale)
-    _write(draw, (left + side - 12, top + 12), "no token sees\na later one", FAINT, "ra")
+    _map(picture, draw, (left, top), map_colours(grid, cells.shares()), scale, LIGHT)
+    _write(draw, (left + side - 12, top + 12), "no token sees\na later one", LIGHT.faint, "ra")
     _axes(picture, draw, left, top, side, tokens)
     _profile(draw, left + side + 24, top, scale, bars, cells)
-    _key(picture, draw, left, top + side + 56)
+    _key(picture, draw, left, top + side + 56, BY_HEADS, LIGHT)
     return _png(picture)
 
 
-def maps_picture(title: str, maps: Sequence[tuple[str, np.ndarray]], ends: tuple[str, str] = BY_HEADS) -> bytes:
-    """PNG: small maps beside each other, (label, colours as of map_colours) each. ends: of the scale, in words."""
+def maps_picture(
+    title: str, maps: Sequence[tuple[str, np.ndarray]], ends: tuple[str, str] = BY_HEADS, palette: Palette = LIGHT
+) -> bytes:
+    """PNG: small maps beside each other, (label, colours of map_colours in `palette`) each. ends: of the scale."""
     columns, pixels = (COLUMNS, SMALL_PIXELS) if len(maps) <= MANY else (MANY_COLUMNS, MANY_PIXELS)
     by = -(-len(maps[0][1]) // pixels)
     cells = -(-len(maps[0][1]) // by)
@@ -72,18 +94,18 @@ def maps_picture(title: str, maps: Sequence[tuple[str, np.ndarray]], ends: tuple
     wide = max(side, *(round(FONT.getlength(name)) for name, _ in maps)) + MARGIN
     width = max(min(len(maps), columns) * wide + MARGIN, _key_width(ends) + 2 * MARGIN)
     height = top + -(-len(maps) // columns) * (side + label + gap) + 60
-    picture, draw = _canvas(width, height)
-    _write(draw, (MARGIN, 12), title, INK)
+    picture, draw = _canvas(width, height, palette)
+    _write(draw, (MARGIN, 12), title, palette.ink)
     for place, (name, colours) in enumerate(maps):
         x, y = MARGIN + place % columns * wide, top + place // columns * (side + label + gap)
-        _write(draw, (x, y), name)
-        _map(picture, draw, (x, y + label), colours, scale, by)
-    _key(picture, draw, MARGIN, height - 52, ends)
+        _write(draw, (x, y), name, palette.muted)
+        _map(picture, draw, (x, y + label), colours, scale, palette, by)
+    _key(picture, draw, MARGIN, height - 52, ends, palette)
     return _png(picture)
 
 
-def _canvas(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    picture = Image.new("RGB", (width, height), WHITE)
+def _canvas(width: int, height: int, palette: Palette) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    picture = Image.new("RGB", (width, height), palette.page)
     return picture, ImageDraw.Draw(picture)
 
 
@@ -94,34 +116,35 @@ def _png(picture: Image.Image) -> bytes:
 
 
 def _write(
-    draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, colour: Colour = GREY, anchor: str = "la"
+    draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, colour: Colour = LIGHT.muted, anchor: str = "la"
 ) -> None:
     """anchor: which point of the text is `at`, as Pillow names them: left ascender, right, middle."""
     draw.text(at, text, colour, FONT, anchor, align={"l": "left", "m": "center", "r": "right"}[anchor[0]])
 
 
 def _map(
-    picture: Image.Image, draw: ImageDraw.ImageDraw, at: tuple[int, int], colours: np.ndarray, scale: int, by: int = 1
-) -> None:
+    picture: Image.Image, draw: ImageDraw.ImageDraw, at: tuple[int, int], colours: np.ndarray, scale: int,
+    palette: Palette, by: int = 1,
+) -> None:  # fmt: skip
     """colours, uint8 [h, w, 3], in a frame: means of `by` by `by`, each a square of `scale` pixels."""
     image = Image.fromarray(colours).reduce(by)
     image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     picture.paste(image, at)
-    draw.rectangle((at[0] - 1, at[1] - 1, at[0] + image.width, at[1] + image.height), outline=FAINT)
+    draw.rectangle((at[0] - 1, at[1] - 1, at[0] + image.width, at[1] + image.height), outline=palette.faint)
 
 
 def _axes(picture: Image.Image, draw: ImageDraw.ImageDraw, left: int, top: int, side: int, tokens: int) -> None:
     step = next(step for step in (1 << k for k in range(30)) if tokens / step <= 8.5)
     for at in range(0, tokens + 1, step):
         place = round(at / tokens * side)
-        draw.line((left - 6, top + place, left - 2, top + place), INK)
-        draw.line((left + place, top + side + 1, left + place, top + side + 5), INK)
+        draw.line((left - 6, top + place, left - 2, top + place), LIGHT.ink)
+        draw.line((left + place, top + side + 1, left + place, top + side + 5), LIGHT.ink)
         _write(draw, (left - 10, top + place), _short(at), anchor="rm")
         _write(draw, (left + place, top + side + 8), _short(at), anchor="ma")
-    _write(draw, (left + side // 2, top + side + 28), "key token", INK, "ma")
+    _write(draw, (left + side // 2, top + side + 28), "key token", LIGHT.ink, "ma")
     words = "query token, downwards"
-    upright, on = _canvas(round(FONT.getlength(words)), 20)
-    _write(on, (0, 0), words, INK)
+    upright, on = _canvas(round(FONT.getlength(words)), 20, LIGHT)
+    _write(on, (0, 0), words, LIGHT.ink)
     picture.paste(upright.rotate(90, expand=True), (8, top + (side - upright.width) // 2))
 
 
@@ -133,25 +156,25 @@ def _profile(draw: ImageDraw.ImageDraw, left: int, top: int, scale: int, width: 
     kept = np.add.reduceat(cells.kept, starts) / rows / cells.heads
     causal = np.add.reduceat(np.arange(1, grid.blocks + 1), starts) / rows
     for row in range(grid.cells):
-        for blocks, colour in ((causal[row], FAINT), (kept[row], SCALE[-1])):
+        for blocks, colour in ((causal[row], LIGHT.faint), (kept[row], LIGHT.scale[-1])):
             if long := round(width * blocks / grid.blocks):
                 y = top + row * scale
                 draw.rectangle((left, y, left + long - 1, y + scale - 1), colour)
-    _write(draw, (left, top + grid.cells * scale + 8), "blocks kept", INK)
+    _write(draw, (left, top + grid.cells * scale + 8), "blocks kept", LIGHT.ink)
     _write(draw, (left, top + grid.cells * scale + 28), f"of up to {grid.blocks:,}")
 
 
 def _key(
-    picture: Image.Image, draw: ImageDraw.ImageDraw, left: int, top: int, ends: tuple[str, str] = BY_HEADS
+    picture: Image.Image, draw: ImageDraw.ImageDraw, left: int, top: int, ends: tuple[str, str], palette: Palette
 ) -> None:
     """What the colours mean, in two lines."""
-    draw.rectangle((left, top, left + 13, top + 13), RULE)
-    _write(draw, (left + 20, top - 1), RULES)
+    draw.rectangle((left, top, left + 13, top + 13), palette.rule)
+    _write(draw, (left + 20, top - 1), RULES, palette.muted)
     chosen = f"chosen by score: {ends[0]}"
-    _write(draw, (left, top + 23), chosen)
+    _write(draw, (left, top + 23), chosen, palette.muted)
     bar = left + round(FONT.getlength(chosen)) + 10
-    _map(picture, draw, (bar, top + 24), _blues(np.linspace(0, 1, 120)[None].repeat(14, 0)), 1)
-    _write(draw, (bar + 130, top + 23), ends[1])
+    _map(picture, draw, (bar, top + 24), _blues(np.linspace(0, 1, 120)[None].repeat(14, 0), palette), 1, palette)
+    _write(draw, (bar + 130, top + 23), ends[1], palette.muted)
 
 
 def _key_width(ends: tuple[str, str]) -> int:

@@ -17,6 +17,7 @@ from jobs.page.blocks import (
     SideBySide,
     Table,
 )  # fmt: skip
+from jobs.page.outputs import Outputs
 from jobs.page.render import render_page
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Details",
     "KeyFigure",
     "KeyFigures",
+    "Outputs",
     "Picture",
     "Prose",
     "Section",

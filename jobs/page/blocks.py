@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from jobs.page.outputs import Outputs
+
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
@@ -67,6 +69,11 @@ class Table:
                 raise ValueError(f"a table of {len(self.header)} columns has a row of {len(row)} cells: {row!r:.200}")
 
     @property
+    def is_wide(self) -> bool:
+        """Whether a phone shows each row as a list of its cells instead."""
+        return len(self.header) > 3
+
+    @property
     def cells(self) -> list[list[tuple[str, str]]]:
         """(text, CSS class) of each cell."""
         texts = [[cell_text(cell) for cell in row] for row in self.rows]
@@ -104,17 +111,19 @@ class SideBySide:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG inside the page. meaning: what it shows, for those who do not see it."""
+    """A PNG inside the page. meaning: what it shows, for those who do not see it. dark: the same in dark colours."""
 
     png: bytes
     meaning: str
     title: str = ""
     note: str = ""
+    dark: bytes | None = None
 
     @property
-    def uri(self) -> str:
-        """The picture as a data: URI."""
-        return "data:image/png;base64," + base64.b64encode(self.png).decode()
+    def uris(self) -> list[tuple[str, str]]:
+        """(when it is shown, as a CSS class; the picture as a data: URI)."""
+        pictures = [("", self.png)] if self.dark is None else [("by-day", self.png), ("by-night", self.dark)]
+        return [(when, "data:image/png;base64," + base64.b64encode(png).decode()) for when, png in pictures]
 
 
 @dataclass(frozen=True)
@@ -125,7 +134,7 @@ class Details:
     blocks: Sequence[Block]
 
 
-Block = Prose | KeyFigures | Table | Chart | SideBySide | Picture | Details
+Block = Prose | KeyFigures | Table | Chart | SideBySide | Picture | Details | Outputs
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 "use strict";
-// Draws the charts of a page, again when light turns to dark or the page is printed: plotly knows no CSS variables.
+// Draws the charts of a page once the rest of it is shown, and again when light turns to dark or the page is printed:
+// plotly knows no CSS variables.
 (() => {
   const root = document.documentElement;
   const charts = Array.from(document.querySelectorAll(".chart"), (box) => ({
@@ -66,15 +67,24 @@
   };
   const plain = (text) => text.replaceAll("&lt;", "<").replaceAll("&gt;", ">").replaceAll("&amp;", "&");
 
-  const drawAll = () => Promise.all(charts.map(draw)).then(() => (root.dataset.charts = "drawn"));
+  // Plotly's megabytes stand in the page as text, so that nobody waits for them. The page's policy knows their hash.
+  const loadPlotly = () => {
+    const script = document.createElement("script");
+    script.textContent = document.getElementById("plotly").textContent;
+    document.head.append(script);
+  };
+  const drawAll = () => {
+    if (!window.Plotly) return null; // not loaded yet: they are drawn when it is
+    return Promise.all(charts.map(draw)).then(() => (root.dataset.charts = "drawn"));
+  };
 
   // What is inside closed details has no width yet.
   for (const details of document.querySelectorAll("details")) {
     details.addEventListener("toggle", () => {
-      if (details.open) for (const box of details.querySelectorAll(".chart")) Plotly.Plots.resize(box);
+      if (details.open && window.Plotly) for (const box of details.querySelectorAll(".chart")) Plotly.Plots.resize(box);
     });
   }
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+  addEventListener("themechange", drawAll);
   for (const [event, printing] of [["beforeprint", true], ["afterprint", false]]) {
     addEventListener(event, () => {
       root.classList.toggle("printing", printing);
@@ -82,5 +92,11 @@
     });
   }
   charts.forEach(addLegend);
-  drawAll();
+  const begin = () =>
+    setTimeout(() => {
+      loadPlotly();
+      drawAll();
+    }, 50);
+  if (document.readyState === "complete") begin();
+  else addEventListener("load", begin);
 })();

@@ -9,13 +9,17 @@ import io
 import json
 import math
 import sys
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from typing import Any, TextIO
 
 from jobs.cli import Parser, run_main
 from jobs.page import render_page
+from jobs.page.outputs import Outputs
 from jobs.page.terminal import print_sections
+from jobs.report.changes import changes
 from jobs.report.measures import Measures, length_edges, measure
+from jobs.report.outputs import outputs
 from jobs.report.overview import subtitle
 from jobs.report.results import Run, load_runs
 from jobs.report.sections import sections
@@ -23,6 +27,8 @@ from pipeline.errors import JobError
 from pipeline.location import split_name
 from pipeline.results.columns import utc_now
 from pipeline.results.store import Store
+
+MOST_ROWS = 20_000
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -43,6 +49,22 @@ def main(arguments: Sequence[str]) -> int:
         help="where to write it, - for standard output; unset: html as report.html (comparison.html for several "
         "folders) into the first folder, table and json to standard output",
     )
+    parser.add_argument(
+        "--documents", choices=("none", "passages", "full"), default="passages",
+        help="what the page of one folder shows of each document: nothing, what supports its outputs and some text "
+        "around (all of it where there is room), or always all of it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="where the documents are now; unset: where the job found them",
+    )
+    parser.add_argument(
+        "--rows", type=_positive, default=MOST_ROWS, metavar="N",
+        help="most outputs in a page, what needs a look before the others",
+    )  # fmt: skip
     given = parser.parse_args(arguments)
     runs = load_runs(given.output)
     edges = length_edges(runs)
@@ -51,25 +73,40 @@ def main(arguments: Sequence[str]) -> int:
     if to is None and given.format == "html":
         folder, name = given.output[0], "report.html" if len(runs) == 1 else "comparison.html"
     elif to in (None, "-"):
-        _print_report(given.format, runs, measures, sys.stdout)
+        _print_report(given, runs, measures, sys.stdout)
         return 0
     else:
         folder, name = split_name(to)
     text = io.StringIO()
-    _print_report(given.format, runs, measures, text)
+    _print_report(given, runs, measures, text)
     print(f"written: {_write(folder, name, text.getvalue())}")
     return 0
 
 
-def _print_report(kind: str, runs: Sequence[Run], measures: Sequence[Measures], stream: TextIO) -> None:
-    title = "Stemline report" if len(runs) == 1 else "Stemline comparison"
-    if kind == "json":
+def _print_report(given: Namespace, runs: Sequence[Run], measures: Sequence[Measures], stream: TextIO) -> None:
+    title = f"Results: {runs[0].name}" if len(runs) == 1 else "Stemline comparison"
+    if given.format == "json":
         stream.write(json.dumps({"runs": _finite(measures)}, indent=2, allow_nan=False, default=str) + "\n")
-    elif kind == "table":
+    elif given.format == "table":
         print_sections(title, subtitle(measures), sections(runs, measures, with_charts=False), stream)
     else:
         footer = f"Made by python -m jobs.report on {utc_now():%Y-%m-%d %H:%M} UTC."
-        stream.write(render_page(title, subtitle(measures), sections(runs, measures, with_charts=True), footer))
+        shown = _outputs(given, runs)
+        told = sections(runs, measures, with_charts=True, outputs=shown)
+        stream.write(render_page(title, subtitle(measures), told, footer))
+
+
+def _outputs(given: Namespace, runs: Sequence[Run]) -> Outputs | None:
+    """The list of outputs: of one run beside its documents, of two beside each other, of more runs none."""
+    if len(runs) == 1:
+        return outputs(runs[0], documents=given.documents, inputs=given.input, most=given.rows)
+    return changes(*runs, most=given.rows) if len(runs) == 2 else None
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
+    return int(text)
 
 
 def _finite(value: Any) -> Any:

@@ -75,6 +75,22 @@ def density_chart(runs: Sequence[Run]) -> Chart | None:
     return Chart("Density by prompt length", figure, note + _sampled(runs, shown), 280)
 
 
+def memory_chart(runs: Sequence[Run]) -> Chart | None:
+    """Peak GPU memory of each document by its prompt's length; None if nothing ran on a GPU."""
+    shown = [_drawn(run, "peak_gpu_bytes") for run in runs]
+    if not any(len(rows) for rows in shown):
+        return None
+    figure = graph_objects().Figure()
+    for number, (run, rows) in enumerate(zip(runs, shown, strict=True)):
+        values = run.numbers("peak_gpu_bytes") / 2**30
+        _scatter(figure, run, rows, values, number, [f"{value:.1f} GiB" for value in values[rows]])
+    _length_axis(figure, runs, shown)
+    figure.update_yaxes(title_text="GiB", rangemode="tozero")
+    figure.update_layout(showlegend=len(runs) > 1)
+    note = "Most that was allocated while the document was in the engine, whoever else was there; with the KV arena."
+    return Chart("GPU memory by prompt length", figure, note + _sampled(runs, shown), 280)
+
+
 def phases_chart(bars: Sequence[tuple[str, dict[str, float] | None, int]]) -> Chart:
     """Mean seconds of a document by phase. bars: (label, seconds of its documents by phase, how many those are)."""
     figure = graph_objects().Figure()

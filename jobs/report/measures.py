@@ -38,7 +38,7 @@ def length_edges(runs: Sequence[Run]) -> list[int]:
 def measure(run: Run, edges: Sequence[int]) -> Measures:
     """All figures of a run; None where there is nothing to measure. Times in seconds, sizes in bytes."""
     counts = Counter(run.texts("status"))
-    found = len(run.rows)
+    found, with_row = len(run.rows), len(set(run.texts("document_id")))
     values: Measures = {
         "name": run.name,
         "output": run.location,
@@ -46,7 +46,8 @@ def measure(run: Run, edges: Sequence[int]) -> Measures:
         "problem": run.problem,
         "documents": run.documents,
         "rows": found,
-        "without_row": None if run.documents is None else max(run.documents - found, 0),
+        "without_row": None if run.documents is None else max(run.documents - with_row, 0),
+        "documents_with_row": with_row,
         "counts": dict(sorted(counts.items())),
         "ok": counts["ok"],
         "failed": found - counts["ok"],

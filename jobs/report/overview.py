@@ -22,13 +22,12 @@ STATES = {
 def subtitle(measures: Sequence[Measures]) -> str:
     """What the report is about, in a line."""
     if len(measures) > 1:
-        return f"{len(measures)} runs side by side"
+        return f"{len(measures)} runs side by side: {', '.join(run['name'] for run in measures)}"
     run = measures[0]
     times = _times(run)
     model = (run["config"] or {}).get("model")
-    return " · ".join(
-        part for part in (run["output"], f"model {model}" if model else "", f"{times} UTC" if times else "") if part
-    )
+    parts = [run["output"], f"model {model}" if model else "", f"{times} UTC" if times else ""]
+    return " · ".join(part for part in (*parts, "finished" if run["state"] == "finished" else "") if part)
 
 
 def _times(run: Measures) -> str:
@@ -42,6 +41,8 @@ def _times(run: Measures) -> str:
 def key_figures(run: Measures) -> list[KeyFigure]:
     """The figures of a run that its report begins with."""
     of = "" if run["documents"] is None else f"of {run['documents']:,} documents"
+    if run["rows"] > run["documents_with_row"]:
+        of = f"of {run['rows']:,} answers about {run['documents_with_row']:,} documents"
     first, kept = run["time_to_first_token"] or {}, run["density"]
     failed = ", ".join(f"{number:,} {status}" for status, number in run["counts"].items() if status != "ok")
     figures = [
@@ -84,16 +85,20 @@ def _density_note(run: Measures) -> str:
     )
 
 
+def states_of(measures: Sequence[Measures]) -> list[Block]:
+    """The state of each run in words."""
+    return [Prose(_state(run, len(measures) > 1)) for run in measures]
+
+
 def overview(measures: Sequence[Measures]) -> list[Block]:
-    """The state of each run, then its key figures; of several runs in columns."""
-    blocks: list[Block] = [Prose(_state(run, len(measures) > 1)) for run in measures]
+    """The key figures of a run; of several runs in columns."""
     if len(measures) == 1:
-        return [*blocks, KeyFigures(key_figures(measures[0]))] if measures[0]["rows"] else blocks
+        return [KeyFigures(key_figures(measures[0]))] if measures[0]["rows"] else []
     columns = [_in_column(run) for run in measures]
     found = list(dict.fromkeys(label for column in columns for label in column))
     labels = sorted(found, key=lambda label: found.index(label.partition(":")[0]))  # statuses that one run lacks
     rows = [[label, *(column.get(label, "-") for column in columns)] for label in labels]
-    return [*blocks, Table(("", *(run["name"] for run in measures)), rows)]
+    return [Table(("", *(run["name"] for run in measures)), rows)]
 
 
 def _in_column(run: Measures) -> dict[str, str]:

@@ -18,8 +18,17 @@ from pipeline.results.rows import COLUMNS
 from pipeline.results.sink import part_names, read_columns
 from pipeline.results.store import Store
 
-_UNUSED = ("output", "config_hash", "input_stamp", "input_hash")
+# The figures need none of these: texts are read when the list of outputs is made.
+_UNUSED = ("output", "reasoning", "evidence", "flags", "page_starts", "config_hash", "input_stamp", "input_hash")
 NAMES = tuple(column.name for column in COLUMNS if column.name not in _UNUSED)
+# What the list of outputs needs. The last line is of newer runs: where another run lacks these columns, they are null.
+TEXTS = (
+    "document_id", "source", "status", "error", "output", "finish_reason", "reasoning", "prompt_tokens",
+    "output_tokens", "total_seconds", "time_to_first_token", "attention", "density", "truncated_tokens", "parts",
+    "attempts", "input_stamp", "input_hash",
+    "flags", "evidence", "question_id", "question", "answer", "answer_error", "page_starts",
+    "input_note",
+)  # fmt: skip
 _TYPES = {column.name: column.type for column in COLUMNS}
 
 
@@ -36,6 +45,12 @@ class Run:
     manifest: dict[str, Any] | None
     problem: str
     rows: pa.Table
+    store: Store
+
+    @cached_property
+    def with_texts(self) -> pa.Table:
+        """The columns TEXTS of all rows, outputs among them: read from the files when somebody asks."""
+        return read_columns(self.store, TEXTS)
 
     @property
     def documents(self) -> int | None:
@@ -103,7 +118,7 @@ def _load(store: Store, name: str) -> Run:
         problem = str(error).removeprefix(f"--output {store.name}: ").split("; --force")[0]
     table = read_columns(store, NAMES)
     columns = [_as_type(store, table, column) for column in NAMES]
-    return Run(name, store.name, found, problem, pa.table(dict(zip(NAMES, columns, strict=True))))
+    return Run(name, store.name, found, problem, pa.table(dict(zip(NAMES, columns, strict=True))), store)
 
 
 def _as_type(store: Store, table: pa.Table, name: str) -> pa.ChunkedArray:

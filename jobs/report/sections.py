@@ -10,10 +10,11 @@ from typing import Any
 from jobs.page import Block, Details, Section, Table
 from jobs.page.blocks import Cell
 from jobs.page.numbers import count, figure, seconds, share
+from jobs.page.outputs import Outputs
 from jobs.report import charts
 from jobs.report.layers import TITLE, layer_chart, layer_table
 from jobs.report.measures import FAILED, SLOWEST, Measures
-from jobs.report.overview import overview
+from jobs.report.overview import overview, states_of
 from jobs.report.results import Run
 from pipeline.results.rows import STATUSES
 from pipeline.settings.config import JobConfig
@@ -23,21 +24,35 @@ PLACES = ("input", "output", "model")
 Columns = dict[str, str | Callable[[Measures], Cell]]
 
 
-def sections(runs: Sequence[Run], measures: Sequence[Measures], *, with_charts: bool) -> list[Section]:
-    """The report. Without charts plotly is not needed. Raises JobError if it is, and is missing."""
-    parts = [Section("Overview", overview(measures))]
+def sections(
+    runs: Sequence[Run], measures: Sequence[Measures], *, with_charts: bool, outputs: Outputs | None = None
+) -> list[Section]:
+    """The report, what people wrote for first: the outputs. Without charts plotly is not needed.
+
+    Raises JobError if it is, and is missing.
+    """
+    states, figures = states_of(measures), overview(measures)
+    parts = [Section("Overview", [*states, *figures])]
+    if outputs is not None and outputs.entries:
+        title = "Outputs" if len(runs) == 1 else "Outputs side by side"
+        told = [] if all(run["state"] == "finished" and not run["without_row"] for run in measures) else states
+        parts = [Section(title, [*told, outputs]), Section("Figures", figures)]
     if any(run["failed"] for run in measures):
-        parts.append(Section("Failures", _failures(measures)))
+        reasons, documents = _failures(measures)
+        parts.append(Section("Failures", [reasons] if outputs is not None else [reasons, documents]))
     if any(run["ok"] for run in measures):
         parts.append(Section("Latency by length", _latency(runs, measures, with_charts)))
         parts.append(Section("Time and throughput", _time(runs, measures, with_charts)))
+        memory = charts.memory_chart(runs) if with_charts else None
+        parts.append(Section("Memory", [memory] if memory else []))
         parts.append(Section("Attention", _attention(runs, measures, with_charts)))
         parts.append(Section("Slowest documents", [_slowest(measures)]))
     parts.append(Section("Configuration and versions", _configuration(measures)))
     return [section for section in parts if section.blocks]
 
 
-def _failures(measures: Sequence[Measures]) -> list[Block]:
+def _failures(measures: Sequence[Measures]) -> tuple[Table, Table]:
+    """Reasons, and documents, of which a list of outputs tells more."""
     reasons = _table(
         measures,
         "reasons",
@@ -66,7 +81,7 @@ def _failures(measures: Sequence[Measures]) -> list[Block]:
         if any(run["failed"] > FAILED for run in measures)
         else "",
     )
-    return [reasons, documents]
+    return reasons, documents
 
 
 def _statuses(measures: Sequence[Measures]) -> list[str]:

@@ -115,6 +115,6 @@ def append_kv(
     tokens, heads, D = k.shape
     append_kernel[(heads, tokens)](
         k, v, k_arena, vt_arena, scales.k, scales.v, slots, *k.stride()[:2], *v.stride()[:2],
-        *k_arena.stride()[:2], *vt_arena.stride()[:2], D=D, BLOCK_D=triton.next_power_of_2(D), 
+        *k_arena.stride()[:2], *vt_arena.stride()[:2], D=D, BLOCK_D=triton.next_power_of_2(D),
         RUN=min(run, KEY_GROUP), num_warps=2,
     )  # fmt: skip

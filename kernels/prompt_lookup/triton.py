@@ -95,8 +95,6 @@ def find_drafts(
     tokens = torch.empty(S, drafts, dtype=torch.int64, device=ids.device)
     counts = torch.empty(S, dtype=torch.int64, device=ids.device)
     where = ids, starts, lengths, prefix_starts, prefix_lengths, best
-    match_kernel[(ceil_div(max_length, BLOCK), S)](
-        *where, LONGEST=longest, SHORTEST=shortest, BLOCK=BLOCK, num_warps=8
-    )
+    match_kernel[(ceil_div(max_length, BLOCK), S)](*where, LONGEST=longest, SHORTEST=shortest, BLOCK=BLOCK, num_warps=8)
     draft_kernel[(S,)](*where, tokens, counts, DRAFTS=drafts, WIDTH=power_of_2(drafts), num_warps=1)
     return tokens, counts

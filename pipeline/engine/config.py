@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from pipeline.answers.grammar import Grammar
 from pipeline.errors import JobError
 from pipeline.results.rows import EngineFields
 from pipeline.settings.shared import EngineSettings, Sampling
@@ -37,6 +38,7 @@ class EngineConfig(EngineSettings):
     cuda_graphs: replay captured decode steps (GPU only).
     decode_lag: decode steps that the host may launch ahead of the tokens that it has read back; steps launched for a
         document that has stopped are discarded. None is 2 on a GPU, 0 on the CPU. Results do not depend on it.
+    grammars: requests may have a grammar; the decode steps that this takes are made ready, too.
     """
 
     device: str = "auto"
@@ -47,6 +49,7 @@ class EngineConfig(EngineSettings):
     fuse: bool | None = None
     cuda_graphs: bool = True
     decode_lag: int | None = setting(None, "decode steps ahead of the host", low=0)
+    grammars: bool = False
 
     def __post_init__(self) -> None:
         check_all(self)
@@ -91,6 +94,7 @@ class Request:
     """One document. prompt_ids: token ids; stop_ids end the output besides the model's own end-of-sequence ids.
 
     chunk_tokens: prefill steps of this document at most so long; None: as EngineConfig says.
+    grammar: what the output is held to, from its first token on; it stops where nothing more can follow, too.
     """
 
     request_id: str
@@ -99,6 +103,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     stop_ids: tuple[int, ...] = ()
     chunk_tokens: int | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,8 @@ class Completion(EngineFields):
     """What became of a request, with what was measured of it (pipeline.results.rows.EngineFields).
 
     token_ids: generated tokens, the stop token included (as transformers' generate returns them).
-    finish_reason: "stop" (a stop token), "length" (max_new_tokens reached) or "error".
+    finish_reason: "stop" (a stop token, or the grammar allows nothing more), "length" (max_new_tokens reached) or
+        "error".
     attention and what follows from it: None for one that never started.
     output_error: of sparse prefill, in the sampled query block that is furthest from dense attention (see
     stem_core.output_error), mean over its rows and the sparse layers; None if nothing was measured.

@@ -16,6 +16,7 @@ from pipeline.engine.kv.arena import ALIGNMENT, Extent, aligned
 from pipeline.engine.memory.plan import MemoryPlan
 from pipeline.engine.run.batch import MAX_STOP_IDS, RowStart
 from pipeline.engine.run.lookup import Gain
+from pipeline.engine.run.masks import Constraint
 from pipeline.engine.run.prefill import AttentionPlan, Prefill
 from pipeline.engine.run.sampling import document_seed
 from pipeline.engine.run.tail import TailPrefill
@@ -31,7 +32,7 @@ OVERTAKES = 32
 class Document:
     """A request and what became of it so far; times are time.perf_counter()'s, in seconds.
 
-    plan: how the prompt attends, once it has started.
+    plan: how the prompt attends, once it has started. constraint: what may come next, where the request has a grammar.
     prefix: what stands before prompt_ids, read for others too; None: prompt_ids are the whole prompt.
     """
 
@@ -54,6 +55,7 @@ class Document:
     peak_bytes: int = 0
     finished: bool = False
     plan: AttentionPlan | None = None
+    constraint: Constraint | None = None
     prefix: Prefix | None = None
 
     @property
@@ -122,13 +124,20 @@ class Document:
 
 
 def accept(
-    document: Document, vocabulary: int, media: frozenset[int], eos: tuple[int, ...], plan: MemoryPlan
+    document: Document,
+    vocabulary: int,
+    media: frozenset[int],
+    eos: tuple[int, ...],
+    plan: MemoryPlan,
+    grammars: bool = False,
 ) -> tuple[Status, str] | None:
     """Check a document's request and fill in its prompt and stop ids; None, or the status and error it ends with.
 
-    media: tokens that stand for images or sounds, which nothing here reads.
+    media: tokens that stand for images or sounds, which nothing here reads. grammars: as EngineConfig has it.
     """
     request = document.request
+    if request.grammar is not None and not grammars:
+        return "error", "its output is to follow a grammar, and the engine was made without EngineConfig(grammars=True)"
     ids = checked_ids(request.prompt_ids, "prompt", vocabulary, media)
     if isinstance(ids, str):
         return "error", ids

@@ -35,6 +35,7 @@ from pipeline.engine.prefix import Prefix
 from pipeline.engine.run.batch import DRAFTS, IDLE, NOT_FINITE, DecodeBatch
 from pipeline.engine.run.decode import DecodeRunner, Readback, StepKey, batch_bucket, group_bucket
 from pipeline.engine.run.lookup import PAYS, LookupPolicy
+from pipeline.engine.run.masks import Constraint, TokenMasks
 from pipeline.engine.run.prefill import Prefill, attention_plan, chunk_size
 from pipeline.engine.run.tail import TailPrefill
 
@@ -62,12 +63,14 @@ class Engine:
         self._batch = DecodeBatch(config.max_live, device)
         self._lag = config.decode_lag if config.decode_lag is not None else 2 * on_gpu
         use_graphs = on_gpu and config.cuda_graphs
+        self._masks = TokenMasks(config.max_live, self._runner.vocabulary, device) if config.grammars else None
         # A state that has read a wrong draft cannot go back.
         use_lookup = config.prompt_lookup == "auto" and not self._runner.states
         self._lookup = LookupPolicy(PAYS[device.type]) if use_lookup else None
         self._decode = DecodeRunner(
-            self._runner, self._arena, self._batch, self._plan.max_context, use_graphs, lookup=use_lookup
-        )
+            self._runner, self._arena, self._batch, self._plan.max_context, use_graphs,
+            None if self._masks is None else self._masks.device, lookup=use_lookup,
+        )  # fmt: skip
         try:
             self._decode.prepare()
         except torch.OutOfMemoryError as error:
@@ -93,6 +96,11 @@ class Engine:
         return bool(self._waiting or self._prefilling or self._prefixes or self._live or self._done)
 
     @property
+    def live(self) -> int:
+        """Documents that decode together now."""
+        return len(self._live)
+
+    @property
     def max_context(self) -> int:
         """Most tokens of one document, prompt and output."""
         return self._plan.max_context
@@ -112,7 +120,9 @@ class Engine:
         and slower (sentences): for the longest prompts. notes: sentences on what is not as one might expect."""
         notes = [wide_note(self._runner.precision, self._runner.calibration)]
         if self._lookup is None and self.config.prompt_lookup == "auto":
-            notes.append("prompt lookup is off: the model keeps recurrent states, which cannot go back on a wrong draft")
+            notes.append(
+                "prompt lookup is off: the model keeps recurrent states, which cannot go back on a wrong draft"
+            )
         return describe_engine(self._runner, self.config) | {
             "chunk_tokens": self._chunk,
             "kernels": describe_kernels(self._runner, self.max_context),
@@ -129,7 +139,9 @@ class Engine:
         if self._find(request.request_id) is not None:
             raise ValueError(f"request_id {request.request_id!r} is in the engine already")
         document = Document(request)
-        problem = accept(document, self._runner.vocabulary, self._media, self._eos, self._plan)
+        problem = accept(
+            document, self._runner.vocabulary, self._media, self._eos, self._plan, grammars=self.config.grammars
+        )
         if problem is None:
             self._waiting.append(document)
         else:
@@ -208,7 +220,7 @@ class Engine:
         self._live.clear()
         self._prefilling = self._reading = None
         self._prefixes.clear()
-        del self._decode, self._batch, self._arena, self._runner, self._readback
+        del self._decode, self._batch, self._arena, self._runner, self._readback, self._masks
         release_memory(*self._devices)
 
     def _current(self) -> list[Document]:
@@ -337,7 +349,13 @@ class Engine:
         """Give the document a row and its first token, and wait for that token."""
         row = min(set(range(self.config.max_live)) - set(self._live))
         self._batch.begin(row, document.row_start())
-        self._batch.advance(logits, row, document.request.sampling.temperature > 0)
+        masks = None
+        if document.request.grammar is not None:
+            assert self._masks is not None, "accept() lets no grammar pass without"
+            document.constraint = Constraint(document.request.grammar.matcher(), document.stop_ids)
+            self._masks.send({row: document.constraint}, range(row, row + 1))
+            masks = self._masks.device[row : row + 1]
+        self._batch.advance(logits, row, document.request.sampling.temperature > 0, masks)
         document.prefill = None
         document.launched = 1
         self._prefilling = None
@@ -347,6 +365,7 @@ class Engine:
 
     def _decode_step(self) -> None:
         self._meter.decoding()
+        self._close_gaps()
         running = {row: doc for row, doc in self._live.items() if doc.launched < doc.request.max_new_tokens}
         try:
             if running:
@@ -356,7 +375,10 @@ class Engine:
                     shared=group_bucket(self._batch.largest_group),
                     drafts=self._drafts(list(running.values())),
                 )
-                self._decode.run(key)
+                if any(document.constraint is not None for document in running.values()):
+                    self._masked_step(key, running)
+                else:
+                    self._decode.run(key)
                 report = self._batch.verified if key.drafts else self._batch.report[:, None]
                 self._readback.push(report[: key.rows], list(running.items()))
                 for document in running.values():
@@ -370,11 +392,27 @@ class Engine:
     def _drafts(self, running: list[Document]) -> int:
         """How many drafts of each document the next step verifies.
 
-        None where some documents share a prefix and others do not: these would read their keys once for every draft.
+        None where an output follows a grammar, whose masks the host makes token by token; and where some documents
+        share a prefix and others do not: these would read their keys once for every draft.
         """
-        if self._lookup is None or len({document.prefix is None for document in running}) > 1:
+        if self._lookup is None or any(document.constraint is not None for document in running):
+            return 0
+        if len({document.prefix is None for document in running}) > 1:
             return 0
         return self._lookup.drafts([document.gain for document in running])
+
+    def _masked_step(self, key: StepKey, running: dict[int, Document]) -> None:
+        """A step in which outputs follow grammars: masks are made of the tokens before it while the model runs.
+
+        Rows whose documents turn out to have ended are idle by the time that the step samples.
+        """
+        assert self._masks is not None, "accept() lets no grammar pass without"
+        self._decode.forward(key)
+        self._collect_all()
+        there = {row: document.constraint for row, document in running.items() if not document.finished}
+        constraints = {row: constraint for row, constraint in there.items() if constraint is not None}
+        self._masks.send(constraints, range(key.rows))
+        self._decode.sample(key)
 
     def _collect(self) -> None:
         """Wait for the oldest step in flight and take its tokens; those of documents that ended before are dropped."""
@@ -401,7 +439,15 @@ class Engine:
             if not document.tokens:
                 document.first_token = time.perf_counter()
             document.tokens.append(token)
+            matcher = None if document.constraint is None else document.constraint.matcher
             if token in document.stop_ids:
+                self._end(document, "ok", finish_reason="stop")
+                continue
+            if matcher is not None:
+                matcher.take(token)
+            if matcher is not None and matcher.error:
+                self._end(document, "error", f"the output cannot go on by its grammar: {matcher.error}")
+            elif matcher is not None and matcher.done:
                 self._end(document, "ok", finish_reason="stop")
             elif len(document.tokens) == document.request.max_new_tokens:
                 self._end(document, "ok", finish_reason="length")
@@ -463,11 +509,17 @@ class Engine:
         if row is not None:
             del self._live[row]
             self._batch.clear(row)
-            # Close the gap, so that the batch can shrink to a smaller bucket.
-            last = max(self._live, default=-1)
-            if last > row:
-                self._batch.move(last, row)
-                self._live[row] = self._live.pop(last)
+
+    def _close_gaps(self) -> None:
+        """Move documents into rows that became free, so that the batch can shrink to a smaller bucket.
+
+        Between steps: a step that is half done has logits by row.
+        """
+        while self._live and max(self._live) >= len(self._live):
+            last = max(self._live)
+            row = min(set(range(last)) - set(self._live))
+            self._batch.move(last, row)
+            self._live[row] = self._live.pop(last)
 
     def _leave_prefix(self, document: Document, prefix: Prefix) -> None:
         """Take a request away from its prefix; what nobody will need any more is free afterwards."""

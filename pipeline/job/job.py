@@ -17,7 +17,7 @@ from pipeline.job import manifest
 from pipeline.job.plan import JobPlan, Survey, make_plan, survey_input
 from pipeline.job.progress import Progress
 from pipeline.results.removal import remove_rows
-from pipeline.results.rows import failed_row, result_schema
+from pipeline.results.rows import failed_row
 from pipeline.results.sink import COMPACT_ABOVE, Sink, compact, part_names, recover
 from pipeline.results.store import Store
 from pipeline.results.summary import JobReport, summarize_results
@@ -90,7 +90,7 @@ class _Run:
         self._metrics = JobMetrics(self._progress.message)
         self._sink = Sink(
             store,
-            result_schema(plan.survey.catalogue.kept),
+            plan.survey.columns,
             flush_documents=config.flush_documents,
             flush_seconds=config.flush_seconds,
             replaces=plan.replaced,

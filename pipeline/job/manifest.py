@@ -212,7 +212,7 @@ def _changed_settings(old: dict[str, Any], config: JobConfig, kind: str) -> list
     before, now = old.get("config", {}), config_values(config)
     names = [item.name for item in fields(JobConfig) if item.metadata["changes_output"]]
     pairs = {name: (before.get(name), now[name]) for name in (names if kind == "config" else READING)}
-    return [f"{name}: {was!r} -> {is_!r}" for name, (was, is_) in pairs.items() if was != is_]
+    return [f"{name}: {short(was)} -> {short(is_)}" for name, (was, is_) in pairs.items() if was != is_]
 
 
 def save(store: Store, config: JobConfig, prints: dict[str, str], **more: Any) -> None:

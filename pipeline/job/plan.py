@@ -19,11 +19,11 @@ from pipeline.location import safe_name
 from pipeline.model_files import is_local
 from pipeline.prompts.prompt import Task, make_task
 from pipeline.results.kept_columns import PROMOTE
-from pipeline.results.rows import NAMES, result_schema
+from pipeline.results.rows import ANSWER, NAMES, result_schema
 from pipeline.results.sink import PART, done_rows, part_names
 from pipeline.results.store import Store
 from pipeline.settings.config import JobConfig
-from pipeline.settings.shared import EngineSettings, Sampling
+from pipeline.settings.shared import EngineSettings, ReadSettings, Sampling
 from pipeline.source import Catalogue, Document, DocumentReader, find_files, input_hash, list_documents
 from pipeline.source.files import directly_in
 from stem_core.settings import values_of
@@ -42,6 +42,12 @@ class Survey:
     prints: dict[str, str]
     messages: tuple[str, ...]
     today: date
+
+    @property
+    def columns(self) -> pa.Schema:
+        """Of the results. Raises JobError if a kept column has the name of a result column."""
+        answers = self.config.answers()
+        return result_schema(self.catalogue.kept, None if answers is None else answers.arrow_type)
 
 
 @dataclass(frozen=True)
@@ -76,9 +82,11 @@ def survey_input(config: JobConfig) -> Survey:
         id_column=config.id_column,
         keep_columns=config.keep_columns,
         shard=config.shard_pair(),
+        settings=config,
     )
-    result_schema(catalogue.kept)
-    return Survey(config, task, catalogue, prints, messages, config.today())
+    survey = Survey(config, task, catalogue, prints, messages, config.today())
+    _ = survey.columns  # raises now what it raises
+    return survey
 
 
 def make_plan(survey: Survey, store: Store) -> JobPlan:
@@ -92,7 +100,7 @@ def make_plan(survey: Survey, store: Store) -> JobPlan:
     earlier, messages = _compare_with_earlier(survey.config, store, survey.prints)
     if earlier is not None and survey.config.prompt_date is None:
         survey = replace(survey, today=manifest.prompt_date(earlier))
-    check_columns(store, result_schema(survey.catalogue.kept))
+    check_columns(store, survey.columns)
     rows = done_rows(store)
     stay, outdated, failed, gone, stale_errors = _sort_rows(survey, rows)
     if gone:
@@ -113,13 +121,17 @@ def make_plan(survey: Survey, store: Store) -> JobPlan:
 
 
 def check_columns(store: Store, schema: pa.Schema) -> None:
-    """Raise JobError if rows of `schema` and those that are there do not go into one table; kept columns always do."""
-    schema = pa.schema([field for field in schema if field.name in NAMES])
+    """Raise JobError if rows of `schema` and those that are there do not go into one table.
+
+    Kept columns and answers always do (kept_columns.concat).
+    """
+    fixed = {*NAMES} - {ANSWER}
+    schema = pa.schema([field for field in schema if field.name in fixed])
     for name in part_names(store):
         with store.named_failures(f"{name} cannot be read"), store.open(name) as file:
             found = pq.read_schema(file)
         try:
-            pa.unify_schemas([pa.schema([f for f in found if f.name in NAMES]), schema], promote_options=PROMOTE)
+            pa.unify_schemas([pa.schema([f for f in found if f.name in fixed]), schema], promote_options=PROMOTE)
         except pa.ArrowException as error:
             what = f"{name} has columns of other types than new rows would: {one_line(error)}"
             raise JobError(f"--output {store.name}: {what}; choose another output") from None
@@ -145,7 +157,7 @@ def _sort_rows(survey: Survey, rows: pa.Table) -> tuple[list[int], list[str], li
             stay.append(number)
         else:
             doubtful.append((position, number))
-    reader = DocumentReader(survey.config.text_column, catalogue.kept)
+    reader = DocumentReader(survey.config.text_column, catalogue.kept, survey.config)
     for position, number in sorted(doubtful):  # in the order of the files
         was = rows["input_hash"][number].as_py()
         if was is not None and was == _hash_now(reader, catalogue.document(position)):
@@ -207,12 +219,14 @@ def make_worker_config(
         max_new_tokens=config.max_new_tokens,
         sampling=Sampling(**values_of(config, Sampling)),
         text_column=config.text_column,
+        reading=ReadSettings(**values_of(config, ReadSettings)),
         model_name=model_label(config),
         config_hash=config.fingerprint(),
         today=survey.today,
         template_args=config.chat_template_args,
         thinking=config.thinking,
         evidence=config.evidence == "on",
+        schema=config.schema,
         kept=tuple(pa.field(field.name, field.type) for field in survey.catalogue.kept),
         deadline=config.deadline,
         grace=GRACE_SECONDS if grace is None else grace,
@@ -230,7 +244,14 @@ def make_engine_config(config: JobConfig, device: str) -> Any:
         values["model"] = _absolute(config.model)
     if config.adapter is not None:
         values["adapter"] = _absolute(config.adapter)
-    return EngineConfig(**values, device=device, gpus=config.gpus_per_worker, attention=config.stem(), seed=config.seed)
+    return EngineConfig(
+        **values,
+        device=device,
+        gpus=config.gpus_per_worker,
+        attention=config.stem(),
+        seed=config.seed,
+        grammars=config.schema is not None,
+    )
 
 
 def _absolute(path: str) -> str:
@@ -296,15 +317,21 @@ def _token_lines(config: JobConfig, plan: JobPlan) -> Iterator[str]:
             plan.survey.today,
             config.thinking,
         )
-        reader = DocumentReader(config.text_column, [])
+        answers = config.answers()
+        if answers is not None:
+            builder.check_answers()
+            answers.grammar(builder.tokens.tokenizer, builder.tokens.eos_ids)
+            yield f"answers: {answers.arrow_type}"
+        reader = DocumentReader(config.text_column, [], config)
         readable = [position for position in pending.order().tolist() if position not in pending.errors]
-        tokens = sampled = 0
+        tokens, sampled = 0, 0.0
         for position in readable[:: max(1, len(readable) // 8)][:8]:
             document = pending.document(position)
             with contextlib.suppress(DocumentError):
-                text = reader.read(document)[0][:200_000]
-                tokens += len(builder.build(text, 1 << 40).ids)
-                sampled += len(text.encode())
+                text = reader.read(document)[0]
+                tokens += len(builder.build(text[:200_000], 1 << 40).ids)
+                # In bytes as the listing has them: of a PDF they are its file's, not its text's.
+                sampled += document.size_bytes * min(1.0, 200_000 / len(text))
         if sampled:
             ratio = tokens / sampled
             total, longest = int(pending.total_bytes * ratio), int(pending.columns[:, 3].max() * ratio)

@@ -107,13 +107,21 @@ class PromptBuilder:
         today: date | None = None,
         thinking: str = "off",
     ) -> None:
-        self._tokens = tokens
+        self.tokens = self._tokens = tokens
         self._task = task
         self._args = dict(template_args or {})
         self._today = today or date.today()
         self._thinking = thinking
         self.opens_thinking = False
         self._frames = {False: self._frame(task.question), True: self._frame(task.merge_question)}
+
+    def check_answers(self) -> None:
+        """Raise JobError if the model would think where an answer by --schema begins."""
+        if self.opens_thinking or self._tokens.speaks_in_channels:
+            raise JobError(
+                "--schema: this model always thinks before it answers, and an answer follows the schema from its first "
+                "token on; use a model whose chat template can switch thinking off, or leave --schema out"
+            )
 
     def _frame(self, question: str) -> tuple[np.ndarray, str, str, np.ndarray]:
         message = user_message(self._task.template, question)

@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.model_files import is_gguf, source
-from pipeline.prompts.thinking import Answer, markers_of, may_think, split_answer, template_switches
+from pipeline.prompts.thinking import CHANNEL, Answer, markers_of, may_think, split_answer, template_switches
 
 # The function by which chat templates ask for the date, and the codes of its formats: %d, %-d, %B.
 CLOCK = "strftime_now"
@@ -62,9 +62,19 @@ class Tokens:
         self.eos_ids = tuple({i for i in [tokenizer.eos_token_id] if i is not None})
 
     @property
+    def tokenizer(self) -> Any:
+        """As transformers has it."""
+        return self._tokenizer
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether the model is a chat model."""
         return bool(getattr(self._tokenizer, "chat_template", None))
+
+    @property
+    def speaks_in_channels(self) -> bool:
+        """Whether thinking and answer come in channels, as those of gpt-oss."""
+        return self.has_chat_template and CHANNEL in self._tokenizer.get_chat_template()
 
     def render_chat(self, message: str, args: Mapping[str, Any], today: date, thinking: str = "auto") -> str:
         """The user message in the model's chat template, up to where the answer starts; as it is where there is none.

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import one_line
 from pipeline.results.columns import valid_text
-from pipeline.results.rows import NAMES
+from pipeline.results.rows import ANSWER, NAMES
 
 # What Arrow raises for a value that a type does not hold, and Python for one that it has no object for.
 VALUE_ERRORS = (pa.ArrowException, ValueError, TypeError, OverflowError)
@@ -29,15 +29,18 @@ _WHOLE_NUMBER = pa.decimal128(20, 0)
 
 @dataclass(frozen=True)
 class Kept:
-    """A document's kept columns: by name an array of one value, in the column's type.
+    """What goes from a document into its row beside its text. columns: by name an array of one value, in its type.
 
     problem: which of them is null for what reason, empty if the values are as they were. plain: what they are
-    known again by (`input_hash`).
+    known again by (`input_hash`). page_starts: characters of the text before each page, None without pages. note: what
+    of the document is not in the text.
     """
 
     columns: dict[str, pa.Array] = field(default_factory=dict)
     problem: str = ""
     plain: dict[str, Any] = field(default_factory=dict)
+    page_starts: tuple[int, ...] | None = None
+    note: str = ""
 
 
 def keep(found: dict[str, Any], fields: Sequence[pa.Field]) -> Kept:
@@ -150,8 +153,9 @@ def common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType:
 
 
 def concat(tables: Sequence[pa.Table]) -> pa.Table:
-    """Tables of results one after another; kept columns that differ in their types in a common one."""
-    for name in dict.fromkeys(name for table in tables for name in table.column_names if name not in NAMES):
+    """Tables of results one after another; kept columns, and answers, that differ in their types in a common one."""
+    fixed = {*NAMES} - {ANSWER}
+    for name in dict.fromkeys(name for table in tables for name in table.column_names if name not in fixed):
         kinds = [table.schema.field(name).type for table in tables if name in table.column_names]
         if any(kind != kinds[0] for kind in kinds):
             tables = _in_common_type(tables, name, reduce(common_type, kinds))

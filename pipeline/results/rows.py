@@ -35,6 +35,8 @@ INPUT, ENGINE = "input", "engine"
 NOT_OK = "the status is not ok"
 NO_WORKER = "no worker made the row"
 NOT_STARTED = "the engine did not start on the prompt"
+# The column whose type is that of the job's --schema.
+ANSWER = "answer"
 MISFIT = "only in a row that did not fit the columns"
 PASSAGES = pa.list_(
     pa.struct(
@@ -113,7 +115,10 @@ class Outcome:
 
     status: str = column("one of " + ", ".join(STATUSES))
     error: str = column("why the status is not ok; empty if it is", default="")
-    output: str | None = column("the generated text; null unless ok", null=NOT_OK, origin=ENGINE, default=None)
+    output: str | None = column(
+        "the generated text; null unless ok, but of an answer that is not what `--schema` asks for",
+        null=f"{NOT_OK}, and `answer_error` is null", origin=ENGINE, default=None,
+    )  # fmt: skip
     finish_reason: str | None = column(
         "stop (end-of-sequence token) or length (cut off at max_new_tokens, or a part was); null unless ok",
         null=NOT_OK, origin=ENGINE, default=None,
@@ -132,6 +137,15 @@ class Outcome:
         "`output_end`: passages of the document's text, from `start` to before `end`, that say the like, with a "
         "score of 0 to 1; a sentence without support has none (docs/evidence.md)",
         null=f"{NOT_OK}, or `--evidence off`", arrow=PASSAGES, origin="worker", default=None,
+    )  # fmt: skip
+    answer: object | None = column(
+        "the output as a value, by `--schema`: struct, list, text, number or true and false, as the schema has it; "
+        "JSON text where Arrow has no type for that",
+        null=f"without `--schema`, {NOT_OK}, or the answer is null", arrow=pa.string(), origin="worker", default=None,
+    )  # fmt: skip
+    answer_error: str | None = column(
+        "why the output is no answer by `--schema`: it was cut off, say; the status is error then",
+        null="without `--schema`, or nothing is wrong with the answer", origin="worker", default=None,
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -230,6 +244,15 @@ class WorkerFields:
         "of the text and kept columns as they were read; null if they could not be",
         null=f"{NO_WORKER}, or the text could not be read", default=None,
     )  # fmt: skip
+    page_starts: tuple[int, ...] | None = column(
+        "characters of the document's text before each of its pages, the first page first",
+        unit="characters", null=f"{NO_WORKER}, the format has no pages, or the text could not be read",
+        arrow=pa.list_(pa.int64()), default=None,
+    )  # fmt: skip
+    input_note: str | None = column(
+        "what of the document is not in its text: pages that are pictures, say",
+        null="nothing is known to be missing", default=None,
+    )  # fmt: skip
     kept_error: str | None = column(
         "kept columns that are null though the document has a value, and why; null if none is",
         null="the kept values are as they were", default=None,
@@ -275,15 +298,20 @@ NAMES = tuple(each.name for each in COLUMNS)
 PHASES = ("queue", "load", "tokenize", "prefill", "decode")
 
 
-def result_schema(extra: Sequence[pa.Field] = ()) -> pa.Schema:
+def result_schema(extra: Sequence[pa.Field] = (), answer: pa.DataType | None = None) -> pa.Schema:
     """The Parquet schema of results: COLUMNS, then the input's own columns.
 
+    answer: the type of the column `answer`; None: JSON text.
     Raises JobError if a kept column has the name of a result column.
     """
     for item in extra:
         if item.name in NAMES:
             raise JobError(f"--keep-columns {item.name}: results have a column of that name; rename it or leave it out")
-    return pa.schema([*schema_of(COLUMNS), *(pa.field(item.name, item.type) for item in extra)])
+    own = schema_of(COLUMNS)
+    if answer is not None:
+        at = own.get_field_index(ANSWER)
+        own = own.set(at, own.field(at).with_type(answer))
+    return pa.schema([*own, *(pa.field(item.name, item.type) for item in extra)])
 
 
 def to_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:

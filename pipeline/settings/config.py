@@ -12,14 +12,17 @@ from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from datetime import date
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.errors import JobError, nearest, one_line
 from pipeline.prompts.thinking import THINKING
 from pipeline.settings.options import check_flags, flag, flag_error, short
-from pipeline.settings.shared import EngineSettings, Sampling
+from pipeline.settings.shared import EngineSettings, ReadSettings, Sampling
 from stem_core.config import DEFAULT_PRESET, PRESETS, REMOVED_PRESETS, StemConfig
 from stem_core.settings import SettingError, setting
+
+if TYPE_CHECKING:
+    from pipeline.answers.schema import Schema
 
 Config = TypeVar("Config")
 # Headings of --help and of docs/configuration.md, in their order.
@@ -49,7 +52,7 @@ def with_stem_settings(config: type[Config]) -> type[Config]:
 
 @dataclass(frozen=True)
 @with_stem_settings
-class JobConfig(Sampling, EngineSettings):
+class JobConfig(Sampling, EngineSettings, ReadSettings):
     """A summarising job. Values are checked on construction; JobError says what is wrong and how to mend it."""
 
     input: tuple[str, ...] = setting((), "files, folders or globs; local, s3:// or gs://", kind="list", group="data")
@@ -113,6 +116,15 @@ class JobConfig(Sampling, EngineSettings):
     )
 
     max_new_tokens: int = setting(256, "most tokens to generate", low=1, group="generation", changes_output=True)
+    schema: str | None = setting(
+        None,
+        "JSON Schema that every answer follows: a file, or the schema itself; answers are a typed column then",
+        more="from Python also a mapping or a pydantic model class",
+        kind="schema",
+        group="generation",
+        changes_output=True,
+        added_later=True,
+    )
 
     evidence: str = setting(
         "on",
@@ -181,6 +193,11 @@ class JobConfig(Sampling, EngineSettings):
                 raise JobError(f"{flag(name)} is missing; it is needed: {meaning(name)}")
         if self.task == "ask" and not self.question and not self.prompt_file:
             raise JobError("--task ask needs --question: what to ask about each document")
+        if self.schema is not None and self.thinking == "on":
+            raise JobError(
+                f"{flag('schema')} with {flag('thinking')} on: an answer follows the schema from its first token on, "
+                "so that the model could not think before it; leave one of them out"
+            )
         given = [name for name in STEM_OVERRIDES if getattr(self, name) is not None]
         if self.attention == "dense" and given:
             raise JobError(f"{flag(given[0])} has no meaning with --attention dense; leave one of them out")
@@ -208,6 +225,12 @@ class JobConfig(Sampling, EngineSettings):
             raise flag_error(error) from None
         except ValueError as error:
             raise JobError(f"attention settings: {error}") from None
+
+    def answers(self) -> Schema | None:
+        """What every answer is held to, or None."""
+        from pipeline.answers.schema import compile_schema
+
+        return None if self.schema is None else compile_schema(self.schema, flag("schema"))
 
     def shard_pair(self) -> tuple[int, int]:
         """(i, n) of --shard; (0, 1) for all."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -96,12 +97,28 @@ def _switch(name: str, value: Any) -> str:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else _text(name, value)
 
 
+def _encoding(name: str, value: Any) -> str:
+    """By the name that Python's codecs have for it."""
+    try:
+        "a".encode(value)  # of codecs only those of texts do that
+        return codecs.lookup(value).name
+    except (LookupError, TypeError, ValueError):
+        raise SettingError(name, "an encoding that Python knows, like cp1252, shift_jis or utf-16", value) from None
+
+
 def _shard(name: str, value: Any) -> str:
     index, slash, count = (value if isinstance(value, str) else "").partition("/")
     numbers = slash and index.isdecimal() and count.isdecimal() and len(index) < 10 and len(count) < 10
     if not numbers or int(index) >= int(count):
         raise SettingError(name, "i/n with 0 <= i < n", value)
     return f"{int(index)}/{int(count)}"
+
+
+def _schema(name: str, value: Any) -> str:
+    """A JSON Schema as JSON text, which the manifest, the fingerprint and the command line of a cluster can hold."""
+    from pipeline.answers.schema import read_schema
+
+    return _text(name, read_schema(value, flag(name)))
 
 
 # By kind, the normal form of a value; "str" is stricter than elsewhere.
@@ -112,6 +129,8 @@ KINDS: dict[str, Callable[[str, Any], Any]] = {
     "columns": _columns,
     "auto_int": _whole_or_auto,
     "date": _date,
+    "encoding": _encoding,
     "shard": _shard,
+    "schema": _schema,
     "switch": _switch,
 }

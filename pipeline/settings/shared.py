@@ -82,6 +82,37 @@ class EngineSettings:
 
 
 @dataclass(frozen=True)
+class ReadSettings:
+    """How files become texts."""
+
+    encoding: str = setting(
+        "utf-8",
+        "encoding of text files, CSV, and HTML that declares none, as Python names it: cp1252, say",
+        more="what is not in it gets an error row that says which encoding it looks like; none is guessed. JSON lines "
+        "and Parquet are UTF-8",
+        kind="encoding",
+        group="data",
+        changes_output=True,
+        added_later=True,
+    )
+    conversion_seconds: float = setting(
+        120.0,
+        "seconds to take the text out of one PDF, DOCX, EPUB or HTML file",
+        above=0,
+        high=86400,
+        group="data",
+    )
+    conversion_memory: float = setting(
+        2.0,
+        "GiB of memory to take the text out of one PDF, DOCX, EPUB or HTML file",
+        more="address space of the process that does it",
+        low=0.25,
+        high=1024,
+        group="data",
+    )
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen. Raises SettingError."""
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.answering import answering
+from pipeline.converters.protocol import Converted
 from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.results.kept_columns import Kept, keep
+from pipeline.settings.shared import ReadSettings
 from pipeline.source.catalogue import Catalogue, CatalogueBuilder, Document, in_shard
+from pipeline.source.converted import refuse_missing_packages
 from pipeline.source.files import find_files
 from pipeline.source.formats import FORMATS
 from pipeline.source.ids import id_name, id_texts, json_id
@@ -40,15 +44,17 @@ def list_documents(
     id_column: str | None = None,
     keep_columns: tuple[str, ...] = (),
     shard: tuple[int, int] = (0, 1),
+    settings: ReadSettings = ReadSettings(),
 ) -> Catalogue:
     """All documents of `files`, or one stable share (i, n) of them.
 
     What is wrong with one file costs that file's documents. Raises JobError for a column that none has (the message
-    lists what there is), ids that occur twice, nothing readable at all.
+    lists what there is), ids that occur twice, a package that is not installed, nothing readable at all.
     """
-    builder = CatalogueBuilder(text_column, id_column, keep_columns)
+    refuse_missing_packages(files)
+    builder = CatalogueBuilder(text_column, id_column, keep_columns, settings.encoding)
     if keep_columns and not any(file.format.has_columns for file in files):
-        raise JobError(f"--keep-columns {keep_columns[0]}: text files have no columns")
+        raise JobError(f"--keep-columns {keep_columns[0]}: the input's files have no columns")
     sizes: Counter[str] = Counter()
     for file in files:
         sizes[file.format.name] += file.size
@@ -74,10 +80,17 @@ def list_documents(
 class DocumentReader:
     """Reads documents by locator, inside a worker."""
 
-    def __init__(self, text_column: str, kept: list[pa.Field]) -> None:
+    def __init__(self, text_column: str, kept: list[pa.Field], settings: ReadSettings = ReadSettings()) -> None:
         self._text_column = text_column
         self._kept = kept
+        self._settings = settings
         self._readers: dict[str, Reader] = {}  # by format, made when it first occurs
+
+    @staticmethod
+    def converts(document: Document) -> bool:
+        """Whether another process takes the text out of it; then `read` may be called beside itself."""
+        form = FORMATS.get(document.locator.format)
+        return form is not None and form.is_converted
 
     def read(self, document: Document) -> tuple[str, Kept]:
         """The text and the kept columns. Raises DocumentError with what is wrong with the document."""
@@ -93,14 +106,21 @@ class DocumentReader:
     def _read(self, at: Locator) -> tuple[str, Kept]:
         form = FORMATS[at.format]
         if form.name not in self._readers:
-            self._readers[form.name] = form.reader((self._text_column, *(field.name for field in self._kept)))
+            columns = (self._text_column, *(field.name for field in self._kept))
+            self._readers[form.name] = form.reader(columns, self._settings)
         values = self._readers[form.name].read(at)
         if not form.has_columns:
-            return checked_text(values[self._text_column]), keep({}, self._kept)
+            return _without_columns(values[self._text_column], self._kept)
         _refuse_another(values, at)
         if self._text_column not in values:
             raise DocumentError(f"it has no {self._text_column!r}; found: {', '.join(map(str, values))}")
         return checked_text(_python(values[self._text_column])), keep(values, self._kept)
+
+
+def _without_columns(value: Any, kept: list[pa.Field]) -> tuple[str, Kept]:
+    if not isinstance(value, Converted):
+        return checked_text(value), keep({}, kept)
+    return checked_text(value.text), replace(keep({}, kept), page_starts=value.page_starts, note=value.note)
 
 
 def _python(value: Any) -> Any:

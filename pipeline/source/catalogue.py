@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.decoding import UTF_8
 from pipeline.errors import JobError, one_line
 from pipeline.results.columns import valid_text
 from pipeline.results.kept_columns import common_type
@@ -111,8 +112,11 @@ def place(file: SourceFile, number: int) -> str:
 class CatalogueBuilder:
     """Collects documents file by file."""
 
-    def __init__(self, text_column: str, id_column: str | None, keep_columns: tuple[str, ...]) -> None:
+    def __init__(
+        self, text_column: str, id_column: str | None, keep_columns: tuple[str, ...], encoding: str = UTF_8
+    ) -> None:
         self.text_column = text_column
+        self.encoding = encoding
         self.id_column = id_column
         self.keep_columns = keep_columns
         self.files: list[SourceFile] = []

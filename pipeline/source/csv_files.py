@@ -2,7 +2,7 @@
 
 Records are found by Python's csv module, one at a time, and not by pyarrow.csv: that does not say where a row stands,
 wants all of it in one block, and takes a column's type from the first block alone. A quote opens a field only at its
-beginning and is doubled inside, as RFC 4180 has it; what breaks that costs its record. Fields are UTF-8.
+beginning and is doubled inside, as RFC 4180 has it; what breaks that costs its record.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.decoding import UTF_8, looks_like
 from pipeline.errors import DocumentError, one_line
 from pipeline.location import open_filesystem
 from pipeline.results.kept_columns import common_type
+from pipeline.settings.shared import ReadSettings
 from pipeline.source.catalogue import CatalogueBuilder
 from pipeline.source.ids import column_problem, id_name, json_id
 from pipeline.source.protocol import Locator, SourceFile
@@ -41,9 +43,13 @@ csv.field_size_limit(max(csv.field_size_limit(), MOST_BYTES))  # records are bou
 def list_csv(file: SourceFile, builder: CatalogueBuilder) -> None:
     """Add a file's records. Broken ones become documents with an error."""
     number = 0
+    if "\n".encode(builder.encoding) != b"\n":
+        name = builder.encoding
+        builder.add_broken_file(f"lines cannot be told apart in {name}; save it as UTF-8: iconv -f {name} -t UTF-8")
+        return
     try:
         with open_stream(open_filesystem(file.filesystem), file.path) as stream:
-            records = _Records(stream, _separator(file.path))
+            records = _Records(stream, _separator(file.path), builder.encoding)
             try:
                 _list(records, file, builder)
             finally:
@@ -99,7 +105,8 @@ class _Records:
     from 1.
     """
 
-    def __init__(self, stream: BinaryIO, separator: str) -> None:
+    def __init__(self, stream: BinaryIO, separator: str, encoding: str) -> None:
+        self._encoding, self._hint = encoding, ""
         self.start = self.length = self.number = self.last = 0
         self._lines = lines(stream)
         self._invalid, self._ended = "", False
@@ -149,11 +156,13 @@ class _Records:
                 f"it has more than {MOST_BYTES:,} bytes, no more are read; is there a quote that none closes?"
             )
         try:
-            return line.decode()
+            return line.decode(self._encoding)
         except UnicodeDecodeError as error:
             where = f"byte {self.length - length + error.start}"
-            self._invalid = self._invalid or f"invalid UTF-8 at {where}: {error.reason}; save the file as UTF-8"
-            return line.decode(errors="replace")
+            name = "UTF-8" if self._encoding == UTF_8 else self._encoding
+            self._hint = self._hint or looks_like(line)
+            self._invalid = self._invalid or f"invalid {name} at {where}: {error.reason}; {self._hint}"
+            return line.decode(self._encoding, errors="replace")
 
 
 class _Types:
@@ -196,8 +205,8 @@ def _type_of(fields: pa.Array) -> pa.DataType:
 class CsvReader:
     """Reads records by their offsets. Fields are strings as they stand in the file; empty ones are null."""
 
-    def __init__(self, columns: tuple[str, ...]) -> None:
-        self._text_column = columns[0]
+    def __init__(self, columns: tuple[str, ...], settings: ReadSettings) -> None:
+        self._text_column, self._encoding = columns[0], settings.encoding
         self._records = StretchReader()
         self._headers: dict[tuple[str, str], list[str]] = {}
 
@@ -205,7 +214,7 @@ class CsvReader:
         """The record at a locator. Raises DocumentError."""
         names, data = self._header(at), self._records.read(at)
         try:
-            fields = next(csv.reader([data.decode()], delimiter=_separator(at.path), strict=True), [])
+            fields = next(csv.reader([data.decode(self._encoding)], delimiter=_separator(at.path), strict=True), [])
         except (csv.Error, UnicodeDecodeError) as error:
             raise DocumentError(f"broken CSV: {one_line(error, 200)}") from None
         values = _by_name(names, fields)
@@ -216,7 +225,7 @@ class CsvReader:
         if key not in self._headers:
             try:
                 with open_stream(open_filesystem(at.filesystem), at.path) as stream:
-                    names = _Records(stream, _separator(at.path)).header()
+                    names = _Records(stream, _separator(at.path), self._encoding).header()
             except stream_errors() as error:
                 raise DocumentError(f"cannot be read: {one_line(error)}") from None
             while len(self._headers) >= _MOST_HEADERS:

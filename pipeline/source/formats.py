@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pipeline.source.converted import converted_format
 from pipeline.source.csv_files import CsvReader, list_csv
 from pipeline.source.jsonl import JsonlReader, list_jsonl
 from pipeline.source.parquet import ParquetReader, list_parquet
@@ -16,6 +17,10 @@ FORMATS = {
         Format("jsonl", (".jsonl", ".ndjson"), list_jsonl, JsonlReader, compressed=True, number="line"),
         Format("csv", (".csv", ".tsv"), list_csv, CsvReader, compressed=True, number="line"),
         Format("text", (".txt", ".md"), list_text_file, TextFileReader, has_columns=False),
+        converted_format("pdf", ".pdf", needs=("pypdfium2",)),
+        converted_format("docx", ".docx", needs=("mammoth", "inscriptis")),
+        converted_format("html", ".html", ".htm", ".xhtml", needs=("inscriptis",)),
+        converted_format("epub", ".epub", needs=("inscriptis",)),
     )
 }
 # By the end of a file's name.

@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.errors import DocumentError, one_line
 from pipeline.location import open_filesystem
 from pipeline.results.kept_columns import json_type
+from pipeline.settings.shared import ReadSettings
 from pipeline.source.catalogue import CatalogueBuilder
 from pipeline.source.ids import id_name, json_id
 from pipeline.source.protocol import Locator, SourceFile
@@ -75,7 +76,7 @@ def _line_id(value: dict[str, Any], id_column: str | None) -> str:
 class JsonlReader:
     """Reads lines by their offsets."""
 
-    def __init__(self, columns: tuple[str, ...]) -> None:
+    def __init__(self, columns: tuple[str, ...], settings: ReadSettings) -> None:
         self._lines = StretchReader()
 
     def read(self, at: Locator) -> dict[str, Any]:

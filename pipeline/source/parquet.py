@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import DocumentError, one_line
 from pipeline.location import open_filesystem
 from pipeline.results.kept_columns import storable
+from pipeline.settings.shared import ReadSettings
 from pipeline.source.catalogue import CatalogueBuilder
 from pipeline.source.ids import column_problem, id_name, id_texts
 from pipeline.source.protocol import Locator, SourceFile
@@ -152,7 +153,7 @@ def _sizes(texts: pa.Array) -> list[int]:
 class ParquetReader:
     """Reads rows. The last row groups stay in memory, up to 256 MiB; in a large one it goes on from row to row."""
 
-    def __init__(self, columns: tuple[str, ...]) -> None:
+    def __init__(self, columns: tuple[str, ...], settings: ReadSettings) -> None:
         self._columns = list(dict.fromkeys(columns))
         self._groups: OrderedDict[tuple[str, str, int], pa.Table] = OrderedDict()
         self._large: _Rows | None = None

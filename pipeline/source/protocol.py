@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pipeline.source.streams import compression
 
 if TYPE_CHECKING:
+    from pipeline.settings.shared import ReadSettings
     from pipeline.source.catalogue import CatalogueBuilder
 
 
@@ -19,19 +20,24 @@ class Format:
     name: for people, and in locators. suffixes: of its files' names. lister: adds the documents of a file to the
     builder, without holding their texts. What is wrong with one document goes into `CatalogueBuilder.add`, what ends
     the file into `add_broken_file`; nothing is raised on account of what a file holds.
-    reader: makes a worker's reader from the names of the columns that are wanted: of the text, then of what is kept.
+    reader: makes a worker's reader from the names of the columns that are wanted, of the text, then of what is kept,
+    and from the settings of reading.
     compressed: its files may be compressed as a whole, and their names end so (`streams.COMPRESSIONS`).
     has_columns: a document has more than its text: an id, columns to keep. number: what the place of a document in its
     file counts, if a file holds several: "line" or "row".
+    is_converted: its texts come out of other processes, so that waiting for one must not keep others from being read;
+    its reader may be called from several threads at once. needs: packages that it imports, of the extra `documents`.
     """
 
     name: str
     suffixes: tuple[str, ...]
     lister: Callable[[SourceFile, CatalogueBuilder], None]
-    reader: Callable[[tuple[str, ...]], Reader]
+    reader: Callable[[tuple[str, ...], ReadSettings], Reader]
     compressed: bool = False
     has_columns: bool = True
     number: str = "row"
+    is_converted: bool = False
+    needs: tuple[str, ...] = ()
 
 
 class Reader(Protocol):
@@ -40,7 +46,8 @@ class Reader(Protocol):
     def read(self, at: Locator) -> dict[str, Any]:
         """By column, what the document has: arrays of one value, or values as JSON has them. Texts may be UTF-8 bytes.
 
-        A format without columns gives the text under its column's name. Raises DocumentError with what is wrong.
+        A format without columns gives the text under its column's name, or a `Converted` there.
+        Raises DocumentError with what is wrong.
         """
         ...
 

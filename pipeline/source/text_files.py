@@ -8,9 +8,11 @@ import pyarrow as pa
 
 from pipeline.errors import DocumentError, one_line
 from pipeline.location import open_filesystem
+from pipeline.settings.shared import ReadSettings
 from pipeline.source.catalogue import CatalogueBuilder
 from pipeline.source.protocol import Locator, SourceFile
 from pipeline.source.streams import MOST_BYTES
+from pipeline.source.texts import decoded
 
 
 def list_text_file(file: SourceFile, builder: CatalogueBuilder) -> None:
@@ -19,13 +21,13 @@ def list_text_file(file: SourceFile, builder: CatalogueBuilder) -> None:
 
 
 class TextFileReader:
-    """Reads whole files, as bytes."""
+    """Reads whole files."""
 
-    def __init__(self, columns: tuple[str, ...]) -> None:
-        self._text_column = columns[0]
+    def __init__(self, columns: tuple[str, ...], settings: ReadSettings) -> None:
+        self._text_column, self._encoding = columns[0], settings.encoding
 
     def read(self, at: Locator) -> dict[str, Any]:
-        """The bytes, under the text column's name. Raises DocumentError."""
+        """The text, under the text column's name. Raises DocumentError."""
         try:
             with open_filesystem(at.filesystem).open_input_file(at.path) as file:
                 data = file.read(MOST_BYTES + 1)
@@ -33,4 +35,4 @@ class TextFileReader:
             raise DocumentError(f"cannot be read: {one_line(error)}") from None
         if len(data) > MOST_BYTES:
             raise DocumentError(f"its text has more than {MOST_BYTES:,} bytes; no more are read")
-        return {self._text_column: data}
+        return {self._text_column: decoded(data, self._encoding)}

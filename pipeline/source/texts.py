@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import codecs
 import re
 import unicodedata
 from typing import Any
 
+from pipeline.decoding import UTF_8, EncodingError, decode, mark_of
 from pipeline.errors import DocumentError
 
 # A text of which a larger share is control characters is another encoding (UTF-16 has a NUL in every Latin letter) or
 # binary; of which a larger share is U+FFFD was once decoded as what it is not.
 MOST_CONTROLS = 0.02
 MOST_REPLACED = 0.1
-# Longest first: the mark of UTF-32 begins like that of UTF-16.
-_MARKS = (
-    (codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"),
-    (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"),
-)  # fmt: skip
 _FILES = {"%PDF-": "a PDF file", "{\\rtf": "an RTF file", "%!PS-": "a PostScript file"}
 # C0 and C1 but tab, line and page breaks, the ESC of terminals' logs and NEL; and what Unicode gives to nothing.
 _CONTROLS = re.compile("[\0-\x08\x0e-\x1a\x1c-\x1f\x7f-\x84\x86-\x9f\ufdd0-\ufdef\ufffe\uffff]")
@@ -47,9 +42,20 @@ def checked_text(value: Any) -> str:
 
 def refuse_marked(value: bytes) -> None:
     """Raise DocumentError for what begins with the mark of another encoding than UTF-8."""
-    name = next((name for mark, name in _MARKS if value.startswith(mark)), None)
-    if name:
+    if name := mark_of(value):
         raise DocumentError(f"its text is {name}; save it as UTF-8: iconv -f {name} -t UTF-8")
+
+
+def decoded(value: bytes, encoding: str) -> str:
+    """The text of a file's bytes in the encoding that was asked for. Raises DocumentError."""
+    if encoding == UTF_8 and (name := mark_of(value)):
+        raise DocumentError(
+            f"its text is {name}; give --encoding {name.lower()}, or save it as UTF-8: iconv -f {name} -t UTF-8"
+        )
+    try:
+        return decode(value, encoding)
+    except EncodingError as error:
+        raise DocumentError(str(error)) from None
 
 
 def _decoded(value: bytes) -> str:
@@ -64,7 +70,7 @@ def _refuse_no_text(text: str) -> None:
     """Raise DocumentError for what decodes and yet is no text."""
     for mark, name in _FILES.items():
         if text.startswith(mark):
-            raise DocumentError(f"it is {name}, not text; take the text out of it first")
+            raise DocumentError(f"it is {name}, not text; give it a file of its own, or take the text out of it first")
     controls = len(_CONTROLS.findall(text))
     if controls > MOST_CONTROLS * len(text):
         share = f"{controls / len(text):.0%} of its {len(text):,} characters are control characters"

@@ -33,6 +33,7 @@ class LocalWorker(Worker):
     def close(self, wait: float) -> None:
         """Let the engine end after its current step; waits up to `wait` seconds until its memory is free."""
         self._reader.shutdown(wait=False, cancel_futures=True)
+        self._converting.shutdown(wait=False, cancel_futures=True)
         if hasattr(self, "_loop"):
             self._loop.close(wait)
 
@@ -45,7 +46,7 @@ class LocalPool:
 
     def __init__(self, config: WorkerConfig) -> None:
         self._config = config
-        self._reader: DocumentReader = TextReader(config.text_column, list(config.kept))
+        self._reader: DocumentReader = TextReader(config.text_column, list(config.kept), config.reading)
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._worker: LocalWorker | None = None
         self._info: dict[str, Any] = {}  # of a worker that is ready

@@ -12,10 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import date
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import pyarrow as pa
 
+from pipeline.answers.grammar import Grammar
+from pipeline.answers.schema import AnswerError, Schema, compile_schema
 from pipeline.engine.config import Completion, EngineConfig, Request, Sampling
 from pipeline.engine.model.loading import context_limit, load_config
 from pipeline.engine.model.rope import stretch_hint
@@ -28,7 +31,9 @@ from pipeline.results.kept_columns import Kept
 from pipeline.results.rows import EngineFields, Outcome, Row, WorkerFields
 from pipeline.review.evidence import find_evidence
 from pipeline.review.flags import find_flags
+from pipeline.settings.shared import ReadSettings
 from pipeline.source import Document, DocumentReader, input_hash
+from pipeline.source.processes import TOGETHER
 from pipeline.workers.loop import EngineBrokenError, EngineLike, EngineLoop
 from pipeline.workers.metrics import report_arena
 
@@ -44,6 +49,7 @@ CAREFUL = 4
 class WorkerConfig:
     """All that a worker needs to know. threads: for torch on a CPU; 0 leaves its default. deadline: seconds; 0 none.
 
+    schema: JSON text of what answers are held to, or None.
     model_name: what the rows call the model. today: the date for chat templates that print one.
     evidence: whether rows get the passages that support the output.
     engine_factory: "module:name" of a callable EngineConfig -> engine.
@@ -60,8 +66,10 @@ class WorkerConfig:
     today: date
     template_args: Mapping[str, Any] | None = None
     thinking: str = "off"
+    schema: str | None = None
     kept: tuple[pa.Field, ...] = ()
     evidence: bool = True
+    reading: ReadSettings = ReadSettings()
     deadline: float = 0.0
     grace: float = GRACE_SECONDS
     threads: int = 0
@@ -99,7 +107,10 @@ class Worker:
         self._limit = 0
         self._hf_config: Any = None  # with the context that the model was made for
         self._reader = ThreadPoolExecutor(1, "reader")
-        self._documents = DocumentReader(config.text_column, list(config.kept))
+        self._converting = ThreadPoolExecutor(TOGETHER, "converting")  # these threads wait for other processes
+        self._documents = DocumentReader(config.text_column, list(config.kept), config.reading)
+        self._schema: Schema | None = None
+        self._grammar: Grammar | None = None
         self._busy_read = 0.0
         self._first = self._last = 0.0  # when the first document came and the last row went
 
@@ -111,6 +122,11 @@ class Worker:
         # are not safe in two threads at once.
         self._hf_config, self._tokens = await loop.run_in_executor(self._reader, _load_tokens, config.engine)
         self._builder = PromptBuilder(self._tokens, config.task, config.template_args, config.today, config.thinking)
+        if config.schema is not None:
+            self._builder.check_answers()
+            self._schema = compile_schema(config.schema)
+            make = partial(self._schema.grammar, self._tokens.tokenizer, self._tokens.eos_ids)
+            self._grammar = await loop.run_in_executor(self._reader, make)
         self._loop = EngineLoop(lambda: _build_engine(config))
         engine = await asyncio.wrap_future(self._loop.ready)
         self._limit = engine.max_context - config.max_new_tokens
@@ -196,9 +212,10 @@ class Worker:
             work.fields.input_hash = input_hash(text, kept)
             return text, kept
 
-        (text, kept), seconds = await self._in_reader(work, read)
+        (text, kept), seconds = await self._in_reader(work, read, converts=self._documents.converts(document))
         work.fields.load_seconds += seconds
         work.fields.kept_error = kept.problem or None
+        work.fields.page_starts, work.fields.input_note = kept.page_starts, kept.note or None
         return text, kept
 
     async def _complete(self, document_id: str, text: str, work: Work) -> Outcome:
@@ -233,7 +250,7 @@ class Worker:
                 task.cancel()
         for index, result in enumerate(results):
             if result.status != "ok":
-                return replace(result, error=f"part {index + 1} of {len(parts)}: {result.error}")
+                return replace(result, output=None, error=f"part {index + 1} of {len(parts)}: {result.error}")
         joined = "\n\n".join(result.output or "" for result in results)
         if not joined.strip():
             raise DocumentError(f"none of its {len(parts)} parts gave any output to merge")
@@ -262,7 +279,7 @@ class Worker:
         config = self._config
         request = Request(
             request_id, cast(Sequence[int], prompt.ids), config.max_new_tokens, config.sampling, self._tokens.eos_ids,
-            work.chunk_tokens,
+            work.chunk_tokens, self._grammar,
         )  # fmt: skip
         work.requests.append(request_id)
         completion = await asyncio.wrap_future(self._loop.submit(request))
@@ -276,9 +293,10 @@ class Worker:
         work.fields.tokenize_seconds += time.perf_counter() - begin
         if answer.text is None:
             return Outcome(status="error", error=_no_answer(completion, config), reasoning=answer.reasoning)
-        return Outcome(
+        outcome = Outcome(
             status="ok", output=answer.text, finish_reason=completion.finish_reason, reasoning=answer.reasoning
         )
+        return outcome if self._schema is None else _answered(outcome, self._schema, config.max_new_tokens)
 
     async def _review(self, text: str, outcome: Outcome, work: Work) -> Outcome:
         """An outcome that is ok with what its document's text tells of the output."""
@@ -295,8 +313,13 @@ class Worker:
         work.fields.tokenize_seconds += seconds
         return reviewed
 
-    async def _in_reader(self, work: Work, call: Callable[..., T], *args: Any) -> tuple[T, float]:
-        """Run something in the reader thread; its result and seconds. The wait before counts as queueing."""
+    async def _in_reader(
+        self, work: Work, call: Callable[..., T], *args: Any, converts: bool = False
+    ) -> tuple[T, float]:
+        """Run something in the reader thread; its result and seconds. The wait before counts as queueing.
+
+        converts: it waits for another process, in a thread that is there for that.
+        """
         asked = time.perf_counter()
 
         def timed() -> tuple[T, float, float]:
@@ -304,10 +327,12 @@ class Worker:
             try:
                 result = call(*args)
             finally:
-                self._busy_read += time.perf_counter() - begin
+                if not converts:
+                    self._busy_read += time.perf_counter() - begin
             return result, begin, time.perf_counter()
 
-        result, begin, end = await asyncio.get_running_loop().run_in_executor(self._reader, timed)
+        executor = self._converting if converts else self._reader
+        result, begin, end = await asyncio.get_running_loop().run_in_executor(executor, timed)
         work.fields.queue_seconds += begin - asked
         return result, end - begin
 
@@ -330,6 +355,22 @@ def part_request(document_id: str, parts: int, index: int) -> str:
 def whole_request(document_id: str) -> str:
     """The request id of a whole document: its own id, and never what a part of another one is called."""
     return f"{document_id}#" if re.search(r"#\d+\.\d+#*$", document_id) else document_id
+
+
+def _answered(outcome: Outcome, schema: Schema, max_new_tokens: int) -> Outcome:
+    """An outcome with the answer that its output is by the schema; an error if it is none.
+
+    An output that was cut is none, even if what there is of it happens to be valid: 12 of 1250, say. (What is complete
+    ends with "stop", however many tokens it may have.)
+    """
+    answer = schema.parse(outcome.output or "")
+    why = answer.reason if isinstance(answer, AnswerError) else ""
+    if outcome.is_cut:
+        more = "give a larger one, or the schema limits (maxLength, maxItems)"
+        why = f"is cut off by --max-new-tokens {max_new_tokens}; {more}"
+    if not why:
+        return replace(outcome, answer=answer)
+    return replace(outcome, status="error", error=f"the answer {why}", finish_reason=None, answer_error=why)
 
 
 def _no_answer(completion: Completion, config: WorkerConfig) -> str:

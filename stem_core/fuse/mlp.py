@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels.quantize import QuantizedRows, quantize_rows
-from kernels.silu_mul import ACTIVATIONS, silu_mul, silu_mul_fp8
+from kernels.silu_mul import silu_mul, silu_mul_fp8
+from stem_core.activation import activation_name
 from stem_core.errors import first_line
 from stem_core.fp8.linear import Fp8Linear
 from stem_core.fuse.projections import StackedLinear, free_blocks, stackable
@@ -35,19 +36,6 @@ def _is_gated(module: Any) -> bool:
     """Whether the module has the linears of a gated MLP; stacked experts (parameters of three dimensions) do not."""
     parts = ("gate_up_proj",) if hasattr(module, "gate_up_proj") else ("gate_proj", "up_proj")
     return all(isinstance(getattr(module, part, None), nn.Module) for part in (*parts, "down_proj"))
-
-
-def activation_name(module: Any) -> str:
-    """The kernel's name for the MLP's activation. Raises ValueError if it is another one."""
-    function = getattr(module, "act_fn", getattr(module, "activation_fn", None))
-    if not callable(function):
-        raise ValueError("it has no act_fn or activation_fn")
-    x = torch.linspace(-12, 12, 4097)
-    got = function(x)
-    for name in ACTIVATIONS:
-        if torch.allclose(got, silu_mul(x[None], torch.ones_like(x)[None], activation=name)[0], rtol=1e-5, atol=1e-6):
-            return name
-    raise ValueError(f"its activation {type(function).__name__} is neither SiLU nor GELU in the tanh form")
 
 
 def _fuse(model: nn.Module, module: Any, name: str, session: Session, stack: bool) -> None:

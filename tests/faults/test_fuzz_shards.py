@@ -91,7 +91,19 @@ JSON_VALUES = [None, True, 1, 2**53 + 1, 10**30, 0.5, "text", "\ud800", [1, "x"]
 
 NAMES = ["a", "a b", "run#1", "100%", "%20", "[x]", "*", "?", "\x1b[2J", "\u202e", "é", "_x", "-n", "~", "港", "a\nb"]
 FOLDERS = ["", "", "sub/", "_temporary/0/", "_delta_log/", "a b#1/%20/", ".hidden/"]
-KINDS = ["parquet"] * 6 + ["jsonl", "jsonl.gz", "jsonl.zst", "csv", "csv.gz", "tsv", "txt", "md", "pdf", "PARQUET"]
+KINDS = ["parquet"] * 6 + [
+    "jsonl",
+    "jsonl.gz",
+    "jsonl.zst",
+    "csv",
+    "csv.gz",
+    "tsv",
+    "txt",
+    "md",
+    "html",
+    "odt",
+    "PARQUET",
+]
 
 
 def random_shard(chance: random.Random) -> dict[str, Any]:

@@ -204,7 +204,7 @@ def test_names_do_not_command_the_terminal(
     docs = tmp_path / "docs"
     docs.mkdir()
     (docs / "a.jsonl").write_text(json.dumps({"id": f"a{EVIL}", f"text{EVIL}": "t", "text": "t"}) + "\n")
-    (docs / f"b{EVIL}.pdf").write_text("x")
+    (docs / f"b{EVIL}.odt").write_text("x")
     flags = ["--input", docs, "--output", tmp_path / f"new{EVIL}", "--model", model]
     for more in (["--dry-run"], ["--text-column", f"no{EVIL}"], ["--id-column", "no"], ["--input", f"no{EVIL}"]):
         with pytest.raises(SystemExit):

@@ -21,6 +21,7 @@ from jobs.audit.figures import Crossover, crossover, mean, share, unseen
 from jobs.audit.likeness import exact_match, rouge_l, words
 from jobs.audit.measure import Point, Reference, check_reference, likeness_of, same_tokens
 from jobs.audit.options import Limits, options_of, parser
+from jobs.audit.page import verdict
 from jobs.audit.results import ROWS, SCHEMA, read_audit
 from jobs.audit.sample import choose
 from pipeline.engine import Completion
@@ -297,8 +298,20 @@ def test_hostile_documents_are_text_on_the_page(
     seen = open_page(output / "audit.html", width=width)
     assert HOSTILE in seen.text
     assert HOSTILE[::-1] in seen.text
-    assert "49" not in seen.text.split("Documents that differ most")[1].split("Every document")[0].replace(HOSTILE, "")
+    assert "49" not in seen.text.split("Documents that differ most")[1].split("\nTime\n")[0].replace(HOSTILE, "")
     assert len(seen.charts) == 3
+
+
+def test_the_verdict_in_plain_words() -> None:
+    dense = {"arm": "dense-bf16", "preset": "dense", "documents_per_hour": 100.0}
+    same, alike = {"mean": 0.75, "documents": 20}, {"mean": 0.953, "documents": 20}
+    stem = dense | {"arm": "a", "preset": "sampled", "density": 0.3, "exact_match": same, "rouge_l": alike}
+    found = {"arms": [dense, stem | {"documents_per_hour": 210.0}], "advice": {"verdict": "use", "arm": "a"}}
+    told = verdict(found)
+    for part in ("Yes, switch", "skips 70%", "2.1 times the work", "15 of 20 outputs", "95% of the words"):
+        assert part in told, told
+    assert "in full" in verdict(found | {"advice": {"verdict": "stay"}})
+    assert "still open" in verdict(found | {"advice": {"verdict": "none"}})
 
 
 # -- what is counted

@@ -21,7 +21,7 @@ from jobs.inspect.__main__ import PAGE, chosen_layers, main
 from jobs.inspect.capture import Capture, _why_dense, capture
 from jobs.inspect.cells import Grid, LayerCells
 from jobs.inspect.page import PATTERNS
-from jobs.inspect.pictures import FAINT, INK, RULE, WHITE, map_colours, maps_picture, mostly_rule
+from jobs.inspect.pictures import DARK, LIGHT, map_colours, maps_picture, mostly_rule
 from jobs.page.numbers import stretches
 from kernels.block_selection import BlockSelection, select_blocks
 from pipeline.errors import JobError
@@ -169,11 +169,14 @@ def test_colours_tell_rule_from_score() -> None:
     cells, _, rule = random_layer(41, 240)
     colours = map_colours(cells.grid, cells.shares())
     assert (mostly_rule(cells.grid) == rule).all()
-    assert (colours[rule] == RULE).all()
-    assert (colours[np.triu_indices(41, 1)] == WHITE).all()
+    assert (colours[rule] == LIGHT.rule).all()
+    assert (colours[np.triu_indices(41, 1)] == LIGHT.page).all()
     free = np.isfinite(cells.shares())
     order = np.argsort(cells.shares()[free])
     assert (np.diff(colours[free][order].astype(int).sum(1)) <= 0).all(), "the more heads, the darker"
+    dark = map_colours(cells.grid, cells.shares(), DARK)
+    assert (np.diff(dark[free][order].astype(int).sum(1)) >= 0).all(), "on a dark page, the lighter"
+    assert (dark[np.triu_indices(41, 1)] == DARK.page).all()
 
 
 def test_many_maps_fit_a_page() -> None:
@@ -188,11 +191,11 @@ def test_many_maps_fit_a_page() -> None:
 def test_a_map_is_drawn_as_it_is_or_as_means_of_squares(cells: int, by: int) -> None:
     colours = np.random.default_rng(0).integers(0, 255, (cells, cells, 3)).astype(np.uint8)
     picture = np.asarray(opened(maps_picture("A title", [("head 0", colours)])), float)
-    (row, column), *_ = np.argwhere((picture == FAINT).all(-1)) + 1  # inside the frame
+    (row, column), *_ = np.argwhere((picture == LIGHT.faint).all(-1)) + 1  # inside the frame
     means = colours.reshape(cells // by, by, cells // by, by, 3).mean((1, 3))
     drawn = picture[row : row + 240, column : column + 240]
     assert np.abs(drawn - means.repeat(240 * by // cells, 0).repeat(240 * by // cells, 1)).max() <= 0.5
-    assert (picture[:row] == INK).all(-1).any(), "a title above it"
+    assert (picture[:row] == LIGHT.ink).all(-1).any(), "a title above it"
 
 
 def opened(png: bytes) -> Image.Image:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from html import unescape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -85,7 +86,7 @@ def test_text_of_strangers_starts_no_element(tmp_path: Path) -> None:
 
 def test_a_page_lets_nothing_in_from_outside(tmp_path: Path, open_page: Callable[..., CheckedPage]) -> None:
     page = render_page("t", "s", [Section("a", [Prose("b")])])
-    assert "default-src 'none'; script-src 'none'" in unescape(page)
+    assert "default-src 'none'; script-src 'sha256-" in unescape(page)
     assert len(page) < 30_000, "no charts, no plotly"
     file = tmp_path / "page.html"
     for injected in ('<script>document.title = "x"</script>', '<img src="http://127.0.0.1:9/x.png">'):
@@ -115,10 +116,24 @@ def test_charts_follow_light_and_dark(tmp_path: Path, open_page: Callable[..., C
     file.write_text(all_blocks("x"), encoding="utf-8")
     assert open_page(file).background != open_page(file, dark=True).background
     style = (Path(__file__).parents[2] / "jobs" / "page" / "style.css").read_text()
-    light, dark = style.split("@media screen and (prefers-color-scheme: dark)")[:2]
+    light, dark = style.split('data-theme="dark"')[:2]
     names = set(re.findall(r"--[\w-]+(?=:)", light))
     assert len(names) > 10
     assert names == set(re.findall(r"--[\w-]+(?=:)", dark.split("\n}\n")[0])), "every colour has a dark twin"
+
+
+def test_pictures_have_a_twin_for_the_night_and_wide_tables_fit_a_phone(tmp_path: Path, visit: Any) -> None:
+    wide = Table(("arm", "density", "first token", "ROUGE-L"), [["dense", 1.0, "2.00 s", "0.999"]])
+    blocks = [Picture(PIXEL, "a map", dark=PIXEL), wide]
+    file = tmp_path / "page.html"
+    file.write_text(render_page("t", "s", [Section("a", blocks)]), encoding="utf-8")
+    for dark, shown in ((False, "by-day"), (True, "by-night")):
+        page = visit(file, width=PHONE, dark=dark, shows="table")
+        assert [box.get_attribute("class") for box in page.locator("img").all() if box.is_visible()] == [shown]
+        cells = page.locator("td").all()
+        assert len({box.bounding_box()["y"] for box in cells}) == 4, "each in a line of its own"
+        assert page.evaluate("document.documentElement.scrollWidth") <= PHONE
+    assert len({box.bounding_box()["y"] for box in visit(file, shows="table").locator("td").all()}) == 1
 
 
 def test_the_same_page_twice_is_the_same_bytes() -> None:

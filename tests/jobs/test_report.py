@@ -147,7 +147,7 @@ def test_the_page_of_a_run_with_failures_in_a_browser(
     code, out, _ = report(folder)
     assert (code, out) == (0, f"written: {folder}/report.html\n")
     seen = open_page(folder / "report.html", width=width, dark=width == PHONE)
-    assert len(seen.charts) == 5
+    assert len(seen.charts) == 6
     assert seen.charts[0] > 150, "points of the documents"
     assert HOSTILE in seen.text, "as text, in the table of failed documents"
     for figure in (
@@ -167,7 +167,7 @@ def test_runs_side_by_side_in_a_browser(tmp_path: Path, report: Report, open_pag
     code, out, _ = report(one, two, old)
     assert (code, out) == (0, f"written: {one}/comparison.html\n")
     seen = open_page(one / "comparison.html", width=PHONE)
-    assert len(seen.charts) == 6
+    assert len(seen.charts) == 7
     for text in (
         "a/out p95",
         "b/out p50",
@@ -249,7 +249,7 @@ def test_rows_of_an_earlier_version_lack_columns(
     only_old = write(tmp_path / "old", [], state=None)
     pq.write_table(table, only_old / "part-000000-bb.parquet")
     assert report(folder, only_old)[0] == 0
-    assert len(open_page(folder / "comparison.html").charts) == 5
+    assert len(open_page(folder / "comparison.html").charts) == 6
     (run,) = measured(report, only_old)
     assert (run["time_to_first_token"], run["worked_seconds"], run["phase_seconds"]) == (None, None, None)
     assert report(only_old)[0] == 0

@@ -117,6 +117,8 @@ def _effects(text: str) -> tuple[set[int], set[int]]:
         written.add(int(target[1]))
         if ".64" in opcode or opcode.startswith("CS2R") or ".WIDE" in opcode:
             written.add(int(target[1]) + 1)
+        if ".128" in opcode:
+            written |= {int(target[1]) + offset for offset in (1, 2, 3)}
     return written, _registers(",".join(operands[place + 1 :]))
 
 

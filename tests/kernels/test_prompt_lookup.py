@@ -1,4 +1,4 @@
-"""Draft tokens from the document itself: the reference against a search word by word, the kernels compiled, arguments."""
+"""Draft tokens from the document itself: the reference against a search word by word, kernels compiled, arguments."""
 
 from __future__ import annotations
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
+from pipeline.answers.grammar import Grammar
 from pipeline.engine.config import Completion, EngineConfig, Request
 
 ANSWER = "the answer"
@@ -20,7 +23,8 @@ class FakeEngine:
 
     SLOW takes 0.3 s, CRASH ends the process, RAISE raises, HANG never returns, FREEZE holds the interpreter for ever,
     CUT ends at the limit of tokens, THINK answers behind <think>...</think>, with CUT it ends before </think>, OOM ends
-    as out of memory unless its prefill goes in smaller steps, ALWAYSOOM does so in any case.
+    as out of memory unless its prefill goes in smaller steps, ALWAYSOOM does so in any case. Where a grammar asks for
+    something else it answers that, by draws of its own; CUT loses its end.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -73,6 +77,9 @@ class FakeEngine:
         if "THINK" in text:
             thought = "<think>a plan" if "CUT" in text else f"<think>a plan</think>\n\n{ANSWER}"
             ids = self._tokenizer.encode(thought).ids
+        if request.grammar is not None:
+            ids = drawn(request.grammar, len(request.prompt_ids))
+            ids = ids[: len(ids) // 2] if "CUT" in text else ids
         answer = {"token_ids": ids, "output_tokens": len(ids)}
         return [self._completion(request, **answer, finish_reason="length" if "CUT" in text else "stop")]
 
@@ -87,3 +94,13 @@ class FakeEngine:
             "time_to_first_token": 0.01,
         }
         return Completion(request.request_id, status, prompt_tokens=len(request.prompt_ids), **(about | values))  # type: ignore[arg-type]
+
+
+def drawn(grammar: Grammar, seed: int) -> list[int]:
+    """Tokens that follow a grammar, whose outputs must come to an end by themselves."""
+    matcher, draws, ids = grammar.matcher(), random.Random(seed), []
+    while not matcher.done:
+        bits = np.frombuffer(matcher.raw.compute_logit_bias(), np.uint8)
+        ids.append(draws.choice(np.flatnonzero(bits).tolist()))
+        matcher.take(ids[-1])
+    return ids

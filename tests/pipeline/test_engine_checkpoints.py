@@ -27,7 +27,7 @@ from pipeline.errors import JobError
 from pipeline.job import manifest
 from pipeline.job.plan import describe_plan, make_engine_config, model_label
 from pipeline.settings.config import JobConfig
-from stem_core.fp8 import Fp8Linear
+from stem_core.fp8 import Fp8Experts, Fp8Linear
 
 CPU = torch.device("cpu")
 FP8 = torch.float8_e4m3fn
@@ -140,12 +140,17 @@ def test_block_scales_are_applied_exactly(tmp_path: Path, architecture: str) -> 
     assert estimate_plan(config).weight_bytes == estimate_plan(EngineConfig(str(plain), device="cpu")).weight_bytes
 
 
-def test_block_scaled_weights_are_quantised_as_any_other(tmp_path: Path) -> None:
-    folder, worth = store_in_blocks(save_model(tmp_path / "fp8", "qwen3", tie_word_embeddings=False))
-    plain = plain_copy(tmp_path / "plain", "qwen3", worth)
+@pytest.mark.parametrize(
+    ("architecture", "layer", "kind"),
+    [("qwen3", "model.layers.1.mlp.up_proj", Fp8Linear), ("qwen3_moe", "model.layers.1.mlp.experts", Fp8Experts)],
+)
+def test_block_scaled_weights_are_quantised_as_any_other(
+    tmp_path: Path, architecture: str, layer: str, kind: type
+) -> None:
+    folder, worth = store_in_blocks(save_model(tmp_path / "fp8", architecture, tie_word_embeddings=False))
+    plain = plain_copy(tmp_path / "plain", architecture, worth)
     got, expected = (load_model(EngineConfig(str(path), device="cpu", precision="fp8")) for path in (folder, plain))
-    layer = "model.layers.1.mlp.up_proj"
-    assert isinstance(got.get_submodule(layer), Fp8Linear)
+    assert isinstance(got.get_submodule(layer), kind)
     for name, tensor in expected.state_dict().items():
         assert torch.equal(tensor.float(), got.state_dict()[name].float()), name
     about = Engine(EngineConfig(str(folder), device="cpu", arena_tokens=512)).describe()
@@ -205,6 +210,19 @@ def test_experts_in_compressed_tensors_get_their_scales(tmp_path: Path) -> None:
     loaded = dict(load_model(EngineConfig(str(folder), device="cpu")).named_parameters())
     for name, parameter in load_model(EngineConfig(str(plain), device="cpu")).named_parameters():
         torch.testing.assert_close(loaded[name], parameter, rtol=1e-6, atol=0)
+
+
+@needs_package
+def test_experts_in_compressed_tensors_keep_their_values_in_fp8(tmp_path: Path) -> None:
+    """They are quantised again, with the scales that they had: the same values, up to a rounding of the scale."""
+    folder, worth = store_experts_in_fp8(save_model(tmp_path / "fp8", "qwen3_moe", tie_word_embeddings=False))
+    model = load_model(EngineConfig(str(folder), device="cpu", precision="fp8"))
+    experts = model.get_submodule("model.layers.1.mlp.experts")
+    assert isinstance(experts, Fp8Experts)
+    for expert in range(4):
+        name = f"model.layers.1.mlp.experts.{expert}.down_proj.weight"
+        got = experts.down[expert].float() * experts.down_scale[expert, :, None]
+        torch.testing.assert_close(got, worth[name], rtol=1e-5, atol=0)
 
 
 @needs_package

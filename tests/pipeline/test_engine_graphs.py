@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from engine_models import prompts, run, save_model
+from engine_models import TINY_READER, prompts, run, save_model
 from graph_devices import GraphDevices
+from test_engine_grammars import request
 
 from pipeline.engine import Engine, EngineConfig, Request
 from pipeline.engine.run.batch import DRAFTS
@@ -121,6 +122,64 @@ def test_a_step_that_cannot_be_captured_runs_eagerly(folder: Path, monkeypatch: 
     assert {key.rows for key in cuda.replayed} == {1, 2}, "the others still replay"
     for name, completion in done.items():
         assert completion.token_ids == expected[name].token_ids
+
+
+def test_masked_steps_are_captured_in_two_parts_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside whole steps, which batches without a grammar keep. A part inside of a capture is only remembered."""
+
+    def asked() -> list[Request]:
+        held = [request(i, name) for i, name in ((0, "nested"), (1, "list"), (2, "flat"))]
+        return [*held, request(4, None, new=60)]
+
+    expected = run(Engine(EngineConfig(str(TINY_READER), device="cpu", arena_tokens=8192, grammars=True)), asked())
+    cuda = Cuda(monkeypatch)
+    remembered: list[tuple[Any, ...]] = []
+    replayed: list[str] = []
+    for name in ("_forward", "_sample"):
+        real = getattr(DecodeRunner, name)
+
+        def part(runner: DecodeRunner, key: Any, real: Any = real, name: str = name) -> None:
+            if cuda.capturing is None:
+                real(runner, key)
+                return
+            remembered.append((name, key))
+            cuda.capturing.replay = lambda: (replayed.append(name), real(runner, key))
+
+        monkeypatch.setattr(DecodeRunner, name, part)
+    engine = Engine(EngineConfig(str(TINY_READER), device="cpu", arena_tokens=8192, decode_lag=2, grammars=True))
+    masks = engine._masks
+    assert masks is not None
+    runner, arena, batch = engine._runner, engine._arena, engine._batch
+    engine._decode = DecodeRunner(runner, arena, batch, engine.max_context, use_graphs=True, masks=masks.device)
+    engine._decode.prepare()
+    parts = [
+        part
+        for rows in (8, 4, 2, 1)
+        for part in (("_forward", rows), ("_sample", StepKey(rows, False)), ("_sample", StepKey(rows, True)))
+    ]
+    assert remembered == parts
+    cuda.replayed.clear()
+    replayed.clear()
+    done = run(engine, asked())
+    assert remembered == parts, "nothing is captured while documents wait"
+    assert replayed.count("_forward") == replayed.count("_sample") > 20
+    assert replayed[::2] == ["_forward"] * (len(replayed) // 2)
+    for name, completion in done.items():
+        assert completion.token_ids == expected[name].token_ids
+    before, _ = len(replayed), cuda.replayed.clear()
+    assert run(engine, [request(4, None, new=60)])["4-None"].token_ids == expected["4-None"].token_ids
+    assert cuda.replayed, "a batch without a grammar runs whole steps"
+    assert len(replayed) == before
+
+
+def test_a_part_that_cannot_be_captured_takes_the_other_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of a model's part that runs eagerly are new ones each time: a graph would read old ones."""
+    decode = DecodeRunner.__new__(DecodeRunner)
+    decode._graphs, eager = {("forward", 4): None}, []
+    monkeypatch.setattr(decode, "_sample", eager.append)
+    monkeypatch.setattr(decode, "_launch", lambda *_: pytest.fail("it was to run eagerly"))
+    decode.sample(StepKey(4, False))
+    assert eager == [StepKey(4, False)]
 
 
 @pytest.fixture

@@ -112,7 +112,7 @@ CONFIGURATIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("options", CONFIGURATIONS, ids=str)
 def test_outputs_are_those_of_single_steps(folder: Path, options: dict[str, Any], sampled: bool) -> None:
-    """Documents of different lengths and limits together, over borders of 16 and of 64 tokens, drafts right and wrong."""
+    """Documents of different lengths and limits together, over borders of groups and blocks, drafts right and wrong."""
     sampling = Sampling(temperature=0.8, top_p=0.95, seed=5) if sampled else Sampling()
     lengths = [30, 200, 7, 127, 64]
     requests = [Request(str(i), prompt, NEW + 3 * i, sampling) for i, prompt in enumerate(distinct(lengths))]

@@ -66,12 +66,12 @@ def test_every_kind_gives_the_same_documents(tmp_path: Path, kind: str) -> None:
 
 def test_text_folder_and_globs(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
-    names = ["a.txt", "b.md", "sub/c.txt", ".hidden.txt", "d.pdf"]
+    names = ["a.txt", "b.md", "sub/c.txt", ".hidden.txt", "d.odt"]
     for name in names:
         (tmp_path / name).write_text(f"text of {name}")
     files, ignored = find_files((str(tmp_path),))
     assert [file.label for file in files] == ["a.txt", "b.md", "sub/c.txt"]
-    assert ignored == ["d.pdf"]
+    assert ignored == ["d.odt"]
     assert [f.label for f in find_files((f"{tmp_path}/*.txt",))[0]] == ["a.txt"]
     assert [f.label for f in find_files((f"{tmp_path}/**/*.txt",))[0]] == ["a.txt", "sub/c.txt"]
     assert [f.label for f in find_files((f"{tmp_path}/[ab].*",))[0]] == ["a.txt", "b.md"]
@@ -206,8 +206,8 @@ def test_missing_and_empty_inputs(tmp_path: Path) -> None:
         find_files((str(tmp_path / "nothing"),))
     with pytest.raises(JobError, match="no files"):
         find_files((str(tmp_path),))
-    (tmp_path / "a.pdf").write_bytes(b"x")
-    with pytest.raises(JobError, match=r"only files of other kinds \(a\.pdf\)"):
+    (tmp_path / "a.odt").write_bytes(b"x")
+    with pytest.raises(JobError, match=r"only files of other kinds \(a\.odt\)"):
         find_files((str(tmp_path),))
     with pytest.raises(JobError, match="no file matches"):
         find_files((f"{tmp_path}/*.txt",))

@@ -70,7 +70,8 @@ def test_broken_records_cost_themselves(tmp_path: Path) -> None:
         "a.csv:5": "line 5: it has 1 fields, expected 2 as in the first line",
         "a.csv:6": "line 6: it has 3 fields, expected 2 as in the first line",
         "a.csv:7": "line 7: broken CSV: ',' expected after '\"'; quotes in a field are doubled",
-        "a.csv:8": "line 8: invalid UTF-8 at byte 5: invalid continuation byte; save the file as UTF-8",
+        "a.csv:8": "line 8: invalid UTF-8 at byte 5: invalid continuation byte; save the text as UTF-8, or name its "
+        "encoding with --encoding",
         "a.csv:9": "line 9: its id (id) is empty, expected text or a number",
         "g": "its text is empty (0 bytes)",
         "h": "fine",

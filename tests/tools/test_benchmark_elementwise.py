@@ -9,7 +9,7 @@ import torch
 
 from tools.benchmark import elementwise
 from tools.benchmark.elementwise import case as case_module
-from tools.benchmark.elementwise import cases, models
+from tools.benchmark.elementwise import cases, experts, models
 from tools.benchmark.elementwise.case import Case, measure
 
 SHAPE = {
@@ -25,6 +25,7 @@ SHAPE = {
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
     monkeypatch.setattr(cases, "DEVICE", "cpu")
+    monkeypatch.setattr(experts, "DEVICE", "cpu")
     monkeypatch.setattr(models, "DEVICE", "cpu")
     monkeypatch.setattr(case_module, "time_ms", lambda call, count, idle: 1.0)
 
@@ -39,6 +40,26 @@ def test_every_case_passes_its_check(rows):
         limit = 0.05 if "fp8" in case.name or "quantize" in case.name else 0.005
         assert row["error"] < limit, row
     assert len(found) == 7 + 4 * 3 + 1
+
+
+@pytest.mark.parametrize("rows", [3, 300])
+@pytest.mark.parametrize(
+    "mixture",
+    [
+        {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        {"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48},
+    ],
+    ids=lambda mixture: mixture["model_type"],
+)
+@torch.inference_mode()
+def test_every_case_of_experts_passes_its_check(mixture, rows):
+    found = list(experts.expert_cases(SHAPE | mixture, rows))
+    for case in found:
+        row = measure(case, rows, 0.0)
+        assert row["status"] == "ok", row
+        assert row["error"] < (0.1 if "whole" in case.name else 0.005), row
+    assert len(found) == 1 + 2 * 2
+    assert not list(experts.expert_cases(SHAPE, rows))
 
 
 @torch.inference_mode()

@@ -135,6 +135,7 @@ def test_kernels_are_grouped_by_name() -> None:
     kernels = own_kernels()
     assert kernels["block_sparse_attention_fp8_hopper"] == "attention"
     assert {kernels["score_kernel"], kernels["select_kernel"], kernels["sample_kernel"]} == {"selection"}
+    assert kernels["grouped_linear_kernel"] == "linears"
     assert {kernels["rms_norm_kernel"], kernels["write_kernel"], kernels["silu_mul_fp8_kernel"]} == {"elementwise"}
     library = {
         "sm90_xmma_gemm_e4m3bf16_e4m3f32_f32_tn_n": "linears",

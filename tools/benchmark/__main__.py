@@ -19,6 +19,7 @@ BENCHMARKS = {
     "elementwise": ("tools.benchmark.elementwise", "main"),
     "overhead": ("tools.benchmark.overhead", "main"),
     "scaling": ("tools.benchmark.scaling", "main"),
+    "schema": ("tools.benchmark.schema", "main"),
 }
 ABOUT = {
     "attention": "one attention layer: dense baselines, FlexAttention, our kernels; from which length Stem is faster",
@@ -28,6 +29,7 @@ ABOUT = {
     "elementwise": "norms, activations, rotary embeddings, quantisation",
     "overhead": "what the pipeline adds to the engine, for each document",
     "scaling": "documents an hour of the whole pipeline by the number of GPUs of one machine",
+    "schema": "answers by a schema: whether all are valid, and what a decode step costs more",
 }
 
 

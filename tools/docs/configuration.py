@@ -30,7 +30,9 @@ TYPES = {
     "auto_int": "whole number or `auto`",
     "shard": "`i/n`",
     "switch": "text",
+    "schema": "a file, or JSON",
     "date": "date, `2026-11-28`",
+    "encoding": "encoding, `cp1252`",
 }
 HUGE = 1_000_000  # upper limits that nobody meets are left out
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)

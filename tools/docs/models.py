@@ -128,8 +128,9 @@ short documents are read alone and together, and it is refused if the logits dif
 _CHECKPOINTS = """
 ## Checkpoints
 
-All types are read from safetensors in bf16, fp16 or fp32. `--precision fp8` quantises linears when they are loaded:
-"not its experts" means that those of a mixture stay in 16 bits. That column follows from the model's structure; the
+All types are read from safetensors in bf16, fp16 or fp32. `--precision fp8` quantises linears and experts as they are
+loaded: "not its experts" means that those of a mixture stay in 16 bits, where transformers' interface for experts does
+not know them, or norms stand between them. That column follows from the model's structure; the
 tool runs float32 alone. What other formats are read, and what is refused with
 which advice, is in [Troubleshooting](troubleshooting.md).
 """

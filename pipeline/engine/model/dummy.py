@@ -1,13 +1,13 @@
 """Models with random weights, made on the device from the config alone: speed and memory need no others.
 
-Each linear's values come from the seed and its name. So the weights are the same in every precision, up to rounding,
-and in fp8 only one of them at a time exists in 16 bits.
+The values of each linear, and of the experts of each layer, come from the seed and their name. So the weights are the
+same in every precision, up to rounding, and in fp8 only one linear, or one layer's experts, exists in 16 bits.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from pipeline.engine.config import EngineConfig
 from pipeline.engine.model.placement import Placement
 from pipeline.engine.model.precision import Precision
 from pipeline.engine.model.text_part import model_class
-from stem_core.fp8 import quantize_linears
+from stem_core.fp8 import is_experts_class, quantize_linears
 
 
 def dummy_model(
@@ -33,20 +33,20 @@ def dummy_model(
     Raises ValueError for a model that builds parts of itself on the device "meta".
     """
     model = _build(config, hf_config, precision, placement, lean=True)
-    if _without_values(model, apart_from=nn.Linear):
+    if _without_values(model, apart_from=_filled_later):
         # Something was made from a linear's weight, which had no values: now they are there from the beginning.
         model = _build(config, hf_config, precision, placement, lean=False)
 
-    def fill(name: str, linear: nn.Linear) -> None:
-        if linear.weight.is_meta:
-            linear.to_empty(device=placement.device_of(name))
+    def fill(name: str, module: nn.Module) -> None:
+        if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            module.to_empty(device=placement.device_of(name), recurse=False)
             torch.manual_seed(config.seed + zlib.crc32(name.encode()))
-            model._init_weights(linear)
+            model._init_weights(module)
 
     if precision.fp8:
         quantize_linears(model, fast_accumulation=config.fp8_fast_accumulation, fill=fill)
-    for name, module in model.named_modules():
-        if type(module) is nn.Linear:
+    for name, module in list(model.named_modules()):
+        if _filled_later(module):
             fill(name, module)
     missing = _without_values(model)
     if missing:
@@ -61,12 +61,13 @@ def _build(
     placement: Placement,
     lean: bool,
 ) -> Any:
-    """The model as its class makes it; lean: its linears without memory."""
+    """The model as its class makes it; lean: its linears and experts without memory."""
     torch.manual_seed(config.seed)
     with ExitStack() as stack:
         stack.enter_context(placement.devices[0])
         if lean:
             stack.enter_context(linears_on_meta())
+            stack.enter_context(experts_on_meta())
         stack.enter_context(layers_on_devices(placement))
         return model_class(hf_config, config.trust_remote_code).from_config(
             hf_config, dtype=precision.dtype, trust_remote_code=config.trust_remote_code
@@ -96,15 +97,20 @@ def layers_on_devices(placement: Placement) -> Iterator[None]:
         layer_type.__init__ = init  # type: ignore[method-assign]
 
 
-def _without_values(model: nn.Module, apart_from: type | None = None) -> list[str]:
-    """Names of parameters and buffers on the device "meta", those of modules of exactly the type `apart_from` left out.
+def _filled_later(module: nn.Module) -> bool:
+    """Whether a module is built without memory, and filled when it is its turn."""
+    return type(module) is nn.Linear or is_experts_class(type(module))
+
+
+def _without_values(model: nn.Module, apart_from: Callable[[nn.Module], bool] | None = None) -> list[str]:
+    """Names of parameters and buffers on the device "meta", those of modules that are `apart_from` left out.
 
     Tied ones count wherever they are.
     """
     return [
         f"{place}.{name}"
         for place, module in model.named_modules()
-        if type(module) is not apart_from
+        if apart_from is None or not apart_from(module)
         for name, tensor in (*module._parameters.items(), *module._buffers.items())
         if tensor is not None and tensor.is_meta
     ]
@@ -128,3 +134,20 @@ def linears_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Linear.__init__ = init  # type: ignore[method-assign]
+
+
+@contextmanager
+def experts_on_meta() -> Iterator[None]:
+    """Inside, the weights of experts lose their memory as soon as their module takes them, before they have values."""
+    register = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and is_experts_class(type(self)):
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

@@ -110,7 +110,9 @@ class ModelRunner:
         """
         arena: Arena
         if self.precision.fp8:
-            arena = Fp8KVArena(self.shapes, tokens, self.calibration.scales, self.dtype, self.layer_devices, self.device)
+            arena = Fp8KVArena(
+                self.shapes, tokens, self.calibration.scales, self.dtype, self.layer_devices, self.device
+            )
         else:
             arena = KVArena(self.shapes, tokens, self.dtype, self.layer_devices, self.device)
         if self.states:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.token_mask import mask_tokens
 from pipeline.engine.kv.arena import Extent
 from pipeline.engine.run.sampling import greedy, sample, uniforms
 
@@ -117,16 +118,20 @@ class DecodeBatch:
             members = torch.tensor(table, dtype=torch.int32)
             self.members[:changed].copy_(members.pin_memory() if self.members.is_cuda else members, non_blocking=True)
 
-    def advance(self, logits: Tensor, first: int, sampled: bool) -> None:
+    def advance(self, logits: Tensor, first: int, sampled: bool, masks: Tensor | None = None) -> None:
         """Take the next token of rows [first, first + S) from logits [S, V], and stop the rows that are done.
 
         sampled: whether any of them may have a temperature; False saves the sort.
+        masks: int32 [S, W + 1], what may come next in which of them (pipeline.engine.run.masks.TokenMasks); the logits
+        are changed in place. None: anything in all of them.
         """
         rows = slice(first, first + logits.shape[0])
         ints = self.ints[:, rows]
         live = ints[LENGTH] > 0
-        token = self._choose(logits, rows, ints[EMITTED], sampled)
         finite = torch.isfinite(logits.amax(dim=-1))
+        if masks is not None:
+            mask_tokens(logits, masks[:, :-1], masks[:, -1])
+        token = self._choose(logits, rows, ints[EMITTED], sampled)
         emitted = ints[EMITTED] + live
         stopped = (ints[FIELDS:] == token).any(dim=0) | (emitted >= ints[LIMIT]) | ~finite
         self.report[rows] = token.masked_fill(~finite, NOT_FINITE).masked_fill(~live, IDLE)

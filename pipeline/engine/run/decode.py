@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -59,6 +60,10 @@ class StepKey:
 class DecodeRunner:
     """Runs decode steps of a DecodeBatch against the arena; documents come to at most `max_context` tokens.
 
+    A step is one graph. Where rows are masked it is two, forward() and sample(), so that the host computes the masks,
+    for which it needs the token before, while the device is in the first.
+
+    masks: int32 [rows, W + 1], what sample() reads (pipeline.engine.run.masks.TokenMasks); None: no row is ever masked.
     lookup: whether steps with drafts will come, for prepare().
     """
 
@@ -69,6 +74,7 @@ class DecodeRunner:
         batch: DecodeBatch,
         max_context: int,
         use_graphs: bool,
+        masks: Tensor | None = None,
         lookup: bool = False,
     ) -> None:
         self._runner = runner
@@ -77,9 +83,12 @@ class DecodeRunner:
         self._max_context = max_context
         self._lookup = lookup
         self._capturer = Graphs(runner.devices) if use_graphs else None
-        self._warm: set[StepKey] = set()
-        # None for a step that cannot be captured.
-        self._graphs: dict[StepKey, torch.cuda.CUDAGraph | None] = {}
+        self._masks = masks
+        # What forward() leaves to sample(), by rows and how many share: a captured one's is always the same tensor.
+        self._logits: dict[tuple[int, int], Tensor] = {}
+        self._warm: set[Hashable] = set()
+        # By step, or part of one; None for what cannot be captured.
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
         self.mode = "cuda graphs" if use_graphs else "eager"
 
     def run(self, key: StepKey) -> None:
@@ -87,15 +96,31 @@ class DecodeRunner:
 
         The first step of a key runs eagerly (kernels compile and handles are made), the second is captured.
         """
-        if self._capturer is None or key not in self._warm:
-            self._step(key)
-            self._warm.add(key)
+        self._launch(key, lambda: self._step(key))
+
+    def forward(self, key: StepKey) -> None:
+        """The model's part of a step of rows [0, key.rows): launched, not waited for. sample() must follow."""
+        self._launch(("forward", key.rows, key.shared), lambda: self._forward(key))
+
+    def sample(self, key: StepKey) -> None:
+        """The rest of the step that forward() began: masks, the rows' next tokens."""
+        forward = ("forward", key.rows, key.shared)
+        if forward in self._graphs and self._graphs[forward] is None:  # its logits are another tensor each time
+            self._sample(key)
+        else:
+            self._launch(("sample", key), lambda: self._sample(key))
+
+    def _launch(self, part: Hashable, work: Callable[[], None]) -> None:
+        """Run `work` eagerly for the first time; then capture it, and replay that from then on."""
+        if self._capturer is None or part not in self._warm:
+            work()
+            self._warm.add(part)
             return
-        if key not in self._graphs:
-            self._graphs[key] = self._capture(self._capturer, key)
-        graph = self._graphs[key]
+        if part not in self._graphs:
+            self._graphs[part] = self._capture(self._capturer, part, work)
+        graph = self._graphs[part]
         if graph is None:
-            self._step(key)
+            work()
         else:
             self._capturer.replay(graph)
 
@@ -114,27 +139,43 @@ class DecodeRunner:
                 self.run(key)
                 if self._capturer is not None:
                     self.run(key)
+            for rows in reversed(buckets) if self._masks is not None else ():
+                times = range(1 + (self._capturer is not None))
+                for _ in times:
+                    self.forward(StepKey(rows, sampled=False))
+                for key in (StepKey(rows, sampled) for sampled in (False, True) for _ in times):
+                    self.sample(key)
 
     def _step(self, key: StepKey) -> None:
+        if key.drafts:
+            self._verify(key)
+        else:
+            self._batch.advance(self._decode(key), 0, key.sampled)
+
+    def _forward(self, key: StepKey) -> None:
+        self._logits[key.rows, key.shared] = self._decode(key)
+
+    def _sample(self, key: StepKey) -> None:
+        assert self._masks is not None
+        self._batch.advance(self._logits[key.rows, key.shared], 0, key.sampled, self._masks[: key.rows])
+
+    def _decode(self, key: StepKey) -> Tensor:
+        """Logits [rows, V] behind the rows' newest tokens."""
         ints = self._batch.ints[:, : key.rows]
-        lengths = ints[LENGTH]
-        bounds = lengths - ints[EMITTED] + ints[LIMIT]
-        prefixes = None
-        if key.shared:
-            # A shared prefix was read for many: its length alone bounds what follows it (pipeline.engine.model.rope).
-            bounds = torch.where(ints[PREFIX_LENGTH] > 0, ints[PREFIX_LENGTH], bounds)
-            prefixes = Prefixes(
-                starts=ints[PREFIX_START],
-                lengths=ints[PREFIX_LENGTH].to(torch.int32),
-                members=self._batch.members[: key.rows, : key.shared],
-                max_length=self._max_context,
-            )
-        where = ints[START], lengths, bounds, self._arena, self._max_context, prefixes
-        if not key.drafts:
-            self._batch.advance(self._runner.decode(ints[TOKEN], *where), 0, key.sampled)
-            return
+        bounds, prefixes = self._surroundings(key)
+        return self._runner.decode(
+            ints[TOKEN], ints[START], ints[LENGTH], bounds, self._arena, self._max_context, prefixes
+        )
+
+    def _verify(self, key: StepKey) -> None:
+        """A step in which every row verifies drafts."""
+        ints = self._batch.ints[:, : key.rows]
+        bounds, prefixes = self._surroundings(key)
         drafts, counts = self._find_drafts(key)
-        logits = self._runner.verify(torch.cat([ints[TOKEN][:, None], drafts], dim=1), counts, *where)
+        tokens = torch.cat([ints[TOKEN][:, None], drafts], dim=1)
+        logits = self._runner.verify(
+            tokens, counts, ints[START], ints[LENGTH], bounds, self._arena, self._max_context, prefixes
+        )
         self._batch.advance_verified(logits, drafts, counts, key.sampled)
 
     def _find_drafts(self, key: StepKey) -> tuple[Tensor, Tensor]:
@@ -151,22 +192,40 @@ class DecodeRunner:
         )
         return drafts, counts.minimum(ints[LIMIT] - ints[EMITTED] - 1).clamp(min=0)
 
-    def _capture(self, capturer: Graphs, key: StepKey) -> torch.cuda.CUDAGraph | None:
+    def _surroundings(self, key: StepKey) -> tuple[Tensor, Prefixes | None]:
+        """The tokens that each row's document can come to, int64 [rows], and the prefixes that rows share."""
+        ints = self._batch.ints[:, : key.rows]
+        lengths = ints[LENGTH]
+        bounds = lengths - ints[EMITTED] + ints[LIMIT]
+        prefixes = None
+        if key.shared:
+            # A shared prefix was read for many: its length alone bounds what follows it (pipeline.engine.model.rope).
+            bounds = torch.where(ints[PREFIX_LENGTH] > 0, ints[PREFIX_LENGTH], bounds)
+            prefixes = Prefixes(
+                starts=ints[PREFIX_START],
+                lengths=ints[PREFIX_LENGTH].to(torch.int32),
+                members=self._batch.members[: key.rows, : key.shared],
+                max_length=self._max_context,
+            )
+        return bounds, prefixes
+
+    def _capture(self, capturer: Graphs, part: Hashable, work: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         """The captured step; None, and a warning, for a model whose step cannot be captured."""
         try:
-            return capturer.capture(lambda: self._step(key))
+            return capturer.capture(work)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self.mode = f"eager for {key} at least (capture failed: {first_line(error)})"
-            warnings.warn(f"decode steps {key} run without CUDA graphs: {error}", RuntimeWarning, stacklevel=2)
+            self.mode = f"eager for {part} at least (capture failed: {first_line(error)})"
+            warnings.warn(f"decode steps {part} run without CUDA graphs: {error}", RuntimeWarning, stacklevel=3)
             return None
 
 
 class Readback(Generic[Tag]):
     """Brings each step's report to the host without stalling the device.
 
-    values: of a report at most. push() starts a copy, pop() waits for the oldest one. On a GPU a copy lands in pinned memory, followed by an event.
+    values: of a report at most. push() starts a copy, pop() waits for the oldest one. On a GPU a copy lands in pinned
+    memory, followed by an event.
     """
 
     def __init__(self, values: int, depth: int, device: torch.device) -> None:

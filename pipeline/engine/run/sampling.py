@@ -60,6 +60,7 @@ def sample(
     kept = before < top_ps.double()[:, None] * held
     kept &= (torch.arange(logits.shape[-1], device=logits.device) <= last) | ~some[:, None]
     kept &= probabilities >= min_ps[:, None] * probabilities[:, :1]
+    kept &= probabilities > 0  # a draw that rounding puts past the last one must not take a token that is masked
     kept[:, 0] = True
     mass = probabilities.masked_fill(~kept, 0.0).sum(dim=-1, dtype=torch.float64)
     below = (total <= (draws * mass)[:, None]) & kept

@@ -1,4 +1,4 @@
-"""What lies between attention layers: row-wise kernels, linears in bf16 and fp8, and a model fused and unfused.
+"""What lies between attention layers: row-wise kernels, linears and experts in bf16 and fp8, a model fused and unfused.
 
 Each case is checked against float64 before it is timed, and must be no less exact than transformers' own operations in
 the same precision; a case that fails gets no speed. GB/s count each operand once. Few rows are timed in CUDA graphs.
@@ -19,8 +19,10 @@ from jobs.shapes import SHAPES
 from tools.benchmark._measure import table, write_json
 from tools.benchmark.elementwise.case import Case, measure
 from tools.benchmark.elementwise.cases import DEVICE, linear_cases, row_cases
+from tools.benchmark.elementwise.experts import expert_cases
 from tools.benchmark.elementwise.models import model_cases
 
+PARTS = ("rows", "linears", "experts", "model")
 COLUMNS = {
     "part": "",
     "case": "",
@@ -40,13 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.1-8b")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 8192], help="tokens of the row-wise cases")
     parser.add_argument(
-        "--linear-rows", type=int, nargs="+", default=[1, 8, 8192, 131072], help="tokens of the linears"
+        "--linear-rows", type=int, nargs="+", default=[1, 8, 8192, 131072], help="tokens of linears and experts"
     )
     parser.add_argument("--model-rows", type=int, nargs="+", default=[1, 8192], help="tokens of the model cases")
     parser.add_argument("--layers", type=int, default=4, help="layers of the model cases")
-    parser.add_argument(
-        "--parts", nargs="+", choices=("rows", "linears", "model"), default=["rows", "linears", "model"]
-    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--idle", type=float, default=0.3, help="seconds of rest before a timing")
     parser.add_argument("--commit", default="", help="what is measured, where this is not a git checkout")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="elementwise.json and .txt")
@@ -84,6 +84,11 @@ def _all_cases(options: argparse.Namespace) -> Iterator[tuple[str, int, Case]]:
         for count in options.linear_rows:
             for case in linear_cases(shape, count):
                 yield "linears", count, case
+            torch.cuda.empty_cache()
+    if "experts" in options.parts:
+        for count in options.linear_rows:
+            for case in expert_cases(shape, count):
+                yield "experts", count, case
             torch.cuda.empty_cache()
     if "model" in options.parts:
         for case, count in model_cases(shape, options.layers, options.model_rows):

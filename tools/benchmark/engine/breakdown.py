@@ -18,6 +18,7 @@ from tools.benchmark.engine.phases import Event, gpu_events, random_prompts, run
 KERNELS = Path(__file__).parents[3] / "kernels"
 # Folders and files of kernels/, whose GPU functions are found by name in their sources.
 OPERATIONS = {
+    "linears": ("grouped_linear",),
     "attention": (
         "block_sparse_attention",
         "block_sparse_attention_fp8",

@@ -1,0 +1,119 @@
+"""Two runs of the same documents: what got better or worse, and both outputs with what differs marked."""
+
+from __future__ import annotations
+
+import re
+
+from rapidfuzz.distance import Indel
+
+from jobs.page.outputs import Entry, Label, Outputs, Pane
+from jobs.report.outputs import (
+    FLAGS,
+    HARMLESS,
+    STATUS_LABELS,
+    Result,
+    facts_of,
+    index_of,
+    labels_of,
+    questions_of,
+    read_rows,
+)  # fmt: skip
+from jobs.report.results import Run
+
+WORSE, BETTER, DIFFERENT, ALONE, SAME = range(5)
+GROUPS = (
+    Label("worse", "got worse", "failed or marked in the second run, and not in the first", "bad"),
+    Label("better", "got better", "failed or marked in the first run, and not in the second", "good"),
+    Label("different", "read differently", "the outputs differ, neither is marked more than the other", "warn"),
+    Label("alone", "in one run only", "", ""),
+    Label("same", "are the same", "word for word", ""),
+)
+SHOWN = ("output", "in the worker", "first token after")
+# Longer outputs are shown without marks: comparing them would take minutes.
+MOST_WORDS = 20_000
+
+
+def changes(one: Run, two: Run, *, most: int) -> Outputs:
+    """The list of the pairs of rows of two runs: what got worse first, then what differs most. most: pairs."""
+    first, second = ({row.key: row for row in read_rows(run)} for run in (one, two))
+    pairs = [(first.get(key), second.get(key)) for key in dict.fromkeys([*first, *second])]
+    judged = sorted(((_group(*pair), _likeness(*pair), pair) for pair in pairs), key=lambda item: item[:2])
+    note = f"The first {most:,} of {len(judged):,} pairs; --rows N shows more." if len(judged) > most else ""
+    judged = judged[:most]
+    everything = [row for _, _, pair in judged for row in pair if row is not None]
+    rows = [_later(*pair) for *_, pair in judged]
+    statuses = labels_of((row.status for row in rows), STATUS_LABELS)
+    flags = labels_of((flag for row in rows for flag in row.flags), FLAGS)
+    questions = questions_of(everything)
+    names = [each.name for each in questions]
+    entries = [
+        Entry(
+            name=row.document_id, group=group, status=index_of(statuses, row.status),
+            flags=[index_of(flags, flag) for flag in row.flags],
+            question=names.index(row.question) if row.question in names else -1,
+            tokens=int(row.values.get("prompt_tokens") or 0), seconds=row.values.get("total_seconds"),
+            panes=[
+                Pane(run.name, parts, _told(side))
+                for run, parts, side in zip((one, two), _marked(*pair), pair, strict=True)
+            ],
+            preview=row.error or row.output, facts=[("words in common", f"{likeness:.0%}")] if all(pair) else (),
+        )
+        for row, (group, likeness, pair) in zip(rows, judged, strict=True)
+    ]  # fmt: skip
+    return Outputs(GROUPS, statuses, flags, questions, entries, order="Worst first", note=note)
+
+
+def _later(one: Result | None, two: Result | None) -> Result:
+    row = two or one
+    assert row is not None
+    return row
+
+
+def _group(one: Result | None, two: Result | None) -> int:
+    if one is None or two is None:
+        return ALONE
+    if _badness(one) != _badness(two):
+        return WORSE if _badness(two) > _badness(one) else BETTER
+    return SAME if (one.status, one.output) == (two.status, two.output) else DIFFERENT
+
+
+def _badness(row: Result) -> tuple[bool, int]:
+    return row.status != "ok", sum(flag not in HARMLESS for flag in row.flags)
+
+
+def _likeness(one: Result | None, two: Result | None) -> float:
+    """Share of the words of both outputs that they have in common, in order: 0 to 1."""
+    if one is None or two is None:
+        return 0.0
+    if one.output == two.output:
+        return 1.0
+    words = one.output.split(), two.output.split()
+    return Indel.normalized_similarity(*words) if max(map(len, words)) <= MOST_WORDS else 0.0
+
+
+def _marked(first: Result | None, second: Result | None) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Both outputs in parts, ("only" for what the other one lacks)."""
+    one, two = (row.output if row else "" for row in (first, second))
+    words = [re.findall(r"\s+|\w+|[^\w\s]", text) for text in (one, two)]
+    if one == two or not one or not two or max(map(len, words)) > MOST_WORDS:
+        return [(one, "")], [(two, "")]
+    left: list[tuple[str, str]] = []
+    right: list[tuple[str, str]] = []
+    for edit in Indel.opcodes(*words):
+        kind = "" if edit.tag == "equal" else "only"
+        for parts, text in (
+            (left, words[0][edit.src_start : edit.src_end]),
+            (right, words[1][edit.dest_start : edit.dest_end]),
+        ):
+            if text:
+                parts.append(("".join(text), kind))
+    return left, right
+
+
+def _told(row: Result | None) -> str:
+    if row is None:
+        return "This run has no such row."
+    status = STATUS_LABELS[row.status].label if row.status in STATUS_LABELS else row.status
+    flags = [FLAGS[flag].label if flag in FLAGS else flag for flag in row.flags]
+    told = ", ".join([status, *flags, *([row.error] if row.error else [])])
+    return "; ".join([told, *(f"{what} {text}" for what, text in facts_of(row) if what in SHOWN)])

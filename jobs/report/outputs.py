@@ -1,0 +1,241 @@
+"""The rows of a run as a list of outputs: what failed and what needs a look on top, each beside its document."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from jobs.page.numbers import figure, seconds
+from jobs.page.outputs import Entry, Evidence, Excerpt, Label, Outputs, Pane, Question
+from jobs.report.documents import Wanted, read_documents
+from jobs.report.results import Run
+from pipeline.results.rows import STATUSES
+
+LOOK, FAILED, FINE = range(3)
+GROUPS = (
+    Label("look", "need a look", "cut off, repetitive or otherwise marked", "warn"),
+    Label("failed", "failed", "there is no output", "bad"),
+    Label("fine", "look fine", "", "good"),
+)
+_STATUS_WORDS = {"oom": "out of memory", "timeout": "timed out", "too_long": "too long", "worker_died": "worker died"}
+STATUS_LABELS = {
+    name: Label(name, _STATUS_WORDS.get(name, name), about, "" if name == "ok" else "bad")
+    for name, about in STATUSES.items()
+}
+# Column `flags`. Of what is not here the name is shown.
+FLAGS = {
+    "cut": Label("cut", "cut off", "the output ends where --max-new-tokens cut it off", "warn"),
+    "repetitive": Label("repetitive", "repetitive", "the output repeats itself", "warn"),
+    "empty": Label("empty", "empty", "the output is empty", "warn"),
+    "refused": Label("refused", "refused", "the model declined to answer", "warn"),
+    "other_language": Label(
+        "other_language", "other language", "the output is in another language than the document", "warn"
+    ),
+    "answer_error": Label("answer_error", "no valid answer", "the output does not fit its schema", "warn"),
+    "copied": Label("copied", "copied", "the output copies the document word for word", ""),
+}
+# Flags that say something about an output, but nothing against it: extracts are copies.
+HARMLESS = ("copied",)
+_ORDERING = ["document_id", "question_id", "status", "finish_reason", "flags", "answer_error"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A row as a reader needs it. Columns that an older run lacks are empty."""
+
+    document_id: str
+    question: str
+    question_text: str
+    status: str
+    error: str
+    output: str
+    flags: tuple[str, ...]
+    values: Mapping[str, Any]
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What a row is known by in every run of the same documents."""
+        return self.document_id, self.question
+
+    @property
+    def group(self) -> int:
+        """LOOK, FAILED or FINE."""
+        if self.status != "ok":
+            return FAILED
+        return LOOK if any(flag not in HARMLESS for flag in self.flags) else FINE
+
+
+def read_rows(run: Run, most: int | None = None) -> list[Result]:
+    """The rows with their outputs, those that need a look on top, by id within a group; the first `most` of them."""
+    table = run.with_texts
+    # Of a million rows Python gets what decides about the order, and all columns of those alone that are shown.
+    found = [_result(values) for values in table.select(_ORDERING).to_pylist()]
+    order = sorted(range(len(found)), key=lambda at: (found[at].group, found[at].document_id, found[at].question))
+    return [_result(values) for values in table.take(pa.array(order[:most], pa.int64())).to_pylist()]
+
+
+def _result(values: dict[str, Any]) -> Result:
+    flags = [str(flag) for flag in _listed(values.get("flags"))]
+    if values.get("finish_reason") == "length" and values.get("status") == "ok" and "cut" not in flags:
+        flags.insert(0, "cut")
+    if values.get("answer_error") and values.get("status") == "ok":
+        flags.append("answer_error")
+    return Result(
+        document_id=values.get("document_id") or "", question=str(values.get("question_id") or ""),
+        question_text=str(values.get("question") or ""), status=values.get("status") or "",
+        error=values.get("error") or "", output=values.get("output") or "", flags=tuple(dict.fromkeys(flags)),
+        values=values,
+    )  # fmt: skip
+
+
+def outputs(run: Run, *, documents: str, inputs: Sequence[str], most: int) -> Outputs:
+    """The list of a run. documents, inputs: see read_documents(). most: entries; what needs a look comes first."""
+    rows, total = read_rows(run, most), len(run.with_texts)
+    note = ""
+    if total > most:
+        note = f"The first {most:,} of {total:,} outputs, what needs a look before the others; --rows N shows more."
+    excerpts, places, notes = _documents(run, rows, documents, inputs)
+    statuses = labels_of((row.status for row in rows), STATUS_LABELS)
+    flags = labels_of((flag for row in rows for flag in row.flags), FLAGS)
+    questions = questions_of(rows)
+    entries = [
+        Entry(
+            name=row.document_id, group=row.group, status=index_of(statuses, row.status),
+            flags=[index_of(flags, flag) for flag in row.flags],
+            question=next((at for at, each in enumerate(questions) if each.name == row.question), -1),
+            tokens=int(row.values.get("prompt_tokens") or 0), seconds=_number(row.values.get("total_seconds")),
+            panes=[Pane("Output", [(row.output, "")])], error=_why(row), reasoning=row.values.get("reasoning") or "",
+            answer=answer_fields(row.values.get("answer")), evidence=evidence_of(row.values),
+            document=places[row.document_id], document_note=notes[row.document_id],
+            page_starts=[int(start) for start in _listed(row.values.get("page_starts"))], facts=facts_of(row),
+        )
+        for row in rows
+    ]  # fmt: skip
+    return Outputs(GROUPS, statuses, flags, questions, entries, excerpts, note=note)
+
+
+def _documents(
+    run: Run, rows: Sequence[Result], how: str, inputs: Sequence[str]
+) -> tuple[list[Excerpt], dict[str, int], dict[str, str]]:
+    """Excerpts, and for each document its place among them (-1: none) and a note."""
+    wanted: dict[str, list[Result]] = {}
+    for row in rows:
+        wanted.setdefault(row.document_id, []).append(row)
+    asked = [
+        Wanted(
+            name, group[0].values.get("input_stamp"), group[0].values.get("input_hash"),
+            [(one.start, one.end) for row in group for one in evidence_of(row.values) or ()],
+        )
+        for name, group in wanted.items()
+    ]  # fmt: skip
+    excerpts: list[Excerpt] = []
+    places, notes = {}, {}
+    for item, found in zip(asked, read_documents(run, asked, how=how, inputs=inputs), strict=True):
+        of_input = wanted[item.document_id][0].values.get("input_note") or ""
+        places[item.document_id] = -1
+        notes[item.document_id] = " ".join(part for part in (found.note, of_input) if part)
+        if found.excerpt is not None:
+            places[item.document_id] = len(excerpts)
+            excerpts.append(found.excerpt)
+    return excerpts, places, notes
+
+
+def labels_of(names: Any, known: Mapping[str, Label]) -> list[Label]:
+    """The labels of the names that occur, in the order of `known`; of others the names."""
+    found = dict.fromkeys(names)
+    return [
+        *(label for name, label in known.items() if name in found),
+        *(Label(name, name.replace("_", " "), "", "warn") for name in sorted(found) if name not in known),
+    ]
+
+
+def index_of(labels: Sequence[Label], name: str) -> int:
+    """The place of a label."""
+    return next(at for at, label in enumerate(labels) if label.name == name)
+
+
+def questions_of(rows: Sequence[Result]) -> list[Question]:
+    """The questions in the order of their ids, each with one of its wordings."""
+    found = {row.question: row.question_text for row in rows if row.question or row.question_text}
+    return [Question(name, text) for name, text in sorted(found.items())]
+
+
+def _why(row: Result) -> str:
+    if row.status == "ok":
+        return str(row.values.get("answer_error") or "")
+    return row.error or STATUSES.get(row.status, row.status)
+
+
+def evidence_of(values: Mapping[str, Any]) -> list[Evidence] | None:
+    """Evidence as a row has it; None if nobody looked for any. What is no span at all is left out."""
+    if values.get("evidence") is None:
+        return None
+    found = []
+    for one in _listed(values["evidence"]):
+        try:
+            written = int(one["output_start"]), int(one["output_end"])
+            read = int(one["start"]), int(one["end"])
+        except (KeyError, TypeError, ValueError):
+            continue
+        if 0 <= written[0] < written[1] and 0 <= read[0] < read[1]:
+            found.append(Evidence(*written, *read, _number(one.get("score"))))
+    return sorted(found, key=lambda one: (one.output_start, one.start))
+
+
+def answer_fields(answer: Any) -> list[tuple[str, str]]:
+    """A typed answer field by field; of a text that is JSON its fields. Empty without one."""
+    if isinstance(answer, str):
+        try:
+            answer = json.loads(answer)
+        except ValueError:
+            return [("answer", answer)] if answer else []
+    if answer is None:
+        return []
+    if not isinstance(answer, dict):
+        return [("answer", _plain(answer))]
+    return [(str(name), _plain(value)) for name, value in answer.items()]
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(item, str | int | float) for item in value):
+        return "\n".join(map(str, value)) or "-"
+    return json.dumps(value, indent=1, ensure_ascii=False, default=str)
+
+
+def facts_of(row: Result) -> list[tuple[str, str]]:
+    """What was measured of a row, in words."""
+    values = row.values
+    attention = values.get("attention")
+    told = [
+        ("source", values.get("source")),
+        ("prompt", _counted(values.get("prompt_tokens"), "tokens")),
+        ("output", _counted(values.get("output_tokens"), "tokens")),
+        ("in the worker", seconds(_number(values.get("total_seconds")))),
+        ("first token after", seconds(_number(values.get("time_to_first_token")))),
+        ("attention", f"{attention}, density {figure(_number(values.get('density')))}" if attention else ""),
+        ("left out of the document", _counted(values.get("truncated_tokens"), "tokens")),
+        ("read in", _counted(values.get("parts"), "parts") if (values.get("parts") or 1) > 1 else ""),
+        ("attempts", str(values["attempts"]) if (values.get("attempts") or 1) > 1 else ""),
+    ]
+    return [(what, text) for what, text in told if text and text != "-"]
+
+
+def _counted(value: Any, what: str) -> str:
+    return f"{int(value):,} {what}" if value else ""
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
