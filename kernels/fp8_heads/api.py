@@ -70,8 +70,9 @@ def append_kv(
     run: int = 1,
     impl: str = "auto",
 ) -> None:
-    """Write S tokens, one of each document or a few that follow one another, into the arena in fp8; capturable in a CUDA
-    graph.
+    """Write S tokens, one of each document or a few that follow one another, into the arena in fp8.
+
+    Capturable in a CUDA graph.
 
     k, v: [S, Hkv, D] bfloat16, float16 or float32, last dimension contiguous. slots: int64 [S], arena index of each
     token; documents start at multiples of 16. Arenas as for `write_kv`. The token that opens a group of 16 sets the

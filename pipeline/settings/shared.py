@@ -66,9 +66,9 @@ class EngineSettings:
     prompt_lookup: str = setting(
         "auto",
         "auto: where outputs quote their documents, several tokens in one decode step; off: one token a step",
-        more="drafts are what followed the newest tokens where they stood before in prompt or output, and one is taken "
-        "only where the model chose the same token: outputs are those of single steps, on a GPU up to rounding in other "
-        "shapes. Steps without drafts run while drafts do not pay",
+        more="drafts are what followed the newest tokens where they stood before, one is taken only where the model "
+        "chose the same token: outputs are those of single steps, on a GPU up to rounding. While drafts do not pay, "
+        "steps go without",
         choices=("auto", "off"),
         group="engine",
     )
