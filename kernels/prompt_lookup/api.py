@@ -7,8 +7,10 @@ from torch import Tensor
 
 from kernels.dispatch import choose_portable, on_its_gpu
 
-# The longest and the shortest run of newest tokens that is looked for.
-LONGEST, SHORTEST = 4, 2
+# The longest and the shortest run of newest tokens that is looked for. Measured on extractions and summaries of
+# Qwen2.5-Coder-0.5B: with runs down to one token, summaries get 1.6 to 1.7 tokens per step instead of 1.4; longer runs
+# than four matter little (extractions: 3.5 instead of 3.4).
+LONGEST, SHORTEST = 6, 1
 
 
 @on_its_gpu

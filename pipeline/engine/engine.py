@@ -358,6 +358,8 @@ class Engine:
         self._batch.advance(logits, row, document.request.sampling.temperature > 0, masks)
         document.prefill = None
         document.launched = 1
+        if self._lookup is not None:
+            document.gain = self._lookup.new_gain()
         self._prefilling = None
         self._live[row] = document
         self._readback.push(self._batch.report[row : row + 1, None], [(0, document)])

@@ -263,8 +263,9 @@ def test_rows_take_as_many_drafts_as_are_right() -> None:
 
 
 def test_drafts_are_tried_while_they_pay_and_seldom_where_they_do_not() -> None:
-    policy, good, bad = LookupPolicy(pays=1.2), Gain(), Gain()
-    assert EXPECTED >= 1.2, "a new document begins with drafts"
+    policy = LookupPolicy(pays=1.2)
+    good, bad = policy.new_gain(), policy.new_gain()
+    assert EXPECTED > 1, "a new document begins with drafts"
     steps = []
     for _ in range(2000):
         steps.append(policy.drafts([bad]))
@@ -279,10 +280,8 @@ def test_drafts_are_tried_while_they_pay_and_seldom_where_they_do_not() -> None:
             break
     assert policy.drafts([bad]) == DRAFTS, "one good trial is enough"
     good.note(4)
-    assert policy.drafts([good, *(Gain() for _ in range(3))]) == DRAFTS
-    waiting = [Gain(), Gain()]
-    for gain in waiting:
-        gain.tokens = 1.0
+    assert policy.drafts([good, *(policy.new_gain() for _ in range(3))]) == DRAFTS
+    waiting = [Gain(1.0), Gain(1.0)]
     assert [policy.drafts(waiting) for _ in range(FIRST_PAUSE + 1)] == [0] * FIRST_PAUSE + [DRAFTS]
 
 
