@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from pipeline.engine.config import Completion, EngineConfig, Request
+from pipeline.engine.config import Completion, EngineConfig, Request, SharedPrompt
 
 ANSWER = "the answer"
 
