@@ -76,7 +76,15 @@ def add_job_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()
             group.add_argument(flag(item.name), dest=item.name, default=argparse.SUPPRESS, **_argument(item))
 
 
-_PLACEHOLDERS = {"int": "N", "float": "X", "auto_int": "N|auto", "shard": "I/N", "date": "DATE", "map": "JSON"}
+_PLACEHOLDERS = {
+    "int": "N",
+    "float": "X",
+    "auto_int": "N|auto",
+    "shard": "I/N",
+    "date": "DATE",
+    "map": "JSON",
+    "questions": "YAML",
+}
 
 
 def _argument(item: Field[Any]) -> dict[str, Any]:
@@ -88,6 +96,8 @@ def _argument(item: Field[Any]) -> dict[str, Any]:
         return about | {"action": argparse.BooleanOptionalAction}
     if kind in ("list", "columns"):
         return about | {"nargs": "+", "metavar": "NAME"}
+    if kind == "texts":
+        return about | {"action": "append", "metavar": "TEXT"}
     placeholder = "{" + ",".join(map(str, choices)) + "}" if choices else _PLACEHOLDERS.get(kind, "TEXT")
     return about | {"type": _converter(kind), "metavar": placeholder}
 
@@ -101,7 +111,7 @@ def _converter(kind: str) -> Callable[[str], Any]:
                 return int(text)
             if kind == "float":
                 return float(text)
-            if kind == "map":
+            if kind == "map" or (kind == "questions" and text.lstrip().startswith(("[", "{"))):
                 return json.loads(text)
         except ValueError:
             pass

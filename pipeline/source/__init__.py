@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -12,7 +14,7 @@ import pyarrow as pa
 from pipeline.answering import answering
 from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.results.kept_columns import Kept, keep
-from pipeline.source.catalogue import Catalogue, CatalogueBuilder, Document, in_shard
+from pipeline.source.catalogue import Asked, Catalogue, CatalogueBuilder, Document, in_shard
 from pipeline.source.files import find_files
 from pipeline.source.formats import FORMATS
 from pipeline.source.ids import id_name, id_texts, json_id
@@ -21,6 +23,7 @@ from pipeline.source.texts import checked_text
 
 __all__ = [
     "FORMATS",
+    "Asked",
     "Catalogue",
     "Document",
     "DocumentReader",
@@ -40,15 +43,19 @@ def list_documents(
     id_column: str | None = None,
     keep_columns: tuple[str, ...] = (),
     shard: tuple[int, int] = (0, 1),
+    prompt_columns: Mapping[str, str] = MappingProxyType({}),
 ) -> Catalogue:
     """All documents of `files`, or one stable share (i, n) of them.
+
+    prompt_columns: columns that prompts are made from, each with the flag that asks for it.
 
     What is wrong with one file costs that file's documents. Raises JobError for a column that none has (the message
     lists what there is), ids that occur twice, nothing readable at all.
     """
-    builder = CatalogueBuilder(text_column, id_column, keep_columns)
-    if keep_columns and not any(file.format.has_columns for file in files):
-        raise JobError(f"--keep-columns {keep_columns[0]}: text files have no columns")
+    builder = CatalogueBuilder(text_column, id_column, keep_columns, prompt_columns)
+    for name, flag in (dict.fromkeys(keep_columns, "--keep-columns") | dict(prompt_columns)).items():
+        if not any(file.format.has_columns for file in files):
+            raise JobError(f"{flag} {name}: text files have no columns")
     sizes: Counter[str] = Counter()
     for file in files:
         sizes[file.format.name] += file.size
@@ -72,11 +79,12 @@ def list_documents(
 
 
 class DocumentReader:
-    """Reads documents by locator, inside a worker."""
+    """Reads documents by locator, inside a worker. columns: those that prompts are made from."""
 
-    def __init__(self, text_column: str, kept: list[pa.Field]) -> None:
+    def __init__(self, text_column: str, kept: list[pa.Field], columns: tuple[str, ...] = ()) -> None:
         self._text_column = text_column
         self._kept = kept
+        self._columns = columns
         self._readers: dict[str, Reader] = {}  # by format, made when it first occurs
 
     def read(self, document: Document) -> tuple[str, Kept]:
@@ -93,14 +101,15 @@ class DocumentReader:
     def _read(self, at: Locator) -> tuple[str, Kept]:
         form = FORMATS[at.format]
         if form.name not in self._readers:
-            self._readers[form.name] = form.reader((self._text_column, *(field.name for field in self._kept)))
+            names = (self._text_column, *(field.name for field in self._kept), *self._columns)
+            self._readers[form.name] = form.reader(tuple(dict.fromkeys(names)))
         values = self._readers[form.name].read(at)
         if not form.has_columns:
-            return checked_text(values[self._text_column]), keep({}, self._kept)
+            return checked_text(values[self._text_column]), keep({}, self._kept, self._columns)
         _refuse_another(values, at)
         if self._text_column not in values:
             raise DocumentError(f"it has no {self._text_column!r}; found: {', '.join(map(str, values))}")
-        return checked_text(_python(values[self._text_column])), keep(values, self._kept)
+        return checked_text(_python(values[self._text_column])), keep(values, self._kept, self._columns)
 
 
 def _python(value: Any) -> Any:
@@ -126,8 +135,9 @@ def _refuse_another(values: dict[str, Any], at: Locator) -> None:
 
 
 def input_hash(text: str, kept: Kept) -> str:
-    """16 hex digits over what a row depends on of its document: the text and the kept columns."""
+    """16 hex digits over what a row depends on of its document: the text, the kept columns and those in prompts."""
     digest = hashlib.blake2b(text.encode(), digest_size=8)
-    if kept.plain:
-        digest.update(json.dumps(kept.plain, sort_keys=True, default=str).encode())
+    for values in (kept.plain, kept.prompt):
+        if values:
+            digest.update(json.dumps(values, sort_keys=True, default=str).encode())
     return digest.hexdigest()

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from pipeline.engine import Engine
-from pipeline.engine.config import Completion, Request
+from pipeline.engine.config import Completion, SharedPrompt
 from pipeline.prompts.tokens import Tokens
+from pipeline.workers.worker import document_of
 from tools.faults.processes import LOG
 
 VICTIM = "victim"
@@ -30,12 +31,17 @@ ENOUGH = 128
 class CountingEngine(Engine):
     """The engine; every document that it takes becomes a line in the file that $STEMLINE_FAULTS_LOG names, if any."""
 
-    def add(self, request: Request) -> None:
+    def add_shared(self, shared: SharedPrompt) -> None:
         """Note the document, then take it."""
         if log := os.environ.get(LOG):
             with Path(log).open("ab", buffering=0) as file:
-                file.write(f"{request.request_id}\n".encode())
-        super().add(request)
+                file.write(f"{document_of(shared.requests[0].request_id)}\n".encode())
+        super().add_shared(shared)
+
+
+def is_victim(document: Any) -> bool:
+    """Whether a document of the engine is the victim, or a question to it."""
+    return document_of(document.request.request_id) == VICTIM
 
 
 def once(config: Any, name: str) -> bool:
@@ -57,7 +63,7 @@ class DiesInPrefill(CountingEngine):
 
     def _prefill_step(self, document: Any) -> None:
         super()._prefill_step(document)
-        if document.request.request_id == VICTIM and not document.launched and once(self.config, "prefill"):
+        if is_victim(document) and not document.launched and once(self.config, "prefill"):
             die()
 
 
@@ -71,7 +77,7 @@ class DiesInDecode(CountingEngine):
 
     def _victim_writes(self) -> bool:
         live = self._live.values()
-        return any(len(document.tokens) >= 3 and document.request.request_id == VICTIM for document in live)
+        return any(len(document.tokens) >= 3 and is_victim(document) for document in live)
 
 
 class DiesOfVictim(DiesInDecode):
@@ -102,7 +108,7 @@ class Hangs(CountingEngine):
     """Never comes back from the victim's prefill."""
 
     def _prefill_step(self, document: Any) -> None:
-        if document.request.request_id == VICTIM:
+        if is_victim(document):
             time.sleep(3600)
         super()._prefill_step(document)
 
@@ -120,9 +126,9 @@ class WaitsForNode(CountingEngine):
         self._late = (Path(config.model) / "left").exists()
         super().__init__(config)
 
-    def add(self, request: Request) -> None:
+    def add_shared(self, shared: SharedPrompt) -> None:
         """Take a document; tell the others if this engine is the late one."""
-        super().add(request)
+        super().add_shared(shared)
         (Path(self.config.model) / f"works-{os.getpid()}").touch()
         if self._late:
             (Path(self.config.model) / "joined").write_text(str(os.getpid()))
@@ -159,7 +165,7 @@ class ShortOfMemory(CountingEngine):
 
     def _prefill_step(self, document: Any) -> None:
         asked = document.request.chunk_tokens or self._chunk
-        if document.request.request_id != VICTIM or asked <= ENOUGH:
+        if not is_victim(document) or asked <= ENOUGH:
             super()._prefill_step(document)
             return
         layers = next(module for module in self._runner.model.modules() if isinstance(module, nn.ModuleList))
