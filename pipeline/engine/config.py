@@ -15,7 +15,7 @@ from pipeline.settings.shared import EngineSettings, Sampling
 from stem_core.config import StemConfig
 from stem_core.settings import check_all, setting
 
-__all__ = ["Completion", "EngineConfig", "EngineError", "Request", "Sampling", "SharedPrompt", "Status"]
+__all__ = ["Completion", "EngineConfig", "EngineError", "Request", "Sampling", "Status"]
 
 Status = Literal["ok", "error", "oom", "too_long"]
 
@@ -99,16 +99,6 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     stop_ids: tuple[int, ...] = ()
     chunk_tokens: int | None = None
-
-
-@dataclass(frozen=True)
-class SharedPrompt:
-    """Requests whose prompts begin alike, read once for all of them. prefix_ids: token ids; a request's prompt_ids are
-    the tail that follows.
-    """
-
-    prefix_ids: Sequence[int] | np.ndarray
-    requests: tuple[Request, ...]
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,12 @@ Memory cannot be over-committed: a document starts when its whole extent (prompt
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.engine.config import Completion, EngineConfig, EngineError, Request, SharedPrompt, Status
+from pipeline.engine.config import Completion, EngineConfig, EngineError, Request, Status
 from pipeline.engine.describe import describe_engine, describe_kernels, slower_paths
 from pipeline.engine.devices import check_devices, is_out_of_memory, release_memory
 from pipeline.engine.document import Document, Meter, WaitingLine, accept
@@ -117,12 +115,6 @@ class Engine:
             self._waiting.append(document)
         else:
             self._end(document, *problem)
-
-    def add_shared(self, shared: SharedPrompt) -> None:
-        """Queue prompts that begin alike (each is read alone here)."""
-        for request in shared.requests:
-            prompt = np.concatenate([np.asarray(shared.prefix_ids), np.asarray(request.prompt_ids)])
-            self.add(replace(request, prompt_ids=prompt))
 
     def abort(self, request_id: str) -> bool:
         """Drop a document without a completion. Returns whether it was in the engine."""

@@ -202,7 +202,8 @@ def _asked_before(old: dict[str, Any]) -> dict[str, dict[str, str]]:
     """The questions of an earlier run. Before there were several, a job had one, which rows do not name."""
     if "questions" in old:
         return old["questions"]
-    return {SUMMARY: {"fingerprint": str(old["fingerprints"].get("prompt")), "question": ""}}
+    known = old["fingerprints"].get("prompt")
+    return {SUMMARY: {"fingerprint": known, "question": ""}} if known else {}
 
 
 def _reworded(old: dict[str, Any], questions: Questions) -> list[str]:

@@ -197,7 +197,7 @@ class WorkerFields:
     gpu: str = column("name of the device")
     model: str = column("path or hub id")
     config_hash: str = column("fingerprint of all settings that can change an output")
-    prompt_hash: str = column("of question and prompt template; manifest.json has it as fingerprints.prompt")
+    prompt_hash: str = column("of the question, the prompt template and what else is asked; manifest.json has it with the questions")
     input_hash: str | None = column(
         "of the text and kept columns as they were read; null if they could not be",
         null=f"{NO_WORKER}, or the text could not be read", default=None,

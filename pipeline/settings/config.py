@@ -81,7 +81,7 @@ class JobConfig(Sampling, EngineSettings):
         kind="texts",
         group="prompt",
     )
-    questions: Any = setting(
+    questions: str | list[Any] | dict[str, Any] | None = setting(
         None,
         "YAML file of questions, each with a name and, if need be, max_new_tokens, a schema or settings of sampling",
         more="in a job file and from Python also the list itself: [questions](questions.md)",

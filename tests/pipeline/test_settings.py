@@ -76,11 +76,10 @@ def test_the_model_counts_by_its_files_not_by_its_path(tmp_path: Path, model: Pa
 def test_input_counts_by_content_and_by_how_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one")
-    task = make_task("summarize", None, None)
     model = {"model": str(Path(__file__).parents[2] / "models" / "tiny-reader")}
 
     def prints(**settings: Any) -> dict[str, str]:
-        return manifest.fingerprints(config(**model, **settings), find_files((str(tmp_path),))[0], task)
+        return manifest.fingerprints(config(**model, **settings), find_files((str(tmp_path),))[0])
 
     before = prints()
     path.touch()
