@@ -205,7 +205,7 @@ def attention_forward(
         raise ValueError(f"Stem attention is for inference; got dropout={dropout}: call model.eval()")
 
     if isinstance(stem_context, DecodeContext):
-        return _decode_step(policy, query[:, :, 0], key, value, stem_context, scaling, sliding_window, s_aux), None
+        return _decode_rows(policy, query, key, value, stem_context, scaling, sliding_window, s_aux), None
     if isinstance(stem_context, PrefillContext):
         out = _prefill_chunk(policy, query, key, value, stem_context, scaling, sliding_window, s_aux)
     elif attention_mask is None:
@@ -215,7 +215,7 @@ def attention_forward(
     return out.transpose(1, 2), None
 
 
-def _decode_step(
+def _decode_rows(
     policy: LayerPolicy,
     q: Tensor,
     k: Tensor,
@@ -225,16 +225,20 @@ def _decode_step(
     window: int | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """q [S, H, D] -> [S, 1, H, D]."""
+    """q [N, H, L, D], of which each token is a row -> [N, L, H, D]."""
+    rows = q.transpose(1, 2).flatten(0, 1)
+    if rows.shape[0] == 1 < context.starts.shape[0]:
+        context = context.last_row()
     documents = context.on(q.device)
     options: dict[str, Any] = {"max_length": context.max_length, "scale": scale, "window": window, "sinks": sinks}
+    options["prefixes"] = context.prefixes_on(q.device)
     quantized = context.quantized.get(policy.layer)
     if quantized is None:
-        out = decode_attention(q, k[0], v[0], *documents, **options)
+        out = decode_attention(rows, k[0], v[0], *documents, **options)
     else:
         keys, values, scales = quantized.k, quantized.vt, quantized.scales
-        out = decode_attention_fp8(q, keys, values, scales, *documents, **options)
-    return out.unsqueeze(1)
+        out = decode_attention_fp8(rows, keys, values, scales, *documents, **options)
+    return out.unflatten(0, (q.shape[0], q.shape[2]))
 
 
 def _prefill_chunk(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.block_selection import BlockSelection
+from kernels.decode_attention import Prefixes
 from kernels.fp8_heads import HeadScales
 from stem_core.estimators import KeyState
 from stem_core.output_error import ErrorProbe
@@ -92,25 +93,47 @@ class PromptGoesOn(Exception):  # noqa: N818 - nothing went wrong
 
 @dataclass
 class DecodeContext:
-    """One decode step of all live documents; query s belongs to document s.
+    """Rows of query tokens that attend densely, each to its own part of the arena: query s belongs to row s.
 
-    starts: int64 [S], first arena row of each document. lengths: int32 [S], tokens it holds, the new one included; 0
-    for an unused slot. max_length: a bound on `lengths` that is known on the host.
+    A decode step of all live documents, a row each, or the tokens of one document that stand behind what it shares with
+    others (token i of a call is row i then).
+
+    starts: int64 [S], first arena row of each. lengths: int32 [S], tokens there up to the row's own; 0 for an unused
+    slot. max_length: a bound on `lengths` that is known on the host.
     The model's cache returns a layer's whole arena [1, Hkv, T, D] from `update`, unless it is in fp8.
     quantized: of the layers that are in fp8, the whole arena, the new tokens included.
+    prefixes: keys that rows see before those; None: there are none.
     """
 
     starts: Tensor
     lengths: Tensor
     max_length: int
     quantized: Mapping[int, QuantizedKV] = field(default_factory=dict)
+    prefixes: Prefixes | None = None
 
     def __post_init__(self) -> None:
         self._starts, self._lengths = Copies(self.starts), Copies(self.lengths)
+        if self.prefixes is not None:
+            parts = (self.prefixes.starts, self.prefixes.lengths, self.prefixes.members)
+            self._prefixes = [Copies(part) for part in parts]
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """`starts` and `lengths` on a layer's device."""
         return self._starts.on(device), self._lengths.on(device)
+
+    def prefixes_on(self, device: torch.device) -> Prefixes | None:
+        """`prefixes` on a layer's device."""
+        if self.prefixes is None:
+            return None
+        return Prefixes(*(part.on(device) for part in self._prefixes), self.prefixes.max_length)
+
+    def last_row(self) -> DecodeContext:
+        """The last row alone, for layers to which a model hands its last token's query only."""
+        prefixes = self.prefixes
+        if prefixes is not None:
+            alone = torch.zeros_like(prefixes.members[:1, :1])
+            prefixes = Prefixes(prefixes.starts[-1:], prefixes.lengths[-1:], alone, prefixes.max_length)
+        return DecodeContext(self.starts[-1:], self.lengths[-1:], self.max_length, self.quantized, prefixes)
 
 
 StemContext = PrefillContext | DecodeContext

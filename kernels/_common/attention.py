@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from kernels._common.prefixes import Prefixes
 from kernels._common.selection import BlockSelection
 from kernels._common.sizes import ceil_div
 from kernels._common.tma import tma_obstacle
@@ -100,11 +101,19 @@ def allocate_output(q: Tensor, dtype: torch.dtype, with_lse: bool) -> tuple[Tens
 
 
 def check_decode(
-    q: Tensor, starts: Tensor, lengths: Tensor, max_length: int, window: int | None, sinks: Tensor | None
+    q: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    max_length: int,
+    window: int | None,
+    sinks: Tensor | None,
+    prefixes: Prefixes | None = None,
 ) -> None:
     """Raise ValueError unless starts and lengths describe the arena extents of the S documents of q [S, H, D], and
-    sinks, if there are any, are those of H heads."""
+    sinks and prefixes, if there are any, are those of H heads and S rows."""
     S, H, _ = q.shape
+    if prefixes is not None:
+        prefixes.check(S)
     if starts.shape != (S,) or lengths.shape != (S,) or starts.dtype != torch.int64 or lengths.dtype != torch.int32:
         raise ValueError(
             f"starts must be int64 [{S}] and lengths int32 [{S}], got {starts.dtype} {tuple(starts.shape)}, "

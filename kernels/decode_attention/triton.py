@@ -4,6 +4,10 @@ A program serves all query heads of one KV head (padded to 16 rows, what a tenso
 document's extent. The grid depends on the number of documents and on `max_length` only, so that a CUDA graph can be
 captured; every document is cut into equally many shares of its own length, so that one long document alone fills the
 GPU. Shares past a document's end leave a log-sum-exp of -inf, which the merge skips.
+
+Where rows share a prefix, programs of a second kernel go over its shares, the queries of all its rows (or as many as a
+tile holds; the tiles of a share are neighbours in the grid and find its keys in the L2 cache) against each key that is
+read; the merge joins both kernels' shares.
 """
 
 from __future__ import annotations
@@ -16,7 +20,16 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._common.attention import LOG2E
-from kernels._common.decode_triton import NO_WINDOW, allocate_shares, merge
+from kernels._common.decode_triton import (
+    NO_WINDOW,
+    GroupTiles,
+    allocate_shares,
+    group_rows,
+    group_share,
+    group_tiles,
+    merge,
+)
+from kernels._common.prefixes import Prefixes
 from kernels._common.sizes import power_of_2
 
 
@@ -24,10 +37,13 @@ from kernels._common.sizes import power_of_2
 def share_kernel(
     q, k, v, starts, lengths, partial, partial_lse, scale_log2, window,
     q_stride_s, q_stride_h, k_stride_h, k_stride_t, v_stride_h, v_stride_t,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SHARES: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SHARES: tl.constexpr, STRIDE: tl.constexpr,
     BG: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (share, KV head, document): normalised partial output [GROUP, D] and its base-2 log-sum-exp."""
+    """Program (share, KV head, document): normalised partial output [GROUP, D] and its base-2 log-sum-exp.
+
+    STRIDE: from one head's first share to the next one's.
+    """
     share = tl.program_id(0)
     kv_head = tl.program_id(1)
     s = tl.program_id(2).to(tl.int64)
@@ -41,7 +57,7 @@ def share_kernel(
     d = tl.arange(0, triton.next_power_of_2(D))
     place = (s * KV_HEADS + kv_head) * GROUP + g
     if begin >= end:
-        tl.store(partial_lse + place * SHARES + share, tl.full((BG,), float("-inf"), tl.float32), mask=g < GROUP)
+        tl.store(partial_lse + place * STRIDE + share, tl.full((BG,), float("-inf"), tl.float32), mask=g < GROUP)
     else:
         inside = (g < GROUP)[:, None] & (d < D)[None, :]
         heads = kv_head * GROUP + g
@@ -66,9 +82,94 @@ def share_kernel(
             values = tl.load(v + (start + at) * v_stride_t + t[:, None] * v_stride_t + d[None, :], mask=mask, other=0.0)
             acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
             top = new_top
-        target = partial + (place * SHARES + share)[:, None] * D + d[None, :]
+        target = partial + (place * STRIDE + share)[:, None] * D + d[None, :]
         tl.store(target, acc / total[:, None], mask=inside)
-        tl.store(partial_lse + place * SHARES + share, top + tl.log2(total), mask=g < GROUP)
+        tl.store(partial_lse + place * STRIDE + share, top + tl.log2(total), mask=g < GROUP)
+
+
+@triton.jit(do_not_specialize=["window", "rows"])
+def group_kernel(
+    q, k, v, members, prefix_starts, prefix_lengths, lengths, partial, partial_lse, scale_log2, window, rows,
+    q_stride_s, q_stride_h, k_stride_h, k_stride_t, v_stride_h, v_stride_t, members_stride,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SHARES: tl.constexpr, STRIDE: tl.constexpr,
+    MEMBERS: tl.constexpr, TILES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of a share, KV head, group of rows): as share_kernel, BM queries over a share of a prefix."""
+    share = tl.program_id(0) // TILES
+    tile = tl.program_id(0) % TILES
+    kv_head = tl.program_id(1)
+    members += tl.program_id(2) * members_stride
+    row, g, begin, end, start = group_rows(
+        members, prefix_starts, prefix_lengths, lengths, rows, tile * BM, window, MEMBERS, GROUP, BM
+    )
+    first, last = group_share(begin, end, window, share, SHARES, BN, 1)
+    d = tl.arange(0, triton.next_power_of_2(D))
+    there = end > 0
+    head = kv_head * GROUP + g
+    place = (row * (KV_HEADS * GROUP) + head) * STRIDE + share
+    if first >= last:
+        tl.store(partial_lse + place, tl.full((BM,), float("-inf"), tl.float32), mask=there)
+    else:
+        inside = there[:, None] & (d < D)[None, :]
+        query = tl.load(q + row[:, None] * q_stride_s + head[:, None] * q_stride_h + d[None, :], mask=inside, other=0.0)
+        t = tl.arange(0, BN)
+        k += kv_head.to(tl.int64) * k_stride_h
+        v += kv_head.to(tl.int64) * v_stride_h
+        top = tl.full((BM,), float("-inf"), tl.float32)
+        total = tl.zeros((BM,), tl.float32)
+        acc = tl.zeros((BM, triton.next_power_of_2(D)), tl.float32)
+        for at in tl.range(first, last, BN, num_stages=STAGES):
+            key = at + t
+            mask = (key < last)[:, None] & (d < D)[None, :]
+            keys = tl.load(k + (start + at) * k_stride_t + t[:, None] * k_stride_t + d[None, :], mask=mask, other=0.0)
+            logits = tl.dot(query, keys.T, input_precision=PRECISION) * scale_log2
+            seen = (key[None, :] >= begin[:, None]) & (key[None, :] < tl.minimum(end, last)[:, None])
+            logits = tl.where(seen, logits, float("-inf"))
+            new_top = tl.maximum(top, tl.max(logits, axis=1))
+            # A row may not have seen a key yet.
+            level = tl.where(new_top > float("-inf"), new_top, 0.0)
+            weights = tl.exp2(logits - level[:, None])
+            shrink = tl.exp2(top - level)
+            total = total * shrink + tl.sum(weights, axis=1)
+            values = tl.load(v + (start + at) * v_stride_t + t[:, None] * v_stride_t + d[None, :], mask=mask, other=0.0)
+            acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
+            top = new_top
+        target = partial + place[:, None] * D + d[None, :]
+        tl.store(target, acc / tl.where(total > 0.0, total, 1.0)[:, None], mask=inside)
+        tl.store(partial_lse + place, top + tl.log2(total), mask=there)
+
+
+def _group_tile(height: int, element_size: int, head_dim: int) -> dict[str, Any]:
+    """As _tile, for tiles of `height` queries: without spills (tests/kernels/test_compile_selection.py)."""
+    return _tile(element_size, head_dim) | {"num_warps": 8 if height >= 128 else 4}
+
+
+def _attend_to_prefixes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    prefixes: Prefixes,
+    tiles: GroupTiles,
+    partial: Tensor,
+    partial_lse: Tensor,
+    scale: float,
+    window: int | None,
+) -> None:
+    """The first shares of `partial`."""
+    S, H, D = q.shape
+    kv_heads = k.shape[0]
+    members = prefixes.members
+    group_kernel[(tiles.shares * tiles.count, kv_heads, members.shape[0])](
+        q, k, v, members, prefixes.starts, prefixes.lengths, lengths, partial, partial_lse, scale * LOG2E,
+        NO_WINDOW if window is None else window, S,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], members.stride(0),
+        KV_HEADS=kv_heads, GROUP=H // kv_heads, D=D, SHARES=tiles.shares, STRIDE=partial.shape[2],
+        MEMBERS=members.shape[1], TILES=tiles.count, BM=tiles.BM,
+        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
+        **_group_tile(tiles.BM, q.element_size(), D),
+    )  # fmt: skip
 
 
 def _tile(element_size: int, head_dim: int) -> dict[str, Any]:
@@ -87,19 +188,26 @@ def decode_attention(
     scale: float,
     window: int | None,
     sinks: Tensor | None,
+    prefixes: Prefixes | None = None,
 ) -> Tensor:
     """See kernels.decode_attention."""
     if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
         raise ValueError("the last dimension of q, k and v must be contiguous")
     S, H, D = q.shape
     kv_heads = k.shape[0]
-    partial, partial_lse = allocate_shares(q, kv_heads, max_length if window is None else min(max_length, window))
+    longest = max_length if window is None else min(max_length, window)
+    tiles = None if prefixes is None else group_tiles(q, kv_heads, prefixes, window, align=1)
+    before = 0 if tiles is None else tiles.shares
+    partial, partial_lse = allocate_shares(q, kv_heads, longest, before)
     shares = partial.shape[2]
-    share_kernel[(shares, kv_heads, S)](
-        q, k, v, starts, lengths, partial, partial_lse, scale * LOG2E, NO_WINDOW if window is None else window,
+    own_shares = partial[:, :, before:], partial_lse[:, :, before:]
+    share_kernel[(shares - before, kv_heads, S)](
+        q, k, v, starts, lengths, *own_shares, scale * LOG2E, NO_WINDOW if window is None else window,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-        KV_HEADS=kv_heads, GROUP=H // kv_heads, D=D, SHARES=shares,
+        KV_HEADS=kv_heads, GROUP=H // kv_heads, D=D, SHARES=shares - before, STRIDE=shares,
         BG=max(16, power_of_2(H // kv_heads)),
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", **_tile(q.element_size(), D),
     )  # fmt: skip
-    return merge(partial, partial_lse, q.dtype, sinks)
+    if prefixes is not None and tiles is not None:
+        _attend_to_prefixes(q, k, v, lengths, prefixes, tiles, partial, partial_lse, scale, window)
+    return merge(partial, partial_lse, q.dtype, sinks, prefixes, before)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kernels._common.attention import check_decode
 from kernels._common.fp8 import FP8, HeadScales
+from kernels._common.prefixes import Prefixes
 from kernels._common.rows import FLOATING, choose_row_kernel
 from kernels.dispatch import Choice, on_its_gpu
 
@@ -28,6 +29,7 @@ def decode_attention_fp8(
     scale: float | None = None,
     window: int | None = None,
     sinks: Tensor | None = None,
+    prefixes: Prefixes | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """As `kernels.decode_attention`, with keys and values in e4m3; queries and probabilities stay in 16 bits or more.
@@ -39,6 +41,7 @@ def decode_attention_fp8(
     starts: int64 [S], multiples of 16 (not checked: that would wait for the GPU); lengths: int32 [S], 0 for an unused
         slot, which gives zeros. max_length: a bound on `lengths` known on the host.
     scale: defaults to 1 / sqrt(D). window: only the last `window` tokens are seen. sinks: floating-point [H], as there.
+    prefixes: as there; their starts are multiples of 16, too.
     Returns [S, H, D] in q's dtype. Raises ValueError for shapes or types that do not fit, or where fp8 cannot run.
     """
     if q.ndim != 3 or k.ndim != 3 or k.shape[2] != q.shape[2] or q.shape[1] % k.shape[0]:
@@ -51,7 +54,7 @@ def decode_attention_fp8(
         raise ValueError(f"k and vt must be {FP8} and q one of {FLOATING}, got {k.dtype}, {vt.dtype}, {q.dtype}")
     if any(tensor.stride(-1) != 1 for tensor in (q, k, vt)):
         raise ValueError("the last dimension of q, k and vt must be contiguous")
-    check_decode(q, starts, lengths, max_length, window, sinks)
+    check_decode(q, starts, lengths, max_length, window, sinks, prefixes)
     scales.check(None, k.shape[0], k.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     choice = choose_decode_attention_fp8(q, impl)
@@ -59,4 +62,6 @@ def decode_attention_fp8(
         from kernels.decode_attention_fp8 import triton as implementation
     else:
         from kernels.decode_attention_fp8 import reference as implementation  # type: ignore[no-redef]
-    return implementation.decode_attention_fp8(q, k, vt, scales, starts, lengths, max_length, scale, window, sinks)
+    return implementation.decode_attention_fp8(
+        q, k, vt, scales, starts, lengths, max_length, scale, window, sinks, prefixes
+    )

@@ -8,14 +8,26 @@ values agree on what a column is.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels._common.attention import LOG2E
-from kernels._common.decode_triton import NO_WINDOW, allocate_shares, merge
+from kernels._common.decode_triton import (
+    NO_WINDOW,
+    GroupTiles,
+    allocate_shares,
+    group_rows,
+    group_share,
+    group_tiles,
+    merge,
+)
 from kernels._common.fp8 import HeadScales
 from kernels._common.fp8_triton import key_at
+from kernels._common.prefixes import Prefixes
+from kernels._common.sizes import power_of_2
 
 WEIGHT_BITS = tl.constexpr(14.0)
 
@@ -24,10 +36,13 @@ WEIGHT_BITS = tl.constexpr(14.0)
 def share_kernel(
     q, k, vt, k_scale, v_scale, starts, lengths, partial, partial_lse, scale_log2, window,
     q_stride_s, q_stride_h, k_stride_h, k_stride_t, v_stride_h, v_stride_d,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SHARES: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SHARES: tl.constexpr, STRIDE: tl.constexpr,
     BG: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program (share, KV head, document): normalised partial output [GROUP, D] and its base-2 log-sum-exp."""
+    """Program (share, KV head, document): normalised partial output [GROUP, D] and its base-2 log-sum-exp.
+
+    STRIDE: from one head's first share to the next one's.
+    """
     BLOCK_D: tl.constexpr = triton.next_power_of_2(D)
     share = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -44,7 +59,7 @@ def share_kernel(
     d = tl.arange(0, BLOCK_D)
     place = (s * KV_HEADS + kv_head) * GROUP + g
     if begin >= end:
-        tl.store(partial_lse + place * SHARES + share, tl.full((BG,), float("-inf"), tl.float32), mask=g < GROUP)
+        tl.store(partial_lse + place * STRIDE + share, tl.full((BG,), float("-inf"), tl.float32), mask=g < GROUP)
     else:
         inside = (g < GROUP)[:, None] & (d < D)[None, :]
         heads = kv_head * GROUP + g
@@ -82,9 +97,105 @@ def share_kernel(
             values = tl.load(v_rows + (at + t)[None, :], mask=(d < D)[:, None] & stored[None, :], other=0.0)
             acc = tl.dot(weights.to(tl.float16), values.to(tl.float16).T, acc * shrink[:, None])
             top = new_top
-        target = partial + (place * SHARES + share)[:, None] * D + d[None, :]
+        target = partial + (place * STRIDE + share)[:, None] * D + d[None, :]
         tl.store(target, acc * (tl.load(v_scale + kv_head) / total)[:, None], mask=inside)
-        tl.store(partial_lse + place * SHARES + share, top - WEIGHT_BITS + tl.log2(total), mask=g < GROUP)
+        tl.store(partial_lse + place * STRIDE + share, top - WEIGHT_BITS + tl.log2(total), mask=g < GROUP)
+
+
+@triton.jit(do_not_specialize=["window", "rows"])
+def group_kernel(
+    q, k, vt, k_scale, v_scale, members, prefix_starts, prefix_lengths, lengths, partial, partial_lse, scale_log2,
+    window, rows, q_stride_s, q_stride_h, k_stride_h, k_stride_t, v_stride_h, v_stride_d, members_stride,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SHARES: tl.constexpr, STRIDE: tl.constexpr,
+    MEMBERS: tl.constexpr, TILES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of a share, KV head, group of rows): as share_kernel, BM queries over a share of a prefix."""
+    BLOCK_D: tl.constexpr = triton.next_power_of_2(D)
+    share = tl.program_id(0) // TILES
+    tile = tl.program_id(0) % TILES
+    kv_head = tl.program_id(1)
+    members += tl.program_id(2) * members_stride
+    row, g, begin, end, start = group_rows(
+        members, prefix_starts, prefix_lengths, lengths, rows, tile * BM, window, MEMBERS, GROUP, BM
+    )
+    first, last = group_share(begin, end, window, share, SHARES, BN, 16)
+    d = tl.arange(0, BLOCK_D)
+    there = end > 0
+    head = kv_head * GROUP + g
+    place = (row * (KV_HEADS * GROUP) + head) * STRIDE + share
+    if first >= last:
+        tl.store(partial_lse + place, tl.full((BM,), float("-inf"), tl.float32), mask=there)
+    else:
+        inside = there[:, None] & (d < D)[None, :]
+        query = tl.load(q + row[:, None] * q_stride_s + head[:, None] * q_stride_h + d[None, :], mask=inside, other=0.0)
+        query = query.to(tl.float32)
+        largest = tl.maximum(tl.max(tl.abs(query), axis=1), 1e-30)
+        query = (query / largest[:, None]).to(tl.float16)
+        factor = largest * (tl.load(k_scale + kv_head) * scale_log2)
+        t = tl.arange(0, BN)
+        start = tl.multiple_of(start, 16)
+        k += kv_head.to(tl.int64) * k_stride_h + start * k_stride_t
+        vt += kv_head.to(tl.int64) * v_stride_h + start
+        v_rows = vt + d.to(tl.int64)[:, None] * v_stride_d
+        top = tl.full((BM,), float("-inf"), tl.float32)
+        total = tl.zeros((BM,), tl.float32)
+        acc = tl.zeros((BM, BLOCK_D), tl.float32)
+        last_group = (last + 15) // 16 * 16  # read whole, as in share_kernel
+        for at in tl.range(first, last, BN, num_stages=STAGES):
+            at = tl.multiple_of(at, 16)
+            key = at + key_at(t)
+            keys = tl.load(
+                k + key.to(tl.int64)[:, None] * k_stride_t + d[None, :],
+                mask=(key < last)[:, None] & (d < D)[None, :], other=0.0,
+            )  # fmt: skip
+            logits = tl.dot(query, keys.to(tl.float16).T) * factor[:, None]
+            seen = (key[None, :] >= begin[:, None]) & (key[None, :] < tl.minimum(end, last)[:, None])
+            logits = tl.where(seen, logits, float("-inf"))
+            new_top = tl.maximum(top, tl.max(logits, axis=1))
+            # A row may not have seen a key yet.
+            level = tl.where(new_top > float("-inf"), new_top, 0.0)
+            weights = tl.exp2(logits - (level - WEIGHT_BITS)[:, None])
+            shrink = tl.exp2(top - level)
+            total = total * shrink + tl.sum(weights, axis=1)
+            stored = at + t < last_group
+            values = tl.load(v_rows + (at + t)[None, :], mask=(d < D)[:, None] & stored[None, :], other=0.0)
+            acc = tl.dot(weights.to(tl.float16), values.to(tl.float16).T, acc * shrink[:, None])
+            top = new_top
+        target = partial + place[:, None] * D + d[None, :]
+        unit = tl.load(v_scale + kv_head) / tl.where(total > 0.0, total, 1.0)
+        tl.store(target, acc * unit[:, None], mask=inside)
+        tl.store(partial_lse + place, top - WEIGHT_BITS + tl.log2(total), mask=there)
+
+
+def _group_tile(height: int, head_dim: int) -> dict[str, Any]:
+    """Keys a step, and warps, with which nothing is spilled (tests/kernels/test_compile_fp8_attention.py)."""
+    return {"BN": max(32, min(128, 16384 // power_of_2(head_dim))), "STAGES": 3, "num_warps": 8 if height >= 128 else 4}
+
+
+def _attend_to_prefixes(
+    q: Tensor,
+    k: Tensor,
+    vt: Tensor,
+    scales: HeadScales,
+    lengths: Tensor,
+    prefixes: Prefixes,
+    tiles: GroupTiles,
+    partial: Tensor,
+    partial_lse: Tensor,
+    scale: float,
+    window: int | None,
+) -> None:
+    """The first shares of `partial`."""
+    S, H, D = q.shape
+    kv_heads = k.shape[0]
+    members = prefixes.members
+    group_kernel[(tiles.shares * tiles.count, kv_heads, members.shape[0])](
+        q, k, vt, scales.k, scales.v, members, prefixes.starts, prefixes.lengths, lengths, partial, partial_lse,
+        scale * LOG2E, NO_WINDOW if window is None else window, S,
+        *q.stride()[:2], *k.stride()[:2], *vt.stride()[:2], members.stride(0),
+        KV_HEADS=kv_heads, GROUP=H // kv_heads, D=D, SHARES=tiles.shares, STRIDE=partial.shape[2],
+        MEMBERS=members.shape[1], TILES=tiles.count, BM=tiles.BM, **_group_tile(tiles.BM, D),
+    )  # fmt: skip
 
 
 def decode_attention_fp8(
@@ -98,19 +209,26 @@ def decode_attention_fp8(
     scale: float,
     window: int | None,
     sinks: Tensor | None,
+    prefixes: Prefixes | None = None,
 ) -> Tensor:
     """See kernels.decode_attention_fp8."""
     S, H, D = q.shape
     kv_heads = k.shape[0]
-    partial, partial_lse = allocate_shares(q, kv_heads, max_length if window is None else min(max_length, window + 15))
+    longest = max_length if window is None else min(max_length, window + 15)
+    tiles = None if prefixes is None else group_tiles(q, kv_heads, prefixes, window, align=16)
+    before = 0 if tiles is None else tiles.shares
+    partial, partial_lse = allocate_shares(q, kv_heads, longest, before)
     shares = partial.shape[2]
+    own_shares = partial[:, :, before:], partial_lse[:, :, before:]
     # 16 KiB of keys a step; three stages of keys and values leave room for two programs on a multiprocessor.
     block_d = triton.next_power_of_2(D)
-    share_kernel[(shares, kv_heads, S)](
-        q, k, vt, scales.k, scales.v, starts, lengths, partial, partial_lse, scale * LOG2E,
+    share_kernel[(shares - before, kv_heads, S)](
+        q, k, vt, scales.k, scales.v, starts, lengths, *own_shares, scale * LOG2E,
         NO_WINDOW if window is None else window, *q.stride()[:2], *k.stride()[:2], *vt.stride()[:2],
-        KV_HEADS=kv_heads, GROUP=H // kv_heads, D=D, SHARES=shares,
+        KV_HEADS=kv_heads, GROUP=H // kv_heads, D=D, SHARES=shares - before, STRIDE=shares,
         BG=max(16, triton.next_power_of_2(H // kv_heads)), BN=max(32, min(128, 16384 // block_d)), STAGES=3,
         num_warps=4,
     )  # fmt: skip
-    return merge(partial, partial_lse, q.dtype, sinks)
+    if prefixes is not None and tiles is not None:
+        _attend_to_prefixes(q, k, vt, scales, lengths, prefixes, tiles, partial, partial_lse, scale, window)
+    return merge(partial, partial_lse, q.dtype, sinks, prefixes, before)

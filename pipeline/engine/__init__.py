@@ -1,6 +1,6 @@
 """The engine on one device: prompts prefilled in chunks with Stem or dense attention, decoded as one ragged batch."""
 
-from pipeline.engine.config import Completion, EngineConfig, EngineError, Request, Sampling
+from pipeline.engine.config import Completion, EngineConfig, EngineError, Request, Sampling, SharedPrompt
 from pipeline.engine.engine import Engine
 from pipeline.engine.memory.plan import MemoryPlan, estimate_plan
 from pipeline.engine.model.checkpoint import ModelLoadError
@@ -14,5 +14,6 @@ __all__ = [
     "ModelLoadError",
     "Request",
     "Sampling",
+    "SharedPrompt",
     "estimate_plan",
 ]

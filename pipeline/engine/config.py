@@ -15,7 +15,7 @@ from pipeline.settings.shared import EngineSettings, Sampling
 from stem_core.config import StemConfig
 from stem_core.settings import check_all, setting
 
-__all__ = ["Completion", "EngineConfig", "EngineError", "Request", "Sampling", "Status"]
+__all__ = ["Completion", "EngineConfig", "EngineError", "Request", "Sampling", "SharedPrompt", "Status"]
 
 Status = Literal["ok", "error", "oom", "too_long"]
 
@@ -102,6 +102,22 @@ class Request:
 
 
 @dataclass(frozen=True)
+class SharedPrompt:
+    """One document and several questions to it: prompts that begin with the same tokens.
+
+    prefix_ids: token ids of the document part, at least one. requests: at least one; the prompt_ids of each are what
+    stands behind the prefix, at least one token.
+
+    The prefix is read once, as its own length asks for (budgets, reasons, frequencies of LongRoPE), so that nothing
+    depends on what is asked or how often; what stands behind it is read densely. All requests see one copy of its keys
+    and values. A request alone is cut and read in the same way: its output is the same with others and without.
+    """
+
+    prefix_ids: Sequence[int] | np.ndarray
+    requests: tuple[Request, ...]
+
+
+@dataclass(frozen=True)
 class Completion(EngineFields):
     """What became of a request, with what was measured of it (pipeline.results.rows.EngineFields).
 
@@ -114,6 +130,13 @@ class Completion(EngineFields):
     prefill steps of this document and of the decode steps that it took part in; the time in which it waits for other
     documents' prefill is in neither.
     peak_gpu_bytes: of the engine's GPUs together.
+    prefix_tokens: tokens of the prompt that were read for another request already (SharedPrompt); 0 for the request
+    that pays for them, and for one that shares nothing.
+
+    Of a SharedPrompt, prompt_tokens counts prefix and tail, attention and what follows from it are those of the prefix,
+    and the seconds in which the prefix was read are in prefill_seconds and time_to_first_token of that request alone
+    which ends first of those that share it: so sums of prefill_seconds, and of prompt_tokens - prefix_tokens, are what
+    was read. queue_seconds then are those from add_shared() to the first step of the request's own, less that time.
     """
 
     request_id: str
@@ -122,3 +145,4 @@ class Completion(EngineFields):
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str = "error"
     queue_seconds: float = 0.0
+    prefix_tokens: int = 0

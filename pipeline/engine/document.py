@@ -6,16 +6,21 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from pipeline.engine.config import Completion, Request, Status
-from pipeline.engine.kv.arena import Extent, aligned
+from pipeline.engine.kv.arena import ALIGNMENT, Extent, aligned
 from pipeline.engine.memory.plan import MemoryPlan
 from pipeline.engine.run.batch import MAX_STOP_IDS, RowStart
 from pipeline.engine.run.prefill import AttentionPlan, Prefill
 from pipeline.engine.run.sampling import document_seed
+from pipeline.engine.run.tail import TailPrefill
+
+if TYPE_CHECKING:
+    from pipeline.engine.prefix import Prefix
 
 # How many shorter documents may start before one that waits for a longer extent.
 OVERTAKES = 32
@@ -25,16 +30,18 @@ OVERTAKES = 32
 class Document:
     """A request and what became of it so far; times are time.perf_counter()'s, in seconds.
 
+    prefix: what stands before prompt_ids, read for others too; None: prompt_ids are the whole prompt.
     plan: how the prompt attends, once it has started.
     """
 
     request: Request
+    prefix: Prefix | None = None
     prompt_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     stop_ids: tuple[int, ...] = ()
     added: float = field(default_factory=time.perf_counter)
     overtaken: int = 0
     extent: Extent | None = None
-    prefill: Prefill | None = None
+    prefill: Prefill | TailPrefill | None = None
     started: float = 0.0
     first_token: float = 0.0
     decode_seconds: float = 0.0
@@ -46,13 +53,23 @@ class Document:
     plan: AttentionPlan | None = None
 
     @property
+    def prefix_tokens(self) -> int:
+        """Tokens of the prompt that lie in another extent."""
+        return 0 if self.prefix is None else self.prefix.tokens
+
+    @property
     def prompt_tokens(self) -> int:
-        return len(self.prompt_ids)
+        return self.prefix_tokens + len(self.prompt_ids)
 
     @property
     def need(self) -> int:
-        """Arena tokens that the document can come to."""
+        """Tokens that the document's own extent can come to."""
         return len(self.prompt_ids) + self.request.max_new_tokens
+
+    @property
+    def documents(self) -> Sequence[Document]:
+        """As for a Prefix: those that wait with this place in the line."""
+        return (self,)
 
     def row_start(self) -> RowStart:
         """What the decode batch must know of the document."""
@@ -68,12 +85,18 @@ class Document:
             top_p=sampling.top_p,
             top_k=sampling.top_k or 0,
             min_p=sampling.min_p,
+            prefix_start=0 if self.prefix is None or self.prefix.extent is None else self.prefix.extent.start,
+            prefix_tokens=self.prefix_tokens,
         )
 
     def completion(self, status: Status, error: str, finish_reason: str, kernel: str) -> Completion:
         """The document as it stands, with times up to now."""
         now = time.perf_counter()
         started, first = self.started or now, self.first_token
+        read_before, prefix_seconds, waited = 0, 0.0, started - self.added
+        if self.prefix is not None:
+            waited -= self.prefix.seconds
+            read_before, prefix_seconds = self.prefix.charge()
         ran = {} if self.plan is None else vars(self.plan) | {"kernel": kernel}
         return Completion(
             request_id=self.request.request_id,
@@ -83,10 +106,11 @@ class Document:
             finish_reason=finish_reason,
             prompt_tokens=self.prompt_tokens,
             output_tokens=len(self.tokens),
-            queue_seconds=started - self.added,
-            prefill_seconds=(first or now) - started,
+            prefix_tokens=read_before,
+            queue_seconds=max(0.0, waited),
+            prefill_seconds=prefix_seconds + (first or now) - started,
             decode_seconds=self.decode_seconds,
-            time_to_first_token=first - started if first else None,
+            time_to_first_token=prefix_seconds + first - started if first else None,
             peak_gpu_bytes=self.peak_bytes,
             **ran,
         )
@@ -100,51 +124,72 @@ def accept(
     media: tokens that stand for images or sounds, which nothing here reads.
     """
     request = document.request
-    try:
-        ids = np.asarray(request.prompt_ids)
-        if ids.size and ids.dtype.kind not in "iu":
-            raise TypeError(f"got {ids.dtype}")
-        ids = ids.astype(np.int64)
-    except (TypeError, ValueError, OverflowError) as error:
-        return "error", f"prompt_ids must be integers: {error}"
-    if ids.ndim != 1 or ids.size == 0:
-        return "error", f"the prompt must be a row of at least one token, got shape {ids.shape}"
+    ids = checked_ids(request.prompt_ids, "prompt", vocabulary, media)
+    if isinstance(ids, str):
+        return "error", ids
     document.prompt_ids = ids
-    if ids.min() < 0 or ids.max() >= vocabulary:
-        return "error", f"token ids must lie in [0, {vocabulary}), got {ids.min()} to {ids.max()}"
-    found = media.intersection(ids.tolist()) if media else ()
-    if found:
-        return "error", f"the prompt holds token {min(found)}, which stands for an image or a sound: only text is read"
     if request.max_new_tokens < 1:
         return "error", f"max_new_tokens must be at least 1, got {request.max_new_tokens}"
     document.stop_ids = tuple(sorted({*eos, *request.stop_ids}))
     if len(document.stop_ids) > MAX_STOP_IDS:
         return "error", f"at most {MAX_STOP_IDS} stop ids are supported, got {len(document.stop_ids)}"
-    if document.need > plan.max_context:
+    prompt = document.prompt_tokens
+    tokens = prompt + request.max_new_tokens
+    if tokens > plan.max_context:
         return "too_long", (
-            f"{ids.size:,} prompt tokens + {request.max_new_tokens:,} new tokens = {document.need:,}, but a document "
+            f"{prompt:,} prompt tokens + {request.max_new_tokens:,} new tokens = {tokens:,}, but a document "
             f"can have {plan.max_context:,} (the model's context, or the KV arena of {plan.arena_tokens:,} tokens)"
+        )
+    shared = aligned(document.prefix_tokens)
+    if shared and shared + aligned(document.need) > aligned(plan.arena_tokens):
+        return "too_long", (
+            f"a prefix of {document.prefix_tokens:,} tokens and {document.need:,} tokens behind it, prompt and output, "
+            f"take {shared + aligned(document.need):,} tokens of the KV arena in units of {ALIGNMENT}, which has "
+            f"{plan.arena_tokens:,}"
         )
     return None
 
 
+def checked_ids(
+    given: Sequence[int] | np.ndarray, name: str, vocabulary: int, media: frozenset[int]
+) -> np.ndarray | str:
+    """Token ids as int64 [tokens], at least one, or what is wrong with them. name: of what they are."""
+    try:
+        ids = np.asarray(given)
+        if ids.size and ids.dtype.kind not in "iu":
+            raise TypeError(f"got {ids.dtype}")
+        ids = ids.astype(np.int64)
+    except (TypeError, ValueError, OverflowError) as error:
+        return f"{name}_ids must be integers: {error}"
+    if ids.ndim != 1 or ids.size == 0:
+        return f"the {name} must be a row of at least one token, got shape {ids.shape}"
+    if ids.min() < 0 or ids.max() >= vocabulary:
+        return f"token ids must lie in [0, {vocabulary}), got {ids.min()} to {ids.max()}"
+    found = media.intersection(ids.tolist()) if media else ()
+    if found:
+        return f"the {name} holds token {min(found)}, which stands for an image or a sound: only text is read"
+    return ids
+
+
 class WaitingLine:
-    """Documents in the order of their arrival, out of which the next one that fits is taken."""
+    """Documents, and prefixes with those that share them, in the order of their arrival, out of which the next one that
+    fits is taken.
+    """
 
     def __init__(self) -> None:
-        self._documents: deque[Document] = deque()
+        self._documents: deque[Document | Prefix] = deque()
 
     def __len__(self) -> int:
         return len(self._documents)
 
-    def __iter__(self) -> Iterator[Document]:
+    def __iter__(self) -> Iterator[Document | Prefix]:
         return iter(self._documents)
 
-    def append(self, document: Document) -> None:
+    def append(self, document: Document | Prefix) -> None:
         """Put a document at the end."""
         self._documents.append(document)
 
-    def remove(self, document: Document) -> None:
+    def remove(self, document: Document | Prefix) -> None:
         """Take a document out, wherever it stands."""
         self._documents.remove(document)
 
@@ -152,7 +197,7 @@ class WaitingLine:
         """Forget all documents."""
         self._documents.clear()
 
-    def take(self, largest_free: int) -> Document | None:
+    def take(self, largest_free: int) -> Document | Prefix | None:
         """The first document whose extent fits into `largest_free` tokens, unless it would overtake one that was
         overtaken OVERTAKES times already; None leaves the line as it is.
         """

@@ -5,8 +5,10 @@ weights and the KV of the live documents, and reads the weights once for all of 
 when as few decode steps as possible serve as many documents as possible each: whenever the next document fits, its
 prefill goes first; when nothing more fits, the live documents decode together, until one ends and makes room. A shorter
 document may overtake one that does not fit yet, a bounded number of times; then the arena drains until that one fits.
+Requests behind a shared prefix that is in the arena go before all others: what they share is held for them.
 
-Memory cannot be over-committed: a document starts when its whole extent (prompt + max_new_tokens) is reserved.
+Memory cannot be over-committed: a document starts when its whole extent (prompt + max_new_tokens) is reserved, a shared
+prefix when there is room for it and the longest of its requests.
 """
 
 from __future__ import annotations
@@ -14,22 +16,26 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.engine.config import Completion, EngineConfig, EngineError, Request, Status
+from pipeline.engine.config import Completion, EngineConfig, EngineError, Request, SharedPrompt, Status
 from pipeline.engine.describe import describe_engine, describe_kernels, slower_paths
 from pipeline.engine.devices import check_devices, is_out_of_memory, release_memory
-from pipeline.engine.document import Document, Meter, WaitingLine, accept
+from pipeline.engine.document import Document, Meter, WaitingLine, accept, checked_ids
+from pipeline.engine.kv.arena import Extent, aligned
 from pipeline.engine.memory.measure import allocate_arena, load_and_plan
 from pipeline.engine.memory.plan import MemoryPlan
 from pipeline.engine.model.loading import stop_token_ids
 from pipeline.engine.model.precision import wide_note
 from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.model.text_part import media_tokens
+from pipeline.engine.prefix import Prefix
 from pipeline.engine.run.batch import IDLE, NOT_FINITE, DecodeBatch
-from pipeline.engine.run.decode import DecodeRunner, Readback, StepKey, batch_bucket
+from pipeline.engine.run.decode import DecodeRunner, Readback, StepKey, batch_bucket, group_bucket
 from pipeline.engine.run.prefill import Prefill, attention_plan, chunk_size
+from pipeline.engine.run.tail import TailPrefill
 
 
 class Engine:
@@ -67,6 +73,8 @@ class Engine:
         self._readback: Readback[list[tuple[int, Document]]] = Readback(config.max_live, self._lag + 1, device)
         self._waiting = WaitingLine()
         self._prefilling: Document | None = None
+        self._prefixes: list[Prefix] = []  # that hold an extent
+        self._reading: Prefix | None = None
         self._live: dict[int, Document] = {}
         self._done: list[Completion] = []
         self._meter = Meter(self._devices)
@@ -74,7 +82,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether step() has anything to do or to hand over."""
-        return bool(self._waiting or self._prefilling or self._live or self._done)
+        return bool(self._waiting or self._prefilling or self._prefixes or self._live or self._done)
 
     @property
     def max_context(self) -> int:
@@ -116,8 +124,49 @@ class Engine:
         else:
             self._end(document, *problem)
 
+    def add_shared(self, shared: SharedPrompt) -> None:
+        """Queue requests that share the beginning of their prompts, which is read once. Each ends in a Completion of
+        its own, as after add(), also one that cannot run: with a prefix that cannot be read, all of them.
+
+        They begin in their order, more than there is room for in waves. Raises ValueError for no requests, and for an
+        id that is in the engine already or that two of them have.
+        """
+        ids = [request.request_id for request in shared.requests]
+        if not ids:
+            raise ValueError("a SharedPrompt has at least one request, got none")
+        for position, request_id in enumerate(ids):
+            if request_id in ids[:position]:
+                raise ValueError(f"two requests of a SharedPrompt have the request_id {request_id!r}")
+            if self._find(request_id) is not None:
+                raise ValueError(f"request_id {request_id!r} is in the engine already")
+        prefix_ids = checked_ids(shared.prefix_ids, "prefix", self._runner.vocabulary, self._media)
+        problem: tuple[Status, str] | None = None
+        if isinstance(prefix_ids, str):
+            problem = "error", prefix_ids
+        elif self._arena.states is not None and self.config.max_live < 2:
+            problem = (
+                "error",
+                (
+                    "a shared prefix of this model, which keeps recurrent states, takes a place of its own beside its "
+                    "requests: set max_live to 2 at least, or add each request alone"
+                ),
+            )
+        chunks = [request.chunk_tokens for request in shared.requests if request.chunk_tokens is not None]
+        prefix = Prefix(np.zeros(0, np.int64) if isinstance(prefix_ids, str) else prefix_ids, min(chunks, default=None))
+        for request in shared.requests:
+            document = Document(request, prefix)
+            found = problem or accept(document, self._runner.vocabulary, self._media, self._eos, self._plan)
+            if found is None:
+                prefix.waiting.append(document)
+            else:
+                self._end(document, *found)
+        if prefix.waiting:
+            self._waiting.append(prefix)
+
     def abort(self, request_id: str) -> bool:
-        """Drop a document without a completion. Returns whether it was in the engine."""
+        """Drop a document without a completion; others that share its prefix stay. Returns whether it was in the
+        engine.
+        """
         document = self._find(request_id)
         if document is not None:
             self._release(document)
@@ -131,9 +180,11 @@ class Engine:
         a chunk waits for the one before). Raises EngineError when the device is lost: only a new process can use it
         again.
         """
-        if self._prefilling is None:
+        if self._prefilling is None and self._reading is None:
             self._admit()
-        if self._prefilling is not None:
+        if self._reading is not None:
+            self._read_prefix(self._reading)
+        elif self._prefilling is not None:
             self._prefill_step(self._prefilling)
         elif self._live:
             self._decode_step()
@@ -144,53 +195,132 @@ class Engine:
         """Give the device's memory back; the engine is of no use afterwards."""
         self._waiting.clear()
         self._live.clear()
-        self._prefilling = None
+        self._prefilling = self._reading = None
+        self._prefixes.clear()
         del self._decode, self._batch, self._arena, self._runner, self._readback
         release_memory(*self._devices)
 
     def _current(self) -> list[Document]:
-        """Documents that hold an extent."""
-        return [*self._live.values(), *([self._prefilling] if self._prefilling else [])]
+        """Documents that hold an extent, or whose prefix does."""
+        behind = [document for prefix in self._prefixes for document in prefix.waiting]
+        return [*self._live.values(), *([self._prefilling] if self._prefilling else []), *behind]
 
     def _find(self, request_id: str) -> Document | None:
-        everyone = [*self._waiting, *self._current()]
+        everyone = [*(document for entry in self._waiting for document in entry.documents), *self._current()]
         return next((document for document in everyone if document.request.request_id == request_id), None)
 
     # -- units of work
 
     def _admit(self) -> None:
-        """Start the next document that fits, if a row of the decode batch is free for it."""
-        if not self._waiting or len(self._live) >= self.config.max_live:
+        """Start the next document or prefix that fits, if a row of the decode batch is free for it."""
+        if len(self._live) >= self.config.max_live:
             return
-        document = self._waiting.take(self._arena.extents.largest_free)
-        if document is None:
+        document = self._next_behind_prefix()
+        entry = document or self._next_waiting()
+        if entry is None:
             return
         # Steps in flight belong to the decode time of the live documents, not to this one's prefill.
         self._collect_all()
         self._meter.prefilling()
         self._meter.note_peak(self._current(), reset=True)
+        if document is not None:
+            self._enter_behind_prefix(document)
+            return
+        extent = self._arena.extents.allocate(entry.need)
+        assert extent is not None, "it was checked that it fits"
+        if isinstance(entry, Prefix):
+            entry.enter(extent)
+            entry.plan = attention_plan(self._runner, entry.tokens)
+            self._prefixes.append(entry)
+            self._reading = entry
+        else:
+            entry.started = time.perf_counter()
+            entry.plan = attention_plan(self._runner, entry.prompt_tokens)
+            entry.extent = extent
+            self._prefilling = entry
+
+    def _next_waiting(self) -> Document | Prefix | None:
+        """Out of the waiting line. Where there are states, a prefix has its own beside those of its requests."""
+        states = self._arena.states
+        needed = 2 if any(isinstance(entry, Prefix) for entry in self._waiting) else 1
+        if states is not None and states.free < needed:
+            return None
+        return self._waiting.take(self._arena.extents.largest_free)
+
+    def _next_behind_prefix(self) -> Document | None:
+        """The next request of a prefix that was read, if it fits; those of a prefix without a live one come first."""
+        states = self._arena.states
+        if states is not None and not states.free:
+            return None
+        free = self._arena.extents.largest_free
+        for prefix in sorted(self._prefixes, key=lambda prefix: len(prefix.live) > 0):
+            if prefix.is_read and prefix.waiting and (prefix.lane_free or aligned(prefix.waiting[0].need) <= free):
+                return prefix.waiting[0]
+        return None
+
+    def _enter_behind_prefix(self, document: Document) -> None:
+        """Give a request of a prefix that was read its extent: the prefix's lane, or one of its own."""
+        prefix = document.prefix
+        assert prefix is not None
+        prefix.waiting.remove(document)
+        prefix.live.append(document)
+        if prefix.lane_free:
+            document.extent, prefix.lane_free = prefix.lane, False
+        else:
+            document.extent = self._arena.extents.allocate(document.need)
         document.started = time.perf_counter()
-        document.plan = attention_plan(self._runner, document.prompt_tokens)
-        document.extent = self._arena.extents.allocate(document.need)
-        assert document.extent is not None, "take() checked that it fits"
+        document.plan = prefix.plan
         self._prefilling = document
+
+    def _chunk_of(self, asked: int | None) -> int:
+        """Tokens of a prefill step. asked: at most, if that is less than the engine's own."""
+        return min(self._chunk, chunk_size(asked or self._chunk, self.config.attention))
+
+    def _read_prefix(self, prefix: Prefix) -> None:
+        """A step of the prefill of a prefix, whose keys and values are all that is wanted."""
+        try:
+            if prefix.prefill is None:
+                assert prefix.extent is not None
+                chunk = self._chunk_of(prefix.chunk_tokens)
+                prefix.prefill = Prefill(self._runner, self._arena, prefix.extent, prefix.ids, 0, chunk)
+            prefix.prefill.step()
+            prefix.plan = prefix.prefill.plan
+            if prefix.prefill.done:
+                for device in self._devices:
+                    if device.type == "cuda":  # what follows must not be charged with it
+                        torch.cuda.synchronize(device)
+                prefix.stop_clock()
+                prefix.prefill = self._reading = None
+        except Exception as error:
+            prefix.stop_clock()
+            for document in prefix.waiting:
+                document.plan = prefix.plan
+            self._fail(list(prefix.waiting), error)
 
     def _prefill_step(self, document: Document) -> None:
         try:
             if document.prefill is None:
                 assert document.extent is not None
-                request = document.request
-                chunk = min(self._chunk, chunk_size(request.chunk_tokens or self._chunk, self.config.attention))
-                document.prefill = Prefill(
-                    self._runner, self._arena, document.extent, document.prompt_ids, request.max_new_tokens, chunk
-                )
+                document.prefill = self._new_prefill(document, document.extent)
             logits = document.prefill.step()
-            document.plan = document.prefill.plan
+            if isinstance(document.prefill, Prefill):
+                document.plan = document.prefill.plan
             if document.prefill.done:
                 assert logits is not None
                 self._start_decoding(document, logits)
         except Exception as error:
             self._fail([document], error)
+
+    def _new_prefill(self, document: Document, extent: Extent) -> Prefill | TailPrefill:
+        prefix = document.prefix
+        if prefix is None:
+            request = document.request
+            chunk = self._chunk_of(request.chunk_tokens)
+            return Prefill(self._runner, self._arena, extent, document.prompt_ids, request.max_new_tokens, chunk)
+        assert prefix.extent is not None
+        return TailPrefill(
+            self._runner, self._arena, prefix.extent, prefix.tokens, extent, document.prompt_ids, self.max_context
+        )
 
     def _start_decoding(self, document: Document, logits: Tensor) -> None:
         """Give the document a row and its first token, and wait for that token."""
@@ -212,6 +342,7 @@ class Engine:
                 key = StepKey(
                     rows=batch_bucket(max(running) + 1, self.config.max_live),
                     sampled=any(document.request.sampling.temperature > 0 for document in running.values()),
+                    shared=group_bucket(self._batch.largest_group),
                 )
                 self._decode.run(key)
                 self._readback.push(self._batch.report[: key.rows], list(running.items()))
@@ -279,7 +410,8 @@ class Engine:
         kernel = ""
         if document.plan is not None:
             dense = document.plan.attention == "dense"
-            used = describe_kernels(self._runner, document.prompt_tokens, dense=dense)
+            tokens = document.prompt_tokens if document.prefix is None else document.prefix.tokens
+            used = describe_kernels(self._runner, tokens, dense=dense)
             kernel = ", ".join(f"{name}: {chosen}" for name, chosen in used.items())
         self._done.append(document.completion(status, error, finish_reason, kernel))
 
@@ -291,9 +423,11 @@ class Engine:
             self._waiting.remove(document)
         if self._prefilling is document:
             self._prefilling = None
-        if document.extent is not None:
+        if document.prefix is not None:
+            self._leave_prefix(document, document.prefix)
+        elif document.extent is not None:
             self._arena.release(document.extent)
-            document.extent = None
+        document.extent = None
         row = next((row for row, live in self._live.items() if live is document), None)
         if row is not None:
             del self._live[row]
@@ -303,3 +437,30 @@ class Engine:
             if last > row:
                 self._batch.move(last, row)
                 self._live[row] = self._live.pop(last)
+
+    def _leave_prefix(self, document: Document, prefix: Prefix) -> None:
+        """Take a request away from its prefix; what nobody will need any more is free afterwards."""
+        if document in prefix.waiting:
+            prefix.waiting.remove(document)
+        if document in prefix.live:
+            prefix.live.remove(document)
+        if document.extent is not None and document.extent is prefix.lane:
+            self._arena.forget(prefix.lane)
+            prefix.lane_free = True
+        elif document.extent is not None:
+            self._arena.release(document.extent)
+        if prefix.waiting:
+            return
+        if prefix.lane is not None and prefix.lane_free:
+            self._arena.release(prefix.lane)
+            prefix.lane, prefix.lane_free = None, False
+        if prefix.live:
+            return
+        if prefix in self._waiting:
+            self._waiting.remove(prefix)
+        if prefix.extent is not None:
+            self._arena.release(prefix.extent)
+            prefix.extent = prefix.prefill = None
+            self._prefixes.remove(prefix)
+        if self._reading is prefix:
+            self._reading = None

@@ -149,10 +149,17 @@ class Arena:
         """
         raise NotImplementedError
 
+    def whole(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """What the model's attention is to be given where its rows lie in different extents.
+
+        The whole arena of the layer, [1, Hkv, T, D]; k and v, which were written there, if attention reads them in fp8.
+        """
+        raise NotImplementedError
+
     def append(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Put one token of each of S documents, k, v [S, Hkv, 1, D], at arena indices slots int64 [S].
 
-        Returns what the model's attention is to be given. Waits for nothing.
+        Returns what the model's attention is to be given (whole()). Waits for nothing.
         """
         raise NotImplementedError
 
@@ -203,12 +210,15 @@ class KVArena(Arena):
         arena_v[:, begin:end] = v[0]
         return arena_k[None, :, first:end], arena_v[None, :, first:end]
 
+    def whole(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """See Arena."""
+        return self.k[layer][None], self.v[layer][None]
+
     def append(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """See Arena. Returns the whole arena of the layer, [1, Hkv, T, D]."""
-        arena_k, arena_v = self.k[layer], self.v[layer]
-        arena_k.index_copy_(1, slots, k[:, :, 0].transpose(0, 1))
-        arena_v.index_copy_(1, slots, v[:, :, 0].transpose(0, 1))
-        return arena_k[None], arena_v[None]
+        """See Arena."""
+        self.k[layer].index_copy_(1, slots, k[:, :, 0].transpose(0, 1))
+        self.v[layer].index_copy_(1, slots, v[:, :, 0].transpose(0, 1))
+        return self.whole(layer, k, v)
 
     def copy(self, source: Extent, target: Extent, tokens: int) -> None:
         """See Arena."""
@@ -267,8 +277,12 @@ class Fp8KVArena(KVArena):
         write_kv(k, v, scales, self.k[layer], self.vt[layer], extent.start + seen)
         return k, v
 
+    def whole(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """See Arena."""
+        return super().whole(layer, k, v) if self.scales[layer] is None else (k, v)
+
     def append(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """See Arena. Returns k and v, for a wide layer its whole arena."""
+        """See Arena."""
         scales = self.scales[layer]
         if scales is None:
             return super().append(layer, k, v, slots)

@@ -158,6 +158,22 @@ class PrefillCache(EngineCache):
         return self._arena.write(layer_idx, k, v, self._extent, self.seen)
 
 
+class TailCache(PrefillCache):
+    """A chunk of what stands behind a prefix that lies elsewhere: tokens [seen, seen + L) of its own extent.
+
+    prefix_tokens: of the prefix; the model counts them as seen.
+    """
+
+    def __init__(self, arena: Arena, extent: Extent, prefix_tokens: int, seen: int, tokens: int) -> None:
+        super().__init__(arena, extent, prefix_tokens + seen, tokens)
+        self._own = seen
+
+    def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write k, v [1, Hkv, L, D] in place; return what the attention is given (Arena.whole)."""
+        self._arena.write(layer_idx, k, v, self._extent, self._own)
+        return self._arena.whole(layer_idx, k, v)
+
+
 class DecodeCache(EngineCache):
     """One token for each row of a decode batch, written at arena index slots[s].
 

@@ -78,6 +78,11 @@ class StateSlots:
         self._free = list(range(documents))[::-1]
         self._read: dict[int, int] = {}  # by the extent's start: tokens that the states are behind
 
+    @property
+    def free(self) -> int:
+        """Slots that nobody has."""
+        return len(self._free)
+
     def enter(self, start: int, seen: int, end: int) -> int:
         """The slot of the document whose extent begins at `start`, of which tokens [seen, end) are about to be read.
 

@@ -2,7 +2,8 @@
 
 transformers switches LongRoPE models (Phi-3 128K) between two sets of frequencies by the largest position of the whole
 call. In a ragged batch one long document would switch its neighbours, and in chunked prefill the first chunks would be
-rotated unlike the last. Here every document takes one set for its whole life, by its prompt and output bound together.
+rotated unlike the last. Here every document takes one set for its whole life, by its prompt and output bound together;
+where several requests share the beginning of their prompts, by the tokens of that alone, whatever follows.
 """
 
 from __future__ import annotations

@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kernels.decode_attention import Prefixes
 from kernels.fp8_heads import FP8
 from pipeline.engine.config import EngineError
 from pipeline.engine.kv.arena import ALIGNMENT, Arena, Extent, Fp8KVArena, KVArena, LayerShape
-from pipeline.engine.kv.cache import DecodeCache, EngineCache, PrefillCache, ProbeCache
+from pipeline.engine.kv.cache import DecodeCache, EngineCache, PrefillCache, ProbeCache, TailCache
 from pipeline.engine.kv.states import StateShapes, StateSlots, slots_for
 from pipeline.engine.model.checks import (
     check_head_sizes,
@@ -123,6 +124,13 @@ class ModelRunner:
         last = self.layers[-1][0].layer
         return None if any(key.layer >= last for key in self.states) else last
 
+    def on_device(self, ids: np.ndarray) -> Tensor:
+        """Token ids int64 [L] as the model takes them, [1, L]. Waits for nothing."""
+        tensor = torch.from_numpy(ids)
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)[None]
+
     @torch.inference_mode()
     def logits(
         self,
@@ -176,20 +184,72 @@ class ModelRunner:
         context = PrefillContext(prompt_length=ids.shape[1], dense=True)
         return self.model(input_ids=ids, use_cache=False, logits_to_keep=1, stem_context=context).logits[:, -1]
 
+    def read_behind(
+        self,
+        ids: Tensor,
+        arena: Arena,
+        prefix: Extent,
+        prefix_tokens: int,
+        extent: Extent,
+        seen: int,
+        bound: Tensor,
+        max_length: int,
+    ) -> Tensor:
+        """Read a chunk of what stands behind a prefix: tokens [seen, seen + L) into an extent of their own, densely.
+
+        ids: int64 [1, L]. prefix: where the prefix's prefix_tokens tokens lie, at most max_length. bound: int64 [1], as
+        for logits(). Returns logits [1, V] of the last token. Every token is a row of decode attention, and all of them
+        are one group: the prefix's keys are read once for many.
+        """
+        rows, device = ids.shape[1], ids.device
+        positions = torch.arange(seen, seen + rows, device=device)
+        prefixes = Prefixes(
+            starts=torch.full_like(positions, prefix.start),
+            lengths=torch.full((rows,), prefix_tokens, dtype=torch.int32, device=device),
+            members=torch.arange(rows, dtype=torch.int32, device=device)[None],
+            max_length=max_length,
+        )
+        context = DecodeContext(
+            starts=torch.full_like(positions, extent.start),
+            lengths=(positions + 1).to(torch.int32),
+            max_length=extent.tokens,
+            quantized=arena.quantized(),
+            prefixes=prefixes,
+        )
+        cache = TailCache(arena, extent, prefix_tokens, seen, rows)
+        return self.logits(ids, positions[None] + prefix_tokens, cache, context, bound)
+
     def decode(
-        self, tokens: Tensor, starts: Tensor, lengths: Tensor, bounds: Tensor, arena: Arena, max_length: int
+        self,
+        tokens: Tensor,
+        starts: Tensor,
+        lengths: Tensor,
+        bounds: Tensor,
+        arena: Arena,
+        max_length: int,
+        prefixes: Prefixes | None = None,
     ) -> Tensor:
         """One step of S rows: each reads its newest token, behind what its extent holds of it. Waits for nothing.
 
         All int64 [S]. tokens: the newest ones. starts: of the extents in the arena; rows may share one, but
         not of a model with states. lengths: of the
         documents, their newest token counted, at most `max_length`; 0 for an idle row, which writes to the arena's
-        scratch token. bounds: as for logits(). Returns logits [S, V].
+        scratch token. bounds: as for logits(). prefixes: of documents that begin in another extent, with lengths that
+        are counted in `lengths`; those of idle rows are passed over. Returns logits [S, V].
         """
         positions = (lengths - 1).clamp(min=0)
-        slots = (starts + positions).masked_fill(lengths == 0, arena.scratch)
+        own, slots = lengths, starts + positions
+        if prefixes is not None:
+            before = prefixes.lengths.masked_fill(lengths == 0, 0)
+            prefixes = Prefixes(prefixes.starts, before, prefixes.members, prefixes.max_length)
+            own, slots = lengths - before, slots - before
+        slots = slots.masked_fill(lengths == 0, arena.scratch)
         context = DecodeContext(
-            starts=starts, lengths=lengths.to(torch.int32), max_length=max_length, quantized=arena.quantized()
+            starts=starts,
+            lengths=own.to(torch.int32),
+            max_length=max_length,
+            quantized=arena.quantized(),
+            prefixes=prefixes,
         )
         states = None if arena.states is None else arena.states.rows(starts, lengths)
         cache = DecodeCache(arena, slots, states)

@@ -56,6 +56,10 @@ class ForcingEngine(Engine):
         token_ids, note = self._expected.pop(document.request.request_id, ([], None))
         if note is None:
             return
+        if document.prefix is not None:
+            raise ValueError(
+                "outputs are read behind whole prompts, not behind a prefix that requests share: use add()"
+            )
         begin = time.perf_counter()
         room = document.request.max_new_tokens
         if len(token_ids) > room:

@@ -15,8 +15,8 @@ from torch import Tensor
 from pipeline.engine.kv.arena import Extent
 from pipeline.engine.run.sampling import greedy, sample, uniforms
 
-TOKEN, START, LENGTH, EMITTED, LIMIT, SEED, TOP_K = range(7)
-FIELDS = 7
+TOKEN, START, LENGTH, EMITTED, LIMIT, SEED, TOP_K, PREFIX_START, PREFIX_LENGTH = range(9)
+FIELDS = 9
 # Stop ids per document; models have a handful of end-of-sequence ids.
 MAX_STOP_IDS = 32
 # What a step reports for a row: a token id, or one of these.
@@ -25,7 +25,11 @@ IDLE, NOT_FINITE = -1, -2
 
 @dataclass(frozen=True)
 class RowStart:
-    """What a document brings into its row once its prompt is in the arena."""
+    """What a document brings into its row once its prompt is in the arena.
+
+    prefix_start, prefix_tokens: where the beginning of its prompt lies that it shares, and how many of prompt_tokens
+    that are; `extent` has the others. 0 tokens: it shares nothing.
+    """
 
     extent: Extent
     prompt_tokens: int
@@ -36,15 +40,20 @@ class RowStart:
     top_p: float
     top_k: int = 0  # all
     min_p: float = 0.0
+    prefix_start: int = 0
+    prefix_tokens: int = 0
 
 
 class DecodeBatch:
     """State of `rows` documents.
 
     ints: int64 [FIELDS + MAX_STOP_IDS, rows]; by row: the newest token, the extent's start, tokens in the arena with
-        the newest one counted (0: idle), tokens generated, their limit, the seed, top_k (0: all), and the stop ids (-1
-        where fewer).
+        the newest one counted (0: idle), tokens generated, their limit, the seed, top_k (0: all), the start of the
+        shared prefix's extent and the tokens there (0: none), and the stop ids (-1 where fewer).
     floats: float32 [3, rows]: temperature, top_p, min_p. report: int64 [rows]: what the last step gave.
+    members: int32 [rows, rows]: the rows that share a prefix, in ascending order, and -1 behind them; groups in the
+        order of their first rows, so that those of the first n rows are among the first n. largest_group: rows of the
+        largest one, 0 if there is none.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
@@ -52,29 +61,56 @@ class DecodeBatch:
         self.ints = torch.zeros(FIELDS + MAX_STOP_IDS, rows, dtype=torch.int64, device=device)
         self.floats = torch.zeros(3, rows, dtype=torch.float32, device=device)
         self.report = torch.full((rows,), IDLE, dtype=torch.int64, device=device)
+        self.members = torch.full((rows, rows), -1, dtype=torch.int32, device=device)
+        self.largest_group = 0
+        self._prefixes: dict[int, int] = {}  # by row: where its prefix begins
+        self._groups = 0
 
     def begin(self, row: int, start: RowStart) -> None:
         """Fill a row, in stream order and without waiting. Its first token comes from `advance` on prefill logits."""
         stops = [*start.stop_ids, *[-1] * (MAX_STOP_IDS - len(start.stop_ids))]
         if len(stops) > MAX_STOP_IDS:
             raise ValueError(f"at most {MAX_STOP_IDS} stop ids are supported, got {len(start.stop_ids)}")
-        values = [0, start.extent.start, start.prompt_tokens, 0, start.max_new_tokens, start.seed, start.top_k, *stops]
+        values = [0, start.extent.start, start.prompt_tokens, 0, start.max_new_tokens, start.seed, start.top_k]
+        values += [start.prefix_start, start.prefix_tokens, *stops]
         ints = torch.tensor(values, dtype=torch.int64)
         floats = torch.tensor([start.temperature, start.top_p, start.min_p], dtype=torch.float32)
         if self.ints.is_cuda:
             ints, floats = ints.pin_memory(), floats.pin_memory()
         self.ints[:, row].copy_(ints, non_blocking=True)
         self.floats[:, row].copy_(floats, non_blocking=True)
+        self._prefixes.pop(row, None)
+        if start.prefix_tokens:
+            self._prefixes[row] = start.prefix_start
+        self._regroup()
 
     def clear(self, row: int) -> None:
         """Make a row idle."""
         self.ints[LENGTH, row] = 0
+        self._prefixes.pop(row, None)
+        self._regroup()
 
     def move(self, source: int, target: int) -> None:
         """Move a document to another row; the old row becomes idle."""
         self.ints[:, target] = self.ints[:, source]
         self.floats[:, target] = self.floats[:, source]
+        if source in self._prefixes:
+            self._prefixes[target] = self._prefixes[source]
         self.clear(source)
+
+    def _regroup(self) -> None:
+        """Set `members`, in stream order and without waiting."""
+        groups: dict[int, list[int]] = {}
+        for row in sorted(self._prefixes):
+            groups.setdefault(self._prefixes[row], []).append(row)
+        self.largest_group = max(map(len, groups.values()), default=0)
+        changed = max(len(groups), self._groups)
+        self._groups = len(groups)
+        if changed:
+            table = [rows + [-1] * (self.rows - len(rows)) for rows in groups.values()]
+            table += [[-1] * self.rows] * (changed - len(groups))
+            members = torch.tensor(table, dtype=torch.int32)
+            self.members[:changed].copy_(members.pin_memory() if self.members.is_cuda else members, non_blocking=True)
 
     def advance(self, logits: Tensor, first: int, sampled: bool) -> None:
         """Take the next token of rows [first, first + S) from logits [S, V], and stop the rows that are done.

@@ -10,9 +10,19 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from kernels.decode_attention import Prefixes
 from pipeline.engine.kv.arena import Arena
 from pipeline.engine.model.runner import ModelRunner
-from pipeline.engine.run.batch import EMITTED, LENGTH, LIMIT, START, TOKEN, DecodeBatch
+from pipeline.engine.run.batch import (
+    EMITTED,
+    LENGTH,
+    LIMIT,
+    PREFIX_LENGTH,
+    PREFIX_START,
+    START,
+    TOKEN,
+    DecodeBatch,
+)
 from pipeline.engine.run.graphs import Graphs
 from stem_core.errors import first_line
 
@@ -24,9 +34,15 @@ def batch_bucket(rows: int, max_rows: int) -> int:
     return min(1 << (rows - 1).bit_length(), max_rows)
 
 
+def group_bucket(rows: int) -> int:
+    """The next power of two of the rows that share a prefix; 0 for none."""
+    return 1 << (rows - 1).bit_length() if rows else 0
+
+
 @dataclass(frozen=True)
 class StepKey:
-    """What a captured step is specialised to: the rows [0, rows), and whether any of them samples.
+    """What a captured step is specialised to: the rows [0, rows), whether any of them samples, and how many share a
+    prefix at most (0: no document has one).
 
     Not the documents' lengths: the decode kernel cuts each document into a fixed number of shares of its own length, so
     the longest length that the engine admits can bound every step, and no result depends on a neighbour's length.
@@ -34,6 +50,7 @@ class StepKey:
 
     rows: int
     sampled: bool
+    shared: int = 0
 
 
 class DecodeRunner:
@@ -71,7 +88,10 @@ class DecodeRunner:
 
     @torch.inference_mode()
     def prepare(self) -> None:
-        """Compile, and capture, every step that can come. All rows must be idle: only the scratch token is written."""
+        """Compile, and capture, every step in which no prefix is shared; the others when they first come.
+
+        All rows must be idle: only the scratch token is written.
+        """
         if self._capturer is not None or self._runner.device.type == "cuda":
             buckets = sorted({batch_bucket(rows, self._batch.rows) for rows in range(1, self._batch.rows + 1)})
             for key in [StepKey(rows, sampled) for sampled in (False, True) for rows in reversed(buckets)]:
@@ -83,7 +103,19 @@ class DecodeRunner:
         ints = self._batch.ints[:, : key.rows]
         lengths = ints[LENGTH]
         bounds = lengths - ints[EMITTED] + ints[LIMIT]
-        logits = self._runner.decode(ints[TOKEN], ints[START], lengths, bounds, self._arena, self._max_context)
+        prefixes = None
+        if key.shared:
+            # A shared prefix was read for many: its length alone bounds what follows it (pipeline.engine.model.rope).
+            bounds = torch.where(ints[PREFIX_LENGTH] > 0, ints[PREFIX_LENGTH], bounds)
+            prefixes = Prefixes(
+                starts=ints[PREFIX_START],
+                lengths=ints[PREFIX_LENGTH].to(torch.int32),
+                members=self._batch.members[: key.rows, : key.shared],
+                max_length=self._max_context,
+            )
+        logits = self._runner.decode(
+            ints[TOKEN], ints[START], lengths, bounds, self._arena, self._max_context, prefixes
+        )
         self._batch.advance(logits, 0, key.sampled)
 
     def _capture(self, capturer: Graphs, key: StepKey) -> torch.cuda.CUDAGraph | None:

@@ -92,7 +92,7 @@ class Prefill:
         select: Select | None = None,
     ) -> None:
         self._runner = runner
-        self._ids = self._on_device(prompt_ids)
+        self._ids = self._runner.on_device(prompt_ids)
         self._bound = torch.full((1,), len(prompt_ids) + max_new_tokens, device=runner.device)
         self._arena = arena
         self._extent = extent
@@ -111,12 +111,6 @@ class Prefill:
             budget = policy.budget(len(prompt_ids), window)
             if budget.budgets is not None:
                 budget.rows(0, 1, runner.layer_devices[policy.layer])
-
-    def _on_device(self, prompt_ids: np.ndarray) -> Tensor:
-        ids = torch.from_numpy(prompt_ids)
-        if self._runner.device.type == "cuda":
-            ids = ids.pin_memory()
-        return ids.to(self._runner.device, non_blocking=True)[None]
 
     @property
     def start(self) -> int:
@@ -152,7 +146,7 @@ class Prefill:
                     "blocks"
                 )
         branch = copy(self)
-        branch._ids, branch._extent = self._on_device(prompt_ids), extent
+        branch._ids, branch._extent = self._runner.on_device(prompt_ids), extent
         branch._bound = self._bound - self._context.prompt_length + len(prompt_ids)
         branch._context = replace(
             self._context,
