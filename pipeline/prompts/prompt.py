@@ -370,7 +370,7 @@ class PromptBuilder:
 
 def _prompt(prefix: list[np.ndarray], tail: np.ndarray, truncated: int = 0) -> Prompt:
     ids = np.concatenate(prefix)
-    if not len(tail) and len(ids):  # nothing is asked: the last token of the document is what is answered
+    if not len(tail) and len(ids) > 1:  # nothing is asked: the last token of the document is what is answered
         ids, tail = ids[:-1], ids[-1:]
     return Prompt(ids, tail, truncated)
 

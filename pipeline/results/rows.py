@@ -126,8 +126,8 @@ class EngineFields:
         unit="tokens", joined=total, default=0,
     )  # fmt: skip
     prefix_tokens: int = column(
-        "of these, tokens that the engine had read for another question to the same document; their prefill is in the "
-        "row of the question that was read first, and so are the seconds of reading and tokenising the document",
+        "of these, tokens of the document that were read for another question; their prefill_seconds are in the row of "
+        "that question, where this is 0",
         unit="tokens", joined=total, default=0,
     )  # fmt: skip
     output_tokens: int = column(
@@ -197,7 +197,9 @@ class WorkerFields:
     gpu: str = column("name of the device")
     model: str = column("path or hub id")
     config_hash: str = column("fingerprint of all settings that can change an output")
-    prompt_hash: str = column("of the question, the prompt template and what else is asked; manifest.json has it with the questions")
+    prompt_hash: str = column(
+        "of the question, the prompt template and what else is asked; manifest.json has it with the questions"
+    )
     input_hash: str | None = column(
         "of the text and kept columns as they were read; null if they could not be",
         null=f"{NO_WORKER}, or the text could not be read", default=None,

@@ -61,9 +61,9 @@ def die() -> None:
 class DiesInPrefill(CountingEngine):
     """Ends after the first of the victim's prefill chunks."""
 
-    def _prefill_step(self, document: Any) -> None:
-        super()._prefill_step(document)
-        if is_victim(document) and not document.launched and once(self.config, "prefill"):
+    def _read_prefix(self, prefix: Any) -> None:
+        super()._read_prefix(prefix)
+        if any(map(is_victim, prefix.waiting)) and once(self.config, "prefill"):
             die()
 
 
@@ -107,10 +107,10 @@ class DiesAfterResults(CountingEngine):
 class Hangs(CountingEngine):
     """Never comes back from the victim's prefill."""
 
-    def _prefill_step(self, document: Any) -> None:
-        if is_victim(document):
+    def _read_prefix(self, prefix: Any) -> None:
+        if any(map(is_victim, prefix.waiting)):
             time.sleep(3600)
-        super()._prefill_step(document)
+        super()._read_prefix(prefix)
 
 
 class WaitsForNode(CountingEngine):
@@ -163,17 +163,17 @@ class ShortOfMemory(CountingEngine):
     The victim's longer chunks run out of it in the middle of the model: on a GPU because there really is none.
     """
 
-    def _prefill_step(self, document: Any) -> None:
-        asked = document.request.chunk_tokens or self._chunk
-        if not is_victim(document) or asked <= ENOUGH:
-            super()._prefill_step(document)
+    def _read_prefix(self, prefix: Any) -> None:
+        asked = prefix.chunk_tokens or self._chunk
+        if not any(map(is_victim, prefix.waiting)) or asked <= ENOUGH:
+            super()._read_prefix(prefix)
             return
         layers = next(module for module in self._runner.model.modules() if isinstance(module, nn.ModuleList))
         taken: list[torch.Tensor] = []
         hook = layers[len(layers) // 2].register_forward_pre_hook(lambda *call: take_memory(self._device, taken))
         try:
             with memory_bound(self._device):
-                super()._prefill_step(document)
+                super()._read_prefix(prefix)
         finally:
             hook.remove()
             taken.clear()
