@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from datetime import date
 from pathlib import Path
@@ -81,7 +81,7 @@ class JobConfig(Sampling, EngineSettings):
         kind="texts",
         group="prompt",
     )
-    questions: str | list[Any] | dict[str, Any] | None = setting(
+    questions: str | Sequence[Any] | Mapping[str, Any] | None = setting(
         None,
         "YAML file of questions, each with a name and, if need be, max_new_tokens, a schema or settings of sampling",
         more="in a job file and from Python also the list itself: [questions](questions.md)",

@@ -314,6 +314,7 @@ def settings(tmp_path: Path, model: Path, **changes: Any) -> JobConfig:
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
 def test_adding_a_question_asks_only_that_and_removing_one_keeps_its_rows(tmp_path: Path, model: Path) -> None:
     jsonl(
         tmp_path / "docs.jsonl", [{"id": name, "text": f"text {name}"} for name in "abc"] + [{"id": "bad", "text": ""}]
@@ -344,6 +345,7 @@ def test_adding_a_question_asks_only_that_and_removing_one_keeps_its_rows(tmp_pa
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
 def test_retries_and_changes_are_by_document_and_question(tmp_path: Path, model: Path) -> None:
     data = tmp_path / "docs.jsonl"
     jsonl(data, [{"id": "a", "text": "text a", "ask": ["Who?", "When?"]}, {"id": "b", "text": "text b", "ask": "x"}])
