@@ -7,8 +7,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, wraps
-from importlib import metadata
-from typing import Literal, ParamSpec, TypeVar
+from importlib import import_module, metadata
+from types import ModuleType
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -17,7 +18,6 @@ from kernels import device as gpu
 P = ParamSpec("P")
 T = TypeVar("T")
 
-Impl = Literal["auto", "reference", "triton", "gluon"]
 IMPLS: tuple[str, ...] = ("auto", "reference", "triton", "gluon")
 # The next faster implementation: what a choice with a reason passed over.
 FASTER = {"reference": "triton", "triton": "gluon"}
@@ -101,6 +101,14 @@ def choose_portable(op: str, device: torch.device, impl: str = "auto") -> Choice
     if device.type != "cuda":
         return Choice("reference")
     return Choice("reference", missing) if missing else Choice("triton")
+
+
+def implementation(operation: str, choice: Choice) -> ModuleType:
+    """The chosen module `kernels/<operation>/<impl>.py`, imported now: without a GPU nobody needs Triton.
+
+    Its functions take the public operation's arguments, validated and by position.
+    """
+    return import_module(f"kernels.{operation}.{choice.impl}")
 
 
 def on_its_gpu(operation: Callable[P, T]) -> Callable[P, T]:

@@ -252,8 +252,8 @@ def _prefill_chunk(
     sinks: Tensor | None,
 ) -> Tensor:
     context.windows[policy.layer], context.queries[policy.layer] = window, q.shape[2]
-    if context.given is not None:
-        context.given[policy.layer] = k
+    if context.attention_keys is not None:
+        context.attention_keys[policy.layer] = k
     window = cutting_window(context.prompt_length, window)
     config = None if context.dense else policy.config
     budget = LayerPolicy(config, policy.layer).budget(context.prompt_length, window)
@@ -261,7 +261,9 @@ def _prefill_chunk(
     quantized = context.quantized.get(policy.layer)
     known = k.shape[2] + (0 if quantized is None else context.start)
     start = min(known, context.prompt_length) - 1
-    if q.shape[2] == 1 and start > context.start:  # the last query of the last chunk alone: densely, as in decoding
+    # The last query of the last chunk alone: densely, as in decoding. Gemma 4 hands layers without keys of their own
+    # the queries that logits_to_keep asks for: this is known of a call, by its shapes, not of a layer, by its policy.
+    if q.shape[2] == 1 and start > context.start:
         dense = LayerPolicy(None, policy.layer).budget(context.prompt_length, window)
         return stem_prefill(
             q, k, v, None, dense, start=start, scale=scale, window=window, sinks=sinks, quantized=quantized
@@ -278,9 +280,10 @@ def _prefill_chunk(
         sampled = probe is not None and budget.budgets is not None and bool(probe.within(start, end))
         if config is not None and (keys is not None or sampled):
             # The last chunk's scores need the key side of this one's.
-            kept = select(q, k, v, config, budget, start=start, scale=scale, keys=keys, quantized=quantized)
+            selection = select(q, k, v, config, budget, start=start, scale=scale, keys=keys, quantized=quantized)
             if probe is not None and sampled:
-                _Chunk(q, k, v, quantized, start, config.block_size, scale, window, sinks).measure_only(probe, kept)
+                chunk = _Chunk(q, k, v, quantized, start, config.block_size, scale, window, sinks)
+                chunk.measure_only(probe, selection)
         raise PromptGoesOn
     return stem_prefill(
         q,

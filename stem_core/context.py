@@ -60,7 +60,8 @@ class PrefillContext:
     keys: what the estimator keeps of earlier chunks' keys, by layer, filled by the attention.
     windows, queries: by layer, the sliding window, None for none, and how many queries the model hands to the
         attention, which notes them here. Some models need the last query alone in layers without keys of their own.
-    given: by layer, the keys that the attention gets, noted for who wants to know whose they are; None: not noted.
+    attention_keys: by layer, the keys that the attention gets, noted for who wants to know whose they are; None: not
+        noted.
     quantized: of the layers that are in fp8, the document's keys and values, this chunk's included: their attention
         runs in fp8, and the keys and values that the model hands over are those of the chunk alone.
     last_layer: the attention layer that runs last, if a chunk that the prompt goes on behind may end there: its keys
@@ -75,7 +76,7 @@ class PrefillContext:
     keys: dict[int, KeyState] = field(default_factory=dict)
     windows: dict[int, int | None] = field(default_factory=dict)
     queries: dict[int, int] = field(default_factory=dict)
-    given: dict[int, Tensor] | None = None
+    attention_keys: dict[int, Tensor] | None = None
     quantized: Mapping[int, QuantizedKV] = field(default_factory=dict)
     last_layer: int | None = None
     probe: ErrorProbe | None = None
@@ -125,7 +126,8 @@ class DecodeContext:
         """`prefixes` on a layer's device."""
         if self.prefixes is None:
             return None
-        return Prefixes(*(part.on(device) for part in self._prefixes), self.prefixes.max_length)
+        starts, lengths, members = (part.on(device) for part in self._prefixes)
+        return Prefixes(starts, lengths, members, self.prefixes.max_length)
 
     def last_row(self) -> DecodeContext:
         """The last row alone, for layers to which a model hands its last token's query only."""

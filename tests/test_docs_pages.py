@@ -20,8 +20,8 @@ from jobs.cli import Parser, add_job_flags, job_config
 from pipeline.engine.config import EngineConfig, EngineError
 from pipeline.engine.devices import GIB
 from pipeline.engine.memory import plan
+from pipeline.engine.model.meta_model import meta_model
 from pipeline.engine.model.precision import Precision
-from pipeline.engine.model.skeleton import skeleton
 from pipeline.results.rows import STATUSES
 from pipeline.settings.config import JobConfig
 from stem_core.config import StemConfig
@@ -149,10 +149,10 @@ def test_the_sizing_table_is_what_the_planner_says(
     (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
     monkeypatch.setattr(EngineConfig, "torch_device", lambda self: torch.device("cuda", 0))
     monkeypatch.setattr(plan, "resolve_precision", lambda *asked: Precision(precision, torch.bfloat16))
-    made_of = skeleton(
+    made_of = meta_model(
         EngineConfig(""), plan.load_config(EngineConfig(str(tmp_path))), Precision(precision, torch.bfloat16)
     )
-    monkeypatch.setattr(plan, "skeleton", lambda *model: made_of)
+    monkeypatch.setattr(plan, "meta_model", lambda *model: made_of)
     config = EngineConfig(str(tmp_path), precision=precision, attention=StemConfig.preset("release"))
     said = []
     for gib in CARDS:

@@ -19,7 +19,7 @@ from pipeline.engine import Completion, Engine, EngineError, Request
 from pipeline.engine.devices import release_memory
 from pipeline.engine.model.loading import load_runner
 from pipeline.engine.model.runner import ModelRunner
-from pipeline.engine.probes.forcing import ForcingEngine
+from pipeline.engine.probes.teacher_forcing import TeacherForcingEngine
 from pipeline.engine.probes.timing import decode_step_ms
 from pipeline.errors import JobError, one_line
 from pipeline.results.columns import column
@@ -138,7 +138,7 @@ def measure(options: Options, documents: Sequence[Sampled], known: Known, clock:
                 release_memory(arm.config.torch_device())
                 clock.say(f"loading {options.job.model} in {arm.precision}")
                 runner, loaded = load_runner(arm.config), arm.precision
-            engine = ForcingEngine(arm.config, runner)
+            engine = TeacherForcingEngine(arm.config, runner)
         except EngineError as error:
             if reference is None:
                 raise
@@ -175,7 +175,7 @@ def _first_outputs(engine: Engine, options: Options, documents: Sequence[Sampled
 
 
 def _measure_arm(
-    engine: ForcingEngine, arm: Arm, options: Options, documents: Sequence[Sampled], reference: Reference,
+    engine: TeacherForcingEngine, arm: Arm, options: Options, documents: Sequence[Sampled], reference: Reference,
     load_seconds: float, clock: Clock,
 ) -> ArmRun:  # fmt: skip
     is_reference = not reference.log_probs

@@ -106,8 +106,8 @@ def take(filler: Filler, room: int, count_tokens: CountTokens) -> list[str]:
             pieces.append(piece)
 
 
-def depths(rng: Random, count: int, low: float = 0.0, high: float = 1.0) -> list[float]:
-    """One depth in each of `count` equal parts of [low, high), in random order."""
-    parts = [low + (high - low) * (part + rng.random()) / count for part in range(count)]
+def depths(rng: Random, count: int) -> list[float]:
+    """One depth in each of `count` equal parts of [0, 1), in random order."""
+    parts = [(part + rng.random()) / count for part in range(count)]
     rng.shuffle(parts)
     return parts

@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import count, cycle
 from random import Random
 
-from jobs.demo.grammar import NAMES, PLACES, UNIT_OF_MEASURE, Measure, number, sentence
 from jobs.evaluate.documents import Filler
+from jobs.evaluate.grammar import NAMES, PLACES, UNIT_OF_MEASURE, Measure, number, sentence
 
 NOISE = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
 COMMON_TIMES, UNCOMMON_TIMES = 30, 3

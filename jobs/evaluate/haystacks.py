@@ -11,7 +11,9 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from random import Random
 
-from jobs.demo.grammar import (
+from jobs.evaluate.documents import Fact, Filler, Lookup, Question, depths
+from jobs.evaluate.fillers import essay_filler, noise_filler, record_filler, word_list
+from jobs.evaluate.grammar import (
     ADJECTIVES,
     NAMES,
     NOTES,
@@ -24,8 +26,6 @@ from jobs.demo.grammar import (
     number,
     sentence,
 )
-from jobs.evaluate.documents import Fact, Filler, Lookup, Question, depths
-from jobs.evaluate.fillers import essay_filler, noise_filler, record_filler, word_list
 from jobs.evaluate.wording import Style
 
 DISTRACTORS = 4
@@ -37,7 +37,7 @@ LOTS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 
 
 @dataclass
-class Plan:
+class Recipe:
     """A document before it has a text. asks: each question and the facts that hold its answer."""
 
     filler: Filler
@@ -79,18 +79,18 @@ def magic(rng: Random) -> str:
     return str(rng.randrange(10**6, 10**7))
 
 
-def add_numbers(plan: Plan, rng: Random, style: Style, keys: Keys, task: str, questions: int) -> dict[str, str]:
+def add_numbers(recipe: Recipe, rng: Random, style: Style, keys: Keys, task: str, questions: int) -> dict[str, str]:
     """Needles of one key and one number each, spread over the depth, and a question about each."""
     said = {}
     for depth in depths(rng, questions):
         key, value = keys.new(), magic(rng)
-        fact = plan.tell(style.needle.format(key=key, value=value), depth)
-        ask_number(plan, style, task, key, [value], [fact])
+        fact = recipe.tell(style.needle.format(key=key, value=value), depth)
+        ask_number(recipe, style, task, key, [value], [fact])
         said[key] = value
     return said
 
 
-def ask_number(plan: Plan, style: Style, task: str, key: str, values: list[str], facts: list[int]) -> None:
+def ask_number(recipe: Recipe, style: Style, task: str, key: str, values: list[str], facts: list[int]) -> None:
     asked = "ask_number" if len(values) == 1 else "ask_numbers"
     question = Question(
         task,
@@ -100,52 +100,54 @@ def ask_number(plan: Plan, style: Style, task: str, key: str, values: list[str],
         style.prefix(asked, key=key),
         ", ".join(values),
     )
-    plan.asks.append((question, facts))
+    recipe.asks.append((question, facts))
 
 
-def noise(rng: Random, style: Style, questions: int, essay: str) -> Plan:
+def noise(rng: Random, style: Style, questions: int, essay: str) -> Recipe:
     """RULER niah_single_1: the haystack is the same five sentences over and over."""
-    plan = Plan(noise_filler())
-    add_numbers(plan, rng, style, Keys(rng), "niah_noise", questions)
-    return plan
+    recipe = Recipe(noise_filler())
+    add_numbers(recipe, rng, style, Keys(rng), "niah_noise", questions)
+    return recipe
 
 
-def essays(rng: Random, style: Style, questions: int, essay: str) -> Plan:
+def essays(rng: Random, style: Style, questions: int, essay: str) -> Recipe:
     """RULER niah_single_2, multikey_1, multivalue, multiquery and variable tracking in one essay-like text."""
-    plan, keys = Plan(essay_filler(rng, essay)), Keys(rng)
-    said = add_numbers(plan, rng, style, keys, "niah_essay", max(questions, MULTI_QUERY_KEYS))
-    plan.asks = plan.asks[:questions]
+    recipe, keys = Recipe(essay_filler(rng, essay)), Keys(rng)
+    said = add_numbers(recipe, rng, style, keys, "niah_essay", max(questions, MULTI_QUERY_KEYS))
+    recipe.asks = recipe.asks[:questions]
     some = max(1, questions // 2)
     for _ in range(some):
-        add_multikey(plan, rng, style, keys)
-        add_multivalue(plan, rng, style, keys)
-        add_chain(plan, rng, style)
+        add_multikey(recipe, rng, style, keys)
+        add_multivalue(recipe, rng, style, keys)
+        add_chain(recipe, rng, style)
     asked = list(said)[:MULTI_QUERY_KEYS]
     listed = f"{', '.join(asked[:-1])} and {asked[-1]}"
-    ask_number(plan, style, "multiquery", listed, [said[key] for key in asked], list(range(len(asked))))
-    return plan
+    ask_number(recipe, style, "multiquery", listed, [said[key] for key in asked], list(range(len(asked))))
+    return recipe
 
 
-def add_multikey(plan: Plan, rng: Random, style: Style, keys: Keys) -> None:
+def add_multikey(recipe: Recipe, rng: Random, style: Style, keys: Keys) -> None:
     """RULER multikey_1, made harder: the four other keys share a half with the one that is asked for."""
     key, value = keys.new(), magic(rng)
-    fact = plan.tell(style.needle.format(key=key, value=value), rng.random())
+    fact = recipe.tell(style.needle.format(key=key, value=value), rng.random())
     for _ in range(DISTRACTORS):
-        plan.tell(style.needle.format(key=keys.new(like=key), value=magic(rng)), rng.random())
-    ask_number(plan, style, "multikey_4", key, [value], [fact])
+        recipe.tell(style.needle.format(key=keys.new(like=key), value=magic(rng)), rng.random())
+    ask_number(recipe, style, "multikey_4", key, [value], [fact])
 
 
-def add_multivalue(plan: Plan, rng: Random, style: Style, keys: Keys) -> None:
+def add_multivalue(recipe: Recipe, rng: Random, style: Style, keys: Keys) -> None:
     key, places = keys.new(), sorted(depths(rng, style.values))
     values = [magic(rng) for _ in places]
-    facts = [plan.tell(style.needle.format(key=key, value=value), at) for value, at in zip(values, places, strict=True)]
-    ask_number(plan, style, "multivalue", key, values, facts)
+    facts = [
+        recipe.tell(style.needle.format(key=key, value=value), at) for value, at in zip(values, places, strict=True)
+    ]
+    ask_number(recipe, style, "multivalue", key, values, facts)
 
 
-def add_chain(plan: Plan, rng: Random, style: Style) -> None:
+def add_chain(recipe: Recipe, rng: Random, style: Style) -> None:
     """RULER variable tracking: one chain; a report asks for the value at its end, RULER for all its names."""
     report = style.name == "report"
-    taken = " ".join(fact.text for fact in plan.facts)
+    taken = " ".join(fact.text for fact in recipe.facts)
     names: list[str] = []
     while len(names) <= style.hops:
         name = f"{rng.choice(LOTS)}{rng.randrange(10, 100)}" if report else "".join(rng.choice(LOTS) for _ in range(5))
@@ -155,32 +157,32 @@ def add_chain(plan: Plan, rng: Random, style: Style) -> None:
     facts = []
     for step, at in enumerate(sorted(depths(rng, len(names)))):
         wording = style.chain_step if step else style.chain_start
-        facts.append(plan.tell(wording.format(name=names[step], previous=names[step - 1], value=value), at))
+        facts.append(recipe.tell(wording.format(name=names[step], previous=names[step - 1], value=value), at))
     references, expected = ((value,), "") if report else (tuple(names), "")
     prefix = style.prefix("ask_chain", count=str(len(names)), value=value)
     text = style.ask_chain.format(name=names[-1], value=value)
-    plan.asks.append((Question("variable_tracking", text, references, (), prefix, expected), facts))
+    recipe.asks.append((Question("variable_tracking", text, references, (), prefix, expected), facts))
 
 
-def records(rng: Random, style: Style, questions: int, essay: str) -> Plan:
+def records(rng: Random, style: Style, questions: int, essay: str) -> Recipe:
     """A needle among key-value records of another kind."""
-    plan = Plan(record_filler(rng, set()))
-    add_numbers(plan, rng, style, Keys(rng), "niah_records", questions)
-    return plan
+    recipe = Recipe(record_filler(rng, set()))
+    add_numbers(recipe, rng, style, Keys(rng), "niah_records", questions)
+    return recipe
 
 
-def distractors(rng: Random, style: Style, questions: int, essay: str) -> Plan:
+def distractors(rng: Random, style: Style, questions: int, essay: str) -> Recipe:
     """RULER multikey_2: the haystack is needles that are not asked for."""
     keys = Keys(rng)
-    plan = Plan(iter(()))
-    add_numbers(plan, rng, style, keys, "multikey_all", questions)
-    plan.filler = (" " + style.needle.format(key=keys.new(), value=magic(rng)) for _ in count())
-    return plan
+    recipe = Recipe(iter(()))
+    add_numbers(recipe, rng, style, keys, "multikey_all", questions)
+    recipe.filler = (" " + style.needle.format(key=keys.new(), value=magic(rng)) for _ in count())
+    return recipe
 
 
-def report(rng: Random, style: Style, questions: int, essay: str) -> Plan:
+def report(rng: Random, style: Style, questions: int, essay: str) -> Recipe:
     """A report with key findings to list, side notes to ask for, and values that are said twice."""
-    plan = Plan(essay_filler(rng, essay), title=f"Report on the {rng.choice(NAMES)} {rng.choice(PLACES)}\n\n")
+    recipe = Recipe(essay_filler(rng, essay), title=f"Report on the {rng.choice(NAMES)} {rng.choice(PLACES)}\n\n")
     used: list[Measure] = []
     findings, facts = [], []
     for at in sorted(depths(rng, rng.randint(3, 8))):
@@ -188,25 +190,25 @@ def report(rng: Random, style: Style, questions: int, essay: str) -> Plan:
         if style.sentences and rng.random() < 0.25:
             said = value = sentence(rng)
         findings.append((said, said if style.sentences else value))
-        facts.append(plan.tell(f"Key finding: {said}", at, said))
+        facts.append(recipe.tell(f"Key finding: {said}", at, said))
     expected = "\n".join(f"{number}. {said}" for number, (said, _) in enumerate(findings, start=1))
     asked = Question("summary", style.ask_findings, tuple(value for _, value in findings), (), "", expected)
-    plan.asks.append((asked, facts))
+    recipe.asks.append((asked, facts))
     for at in depths(rng, questions):
         said, measure, value = _measured(rng, used)
-        fact = plan.tell(rng.choice(NOTES).format(said), at, said)
+        fact = recipe.tell(rng.choice(NOTES).format(said), at, said)
         prefix = style.prefix("ask_fact", measure=measure)
         unit = said[:-1].rsplit(" ", 1)[1]
         text = style.ask_fact.format(measure=measure)
-        plan.asks.append((Question("report_facts", text, (value,), (), prefix, f"{value} {unit}"), [fact]))
+        recipe.asks.append((Question("report_facts", text, (value,), (), prefix, f"{value} {unit}"), [fact]))
     for _ in range(max(4, 2 * questions)):
         said, _, value = _measured(rng, used)
         at = rng.uniform(0.0, 0.8)
-        first = plan.tell(rng.choice(NOTES).format(said), at, said)
+        first = recipe.tell(rng.choice(NOTES).format(said), at, said)
         again = rng.choice(REPEATED).format(said.removeprefix("The "))
-        second = plan.tell(again, rng.uniform(at + 0.08, 0.93), value)
-        plan.repeats.append((first, second, value))
-    return plan
+        second = recipe.tell(again, rng.uniform(at + 0.08, 0.93), value)
+        recipe.repeats.append((first, second, value))
+    return recipe
 
 
 def _measured(rng: Random, used: list[Measure]) -> tuple[str, str, str]:
@@ -218,32 +220,32 @@ def _measured(rng: Random, used: list[Measure]) -> tuple[str, str, str]:
     return f"The {about} {says} {value} {UNIT_OF_MEASURE[measure.quantity]}.", about, value
 
 
-def words(rng: Random, style: Style, questions: int, essay: str) -> Plan:
+def words(rng: Random, style: Style, questions: int, essay: str) -> Recipe:
     """RULER common words extraction: ten words stand in the list 30 times, all others 3 times."""
     known = sorted({*NOUNS, *ADJECTIVES, *VERBS, *PLACES})
     common = rng.sample(known, COMMON_WORDS)
     rare = sorted(set(known) - set(common))
-    plan = Plan(word_list(rng, common, rare))
+    recipe = Recipe(word_list(rng, common, rare))
     question = Question("common_words", style.ask_common, tuple(common), (), style.prefix("ask_common"))
-    plan.asks.append((question, []))
-    return plan
+    recipe.asks.append((question, []))
+    return recipe
 
 
-def coded(rng: Random, style: Style, questions: int, essay: str) -> Plan:
+def coded(rng: Random, style: Style, questions: int, essay: str) -> Recipe:
     """RULER frequent words extraction: random words drawn by Zipf's law; the dots, drawn most often, do not count."""
     made = ["".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(6)) for _ in range(CODED_WORDS)]
     weights = [(rank + 1) ** -ZETA for rank in range(CODED_WORDS + 1)]
-    plan = Plan(" " + rng.choices(["...", *made], weights)[0] for _ in count())
+    recipe = Recipe(" " + rng.choices(["...", *made], weights)[0] for _ in count())
     question = Question("frequent_words", style.ask_frequent, tuple(made[:3]), (), style.prefix("ask_frequent"))
-    plan.asks.append((question, []))
-    return plan
+    recipe.asks.append((question, []))
+    return recipe
 
 
 @dataclass(frozen=True)
 class Kind:
     """A kind of document, and the tasks that its questions belong to."""
 
-    plan: Callable[[Random, Style, int, str], Plan]
+    recipe: Callable[[Random, Style, int, str], Recipe]
     tasks: tuple[str, ...]
 
 
@@ -259,8 +261,8 @@ KINDS = {
 TASKS = tuple(task for kind in KINDS.values() for task in kind.tasks)
 
 
-def finish(plan: Plan, spans: list[tuple[int, int]], shift: int) -> tuple[tuple[Question, ...], tuple[Lookup, ...]]:
+def finish(recipe: Recipe, spans: list[tuple[int, int]], shift: int) -> tuple[tuple[Question, ...], tuple[Lookup, ...]]:
     """Questions and lookups with their places, `shift` characters further on than the woven text has them."""
     moved = [(first + shift, last + shift) for first, last in spans]
-    asks = tuple(replace(question, needles=tuple(moved[fact] for fact in facts)) for question, facts in plan.asks)
-    return asks, tuple(Lookup(moved[first], moved[second], value) for first, second, value in plan.repeats)
+    asks = tuple(replace(question, needles=tuple(moved[fact] for fact in facts)) for question, facts in recipe.asks)
+    return asks, tuple(Lookup(moved[first], moved[second], value) for first, second, value in recipe.repeats)

@@ -1,4 +1,4 @@
-"""Recall by depth and length, and recall against density, as PNG files."""
+"""Recall by depth and length, recall against density, and what an arm loses against its time, as PNG files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jobs.evaluate.results import Row
-from jobs.evaluate.summary import group, unlearned_tasks
+from jobs.evaluate.summary import TEXT_TASKS, group, unlearned_tasks
 from pipeline.errors import JobError
 
 DEPTHS = 10
@@ -34,11 +34,58 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     left_out = unlearned_tasks(rows)
     asked = [row for row in rows if row["recall"] is not None]
     counted = [row for row in asked if (row["length"], row["task"]) not in left_out]
-    if not counted:
-        return []
-    paths: list[Path | None] = [_against_density(pyplot, counted, folder)]
+    paths: list[Path | None] = [_against_time(pyplot, rows, counted, folder)]
+    if counted:
+        paths.append(_against_density(pyplot, counted, folder))
     paths += [_by_depth(pyplot, counted, arm, folder) for arm in dict.fromkeys(row["arm"] for row in counted)]
     return [path for path in paths if path]
+
+
+def _against_time(pyplot: Any, rows: Sequence[Row], counted: Sequence[Row], folder: Path) -> Path | None:
+    """The frontier: KL to dense inside texts, and recall, against the seconds of an arm's prefill; a column of panels
+    for each length. Down and left is better above, up and left below."""
+    panels = {"KL to dense inside a text, nats": ("kl", [row for row in rows if row["task"] == TEXT_TASKS[0]])}
+    if counted:
+        panels["recall, all tasks that dense can do"] = ("recall", list(counted))
+    lengths = sorted({row["length"] for _, here in panels.values() for row in here})
+    if not lengths:
+        return None
+    figure, axes = pyplot.subplots(
+        len(panels), len(lengths), figsize=(4.2 * len(lengths), 3.4 * len(panels)), squeeze=False
+    )
+    colours = {arm: f"C{place}" for place, arm in enumerate(dict.fromkeys(row["arm"] for row in rows))}
+    for y, (title, (value, here)) in enumerate(panels.items()):
+        for x, length in enumerate(lengths):
+            panel = axes[y][x]
+            points = by_time([row for row in here if row["length"] == length], value)
+            for (arm, precision), (seconds, mean) in points.items():
+                marker, label = ("o", arm) if precision != "fp8" else ("s", f"{arm}, fp8")
+                panel.plot(seconds, mean, marker, color=colours[arm], alpha=0.8, label=label)
+            panel.set_visible(bool(points))
+            panel.set_title(f"{length:,} tokens", fontsize=9)
+            panel.set_xlabel("seconds of prefill, median")
+            panel.set_xlim(left=0)
+            panel.grid(alpha=0.3)
+        axes[y][0].set_ylabel(title)
+    handles = {label: line for line, label in zip(*_legend(axes), strict=True)}
+    figure.legend(handles.values(), handles, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    figure.tight_layout()
+    path = folder / "frontier.png"
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+    return path
+
+
+def by_time(rows: Sequence[Row], value: str) -> dict[tuple[str, str], tuple[float, float]]:
+    """(median seconds of a prefill, mean of `value`) of each arm and precision."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row[value] is not None:
+            found.setdefault((row["arm"], row["precision"]), []).append(row)
+    return {
+        key: (float(np.median([row["prefill_seconds"] for row in each])), float(np.mean([row[value] for row in each])))
+        for key, each in found.items()
+    }
 
 
 def _against_density(pyplot: Any, rows: Sequence[Row], folder: Path) -> Path:

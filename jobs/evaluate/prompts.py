@@ -133,22 +133,22 @@ def make_document(
     name = f"{kind}-{length}-{index}"
     rng = Random(f"{seed}/{style.name}/{name}")
     told = f"{name}-seed{seed}" if seed else name  # evaluations of several seeds may be put together
-    plan = KINDS[kind].plan(rng, style, questions, essay)
-    longest = max((ask for ask, _ in plan.asks), key=lambda ask: len(ask.text) + len(ask.prefix))
+    recipe = KINDS[kind].recipe(rng, style, questions, essay)
+    longest = max((ask for ask, _ in recipe.asks), key=lambda ask: len(ask.text) + len(ask.prefix))
     frame = len(tokenizer.prompt(_message("", longest, style, kind), longest.prefix)[0])
-    facts = sum(tokenizer.count([" " + fact.text for fact in plan.facts])) if plan.facts else 0
-    title = sum(tokenizer.count([plan.title])) if plan.title else 0
+    facts = sum(tokenizer.count([" " + fact.text for fact in recipe.facts])) if recipe.facts else 0
+    title = sum(tokenizer.count([recipe.title])) if recipe.title else 0
     room = length - frame - facts - title
     if room < length // 8:
         raise JobError(
-            f"{length} tokens are too few for a document of kind {kind!r} with {len(plan.facts)} facts of {facts} "
+            f"{length} tokens are too few for a document of kind {kind!r} with {len(recipe.facts)} facts of {facts} "
             f"tokens: give larger --lengths or fewer --questions"
         )
-    filler = take(plan.filler, room, tokenizer.count)
+    filler = take(recipe.filler, room, tokenizer.count)
     while True:
-        woven, spans = weave(filler, plan.facts)
-        text = plan.title + woven.lstrip()
-        asks, lookups = finish(plan, spans, len(text) - len(woven))
+        woven, spans = weave(filler, recipe.facts)
+        text = recipe.title + woven.lstrip()
+        asks, lookups = finish(recipe, spans, len(text) - len(woven))
         document = Document(told, kind, length, text, asks, lookups, carrier=longest.text)
         over = len(tokenizer.prompt(_message(text, longest, style, kind), longest.prefix)[0]) - length
         if over <= 0:

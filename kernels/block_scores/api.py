@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels._common.scores import check_cache, check_inputs
-from kernels.dispatch import Choice, choose_portable, on_its_gpu
+from kernels.dispatch import Choice, choose_portable, implementation, on_its_gpu
 
 
 @dataclass
@@ -126,10 +126,6 @@ def oam_scores(
             dtype=sums,
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if choose_block_scores(q, impl).impl == "triton":
-        from kernels.block_scores import triton as implementation
-    else:
-        from kernels.block_scores import reference as implementation  # type: ignore[no-redef]
-    return implementation.oam_scores(
+    return implementation("block_scores", choose_block_scores(q, impl)).oam_scores(
         q, k, v, query_start, block_size, stride, value_weight, scale, summary, key_start, fill_above
     )

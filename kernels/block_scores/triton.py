@@ -129,11 +129,6 @@ def value_term_kernel(
         square_before += tl.sum(squares_in_block, axis=0)
 
 
-def sums_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which offset sums of inputs of `dtype` are kept (see the module's docstring)."""
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-
-
 def oam_scores(
     q: Tensor,
     k: Tensor,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels._common.selection import BlockSelection
-from kernels.dispatch import Choice, choose_portable, on_its_gpu
+from kernels.dispatch import Choice, choose_portable, implementation, on_its_gpu
 
 
 def tile_order(counts: Tensor, kv_heads: int) -> Tensor:
@@ -63,11 +63,9 @@ def select_blocks(
     if max_blocks < 1:
         raise ValueError(f"max_blocks must be at least 1, got {max_blocks}")
     choice = choose_block_selection(scores.device, impl)
-    if choice.impl == "triton":
-        from kernels.block_selection import triton as implementation
-    else:
-        from kernels.block_selection import reference as implementation  # type: ignore[no-redef]
-    return implementation.select_blocks(scores, budgets, first_row, sink_blocks, local_blocks, max_blocks)
+    return implementation("block_selection", choice).select_blocks(
+        scores, budgets, first_row, sink_blocks, local_blocks, max_blocks
+    )
 
 
 @on_its_gpu

@@ -142,7 +142,8 @@ def group_kernel(
 
 def _group_tile(height: int, element_size: int, head_dim: int) -> dict[str, Any]:
     """As _tile, for tiles of `height` queries: without spills (tests/kernels/test_compile_selection.py)."""
-    return _tile(element_size, head_dim) | {"num_warps": 8 if height >= 128 else 4}
+    many = height >= 128 or (height > 16 and power_of_2(head_dim) > 128)
+    return _tile(element_size, head_dim) | {"num_warps": 8 if many else 4}
 
 
 def _attend_to_prefixes(

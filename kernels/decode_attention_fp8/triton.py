@@ -169,7 +169,10 @@ def group_kernel(
 
 def _group_tile(height: int, head_dim: int) -> dict[str, Any]:
     """Keys a step, and warps, with which nothing is spilled (tests/kernels/test_compile_fp8_attention.py)."""
-    return {"BN": max(32, min(128, 16384 // power_of_2(head_dim))), "STAGES": 3, "num_warps": 8 if height >= 128 else 4}
+    size = power_of_2(head_dim)
+    if height <= 16 and size <= 128:
+        return {"BN": 128, "STAGES": 3, "num_warps": 4}
+    return {"BN": 64 if size <= 64 or height * size <= 4096 else 32, "STAGES": 3, "num_warps": 8}
 
 
 def _attend_to_prefixes(

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from kernels._common.fp8 import FP8, KEY_GROUP, HeadScales
 from kernels._common.rows import check_floating, choose_row_kernel
-from kernels.dispatch import Choice, on_its_gpu
+from kernels.dispatch import Choice, implementation, on_its_gpu
 
 
 def choose_fp8_heads(device: torch.device, impl: str = "auto") -> Choice:
@@ -32,7 +29,7 @@ def quantize_heads(x: Tensor, scale: Tensor, *, impl: str = "auto") -> Tensor:
             f"quantize_heads takes x [N, H, L, D] and a contiguous float32 scale [H], got {tuple(x.shape)}, "
             f"{scale.dtype} {tuple(scale.shape)}"
         )
-    return _implementation(choice).quantize_heads(x, scale)
+    return implementation("fp8_heads", choice).quantize_heads(x, scale)
 
 
 @on_its_gpu
@@ -58,7 +55,7 @@ def write_kv(
             f"write_kv: start must be a multiple of {KEY_GROUP} and the chunk, rounded up to {KEY_GROUP}, end inside "
             f"the arena of {k_arena.shape[1]} tokens, got [{start}, {end})"
         )
-    _implementation(choice).write_kv(k, v, scales, k_arena, vt_arena, start)
+    implementation("fp8_heads", choice).write_kv(k, v, scales, k_arena, vt_arena, start)
 
 
 @on_its_gpu
@@ -79,7 +76,7 @@ def append_kv(
             f"{slots.dtype} {tuple(slots.shape)}"
         )
     _check_arena("append_kv", k.shape[1], k.shape[2], scales, k_arena, vt_arena)
-    _implementation(choice).append_kv(k, v, scales, k_arena, vt_arena, slots)
+    implementation("fp8_heads", choice).append_kv(k, v, scales, k_arena, vt_arena, slots)
 
 
 def _check_arena(op: str, heads: int, dim: int, scales: HeadScales, k_arena: Tensor, vt_arena: Tensor) -> None:
@@ -96,7 +93,3 @@ def _check_arena(op: str, heads: int, dim: int, scales: HeadScales, k_arena: Ten
             f"dimension, got {k_arena.dtype} {tuple(k_arena.shape)} and {vt_arena.dtype} {tuple(vt_arena.shape)}"
         )
     scales.check(None, heads, k_arena.device)
-
-
-def _implementation(choice: Choice) -> ModuleType:
-    return import_module(f"kernels.fp8_heads.{choice.impl}")

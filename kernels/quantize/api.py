@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kernels._common.rows import QuantizedRows, as_rows, check_columns, check_floating, choose_row_kernel
-from kernels.dispatch import on_its_gpu
+from kernels.dispatch import implementation, on_its_gpu
 
 
 @on_its_gpu
@@ -20,9 +20,5 @@ def quantize_rows(x: Tensor, *, impl: str = "auto") -> QuantizedRows:
     check_floating("quantize_rows", x, backward=choice.impl == "reference")
     check_columns("quantize_rows", x.shape[-1])
     rows = as_rows("quantize_rows", x)
-    if choice.impl == "triton":
-        from kernels.quantize import triton as implementation
-    else:
-        from kernels.quantize import reference as implementation  # type: ignore[no-redef]
-    values, scales = implementation.quantize_rows(rows)
+    values, scales = implementation("quantize", choice).quantize_rows(rows)
     return QuantizedRows(values.view(x.shape), scales.view(*x.shape[:-1], 1), x.dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels._common.rows import QuantizedRows, check_columns, check_floating, choose_row_kernel
-from kernels.dispatch import on_its_gpu
+from kernels.dispatch import implementation, on_its_gpu
 
 
 @on_its_gpu
@@ -31,11 +31,7 @@ def rms_norm(
     """
     choice = choose_row_kernel("rms_norm", x.device, impl)
     _check("rms_norm", x, weight, weight_offset, round_before_weight, backward=choice.impl == "reference")
-    if choice.impl == "triton":
-        from kernels.rms_norm import triton as implementation
-    else:
-        from kernels.rms_norm import reference as implementation  # type: ignore[no-redef]
-    return implementation.rms_norm(x, weight, eps, weight_offset, round_before_weight)
+    return implementation("rms_norm", choice).rms_norm(x, weight, eps, weight_offset, round_before_weight)
 
 
 @on_its_gpu
@@ -55,11 +51,7 @@ def rms_norm_fp8(
     """
     choice = choose_row_kernel("rms_norm_fp8", x.device, impl, fp8=True)
     _check("rms_norm_fp8", x, weight, weight_offset, round_before_weight, backward=choice.impl == "reference")
-    if choice.impl == "triton":
-        from kernels.rms_norm import triton as implementation
-    else:
-        from kernels.rms_norm import reference as implementation  # type: ignore[no-redef]
-    values, scales = implementation.rms_norm_fp8(x, weight, eps, weight_offset, round_before_weight)
+    values, scales = implementation("rms_norm", choice).rms_norm_fp8(x, weight, eps, weight_offset, round_before_weight)
     return QuantizedRows(values, scales, x.dtype)
 
 

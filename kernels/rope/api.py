@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kernels._common.rows import FLOATING, check_floating, choose_row_kernel
-from kernels.dispatch import on_its_gpu
+from kernels.dispatch import implementation, on_its_gpu
 
 
 @on_its_gpu
@@ -37,8 +37,4 @@ def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, impl: str = "a
         raise ValueError(f"apply_rope: cos and sin must be {q.dtype} or float32, got {cos.dtype}")
     if any(t.device != q.device for t in (k, cos, sin)):
         raise ValueError("apply_rope: q, k, cos and sin must be on one device")
-    if choice.impl == "triton":
-        from kernels.rope import triton as implementation
-    else:
-        from kernels.rope import reference as implementation  # type: ignore[no-redef]
-    return implementation.apply_rope(q, k, cos, sin)
+    return implementation("rope", choice).apply_rope(q, k, cos, sin)

@@ -8,7 +8,7 @@ from torch import Tensor
 from kernels._common.fp8 import FP8, HeadScales, fp8_obstacle
 from kernels._common.scores import check_inputs
 from kernels._common.tma import tma_obstacle
-from kernels.dispatch import Choice, choose_portable, hopper_unavailable, on_its_gpu
+from kernels.dispatch import Choice, choose_portable, hopper_unavailable, implementation, on_its_gpu
 
 
 def choose_sample_scores(
@@ -83,13 +83,7 @@ def sample_scores(
     if scales is not None:
         _check_fp8(q, k, scales, choice)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if choice.impl == "gluon":
-        from kernels.sample_scores import gluon as implementation
-    elif choice.impl == "triton":
-        from kernels.sample_scores import triton as implementation  # type: ignore[no-redef]
-    else:
-        from kernels.sample_scores import reference as implementation  # type: ignore[no-redef]
-    return implementation.sample_scores(q, k, query_start, block_size, every, scale, scales)
+    return implementation("sample_scores", choice).sample_scores(q, k, query_start, block_size, every, scale, scales)
 
 
 def _check_fp8(q: Tensor, k: Tensor, scales: HeadScales, choice: Choice) -> None:

@@ -2,8 +2,9 @@
 """Hopper path of the sampled rows' scores, written in Gluon: D 64 or 128, blocks of 128.
 
 A producer warp streams the keys through shared memory by TMA; four consumer warpgroups own 64 sampled rows each, so
-that 16 KB of fp8 keys from L2 serve 256 rows. What bounds the kernel is what comes after the products, so that is kept
-short:
+that 16 KB of fp8 keys from L2 serve 256 rows. Rows of the heads that share the keys come before those of later tokens:
+with four heads a KV head, the warpgroups of a tile see the same keys. What bounds the kernel is what comes after the
+products, so that is kept short:
 - fp8 products are summed in float16. Two values share a register, and one instruction takes the maxima of both; four
   warpgroups fit. Each row's queries are scaled by a power of two of their own, small enough that no product of them and
   any e4m3 keys leaves float16 (Cauchy-Schwarz).
@@ -43,33 +44,38 @@ barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit
-def tile_of(turn, tiles, row_tiles, KV_HEADS: gl.constexpr, GROUP: gl.constexpr):
-    """This CTA's tile in a turn -> (whether there is one, prompt, head, KV head, tile of rows).
+def tile_of(turn, tiles, lane_tiles, KV_HEADS: gl.constexpr):
+    """This CTA's tile in a turn -> (whether there is one, prompt, KV head, the tile's first unit).
 
+    A unit is what a warpgroup owns: 64 sampled rows of one head. Units of a KV head are counted by rows, then by heads.
     All tiles of a KV head come before the next one's, whose keys stay in L2 meanwhile, the longest first; turns
     alternate in direction."""
     programs = gl.num_programs(0)
     place = gl.program_id(0)
     place = gl.where(turn % 2 == 0, place, programs - 1 - place)
     tile = turn * programs + place
-    lane = tile // (GROUP * row_tiles)
-    kv_head = lane % KV_HEADS
-    row_tile = row_tiles - 1 - tile // GROUP % row_tiles
-    return tile < tiles, lane // KV_HEADS, kv_head * GROUP + tile % GROUP, kv_head, row_tile
+    lane = tile // lane_tiles
+    return tile < tiles, lane // KV_HEADS, lane % KV_HEADS, 4 * (lane_tiles - 1 - tile % lane_tiles)
+
+
+@gluon.jit
+def blocks_seen(unit, first_block, n_keys, GROUP: gl.constexpr, BLOCKS_PER_UNIT: gl.constexpr):
+    """Key blocks that any row of a tile sees, from its first unit."""
+    return gl.minimum(first_block + ((unit + 3) // GROUP + 1) * BLOCKS_PER_UNIT, n_keys)
 
 
 @gluon.jit
 def produce(
-    k_desc, k_s, full, empty, tiles, row_tiles, first_block, n_keys,
-    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCKS_PER_TILE: gl.constexpr, STAGES: gl.constexpr,
+    k_desc, k_s, full, empty, tiles, lane_tiles, first_block, n_keys,
+    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCKS_PER_UNIT: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp: the key blocks that any row of the tile sees, in order."""
     stage = 0
     phase = 1
     for turn in range(gl.cdiv(tiles, gl.num_programs(0))):
-        there, n, head, kv_head, row_tile = tile_of(turn, tiles, row_tiles, KV_HEADS, GROUP)
+        there, n, kv_head, unit = tile_of(turn, tiles, lane_tiles, KV_HEADS)
         if there:
-            for j in range(gl.minimum(first_block + (row_tile + 1) * BLOCKS_PER_TILE, n_keys)):
+            for j in range(blocks_seen(unit, first_block, n_keys, GROUP, BLOCKS_PER_UNIT)):
                 mbarrier.wait(empty.index(stage), phase)
                 mbarrier.expect(full.index(stage), k_desc.block_type.nbytes)
                 tma.async_copy_global_to_shared(k_desc, [n, kv_head, j * 128, 0], full.index(stage), k_s.index(stage))
@@ -178,7 +184,7 @@ def store_shares(
 @gluon.jit
 def consume(
     WARPGROUP: gl.constexpr, q_ptr, q_scale, k_scale, scores, scratch, q_s, k_s, full, empty,
-    tiles, row_tiles, first_block, rows, n_keys, row_stride, query_tokens, stride_n, stride_h, stride_t, log2_scale,
+    tiles, lane_tiles, first_block, rows, n_keys, row_stride, query_tokens, stride_n, stride_h, stride_t, log2_scale,
     D: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, EVERY: gl.constexpr, STAGES: gl.constexpr,
     FP8: gl.constexpr, LIMIT: gl.constexpr,
 ):  # fmt: skip
@@ -194,9 +200,11 @@ def consume(
     stage = 0
     phase = 0
     for turn in range(gl.cdiv(tiles, gl.num_programs(0))):
-        there, n, head, kv_head, row_tile = tile_of(turn, tiles, row_tiles, KV_HEADS, GROUP)
+        there, n, kv_head, first_unit = tile_of(turn, tiles, lane_tiles, KV_HEADS)
         if there:
-            first_row = row_tile * ROWS + WARPGROUP * 64  # counted in sampled rows
+            unit = first_unit + WARPGROUP
+            head = kv_head * GROUP + unit % GROUP
+            first_row = unit // GROUP * 64  # counted in sampled rows; past the last unit no row exists
             token0 = (first_row + gl.arange(0, 64, q_row)) * EVERY
             last_token = gl.minimum(token0 + EVERY, query_tokens) - 1
             source = q_ptr + n.to(gl.int64) * stride_n + head.to(gl.int64) * stride_h
@@ -215,9 +223,8 @@ def consume(
                 factor = gl.full([64], 1.0, gl.float32, s_row) * log2_scale
             fence_async_shared()
             position = first_block * 128 + gl.convert_layout(last_token, s_row)
-            BLOCKS_PER_TILE: gl.constexpr = ROWS // ROWS_PER_BLOCK
-            unmasked = first_block + row_tile * BLOCKS_PER_TILE
-            seen = gl.minimum(unmasked + BLOCKS_PER_TILE, n_keys)
+            seen = blocks_seen(first_unit, first_block, n_keys, GROUP, 64 // ROWS_PER_BLOCK)
+            unmasked = gl.minimum(first_block + first_row // ROWS_PER_BLOCK, seen)
             for j in range(unmasked):
                 stage, phase = weigh(
                     q_mine, k_s, full, empty, stage, phase, slot, factor, position, j,
@@ -236,9 +243,9 @@ def consume(
 
 
 # Lengths change from call to call: specialising on them would only compile the kernel again.
-@gluon.jit(do_not_specialize=["tiles", "row_tiles", "first_block", "rows", "n_keys", "query_tokens"])
+@gluon.jit(do_not_specialize=["tiles", "lane_tiles", "first_block", "rows", "n_keys", "query_tokens"])
 def sample_scores_hopper(
-    q_ptr, k_desc, q_scale, k_scale, scores, scratch, tiles, row_tiles, first_block, rows, n_keys, row_stride,
+    q_ptr, k_desc, q_scale, k_scale, scores, scratch, tiles, lane_tiles, first_block, rows, n_keys, row_stride,
     query_tokens, stride_n, stride_h, stride_t, log2_scale,
     D: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, EVERY: gl.constexpr, STAGES: gl.constexpr,
     FP8: gl.constexpr, LIMIT: gl.constexpr,
@@ -256,19 +263,19 @@ def sample_scores_hopper(
     fence_async_shared()
     gl.warp_specialize([
         (consume, (0, q_ptr, q_scale, k_scale, scores, scratch, q_s, k_s, full, empty,
-                   tiles, row_tiles, first_block, rows, n_keys, row_stride, query_tokens, stride_n, stride_h, stride_t,
+                   tiles, lane_tiles, first_block, rows, n_keys, row_stride, query_tokens, stride_n, stride_h, stride_t,
                    log2_scale, D, KV_HEADS, GROUP, EVERY, STAGES, FP8, LIMIT)),
         (consume, (1, q_ptr, q_scale, k_scale, scores, scratch, q_s, k_s, full, empty,
-                   tiles, row_tiles, first_block, rows, n_keys, row_stride, query_tokens, stride_n, stride_h, stride_t,
+                   tiles, lane_tiles, first_block, rows, n_keys, row_stride, query_tokens, stride_n, stride_h, stride_t,
                    log2_scale, D, KV_HEADS, GROUP, EVERY, STAGES, FP8, LIMIT)),
         (consume, (2, q_ptr, q_scale, k_scale, scores, scratch, q_s, k_s, full, empty,
-                   tiles, row_tiles, first_block, rows, n_keys, row_stride, query_tokens, stride_n, stride_h, stride_t,
+                   tiles, lane_tiles, first_block, rows, n_keys, row_stride, query_tokens, stride_n, stride_h, stride_t,
                    log2_scale, D, KV_HEADS, GROUP, EVERY, STAGES, FP8, LIMIT)),
         (consume, (3, q_ptr, q_scale, k_scale, scores, scratch, q_s, k_s, full, empty,
-                   tiles, row_tiles, first_block, rows, n_keys, row_stride, query_tokens, stride_n, stride_h, stride_t,
+                   tiles, lane_tiles, first_block, rows, n_keys, row_stride, query_tokens, stride_n, stride_h, stride_t,
                    log2_scale, D, KV_HEADS, GROUP, EVERY, STAGES, FP8, LIMIT)),
-        (produce, (k_desc, k_s, full, empty, tiles, row_tiles, first_block, n_keys,
-                   KV_HEADS, GROUP, 256 // (128 // EVERY), STAGES)),
+        (produce, (k_desc, k_s, full, empty, tiles, lane_tiles, first_block, n_keys,
+                   KV_HEADS, GROUP, 64 // (128 // EVERY), STAGES)),
     ], [4, 4, 4, 1], [112, 112, 112, 24])  # fmt: skip
 
 
@@ -280,8 +287,9 @@ def sample_scores(
     kv_heads, fp8 = k.shape[1], scales is not None
     known = query_start + query_tokens
     n_rows, n_keys = ceil_div(query_tokens, BLOCK), ceil_div(known, BLOCK)
-    row_tiles = ceil_div(n_rows * (BLOCK // every), WARPGROUPS * HALF)
-    tiles = row_tiles * H * N
+    units = H // kv_heads * ceil_div(n_rows * (BLOCK // every), HALF)
+    lane_tiles = ceil_div(units, WARPGROUPS)
+    tiles = lane_tiles * kv_heads * N
     programs = min(tiles, device.multiprocessors(q.device))
     scores = empty_scores(N, H, n_rows, n_keys, q.device)
     scratch = torch.empty(programs, n_keys, WARPGROUPS * HALF, dtype=torch.float32, device=q.device)
@@ -296,7 +304,7 @@ def sample_scores(
         scores,
         scratch,
         tiles,
-        row_tiles,
+        lane_tiles,
         query_start // BLOCK,
         n_rows,
         n_keys,

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from kernels._common.rows import QuantizedRows, as_rows, check_columns, check_floating, choose_row_kernel
-from kernels.dispatch import on_its_gpu
+from kernels.dispatch import implementation, on_its_gpu
 
 Activation = Literal["silu", "gelu_tanh"]
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh")
@@ -23,11 +23,7 @@ def silu_mul(gate: Tensor, up: Tensor, *, activation: str = "silu", impl: str = 
     """
     choice = choose_row_kernel("silu_mul", gate.device, impl)
     rows = _check("silu_mul", gate, up, activation, backward=choice.impl == "reference")
-    if choice.impl == "triton":
-        from kernels.silu_mul import triton as implementation
-    else:
-        from kernels.silu_mul import reference as implementation  # type: ignore[no-redef]
-    return implementation.silu_mul(*rows, activation).view(gate.shape)
+    return implementation("silu_mul", choice).silu_mul(*rows, activation).view(gate.shape)
 
 
 @on_its_gpu
@@ -40,11 +36,7 @@ def silu_mul_fp8(gate: Tensor, up: Tensor, *, activation: str = "silu", impl: st
     choice = choose_row_kernel("silu_mul_fp8", gate.device, impl, fp8=True)
     rows = _check("silu_mul_fp8", gate, up, activation, backward=choice.impl == "reference")
     check_columns("silu_mul_fp8", gate.shape[-1])
-    if choice.impl == "triton":
-        from kernels.silu_mul import triton as implementation
-    else:
-        from kernels.silu_mul import reference as implementation  # type: ignore[no-redef]
-    values, scales = implementation.silu_mul_fp8(*rows, activation)
+    values, scales = implementation("silu_mul", choice).silu_mul_fp8(*rows, activation)
     return QuantizedRows(values.view(gate.shape), scales.view(*gate.shape[:-1], 1), gate.dtype)
 
 

@@ -30,12 +30,11 @@ OVERTAKES = 32
 class Document:
     """A request and what became of it so far; times are time.perf_counter()'s, in seconds.
 
-    prefix: what stands before prompt_ids, read for others too; None: prompt_ids are the whole prompt.
     plan: how the prompt attends, once it has started.
+    prefix: what stands before prompt_ids, read for others too; None: prompt_ids are the whole prompt.
     """
 
     request: Request
-    prefix: Prefix | None = None
     prompt_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     stop_ids: tuple[int, ...] = ()
     added: float = field(default_factory=time.perf_counter)
@@ -51,6 +50,7 @@ class Document:
     peak_bytes: int = 0
     finished: bool = False
     plan: AttentionPlan | None = None
+    prefix: Prefix | None = None
 
     @property
     def prefix_tokens(self) -> int:

@@ -154,7 +154,7 @@ class Engine:
         chunks = [request.chunk_tokens for request in shared.requests if request.chunk_tokens is not None]
         prefix = Prefix(np.zeros(0, np.int64) if isinstance(prefix_ids, str) else prefix_ids, min(chunks, default=None))
         for request in shared.requests:
-            document = Document(request, prefix)
+            document = Document(request, prefix=prefix)
             found = problem or accept(document, self._runner.vocabulary, self._media, self._eos, self._plan)
             if found is None:
                 prefix.waiting.append(document)

@@ -14,9 +14,9 @@ from pipeline.answering import stop_signals
 from pipeline.errors import JobError, one_line
 from pipeline.imports import check_kernels
 from pipeline.job import manifest
-from pipeline.job.plan import Plan, make_plan, survey_input
+from pipeline.job.plan import JobPlan, make_plan, survey_input
 from pipeline.job.progress import Progress
-from pipeline.results.repair import remove_rows
+from pipeline.results.removal import remove_rows
 from pipeline.results.rows import failed_rows, result_schema
 from pipeline.results.sink import COMPACT_ABOVE, Sink, compact, part_names, recover
 from pipeline.results.store import Store
@@ -51,7 +51,7 @@ def run(
     with store.locked():
         messages = [*survey.messages, *recover(store)]
         plan = make_plan(survey, store)
-        remove_rows(store, plan.repaired)
+        remove_rows(store, plan.stale_errors)
         messages += plan.messages
         if not len(plan.pending):
             _note_finished(store, plan)
@@ -64,7 +64,7 @@ def run(
         return _Run(plan, store, messages, progress).execute(engine_factory, grace)
 
 
-def _note_finished(store: Store, plan: Plan) -> None:
+def _note_finished(store: Store, plan: JobPlan) -> None:
     """Write the manifest of a job that died behind its last row, or whose manifest is damaged."""
     found = {}
     with contextlib.suppress(JobError):
@@ -73,7 +73,7 @@ def _note_finished(store: Store, plan: Plan) -> None:
         _save_manifest(store, plan, "finished")
 
 
-def _save_manifest(store: Store, plan: Plan, state: str, **more: Any) -> None:
+def _save_manifest(store: Store, plan: JobPlan, state: str, **more: Any) -> None:
     survey = plan.survey
     more |= {"state": state, "documents": len(survey.catalogue), "prompt_date": survey.today}
     more |= {"questions": plan.asked, "prompt": survey.questions.frame()}
@@ -86,7 +86,7 @@ class _Run:
     progress: of tests and benchmarks, else one that tells on standard error.
     """
 
-    def __init__(self, plan: Plan, store: Store, messages: list[str], progress: Progress | None) -> None:
+    def __init__(self, plan: JobPlan, store: Store, messages: list[str], progress: Progress | None) -> None:
         config = plan.survey.config
         self._begun = time.monotonic()
         self._plan, self._store, self._messages = plan, store, messages

@@ -49,12 +49,12 @@ class Survey:
 
 
 @dataclass(frozen=True)
-class Plan:
+class JobPlan:
     """What is left to do.
 
     pending: documents that lack the row of a question, or of which one is to be replaced, with these questions.
     already: rows that an earlier run left and that stay. replaced: (document_id, question_id) of rows that give way to
-    new ones, since the document has changed or its failure is tried again. repaired: ids of documents whose rows stand
+    new ones, since the document has changed or its failure is tried again. stale_errors: ids of documents whose rows stand
     for what could not be read when it was listed, and is not in the input any more.
     asked: what the output will have answers to, as the manifest keeps it.
     """
@@ -64,7 +64,7 @@ class Plan:
     already: int
     messages: tuple[str, ...]
     replaced: tuple[Key, ...] = ()
-    repaired: tuple[str, ...] = ()
+    stale_errors: tuple[str, ...] = ()
     asked: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -89,20 +89,20 @@ def survey_input(config: JobConfig) -> Survey:
     return Survey(config, questions, catalogue, prints, messages, config.today())
 
 
-def make_plan(survey: Survey, store: Store) -> Plan:
+def make_plan(survey: Survey, store: Store) -> JobPlan:
     """Compare the input with what the output holds; changes nothing.
 
     Raises JobError if the output was made with something else, or holds rows of other documents, and --force is not
     given; or if its columns are of other types.
     """
     if not part_names(store):
-        return Plan(survey, survey.catalogue, 0, (), asked=manifest.questions_asked(survey.questions, None))
+        return JobPlan(survey, survey.catalogue, 0, (), asked=manifest.questions_asked(survey.questions, None))
     earlier, messages = _compare_with_earlier(survey, store)
     if earlier is not None and survey.config.prompt_date is None:
         survey = replace(survey, today=manifest.prompt_date(earlier))
     check_columns(store, result_schema(survey.catalogue.kept))
     rows = _sort_rows(survey, done_rows(store))
-    gone, repaired = rows.gone, rows.repaired
+    gone, stale_errors = rows.gone, rows.stale_errors
     if gone:
         what = f"{len(gone):,} rows are of documents that the input does not hold, e.g. {gone[0]!r}"
         if not survey.config.force:
@@ -114,22 +114,22 @@ def make_plan(survey: Survey, store: Store) -> Plan:
     if rows.not_asked:
         names = ", ".join(map(repr, sorted(rows.not_asked)[:3]))
         messages.append(f"{rows.not_asked.total():,} rows are of questions that are not asked now ({names}); they stay")
-    if repaired:
-        what = f"e.g. {repaired[0]!r}; their rows are removed"
-        messages.append(f"{len(repaired):,} lines or files that could not be read are not there any more, {what}")
+    if stale_errors:
+        what = f"e.g. {stale_errors[0]!r}; their rows are removed"
+        messages.append(f"{len(stale_errors):,} lines or files that could not be read are not there any more, {what}")
     if survey.config.retry_failed:
         messages.append(f"--retry-failed: {len({name for name, _ in rows.failed}):,} documents are done again")
     pending = survey.catalogue.asking(survey.questions.asked, ~rows.answered)
     replaced = (*rows.outdated, *rows.failed)
     asked = manifest.questions_asked(survey.questions, earlier)
-    return Plan(survey, pending, rows.staying, tuple(messages), replaced, tuple(repaired), asked)
+    return JobPlan(survey, pending, rows.staying, tuple(messages), replaced, tuple(stale_errors), asked)
 
 
 def check_columns(store: Store, schema: pa.Schema) -> None:
     """Raise JobError if rows of `schema` and those that are there do not go into one table; kept columns always do."""
     schema = pa.schema([field for field in schema if field.name in NAMES])
     for name in part_names(store):
-        with store.told(f"{name} cannot be read"), store.open(name) as file:
+        with store.named_failures(f"{name} cannot be read"), store.open(name) as file:
             found = pq.read_schema(file)
         try:
             pa.unify_schemas([pa.schema([f for f in found if f.name in NAMES]), schema], promote_options=PROMOTE)
@@ -144,7 +144,7 @@ class _Rows:
 
     answered: bool [documents, questions asked], which have a row that stays. staying: rows that stay. outdated, failed:
     keys of rows of documents that changed, and of those that failed and are tried again. gone: ids of documents that
-    the input does not hold. repaired: ids of what could not be read when it was listed, and is not there any more.
+    the input does not hold. stale_errors: ids of what could not be read when it was listed, and is not there any more.
     not_asked: rows of other questions than those asked now, by question.
     """
 
@@ -153,7 +153,7 @@ class _Rows:
     outdated: list[Key]
     failed: list[Key]
     gone: list[str]
-    repaired: list[str]
+    stale_errors: list[str]
     not_asked: Counter[str]
 
 
@@ -178,11 +178,11 @@ def _sort_rows(survey: Survey, rows: pa.Table) -> _Rows:
     stay = here & ~outdated & ~failed
     answered = np.zeros((len(catalogue), len(names)), bool)
     answered[positions[stay], columns[stay]] = True
-    gone, repaired = _without_document(rows, positions)
+    gone, stale_errors = _without_document(rows, positions)
     others = rows["question_id"].filter(pa.array((positions >= 0) & (columns < 0)))
     not_asked = Counter(others.to_pylist())
     staying = int(stay.sum()) + not_asked.total() + (len(gone) if survey.config.force else 0)
-    return _Rows(answered, staying, _keys(rows, outdated), _keys(rows, failed), gone, repaired, not_asked)
+    return _Rows(answered, staying, _keys(rows, outdated), _keys(rows, failed), gone, stale_errors, not_asked)
 
 
 def _keys(rows: pa.Table, some: np.ndarray) -> list[Key]:
@@ -222,8 +222,8 @@ def _without_document(rows: pa.Table, positions: np.ndarray) -> tuple[list[str],
     unread = pc.and_(pc.equal(rows["attempts"], 0), pc.equal(rows["status"], "error")).to_numpy()
     ids = rows["document_id"]
     gone = ids.filter(pa.array((positions < 0) & ~unread)).to_pylist()
-    repaired = dict.fromkeys(ids.filter(pa.array((positions < 0) & unread)).to_pylist())
-    return gone, [name for name in repaired if name not in set(gone)]
+    stale_errors = dict.fromkeys(ids.filter(pa.array((positions < 0) & unread)).to_pylist())
+    return gone, [name for name in stale_errors if name not in set(gone)]
 
 
 def _hash_now(reader: DocumentReader, document: Document) -> str | None:
@@ -349,7 +349,7 @@ def id_rule(config: JobConfig, catalogue: Catalogue) -> str:
     return f"{rule}; e.g. {example!r}"
 
 
-def _token_lines(config: JobConfig, plan: Plan) -> Iterator[str]:
+def _token_lines(config: JobConfig, plan: JobPlan) -> Iterator[str]:
     """Tokens estimated from a sample, and the engine's memory plan."""
     from pipeline.engine import EngineError, estimate_plan
     from pipeline.engine.model.loading import load_config

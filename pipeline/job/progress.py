@@ -34,7 +34,7 @@ class Progress:
         self._stream = stream or sys.stderr
         self._terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self._clock = clock
-        self._begun = self._told = clock()
+        self._begun = self._shown_at = clock()
         self._done = self._answers = self._failed = self._cut = self._tokens = 0
         self._live = self._starting = self._held = 0
         self._ready = self._shown = False
@@ -68,8 +68,8 @@ class Progress:
     def tick(self) -> None:
         """Tell, if it is time to."""
         now = self._clock()
-        if now - self._told >= (TERMINAL_EVERY if self._terminal else LOG_EVERY):
-            self._told = now
+        if now - self._shown_at >= (TERMINAL_EVERY if self._terminal else LOG_EVERY):
+            self._shown_at = now
             self._tell()
 
     def message(self, text: str) -> None:

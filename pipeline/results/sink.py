@@ -144,7 +144,7 @@ def _places(store: Store, replaces: Sequence[Key]) -> dict[str, dict[str, str]]:
     places: dict[str, dict[str, str]] = {}
     wanted = set(replaces)
     for name in part_names(store) if wanted else ():
-        with store.told(f"{name} cannot be read"):
+        with store.named_failures(f"{name} cannot be read"):
             found = keys(read_part(store, name, ["document_id", "question_id"]))
         for document_id, question in found:
             if (document_id, question) in wanted:
@@ -304,7 +304,7 @@ def compact(store: Store) -> int:
     for name in [*part_names(store), ""]:
         info, bytes_ = None, 0
         if name:
-            with store.told(f"{name} cannot be read"), store.open(name) as file:
+            with store.named_failures(f"{name} cannot be read"), store.open(name) as file:
                 info, bytes_ = pq.read_metadata(file), file.size()
         if group and (info is None or rows + info.num_rows > COMPACT_ROWS or size + bytes_ > COMPACT_BYTES):
             _merge(store, group)
@@ -319,7 +319,7 @@ def _merge(store: Store, names: list[str]) -> None:
         return
     tables = []
     for name in names:
-        with store.told(f"{name} cannot be read"):
+        with store.named_failures(f"{name} cannot be read"):
             tables.append(read_part(store, name))
     merged = f"{names[0].removesuffix(SUFFIX).rpartition('-')[0]}-{secrets.token_hex(4)}{SUFFIX}"
     store.write(JOURNAL, json.dumps({"merged": merged, "replaced": names}).encode())

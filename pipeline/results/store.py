@@ -73,7 +73,7 @@ class Store:
 
     def list(self, prefix: str = "", suffix: str = "") -> list[str]:
         """Names of files in the folder, sorted; none if there is no folder."""
-        with self.told("cannot be listed"):
+        with self.named_failures("cannot be listed"):
             infos = self._answering(self._filesystem.get_file_info, FileSelector(self._root, allow_not_found=True))
         names = (info.base_name for info in infos if info.type == FileType.File)
         return sorted(name for name in names if name.startswith(prefix) and name.endswith(suffix))
@@ -93,7 +93,7 @@ class Store:
 
     def read(self, name: str) -> bytes | None:
         """A file's bytes, or None if there is no such file."""
-        with self.told(f"{name} cannot be read"):
+        with self.named_failures(f"{name} cannot be read"):
             try:
                 return self.read_all(name)
             except FileNotFoundError:
@@ -139,13 +139,13 @@ class Store:
     def rename(self, name: str, new_name: str) -> None:
         """Give a file another name; in an object store a copy, then a removal."""
         self.check_lock()
-        with self.told(f"{name} cannot be renamed"):
+        with self.named_failures(f"{name} cannot be renamed"):
             self._answering(self._filesystem.move, self.path(name), self.path(new_name))
 
     def delete(self, name: str) -> None:
         """Remove a file if it is there."""
         self.check_lock()
-        with self.told(f"{name} cannot be removed"), contextlib.suppress(FileNotFoundError):
+        with self.named_failures(f"{name} cannot be removed"), contextlib.suppress(FileNotFoundError):
             self._answering(self._filesystem.delete_file, self.path(name))
 
     def clear_temporary(self) -> None:
@@ -181,7 +181,7 @@ class Store:
             raise OSError(one_line(error)) from None
 
     @contextlib.contextmanager
-    def told(self, what: str) -> Iterator[None]:
+    def named_failures(self, what: str) -> Iterator[None]:
         """OSErrors and ArrowExceptions of a with-block become JobErrors that say what cannot be done."""
         try:
             yield

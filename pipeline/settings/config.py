@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from pipeline.errors import JobError, nearest, one_line
 from pipeline.prompts.thinking import THINKING
-from pipeline.settings.options import check_flags, flag, short, told
+from pipeline.settings.options import check_flags, flag, flag_error, short
 from pipeline.settings.shared import EngineSettings, Sampling
 from stem_core.config import DEFAULT_PRESET, PRESETS, REMOVED_PRESETS, StemConfig
 from stem_core.settings import SettingError, setting
@@ -217,7 +217,7 @@ class JobConfig(Sampling, EngineSettings):
         try:
             return StemConfig.preset(self.preset, **changes)
         except SettingError as error:
-            raise told(error) from None
+            raise flag_error(error) from None
         except ValueError as error:
             raise JobError(f"attention settings: {error}") from None
 

@@ -24,11 +24,11 @@ def check_flags(record: Any) -> None:
         try:
             value = checked(item, getattr(record, item.name), KINDS)
         except SettingError as error:
-            raise told(error) from None
+            raise flag_error(error) from None
         object.__setattr__(record, item.name, value)
 
 
-def told(error: SettingError) -> JobError:
+def flag_error(error: SettingError) -> JobError:
     """The error by the flag's name, without secrets."""
     return JobError(f"{flag(error.name)} must be {error.expected}, got {short(error.value)}{error.hint}")
 

@@ -134,7 +134,7 @@ class JobMetrics:
     def __init__(self, warn: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> None:
         self._instruments = Instruments(warn)
         self._clock = clock
-        self._told = float("-inf")
+        self._published_at = float("-inf")
         self._counts: defaultdict[tuple[Metric, tuple[str, ...]], float] = defaultdict(float)
         self._observations: list[tuple[Metric, float]] = []
 
@@ -156,9 +156,9 @@ class JobMetrics:
 
     def tick(self, waiting: int, in_flight: int, live: int, starting: int) -> None:
         """Publish, if it is time to. Documents that wait and that workers hold; workers that work and that start."""
-        if self._instruments.failed or self._clock() - self._told < EVERY:
+        if self._instruments.failed or self._clock() - self._published_at < EVERY:
             return
-        self._told = self._clock()
+        self._published_at = self._clock()
         with self._instruments.careful():
             for metric, state, value in (
                 (PENDING, "waiting", waiting), (PENDING, "in_flight", in_flight),

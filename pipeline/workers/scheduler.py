@@ -126,7 +126,7 @@ class Scheduler:
         self._failed_starts = 0
         self._next_start = 0.0
         self.started: dict[WorkerId, dict[str, Any]] = {}
-        self._told: set[str] = set()
+        self._lines_shown: set[str] = set()
 
     def run(self) -> None:
         """Work until every document has its row. Raises JobError if no worker starts, StopRequestedError on request."""
@@ -249,8 +249,8 @@ class Scheduler:
             self.started[event.worker] = event.info
             engine = event.info.get("engine", {})
             for line in (*engine.get("slower", ()), *engine.get("notes", ())):
-                if line not in self._told:
-                    self._told.add(line)
+                if line not in self._lines_shown:
+                    self._lines_shown.add(line)
                     self._log(line)
             self._service_time.joins(state.shift, self._clock())
             self._has_room(event.worker, state)

@@ -72,10 +72,8 @@ def test_outputs_do_not_depend_on_company_order_or_interruptions(
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_jobs_give_the_same_outputs_whatever_their_workers_and_deaths(
-    tmp_path: Path, tiny: Path, temperature: float
-) -> None:
+def test_jobs_give_the_same_outputs_whatever_their_workers_and_deaths(tmp_path: Path, tiny: Path) -> None:
+    """Drawn outputs, which differ with any difference in logits or seeds, where greedy ones need a large one."""
     rows = [{"id": f"d{i}", "text": "the harbour committee reviewed the budget " * (3 + i)} for i in range(14)]
     rows.append({"id": "victim", "text": "the winter storm " * 70})
 
@@ -85,7 +83,7 @@ def test_jobs_give_the_same_outputs_whatever_their_workers_and_deaths(
         docs = tmp_path / f"{name}.jsonl"
         docs.write_text("".join(json.dumps(row) + "\n" for row in order))
         values = {"input": str(docs), "output": str(tmp_path / name), "model": str(tiny), "device": "cpu"}
-        values |= {"max_new_tokens": 12, "temperature": temperature, "chunk_tokens": 128}
+        values |= {"max_new_tokens": 12, "temperature": 0.8, "chunk_tokens": 128}
         run(JobConfig(**(values | settings)), engine_factory=engine, grace=1.0)  # type: ignore[arg-type]
         return {row["document_id"]: row["output"] for row in read_results(tmp_path / name).to_pylist()}
 

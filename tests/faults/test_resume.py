@@ -16,9 +16,9 @@ from result_rows import kept_columns, make_row
 from pipeline.errors import JobError
 from pipeline.job import manifest
 from pipeline.job.job import run
-from pipeline.job.plan import Plan, make_plan, survey_input
+from pipeline.job.plan import JobPlan, make_plan, survey_input
 from pipeline.results.columns import utc_now
-from pipeline.results.repair import remove_rows
+from pipeline.results.removal import remove_rows
 from pipeline.results.rows import result_schema
 from pipeline.results.sink import Sink, read_results, recover
 from pipeline.results.store import Store
@@ -49,13 +49,13 @@ def config(tmp_path: Path, model: Path, **settings: Any) -> JobConfig:
     )
 
 
-def finish(settings: JobConfig, flush_documents: int = 4) -> Plan:
+def finish(settings: JobConfig, flush_documents: int = 4) -> JobPlan:
     """What a job does, with the document's own text as its output: plan, and do what is pending."""
     survey, store = survey_input(settings), Store(settings.output)
     store.create()
     recover(store)
     plan = make_plan(survey, store)
-    remove_rows(store, plan.repaired)
+    remove_rows(store, plan.stale_errors)
     manifest.save(store, settings, survey.prints)
     schema = result_schema(survey.catalogue.kept)
     sink = Sink(store, schema, flush_documents=flush_documents, flush_seconds=9, replaces=plan.replaced)
@@ -186,14 +186,13 @@ def test_failed_rows_stay_until_their_retry_is_done(tmp_path: Path, model: Path)
 def test_a_job_whose_engine_does_not_start_costs_no_row(tmp_path: Path, model: Path) -> None:
     settings = config(tmp_path, model, device="cpu", workers=1)
     write(tmp_path / "docs", "jsonl", TEXTS)
-    run(settings, engine_factory="fake_engine:FakeEngine")
+    finish(settings)
     before = read_results(settings.output).to_pylist()
     write(tmp_path / "docs", "jsonl", TEXTS | {"d3": "changed"})
     with pytest.raises(JobError, match="no worker could start"):
         run(settings, engine_factory="fake_engine:NoSuchEngine")
     assert read_results(settings.output).to_pylist() == before
-    report = run(settings, engine_factory="fake_engine:FakeEngine")
-    assert (report.done_now, report.counts) == (1, {"ok": 6})
+    assert len(finish(settings).pending) == 1
     after = {row["document_id"]: row for row in read_results(settings.output).to_pylist()}
     assert len(after) == 6
     assert [row["document_id"] for row in before if row != after[row["document_id"]]] == ["d3"]
@@ -236,7 +235,7 @@ def test_a_line_that_is_mended_takes_the_place_of_its_error(tmp_path: Path, mode
     assert statuses == {name: "ok" for name in TEXTS if name != "d3"} | {"docs.jsonl:4": "error"}
     path.write_text(whole)
     plan = finish(settings)
-    assert plan.repaired == ("docs.jsonl:4",)
+    assert plan.stale_errors == ("docs.jsonl:4",)
     assert [document.document_id for document in plan.pending.documents()] == ["d3"]
     assert outputs(settings) == TEXTS
 

@@ -20,6 +20,7 @@ from jobs.evaluate.documents import Fact, weave
 from jobs.evaluate.estimates import estimate, mean, paired, wilson
 from jobs.evaluate.haystacks import KINDS, TASKS
 from jobs.evaluate.options import options_of, parser
+from jobs.evaluate.plots import by_time
 from jobs.evaluate.prompts import Reading, Tokenizer, make_document, make_texts, read_prompts
 from jobs.evaluate.reader import Answer, Reader, Reference, comparison, likelihood
 from jobs.evaluate.results import SCHEMA, Row, ordered_recall, read_rows, recall_of
@@ -435,6 +436,20 @@ def test_summary_compares_question_by_question() -> None:
     assert settings["release", "fp8"]["to_dense"]["mean"] == pytest.approx(0.5 / 3 - 1.0)
     assert summary["left_out"] == [[900, "multiquery"]]  # dense fails it, so it says nothing about a selection
     assert settings["release", "bf16"]["n"] == 3
+
+
+def test_the_frontier_takes_each_arm_at_its_median_time() -> None:
+    rows = [
+        {"arm": arm, "precision": "bf16", "kl": kl, "prefill_seconds": seconds}
+        for arm, kl, seconds in (
+            ("dense", 0.0, 2.0),
+            ("sampled", 0.1, 1.0),
+            ("sampled", 0.3, 1.2),
+            ("sampled", 0.2, 9.0),
+        )
+    ]
+    rows.append({"arm": "paper", "precision": "bf16", "kl": None, "prefill_seconds": 1.0})
+    assert by_time(rows, "kl") == {("dense", "bf16"): (2.0, 0.0), ("sampled", "bf16"): (1.2, pytest.approx(0.2))}
 
 
 def test_user_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from patience import patient
 
-from pipeline import read_results
+from pipeline import read_results, summarize
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.ray
@@ -109,21 +109,21 @@ def call(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_both_ways_of_submitting_give_the_outputs_and_exit_code_of_a_local_run(
+def test_both_ways_of_submitting_give_the_outputs_of_this_machine_and_a_jobs_exit_codes(
     cluster: str, tmp_path: Path, model: Path
 ) -> None:
     docs = write(tmp_path / "docs", 3, 5)
-    python = [sys.executable, "-m"]
-    local = call(*python, "jobs.summarize", *flags(docs, tmp_path / "local", model))
-    assert local.returncode == 0, local.stderr
+    local = summarize(input=docs, model=model, max_new_tokens=8).to_pylist()
     ray = call(*ray_submit(cluster), *flags(docs, tmp_path / "ray", model))
     assert ray.returncode == 0, ray.stdout[-2000:] + ray.stderr[-2000:]
     (docs / "empty.txt").write_bytes(b"")
-    submitted = call(*python, "jobs.submit", "--address", cluster, *flags(docs, tmp_path / "submit", model))
+    submitted = call(
+        sys.executable, "-m", "jobs.submit", "--address", cluster, *flags(docs, tmp_path / "submit", model)
+    )
     assert submitted.returncode == 2, submitted.stdout[-2000:] + submitted.stderr[-2000:]
     assert "3 of 4" in submitted.stdout
     assert "empty.txt: its text is empty" in submitted.stdout
-    expected = outputs(tmp_path / "local")
+    expected = {row["document_id"]: row["output"] for row in local}
     assert len(expected) == 3
     assert outputs(tmp_path / "ray") == expected
     assert outputs(tmp_path / "submit") == expected | {"empty.txt": None}

@@ -144,6 +144,23 @@ def test_decode(dim: int, capability: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("capability", [ADA, HOPPER], ids=["sm89", "sm90"])
 @pytest.mark.parametrize("dim", [64, 96, 128, 256] if FULL else [128])
+@pytest.mark.parametrize("members", [1, 8, 16, 32])
+def test_decode_behind_a_prefix(members: int, dim: int, capability: tuple[int, int]) -> None:
+    from kernels.decode_attention import Prefixes
+    from kernels.decode_attention_fp8 import triton
+
+    q = empty(32, HEADS, dim, dtype=BF16)
+    arenas = (empty(KV_HEADS, LENGTH, dim), empty(KV_HEADS, dim, LENGTH))
+    starts, lengths = empty(32, dtype=torch.int64), empty(32, dtype=torch.int32)
+    prefixes = Prefixes(starts, lengths, empty(32, members, dtype=torch.int32), LENGTH)
+    check(
+        lambda: triton.decode_attention_fp8(q, *arenas, scales(), starts, lengths, LENGTH, 0.1, None, None, prefixes),
+        capability,
+    )
+
+
+@pytest.mark.parametrize("capability", [ADA, HOPPER], ids=["sm89", "sm90"])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256] if FULL else [128])
 def test_sample_scores(dim: int, capability: tuple[int, int]) -> None:
     from kernels.sample_scores import triton
 

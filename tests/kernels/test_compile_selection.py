@@ -15,6 +15,7 @@ from kernels.block_scores import KeySummary
 from kernels.block_scores import triton as triton_oam
 from kernels.block_selection import triton as triton_selection
 from kernels.block_selection import triton_share
+from kernels.decode_attention import Prefixes
 from kernels.decode_attention import triton as triton_decode
 from kernels.sample_scores import triton as triton_sample
 from tests.kernels import offline
@@ -36,7 +37,7 @@ def prompt(dtype: torch.dtype, head_dim: int) -> tuple[torch.Tensor, torch.Tenso
 
 def oam(dtype: torch.dtype, head_dim: int) -> None:
     q, k = prompt(dtype, head_dim)
-    sums = triton_oam.sums_dtype(dtype)
+    sums = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32  # key_sums_dtype, on a GPU
     summary = KeySummary.allocate(1, 8, 1024, head_dim, block_size=128, stride=16, device=q.device, dtype=sums)
     triton_oam.oam_scores(q, k, k, 0, 128, 16, 0.2, 0.1, summary)
 
@@ -65,6 +66,17 @@ def decode_one_kv_head(dtype: torch.dtype, head_dim: int) -> None:
     triton_decode.decode_attention(q, arena, arena, starts, lengths, 1 << 17, 1.0, None, None)
 
 
+def decode_behind_prefix(dtype: torch.dtype, head_dim: int) -> None:
+    """Tiles of 16, 32 and as many queries as one holds."""
+    arena = torch.empty(8, 4096, head_dim, dtype=dtype)
+    starts, lengths = torch.zeros(32, dtype=torch.int64), torch.zeros(32, dtype=torch.int32)
+    q = torch.empty(32, 32, head_dim, dtype=dtype)
+    for members in (1, 8, 32):
+        table = torch.zeros(32, members, dtype=torch.int32)
+        prefixes = Prefixes(starts, lengths, table, 1 << 17)
+        triton_decode.decode_attention(q, arena, arena, starts, lengths, 4096, 1.0, None, None, prefixes)
+
+
 def check(launch: Callable[[], object], capability: tuple[int, int], spills: int, kernels: int) -> None:
     reports = offline.compile_reports(launch, capability)
     assert len(reports) == kernels
@@ -78,7 +90,7 @@ def check(launch: Callable[[], object], capability: tuple[int, int], spills: int
 @pytest.mark.parametrize(("dtype", "head_dim"), TYPES, ids=str)
 @pytest.mark.parametrize(
     ("launch", "kernels"),
-    [(oam, 3), (sample, 1), (decode, 2), (decode_with_sinks, 2), (decode_one_kv_head, 2)],
+    [(oam, 3), (sample, 1), (decode, 2), (decode_with_sinks, 2), (decode_one_kv_head, 2), (decode_behind_prefix, 5)],
 )
 def test_compiles(
     launch: Callable[[torch.dtype, int], None],

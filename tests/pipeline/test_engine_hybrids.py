@@ -18,7 +18,7 @@ from pipeline.engine.kv.arena import ALIGNMENT, Extent
 from pipeline.engine.kv.states import CONV, RECURRENT, StateKey, StateShape, StateSlots
 from pipeline.engine.memory.plan import estimate_plan
 from pipeline.engine.model.loading import load_runner
-from pipeline.engine.probes.forcing import ForcingEngine
+from pipeline.engine.probes.teacher_forcing import TeacherForcingEngine
 from pipeline.engine.run.prefill import Prefill
 from stem_core import StemConfig, patch_model
 from stem_core.patch import UnsupportedModelError
@@ -257,7 +257,7 @@ def test_no_document_goes_on_from_a_step_that_failed(qwen: Path, monkeypatch: py
 
 def test_given_outputs_cannot_be_read(qwen: Path) -> None:
     with pytest.raises(EngineError, match="layers of linear attention"):
-        ForcingEngine(config(qwen))
+        TeacherForcingEngine(config(qwen))
 
 
 def test_an_attention_of_its_own_is_refused(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:

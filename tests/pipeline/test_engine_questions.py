@@ -171,7 +171,16 @@ def test_frequencies_go_by_the_prefix(tmp_path: Path) -> None:
     """LongRoPE: the other requests' lengths do not switch the prefix that they share, nor does a row's own."""
     folder = save_model(tmp_path, "phi3_longrope")
     questions = ask(prefixes=[100, 300], tails=[5, 129])
-    done = together(make(folder), questions, [])
+    engine, bounds = make(folder), set()
+    logits = engine._runner.logits
+
+    def note(ids: Any, positions: Any, cache: Any, context: Any, bound: torch.Tensor, *args: Any) -> Any:
+        bounds.update(bound.tolist())
+        return logits(ids, positions, cache, context, bound, *args)
+
+    engine._runner.logits = note  # type: ignore[method-assign]
+    done = together(engine, questions, [])
+    assert bounds - {0} == {100, 300}, "0: rows that never were in use"
     assert {name: c.token_ids for name, c in done.items()} == alone(make(folder), questions)
     for request in questions[1].requests:  # beyond the limit by the prefix alone, as the whole prompt is
         whole = np.concatenate([questions[1].prefix_ids, request.prompt_ids])

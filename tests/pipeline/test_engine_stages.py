@@ -19,10 +19,10 @@ from pipeline.engine.kv.arena import Extent
 from pipeline.engine.model import dummy
 from pipeline.engine.model.dummy import layers_on_devices
 from pipeline.engine.model.loading import load_config, load_model, load_runner
+from pipeline.engine.model.meta_model import meta_model
 from pipeline.engine.model.placement import Placement, balance, connect, place, whole
 from pipeline.engine.model.precision import Precision, resolve_precision
 from pipeline.engine.model.runner import ModelRunner
-from pipeline.engine.model.skeleton import skeleton
 from pipeline.engine.run.batch import DecodeBatch
 from pipeline.engine.run.decode import DecodeRunner, StepKey
 from pipeline.engine.run.prefill import Prefill
@@ -225,7 +225,7 @@ def test_random_weights_are_made_on_their_devices(
     monkeypatch.setattr(nn.Linear, "to_empty", spy)
     hf_config = load_config(config)
     resolved = resolve_precision(precision, CPU, hf_config)
-    placement = place(skeleton(config, hf_config, resolved), [CPU, META], [1 << 30] * 2)
+    placement = place(meta_model(config, hf_config, resolved), [CPU, META], [1 << 30] * 2)
     with monkeypatch.context() as patch:
         patch.setattr(dummy, "layers_on_devices", lambda placement: nullcontext())
         model = dummy.dummy_model(config, hf_config, resolved, placement)
@@ -240,7 +240,7 @@ def test_layers_are_built_on_their_devices(tmp_path: Path) -> None:
     """Experts are no linears, and the first device has no room for those of all layers."""
     config = config_of(save_model(tmp_path, "qwen3_moe"))
     hf_config = load_config(config)
-    placement = place(skeleton(config, hf_config, Precision("fp32", torch.float32)), [CPU, META], [1 << 30] * 2)
+    placement = place(meta_model(config, hf_config, Precision("fp32", torch.float32)), [CPU, META], [1 << 30] * 2)
     assert placement.layer_type is not None
     before = placement.layer_type.__init__
     with layers_on_devices(placement):

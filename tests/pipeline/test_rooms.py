@@ -49,7 +49,8 @@ PACKAGES: dict[str, Rooms] = {
         "memory": {"config", "devices", "kv", "model", "run"},
         "describe": {"config", "model"},
         "document": {"config", "kv", "memory", "run"},
-        "engine": {"config", "devices", "model", "run", "memory", "describe", "document"},
+        "prefix": {"kv", "run", "document"},
+        "engine": {"config", "devices", "kv", "model", "run", "memory", "describe", "document", "prefix"},
         "probes": {"config", "kv", "model", "run", "document", "engine"},
     },
 }  # fmt: skip

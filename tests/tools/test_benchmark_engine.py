@@ -170,3 +170,31 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
         main(["engine", "--shape", "no-such-shape", "--output", str(tmp_path)])
     with pytest.raises(JobError, match="density"):
         main([*FLAGS, "--density", "2", "--phases", "job", "--output", str(tmp_path)])
+
+
+QUESTIONS = (
+    "--phases questions --questions 4 --questions-each 2 --question-tokens 20 --max-live 4 --agreement-tokens 1000"
+)
+
+
+def test_questions(tmp_path: Path) -> None:
+    assert main([*FLAGS, *QUESTIONS.split(), "--output", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "engine.json").read_text())
+    assert results["questions_agreement"]["identical_share"] == 1.0
+    for arm in results["engine"].values():
+        found = arm["questions"]
+        assert (found["questions"], found["job_documents"], found["job_questions_each"]) == (4, 3, 2)
+        assert found["all_vs_one"] == pytest.approx(found["all_seconds"] / found["one_seconds"])
+        assert found["jobs_vs_questions"] == pytest.approx(
+            2 * found["job_of_one_question_seconds"] / found["job_seconds"]
+        )
+        assert found["step_vs_one"] > 0
+    assert any(row[0] == "questions: all_vs_one" and row[2].endswith("x") for row in rows(results))
+
+
+def test_questions_are_not_timed_where_tokens_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "check_agreement", lambda *_, **__: {"ok": False})
+    assert main([*FLAGS, *QUESTIONS.split(), "--arms", "dense", "--output", str(tmp_path)]) == 1
+    results = json.loads((tmp_path / "engine.json").read_text())
+    assert len(results["failed"]) == 2
+    assert "questions" not in results["engine"]["dense-fp32"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import tools.benchmark.engine.vllm_peer as peer
 from tools.benchmark.__main__ import main
 from tools.benchmark.engine.phases import random_prompts
+from tools.benchmark.engine.questions import prompts_of
 from tools.benchmark.engine.report import headings, rows
 
 TINY = str(Path(__file__).parents[2] / "models" / "tiny-reader")
@@ -142,3 +144,25 @@ def test_the_time_limit_skips(tmp_path: Path) -> None:
     _, results, _ = run(tmp_path, "--vllm-seconds", "0")
     assert results["vllm"]["bf16"].keys() == {"about"}
     assert [line for line in results["skipped"] if "the time was over" in line]
+
+
+def test_questions_with_a_prefix_cache(tmp_path: Path) -> None:
+    """The engine's own lists, sorted by document, in an engine that caches; the other phases in one that does not."""
+    flags = "--phases latency questions vllm --questions 4 --questions-each 2 --question-tokens 20 --max-live 4"
+    code, results, calls = run(tmp_path, *flags.split(), "--agreement-tokens", "1000")
+    assert code == 0, results["failed"]
+    assert [call["enable_prefix_caching"] for call in calls if "enable_prefix_caching" in call] == [False, True]
+    prompts = prompts_of(
+        Namespace(lengths=[200, 100], documents=3, questions=4, questions_each=2, question_tokens=20),
+        json.loads((Path(TINY) / "config.json").read_text())["vocab_size"],
+    )
+    asked = [ids.tolist() for ids in prompts.asked]
+    one, many, several = [call["ids"] for call in calls[-3:]]
+    assert one == [prompts.one.tolist() + asked[0]]
+    assert many == [prompts.many.tolist() + question for question in asked]
+    assert several == [ids.tolist() + question for ids in prompts.job for question in asked[:2]]
+    theirs, ours = results["vllm"]["bf16"]["questions"], results["engine"]["dense-bf16"]["questions"]
+    factor = theirs["all_seconds"] / ours["all_seconds"]
+    assert results["ratios"]["dense-bf16"]["questions_all_seconds_vs_vllm"] == pytest.approx(factor)
+    table = {row[0]: row[1:] for row in rows(results)}
+    assert table["questions: all_seconds"][3] == f"{factor:.2f}x"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from jobs.demo.grammar import ADJECTIVES, NOTES, NOUNS, PLACES, SAYS, number
+from jobs.evaluate.grammar import ADJECTIVES, NOTES, NOUNS, PLACES, SAYS, number
 from tools.train_demo_model.language import BEASTS, COLOURS, MARKS, UNITS, invented, name, sentence, worded
 
 ASK_SUMMARY = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from jobs.demo.grammar import (
+from jobs.evaluate.grammar import (
     ADJECTIVES,
     NAMES,
     NOUNS,
@@ -15,7 +15,7 @@ from jobs.demo.grammar import (
     number,
     words,
 )
-from jobs.demo.grammar import sentence as report_sentence
+from jobs.evaluate.grammar import sentence as report_sentence
 
 UNITS = UNIT_OF_MEASURE | {
     "evacuation total": "people",

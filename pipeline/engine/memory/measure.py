@@ -13,8 +13,8 @@ from pipeline.engine.devices import GIB, device_memory, release_memory, tensor_b
 from pipeline.engine.kv.arena import ALIGNMENT, Arena, Extent
 from pipeline.engine.memory.plan import HOST_SHARE, RESERVE_FACTOR, DevicePlan, MemoryPlan, build_plan
 from pipeline.engine.model.loading import context_limit, load_runner
+from pipeline.engine.model.meta_model import SLACK_BYTES
 from pipeline.engine.model.runner import ModelRunner
-from pipeline.engine.model.skeleton import SLACK_BYTES
 from pipeline.engine.run.prefill import Prefill
 from pipeline.engine.run.readings import probe_readings
 from stem_core.context import PrefillContext

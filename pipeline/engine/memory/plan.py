@@ -13,9 +13,9 @@ from pipeline.engine.devices import GIB, device_memory, weight_bytes
 from pipeline.engine.kv.arena import ALIGNMENT, aligned
 from pipeline.engine.kv.states import slots_for
 from pipeline.engine.model.loading import context_limit, load_config, stored_weights
+from pipeline.engine.model.meta_model import chunk_bytes, layer_shapes, meta_model, state_shapes
 from pipeline.engine.model.placement import place
 from pipeline.engine.model.precision import DTYPES, Precision, check_fp8_attention, resolve_precision
-from pipeline.engine.model.skeleton import chunk_bytes, layer_shapes, skeleton, state_shapes
 from stem_core.patch import attention_layers
 
 # On a CPU the arena shares memory with everything else on the machine.
@@ -211,7 +211,7 @@ def estimate_plan(config: EngineConfig, total_bytes: int | None = None) -> Memor
     else:
         devices = tuple(torch.device("cuda", i) for i in range(config.gpus))
         precision = _precision_unseen(config.precision, hf_config)
-    model = skeleton(config, hf_config, precision)
+    model = meta_model(config, hf_config, precision)
     layers = hf_config.get_text_config().num_hidden_layers
     states = state_shapes(model, precision)
     per_token = _token_bytes(config, hf_config, precision, attention_layers(model) if states else None)

@@ -23,15 +23,15 @@ from pipeline.engine.model.checkpoint import (
     load_report,
     pickle_problem,
 )
-from pipeline.engine.model.checks import named_failures
 from pipeline.engine.model.dummy import dummy_model
 from pipeline.engine.model.files import read_config, weight_files
+from pipeline.engine.model.meta_model import chunk_bytes, meta_model
 from pipeline.engine.model.placement import Placement, connect, move, place, whole
 from pipeline.engine.model.precision import Precision, resolve_precision
+from pipeline.engine.model.requirements import named_failures
 from pipeline.engine.model.rope import stretch
 from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.model.self_check import is_tested, self_check
-from pipeline.engine.model.skeleton import chunk_bytes, skeleton
 from pipeline.engine.model.text_part import model_class
 from pipeline.model_files import config_problem, is_gguf
 from stem_core.errors import first_line
@@ -121,7 +121,7 @@ def _placement(
     if len(devices) == 1:
         return whole(devices[0])
     there = shares(devices, chunk_bytes(config, hf_config, precision))
-    return place(skeleton(config, hf_config, precision), devices, there)
+    return place(meta_model(config, hf_config, precision), devices, there)
 
 
 def _from_files(

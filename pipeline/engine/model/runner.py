@@ -12,7 +12,8 @@ from pipeline.engine.config import EngineError
 from pipeline.engine.kv.arena import ALIGNMENT, Arena, Extent, Fp8KVArena, KVArena, LayerShape
 from pipeline.engine.kv.cache import DecodeCache, EngineCache, PrefillCache, ProbeCache, TailCache
 from pipeline.engine.kv.states import StateShapes, StateSlots, slots_for
-from pipeline.engine.model.checks import (
+from pipeline.engine.model.precision import check_fp8_attention, check_wide_layers, model_precision
+from pipeline.engine.model.requirements import (
     check_head_sizes,
     check_layers,
     check_state,
@@ -20,7 +21,6 @@ from pipeline.engine.model.checks import (
     kept_tensors,
     named_failures,
 )
-from pipeline.engine.model.precision import check_fp8_attention, check_wide_layers, model_precision
 from pipeline.engine.model.rope import prepare_rope
 from stem_core.config import StemConfig
 from stem_core.context import DecodeContext, PrefillContext, StemContext
@@ -39,8 +39,8 @@ class ModelRunner:
     """A patched model on its device or devices, its elementwise operations fused (`fuse` as in EngineConfig).
 
     Raises stem_core's UnsupportedModelError or EngineError for a model whose attention or rotary embedding cannot run
-    here, or that keeps more of a document than the engine does (pipeline.engine.model.checks), UnsupportedCacheError
-    for one that asks for it.
+    here, or that keeps more of a document than the engine does (pipeline.engine.model.requirements),
+    UnsupportedCacheError for one that asks for it.
 
     device: of token ids and logits. devices: all of the model, in the order of its layers. layer_devices: by layer.
     precision: as the model was loaded. In fp8 attention and KV are in fp8 too, except in layers that this would harm
@@ -273,7 +273,7 @@ class ModelRunner:
         cache = ProbeCache()
         ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
         positions = torch.arange(2, device=self.device)[None]
-        context = PrefillContext(prompt_length=2, given={})
+        context = PrefillContext(prompt_length=2, attention_keys={})
         before = kept_tensors(self.model)
         try:
             with named_failures(self.model):
@@ -282,7 +282,7 @@ class ModelRunner:
             check_head_sizes(cache.shapes, cache.devices)  # a kernel that does not hold them says so in its own words
             raise
         self.sources = check_layers(
-            self.model, context.queries, cache.updates, tokens=2, given=context.given, own=cache.keys
+            self.model, context.queries, cache.updates, tokens=2, attention_keys=context.attention_keys, own=cache.keys
         )
         check_windows(self.model, context.windows)
         check_state(self.model, before)

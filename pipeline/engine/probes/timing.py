@@ -9,34 +9,45 @@ import torch
 
 from pipeline.engine.engine import Engine
 from pipeline.engine.run.batch import RowStart
-from pipeline.engine.run.decode import StepKey, batch_bucket
+from pipeline.engine.run.decode import StepKey, batch_bucket, group_bucket
 
 WARM_STEPS = 3
 
 
 @torch.inference_mode()
-def decode_step_ms(engine: Engine, document_tokens: list[int], steps: int = 32) -> float | None:
+def decode_step_ms(engine: Engine, document_tokens: list[int], steps: int = 32, prefix_tokens: int = 0) -> float | None:
     """Median milliseconds of a greedy decode step of documents that hold `document_tokens` tokens each.
 
+    prefix_tokens: of one more extent, which they all see before their own tokens (questions to one document).
     None if the documents do not fit the arena together. Raises RuntimeError while the engine has documents of its own.
     """
     if engine.has_work:
         raise RuntimeError("decode_step_ms() needs an engine without work")
     batch, arena = engine._batch, engine._arena
-    if len(document_tokens) > batch.rows or max(document_tokens) + steps + WARM_STEPS > engine.max_context:
+    longest = prefix_tokens + max(document_tokens)
+    if len(document_tokens) > batch.rows or longest + steps + WARM_STEPS > engine.max_context:
         return None
     extents = []
     try:
-        for tokens in document_tokens:
+        for tokens in [*document_tokens, *([prefix_tokens] if prefix_tokens else [])]:
             extent = arena.extents.allocate(tokens + steps + WARM_STEPS)
             if extent is None:
                 return None
             extents.append(extent)
             arena.fill(extent)
-        for row, (tokens, extent) in enumerate(zip(document_tokens, extents, strict=True)):
+        for row, (tokens, extent) in enumerate(zip(document_tokens, extents, strict=False)):
             # A limit that is never reached and no stop ids: rows go on for all steps.
-            batch.begin(row, RowStart(extent, tokens, 1 << 30, 0, (), 0.0, 1.0))
-        key = StepKey(batch_bucket(len(document_tokens), batch.rows), sampled=False)
+            shared = extents[-1].start if prefix_tokens else 0
+            batch.begin(
+                row,
+                RowStart(
+                    extent, prefix_tokens + tokens, 1 << 30, 0, (), 0.0, 1.0,
+                    prefix_start=shared, prefix_tokens=prefix_tokens,
+                ),
+            )  # fmt: skip
+        key = StepKey(
+            batch_bucket(len(document_tokens), batch.rows), sampled=False, shared=group_bucket(batch.largest_group)
+        )
         times = [_timed(engine, key) for _ in range(WARM_STEPS + steps)]
         return statistics.median(times[WARM_STEPS:])
     finally:

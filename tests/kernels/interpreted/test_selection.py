@@ -54,7 +54,8 @@ def test_selection(kind: str, rows: int, first_row: int, poisoned: None) -> None
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_nan_is_never_selected(impl: str, poisoned: None) -> None:
-    cases.check_selection_of_nan(impl, "cpu")
+    # Where NaN begin, and where budgets change: a row takes the interpreter 40 ms.
+    cases.check_selection_of_nan(impl, "cpu", parts=((48, 62), (108, 124), (138, 142)))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

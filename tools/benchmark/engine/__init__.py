@@ -32,10 +32,11 @@ from tools.benchmark.engine.baseline import Baseline, BaselinePoint, job_baselin
 from tools.benchmark.engine.breakdown import profile_prefill
 from tools.benchmark.engine.errors import measure_errors, real_prompt
 from tools.benchmark.engine.phases import decode_by_batch, gpu_busy, job, latency, random_prompts, warm_up
+from tools.benchmark.engine.questions import ask, prompts_of
 from tools.benchmark.engine.report import plot, show
 from tools.benchmark.engine.run import Run
 
-PHASES = ("agreement", "baseline", "latency", "profile", "job", "decode", "busy", "vllm", "error")
+PHASES = ("agreement", "baseline", "latency", "profile", "job", "questions", "decode", "busy", "vllm", "error")
 # generate and vLLM run on one GPU, and what a profile says of idle time holds for one.
 ONE_GPU = ("baseline", "profile", "busy", "vllm")
 ATTENTIONS = ("stem", "dense")
@@ -68,6 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--latency-lengths", type=int, nargs="+", default=[131072, 65536, 32768], metavar="N")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 3, 4, 8], metavar="N")
     parser.add_argument("--baseline-steps", type=int, default=16, help="decode steps of generate to time, per length")
+    parser.add_argument("--questions", type=_positive, default=20, metavar="N", help="to the longest document (20)")
+    parser.add_argument("--questions-each", type=_positive, default=5, metavar="N", help="to those of the job (5)")
+    parser.add_argument("--question-tokens", type=_positive, default=128, metavar="N")
     parser.add_argument("--preset", choices=tuple(PRESETS), help="instead of --budget")
     parser.add_argument("--budget", "--density", type=float, default=0.25, help="Stem's share of blocks (0.25)")
     parser.add_argument("--block-size", type=int, default=128)
@@ -110,7 +114,9 @@ def main(arguments: argparse.Namespace) -> int:
             load_format="dummy",
             chunk_tokens=arguments.chunk_tokens,
             max_live=arguments.max_live,
-            max_context=max(*arguments.lengths, *arguments.latency_lengths) + max(arguments.new_tokens, 64),
+            max_context=max(*arguments.lengths, *arguments.latency_lengths)
+            + max(arguments.new_tokens, 64)
+            + ("questions" in arguments.phases) * arguments.question_tokens,
             fp8_fast_accumulation=not arguments.precise,
         )
         config.torch_devices()  # are they there?
@@ -122,6 +128,7 @@ def main(arguments: argparse.Namespace) -> int:
             show(run.results)
             print("engine and generate do not write the same tokens: nothing was timed")
             return 2
+        run.phase("questions: agreement", lambda: _questions_agree(run, config))
         run.phase("baseline", lambda: _baseline(run, config))
         vocabulary = load_config(config).get_text_config().vocab_size
         for arm in arms:
@@ -182,6 +189,15 @@ def _agreement(run: Run, config: EngineConfig) -> None:
     run.results["agreement"] = [check_agreement(config.device, precision, lengths, 48) for precision in precisions]
 
 
+def _questions_agree(run: Run, config: EngineConfig) -> None:
+    """Raises JobError where prompts behind a shared prefix are not continued as generate continues them."""
+    lengths = [min(length, 2500) for length in run.arguments.agreement_tokens[:2]]
+    found = check_agreement(config.device, "fp32", lengths, 32, shared=True)
+    run.results["questions_agreement"] = found
+    if not found["ok"]:
+        raise JobError("requests that share a prefix do not write generate's tokens: their times mean nothing")
+
+
 def _baseline(run: Run, config: EngineConfig) -> None:
     arguments = run.arguments
     points: dict[int, BaselinePoint] = {}
@@ -232,21 +248,29 @@ def _many_documents(run: Run, arm: Arm, vocabulary: int, with_decode: bool) -> N
     arguments = run.arguments
     wanted = {"busy"} | ({"decode"} if with_decode else set())
     if arm.name in arguments.main_arms:
-        wanted.add("job")
-    phases = [name for name in ("job", "decode", "busy") if name in wanted and name in arguments.phases]
+        wanted |= {"job", "questions"}
+    phases = [name for name in ("job", "questions", "decode", "busy") if name in wanted and name in arguments.phases]
     if not phases:
         return
     new = arguments.new_tokens
     found = run.results["engine"].setdefault(arm.name, {})
     ends = sorted({min(arguments.lengths), max(arguments.lengths)}, reverse=True)
     busy = [min(arguments.lengths)] * 2
+    engine: Engine
+
+    def questions() -> dict[str, Any]:
+        if not run.results.get("questions_agreement", {}).get("ok"):
+            raise JobError("not timed: what requests write behind a shared prefix was not found to be right")
+        return ask(engine, prompts_of(arguments, vocabulary), new)
 
     def measure() -> None:
+        nonlocal engine
         with closing(Engine(arm.config)) as engine:
             found["about"], found["plan"] = engine.describe(), engine.plan().to_dict()
             warm_up(engine, vocabulary)
             units: dict[str, Callable[[], Any]] = {
                 "job": lambda: job(engine, _job_lengths(arguments), new, vocabulary),
+                "questions": questions,
                 "decode": lambda: decode_by_batch(engine, ends, arguments.batches),
                 "busy": lambda: gpu_busy(engine, busy, min(new, 24), vocabulary),
             }

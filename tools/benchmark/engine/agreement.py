@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from jobs.measurement import TIE
-from pipeline.engine import Engine, EngineConfig, Request
+from pipeline.engine import Engine, EngineConfig, Request, SharedPrompt
 from pipeline.engine.devices import release_memory
 from pipeline.engine.model.loading import load_model
 from tools.demo_documents.reports import synthetic_report
@@ -38,26 +38,39 @@ class Parting:
     tie: bool
 
 
-def check_agreement(device: str, precision: str, document_tokens: list[int], new_tokens: int) -> dict[str, Any]:
-    """Identical tokens before the first difference, over all tokens, and each parting. "ok": every parting is a tie."""
+# Of a prompt that is asked twice behind a shared prefix: what is left for the requests.
+TAIL = 20
+
+
+def check_agreement(
+    device: str, precision: str, document_tokens: list[int], new_tokens: int, shared: bool = False
+) -> dict[str, Any]:
+    """Identical tokens before the first difference, over all tokens, and each parting. "ok": every parting is a tie.
+
+    shared: the engine gets all but the last TAIL tokens of each prompt as a prefix that two requests share.
+    """
     prompts = report_prompts(document_tokens)
     config = EngineConfig(
         str(MODEL),
         device=device,
         precision=precision,
         chunk_tokens=2048,
-        max_live=len(prompts),
+        max_live=(1 + shared) * len(prompts),
         arena_tokens=2 * sum(document_tokens) + 4096,
     )
     engine = Engine(config)
     for i, prompt in enumerate(prompts):
-        engine.add(Request(str(i), prompt, new_tokens))
-    outputs: dict[int, list[int]] = {}
+        if shared:
+            asked = tuple(Request(f"{i} {time}", prompt[-TAIL:], new_tokens) for time in ("first", "again"))
+            engine.add_shared(SharedPrompt(prompt[:-TAIL], asked))
+        else:
+            engine.add(Request(str(i), prompt, new_tokens))
+    outputs: list[tuple[int, list[int]]] = []
     while engine.has_work:
         for done in engine.step():
             if done.status != "ok":
                 return {"ok": False, "precision": precision, "error": done.error}
-            outputs[int(done.request_id)] = done.token_ids
+            outputs.append((int(done.request_id.split()[0]), done.token_ids))
     about = engine.describe()
     engine.close()
 
@@ -65,12 +78,13 @@ def check_agreement(device: str, precision: str, document_tokens: list[int], new
     model.set_attn_implementation("sdpa")
     same = total = 0
     partings: list[Parting] = []
-    for i, prompt in enumerate(prompts):
-        expected = _generate(model, prompt, new_tokens, config.torch_device())
-        common = _common(outputs[i], expected)
+    generated = [_generate(model, prompt, new_tokens, config.torch_device()) for prompt in prompts]
+    for i, output in sorted(outputs):
+        prompt, expected = prompts[i], generated[i]
+        common = _common(output, expected)
         same, total = same + common, total + len(expected)
-        if outputs[i] != expected:
-            gap = _gap(model, [*prompt, *expected[:common]], outputs[i], expected, common, config.torch_device())
+        if output != expected:
+            gap = _gap(model, [*prompt, *expected[:common]], output, expected, common, config.torch_device())
             partings.append(Parting(i, common, gap, abs(gap) <= TIE[precision]))
     del model
     release_memory(config.torch_device())

@@ -39,7 +39,7 @@ def headings(results: dict[str, Any]) -> list[str]:
 
 def _compared(results: dict[str, Any]) -> list[str]:
     """Arms in a precision in which vLLM has figures."""
-    return [name for name in results["engine"] if _peer(results, name).keys() & {"latency", "job"}]
+    return [name for name in results["engine"] if _peer(results, name).keys() & {"latency", "job", "questions"}]
 
 
 def _peer(results: dict[str, Any], arm: str) -> dict[str, Any]:
@@ -94,6 +94,18 @@ def _all_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     add("job: documents an hour", [_text(j.get("documents_per_hour"), "{:.1f}") for j in jobs])
     add("job: output tokens/s", [_text(j.get("output_tokens_per_second"), "{:.1f}") for j in jobs])
     add("job: GPU utilisation (driver)", [_text(j.get("gpu_utilisation"), "{:.1%}") for j in jobs])
+    asked = [{}, *(found.get("questions", {}) for found in (*peers, *arms))]
+    for figure in ("one_seconds", "all_seconds", "job_seconds", "job_of_one_question_seconds"):
+        seconds = told([_text(found.get(figure), "{:.2f} s") for found in asked]) if any(asked) else []
+        add(
+            f"questions: {figure}",
+            seconds,
+            lambda factor, figure=figure: factor.get(f"questions_{figure}_vs_vllm"),  # type: ignore[misc]
+        )
+    for figure in ("all_vs_one", "jobs_vs_questions", "step_vs_one"):
+        add(f"questions: {figure}", [_text(found.get(figure), "{:.2f}x") for found in asked])
+    for figure in ("step_of_one_ms", "step_of_all_ms", "step_of_one_whole_prompt_ms"):
+        add(f"questions: {figure}", [_text(found.get(figure), "{:.2f} ms") for found in asked])
     busy = [arm.get("busy") or {} for arm in arms]
     add("GPU busy (profiler)", [_text(b.get("busy_share"), "{:.1%}") for b in busy])
     profiles = [arm.get("profile") or {} for arm in arms]
@@ -133,6 +145,10 @@ def ratios(results: dict[str, Any]) -> dict[str, Any]:
             theirs = other.get("job", {}).get("seconds")
             if seconds and theirs:
                 ours[label] = theirs / seconds
+        for figure, mine in arm.get("questions", {}).items():
+            theirs = peer.get("questions", {}).get(figure)
+            if figure.endswith("_seconds") and mine and theirs:
+                ours[f"questions_{figure}_vs_vllm"] = theirs / mine
     return found
 
 

@@ -47,8 +47,8 @@ class Peer:
             model=plan["model"], skip_tokenizer_init=True, load_format="dummy", dtype="bfloat16", seed=0,
             quantization="fp8" if fp8 else None, kv_cache_dtype="fp8" if fp8 else "auto",
             max_model_len=plan["max_context"], max_num_batched_tokens=plan["chunk_tokens"], max_num_seqs=live,
-            gpu_memory_utilization=plan["memory_share"], enable_prefix_caching=False, enable_chunked_prefill=True,
-            disable_log_stats=True, enforce_eager=plan["eager"],
+            gpu_memory_utilization=plan["memory_share"], enable_prefix_caching="questions" in plan,
+            enable_chunked_prefill=True, disable_log_stats=True, enforce_eager=plan["eager"],
             **({} if plan["eager"] else {"compilation_config": {"cudagraph_capture_sizes": _graphs(live)}}),
         )  # fmt: skip
         self._steps: list[float] = []
@@ -62,6 +62,7 @@ class Peer:
         with np.load(plan["prompts"]) as prompts:
             self._single = [prompts[f"single{i}"].tolist() for i in range(len(plan["lengths"]))]
             self._job = [prompts[f"job{i}"].tolist() for i in range(plan["documents"])]
+            self._texts = {name: ids.tolist() for name, ids in prompts.items() if name.startswith("questions")}
 
     def run(self) -> None:
         """Warm up, then measure what the plan asks for, until its seconds are over."""
@@ -73,6 +74,8 @@ class Peer:
             self._in_time(f"first token of {length}", lambda prompt=prompt: self._first_token(prompt))  # type: ignore[misc]
         if self._job:
             self._in_time("job", self._documents)
+        if "questions" in plan:
+            self._in_time("questions", self._questions)
 
     def _in_time(self, name: str, measure: Callable[[], None]) -> None:
         if time.perf_counter() > self._end:
@@ -101,6 +104,23 @@ class Peer:
             "job", documents=len(self._job), prompt_tokens=[len(prompt) for prompt in self._job], new_tokens=new,
             seconds=seconds, documents_per_hour=3600 * len(self._job) / seconds,
             output_tokens_per_second=new * len(self._job) / seconds,
+        )  # fmt: skip
+
+    def _questions(self) -> None:
+        """One question, many to another document, several to each of many: sorted by document, for the prefix cache.
+
+        "questions" of the plan: how many there are, how many go to each document, how many documents.
+        """
+        count, each, documents = self._plan["questions"]
+        new = self._plan["new_tokens"]
+        asked = [self._texts[f"questions_asked{i}"] for i in range(count)]
+        job = [self._texts[f"questions_job{i}"] for i in range(documents)]
+        one = self._generate([self._texts["questions_one"] + asked[0]], new)
+        many = self._generate([self._texts["questions_many"] + question for question in asked], new)
+        several = self._generate([document + question for document in job for question in asked[:each]], new)
+        say(
+            "questions", questions=count, new_tokens=new, one_seconds=one, all_seconds=many, all_vs_one=many / one,
+            job_documents=documents, job_questions_each=each, job_seconds=several,
         )  # fmt: skip
 
     def _generate(self, prompts: list[list[int]], new_tokens: int) -> float:

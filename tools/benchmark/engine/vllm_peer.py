@@ -22,6 +22,7 @@ import numpy as np
 from pipeline.engine import EngineConfig
 from pipeline.engine.devices import release_memory
 from tools.benchmark.engine.phases import random_prompts
+from tools.benchmark.engine.questions import Prompts, prompts_of
 from tools.benchmark.engine.run import Run
 from tools.benchmark.engine.vllm_child import MARK
 
@@ -81,7 +82,12 @@ def run_phase(
             run.write()
 
         log = run.folder / f"vllm-{precision}.log"
-        measure_vllm(plan, arguments.vllm_python, arguments.vllm_path, log, note)
+        if plan["lengths"] or plan["documents"] or "questions" not in arguments.phases:
+            measure_vllm(plan, arguments.vllm_python, arguments.vllm_path, log, note)
+        if "questions" in arguments.phases:  # in an engine of its own: one that caches what it has read
+            plan = questions_plan(plan, prompts_of(arguments, vocabulary))
+            log = run.folder / f"vllm-{precision}-questions.log"
+            measure_vllm(plan, arguments.vllm_python, arguments.vllm_path, log, note)
 
     run.phase(f"vllm: {precision}", measure)
 
@@ -106,6 +112,17 @@ def plan_of(
         "model": str(folder), "prompts": str(folder / "prompts.npz"), "lengths": list(lengths), "documents": len(job),
         "new_tokens": new_tokens, "step_tokens": min(new_tokens, 129), "memory_share": MEMORY_SHARE, "eager": False,
     } | more  # fmt: skip
+
+
+def questions_plan(plan: dict[str, Any], prompts: Prompts) -> dict[str, Any]:
+    """The same for the phase of questions alone, with vLLM's prefix cache. Writes its prompts beside the others."""
+    texts = {"questions_one": prompts.one, "questions_many": prompts.many}
+    texts |= {f"questions_asked{i}": ids for i, ids in enumerate(prompts.asked)}
+    texts |= {f"questions_job{i}": ids for i, ids in enumerate(prompts.job)}
+    place = Path(plan["model"]) / "questions.npz"
+    np.savez(place, **texts)  # type: ignore[arg-type]
+    counts = [len(prompts.asked), prompts.each, len(prompts.job)]
+    return plan | {"prompts": str(place), "lengths": [], "documents": 0, "questions": counts}
 
 
 def measure_vllm(plan: dict[str, Any], python: str, path: str | None, log: Path, note: Note) -> None:

@@ -25,13 +25,13 @@ def check_layers(
     queries: Mapping[int, int],
     cached: Counter[int],
     tokens: int,
-    given: Mapping[int, Tensor] | None = None,
+    attention_keys: Mapping[int, Tensor] | None = None,
     own: Mapping[int, Tensor] | None = None,
 ) -> dict[int, int]:
     """Compare the layers whose attention ran with those that put keys and values into the cache.
 
     queries: by layer, how many its attention was given. cached: how often each put something. tokens: of the prompt.
-    given: by layer, the keys that its attention got. own: those that it put, as the cache gave them back.
+    attention_keys: by layer, the keys that its attention got. own: those that it put, as the cache gave them back.
     Returns, by layer, whose keys and values a layer without its own takes.
     Raises UnsupportedModelError, naming the feature, unless every other layer had all queries and put keys and values
     once, and those without their own had all or the last.
@@ -45,7 +45,8 @@ def check_layers(
         )
     borrowing = sorted(set(queries) - set(cached))
     owners = {id(keys): layer for layer, keys in (own or {}).items()}
-    sources = {layer: owners[id(given[layer])] for layer in borrowing if given and id(given.get(layer)) in owners}
+    got = {layer: id(keys) for layer, keys in (attention_keys or {}).items()}
+    sources = {layer: owners[got[layer]] for layer in borrowing if got.get(layer) in owners}
     unknown = sorted(set(borrowing) - set(sources))
     if unknown:
         raise UnsupportedModelError(

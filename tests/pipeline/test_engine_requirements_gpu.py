@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 from engine_models import ARCHITECTURES, COMMON, save_model
-from test_engine_checks import FAULTS
 from test_engine_keys import DAMAGES, rewrite
+from test_engine_requirements import FAULTS
 from transformers.models.qwen3 import modeling_qwen3
 
 from pipeline.engine import EngineConfig, EngineError, ModelLoadError

@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.fp8_heads import KEY_GROUP, reference
 from pipeline.engine import Engine, EngineConfig, Request
 from pipeline.engine.model.loading import load_runner
-from pipeline.engine.probes.forcing import ForcingEngine, spans
+from pipeline.engine.probes.teacher_forcing import TeacherForcingEngine, spans
 from stem_core import StemConfig
 
 STEM = StemConfig(
@@ -28,7 +28,9 @@ def config_for(folder: Path, **options: Any) -> EngineConfig:
     return EngineConfig(str(folder), **(defaults | options))
 
 
-def read(engine: ForcingEngine, prompt: np.ndarray, token_ids: list[int], max_new_tokens: int) -> tuple[Tensor, Any]:
+def read(
+    engine: TeacherForcingEngine, prompt: np.ndarray, token_ids: list[int], max_new_tokens: int
+) -> tuple[Tensor, Any]:
     found: list[Tensor] = []
     engine.expect("a", token_ids, lambda rows: found.append(rows.clone()))
     done = run(engine, [Request("a", prompt, max_new_tokens)])["a"]
@@ -45,7 +47,7 @@ def test_what_is_read_has_the_probabilities_that_transformers_gives_it(architect
     with torch.inference_mode():
         whole = torch.as_tensor(np.concatenate([prompt, token_ids]))[None]
         expected = model(whole).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
-    rows, done = read(ForcingEngine(config_for(folder)), prompt, token_ids.tolist(), 40)
+    rows, done = read(TeacherForcingEngine(config_for(folder)), prompt, token_ids.tolist(), 40)
     assert done.status == "ok"
     assert rows.shape == expected.shape
     torch.testing.assert_close(rows, expected, atol=2e-4, rtol=1e-4)
@@ -63,7 +65,7 @@ def test_reading_changes_no_output_and_agrees_with_it(
     requests = [Request(str(i), prompt, 24) for i, prompt in enumerate(prompts([150, 97, 201]))]
     alone = {i: done.token_ids for i, done in run(Engine(config), requests).items()}
 
-    engine = ForcingEngine(config)
+    engine = TeacherForcingEngine(config)
     read_along: dict[str, Tensor] = {}
     for i, token_ids in alone.items():
         engine.expect(i, token_ids, lambda rows, i=i: read_along.update({i: rows}))  # type: ignore[misc]
@@ -80,14 +82,14 @@ def test_no_order_among_the_rows_of_a_batch_is_relied_on(tmp_path: Path, monkeyp
     """On a GPU they are written at once, and the token that opens a group of 16 clears the others' values."""
     config = config_for(save_model(tmp_path, "llama", head_dim=32), precision="fp8")
     prompt, token_ids = prompts([150, 40], seed=3)
-    wanted, _ = read(ForcingEngine(config), prompt, token_ids.tolist(), 40)
+    wanted, _ = read(TeacherForcingEngine(config), prompt, token_ids.tolist(), 40)
     append = reference.append_kv
 
     def backwards(k: Tensor, v: Tensor, scales: Any, k_arena: Tensor, vt_arena: Tensor, slots: Tensor) -> None:
         append(k.flip(0), v.flip(0), scales, k_arena, vt_arena, slots.flip(0))
 
     monkeypatch.setattr(reference, "append_kv", backwards)
-    rows, _ = read(ForcingEngine(config), prompt, token_ids.tolist(), 40)
+    rows, _ = read(TeacherForcingEngine(config), prompt, token_ids.tolist(), 40)
     torch.testing.assert_close(rows, wanted, atol=0, rtol=0)
 
 
@@ -103,15 +105,15 @@ def test_the_first_row_is_of_the_sparse_prefill(tmp_path: Path) -> None:
     folder = save_model(tmp_path, "llama")
     (prompt,) = prompts([300])
     expected = last_logits(Engine(config_for(folder, attention=STEM)), prompt).log_softmax(-1)
-    rows, _ = read(ForcingEngine(config_for(folder, attention=STEM)), prompt, [5, 6], 2)
-    dense, _ = read(ForcingEngine(config_for(folder)), prompt, [5, 6], 2)
+    rows, _ = read(TeacherForcingEngine(config_for(folder, attention=STEM)), prompt, [5, 6], 2)
+    dense, _ = read(TeacherForcingEngine(config_for(folder)), prompt, [5, 6], 2)
     torch.testing.assert_close(rows[:1].double(), expected, atol=1e-5, rtol=1e-5)
     assert (rows[0] - dense[0]).abs().max() > 0.1
     assert (rows[1] - dense[1]).abs().max() > 0.1
 
 
 def test_an_output_longer_than_the_request_ends_it(tmp_path: Path) -> None:
-    rows, done = read(ForcingEngine(config_for(save_model(tmp_path, "llama"))), prompts([30])[0], [5] * 9, 8)
+    rows, done = read(TeacherForcingEngine(config_for(save_model(tmp_path, "llama"))), prompts([30])[0], [5] * 9, 8)
     assert done.status == "error"
     assert "has room for 8" in done.error
     assert not len(rows)
@@ -120,8 +122,8 @@ def test_an_output_longer_than_the_request_ends_it(tmp_path: Path) -> None:
 def test_a_document_that_ends_with_its_first_token_is_read_too(tmp_path: Path) -> None:
     folder = save_model(tmp_path, "llama")
     (prompt,) = prompts([90])
-    wanted, done = read(ForcingEngine(config_for(folder)), prompt, [5, 6, 7], 8)
-    engine = ForcingEngine(config_for(folder))
+    wanted, done = read(TeacherForcingEngine(config_for(folder)), prompt, [5, 6, 7], 8)
+    engine = TeacherForcingEngine(config_for(folder))
     found: list[Tensor] = []
     engine.expect("a", [5, 6, 7], found.append)
     ended = run(engine, [Request("a", prompt, 8, stop_ids=(done.token_ids[0],))])["a"]
@@ -160,7 +162,7 @@ def test_on_a_gpu_an_output_of_its_own_is_what_it_puts_first(
     engine = Engine(config)
     alone = {i: done.token_ids for i, done in run(engine, requests).items()}
     engine.close()
-    engine = ForcingEngine(config)
+    engine = TeacherForcingEngine(config)
     found: dict[str, Tensor] = {}
     for i, token_ids in alone.items():
         engine.expect(i, token_ids, lambda rows, i=i: found.update({i: rows}))  # type: ignore[misc]

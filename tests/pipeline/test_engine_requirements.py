@@ -18,8 +18,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 from pipeline.engine import Engine, EngineConfig, EngineError
 from pipeline.engine.kv.arena import LayerShape
 from pipeline.engine.model import self_check
-from pipeline.engine.model.checks import check_head_sizes, check_layers, check_windows
 from pipeline.engine.model.loading import load_model, load_runner
+from pipeline.engine.model.requirements import check_head_sizes, check_layers, check_windows
 from pipeline.engine.model.runner import ModelRunner
 from stem_core import StemConfig
 from stem_core.patch import UnsupportedModelError

@@ -1,4 +1,4 @@
-"""The language of the demo's synthetic reports: filler sentences, facts, names and numbers.
+"""The language of synthetic reports, of tests of recall and of the demo: filler sentences, facts, names and numbers.
 
 It is the language that models/tiny-reader was trained on. Every function draws from the `random.Random` it is given.
 """

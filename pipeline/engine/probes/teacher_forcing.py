@@ -19,7 +19,7 @@ from pipeline.engine.model.runner import ModelRunner
 Note = Callable[[Tensor], None]
 
 
-class ForcingEngine(Engine):
+class TeacherForcingEngine(Engine):
     """An engine that also reads given outputs of its documents (teacher forcing), on the documents' own prefill.
 
     Nothing else changes: prompts are prefilled and outputs written as by Engine. What is read lies where the document's

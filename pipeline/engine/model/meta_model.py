@@ -18,7 +18,7 @@ from stem_core.fp8 import quantize_linears
 SLACK_BYTES = 512 * 2**20
 
 
-def skeleton(config: EngineConfig, hf_config: Any, precision: Precision) -> nn.Module:
+def meta_model(config: EngineConfig, hf_config: Any, precision: Precision) -> nn.Module:
     """The architecture on the device "meta", its linears in fp8 if that is the precision."""
     with torch.device("meta"):
         model = model_class(hf_config, config.trust_remote_code).from_config(

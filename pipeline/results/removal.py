@@ -15,7 +15,7 @@ def remove_rows(store: Store, ids: Sequence[str]) -> None:
     """Take the rows of `ids` out, part by part, each by one write. Only under the lock."""
     gone = pa.array(ids, pa.string())
     for name in part_names(store) if ids else ():
-        with store.told(f"{name} cannot be read"):
+        with store.named_failures(f"{name} cannot be read"):
             rows = read_part(store, name)
         left = rows.filter(pc.invert(pc.is_in(rows["document_id"], value_set=gone)))
         if len(left) == len(rows):
