@@ -54,8 +54,8 @@ class JobPlan:
 
     pending: documents that lack the row of a question, or of which one is to be replaced, with these questions.
     already: rows that an earlier run left and that stay. replaced: (document_id, question_id) of rows that give way to
-    new ones, since the document has changed or its failure is tried again. stale_errors: ids of documents whose rows stand
-    for what could not be read when it was listed, and is not in the input any more.
+    new ones, since the document has changed or its failure is tried again. stale_errors: ids of documents whose rows
+    stand for what could not be read when it was listed, and is not in the input any more.
     asked: what the output will have answers to, as the manifest keeps it.
     """
 
