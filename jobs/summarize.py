@@ -87,6 +87,11 @@ def show(report: JobReport) -> None:
         code = f"from pipeline import read_results; print(read_results({report.output!r}, {columns}).to_pandas())"
         line = f'{this_python()} -c "{code}"'
         console.print(visible("read them: " + line), markup=False, highlight=False, soft_wrap=True)
+    if report.flagged:
+        verb = f"output{'s' * (report.ok != 1)} {'is' if report.flagged == 1 else 'are'}"
+        counts = ", ".join(f"{count:,} {name}" for name, count in report.flags.items())
+        told = f"{report.flagged:,} of {report.ok:,} {verb} flagged: {counts} (column flags)"
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
     if report.cut:
         verb = "output is" if report.cut == 1 else "outputs are"
         told = f"{report.cut:,} {verb} cut off at --max-new-tokens: finish_reason is length, though the status is ok"

@@ -19,7 +19,8 @@ def make_row(document_id: str, source: str, status: str = "ok", error: str = "",
     for group, names in (("from_engine", fields(EngineFields)), ("from_worker", fields(WorkerFields))):
         groups[group] = {item.name: columns.pop(item.name) for item in names if item.name in columns}
     engine, worker = groups["from_engine"], groups["from_worker"]
-    ended = {name: columns.pop(name) for name in ("output", "finish_reason", "reasoning") if name in columns}
+    of_outcome = [item.name for item in fields(Outcome) if item.name not in ("status", "error")]
+    ended = {name: columns.pop(name) for name in of_outcome if name in columns}
     return Row(
         document_id=document_id, source=source, outcome=Outcome(status=status, error=error, **ended),
         from_engine=EngineFields(**engine) if engine else None,

@@ -274,6 +274,7 @@ def make_worker_config(
         today=survey.today,
         template_args=config.chat_template_args,
         thinking=config.thinking,
+        evidence=config.evidence == "on",
         kept=tuple(pa.field(field.name, field.type) for field in survey.catalogue.kept),
         deadline=config.deadline,
         grace=GRACE_SECONDS if grace is None else grace,

@@ -159,12 +159,14 @@ def user_message(template: str, question: str) -> str:
 class Prompt:
     """A document's prompt: int32 [tokens] each. prefix: up to the document's end, the same for other questions of it.
 
-    tail: the question; at least a token. truncated_tokens: how many of the document's were cut.
+    tail: the question; at least a token. truncated_tokens: how many of the document's were cut. unread: which
+    characters [start, end) of its text those are, give or take those of a token; None if none were cut.
     """
 
     prefix: np.ndarray
     tail: np.ndarray
     truncated_tokens: int = 0
+    unread: tuple[int, int] | None = None
 
     @property
     def ids(self) -> np.ndarray:
@@ -315,7 +317,9 @@ class PromptBuilder:
                 f"question and template alone have {total - last + first} tokens, the limit is {limit}", "too_long"
             )
         cut = first + (keep + 1) // 2
-        return _prompt([head, body[:cut], body[cut + excess :]], tail, excess)
+        kept = [self._tokens.decode(ids.tolist()) for ids in (body[first:cut], body[cut + excess : last])]
+        unread = min(len(kept[0]), len(text)), max(len(text) - len(kept[1]), min(len(kept[0]), len(text)))
+        return _prompt([head, body[:cut], body[cut + excess :]], tail, excess, unread)
 
     def overhead(self, *, merging: bool = False, columns: Mapping[str, str] | None = None) -> int:
         """Prompt tokens besides the document's."""
@@ -368,11 +372,13 @@ class PromptBuilder:
         return True
 
 
-def _prompt(prefix: list[np.ndarray], tail: np.ndarray, truncated: int = 0) -> Prompt:
+def _prompt(
+    prefix: list[np.ndarray], tail: np.ndarray, truncated: int = 0, unread: tuple[int, int] | None = None
+) -> Prompt:
     ids = np.concatenate(prefix)
     if not len(tail) and len(ids) > 1:  # nothing is asked: the last token of the document is what is answered
         ids, tail = ids[:-1], ids[-1:]
-    return Prompt(ids, tail, truncated)
+    return Prompt(ids, tail, truncated, unread)
 
 
 def _whole(tokens: int, step: int) -> int:

@@ -15,6 +15,8 @@ import pyarrow as pa
 
 from pipeline.errors import JobError, one_line
 from pipeline.results.columns import Column, column, columns_of, group, schema_of, utc_now, values_of
+from pipeline.review.evidence import Passage
+from pipeline.review.flags import FLAGS
 
 if TYPE_CHECKING:
     from pipeline.source import Document
@@ -34,6 +36,14 @@ NOT_OK = "the status is not ok"
 NO_WORKER = "no worker made the row"
 NOT_STARTED = "the engine did not start on the prompt"
 MISFIT = "only in a row that did not fit the columns"
+PASSAGES = pa.list_(
+    pa.struct(
+        {
+            "output_start": pa.int32(), "output_end": pa.int32(), "start": pa.int64(), "end": pa.int64(),
+            "score": pa.float32(),
+        }
+    )
+)  # fmt: skip
 
 # The value of a column for a document whose parts the engine read one by one.
 Joined = Callable[[Sequence["EngineFields"], str], Any]
@@ -105,6 +115,16 @@ class Outcome:
         "what the model thought before its output, in a document of parts before the merged one; the status is error "
         "where it ended there",
         null="the model did not think, or gave nothing", origin=ENGINE, default=None,
+    )  # fmt: skip
+    flags: tuple[str, ...] | None = column(
+        "what is suspicious about the output: " + ", ".join(FLAGS) + "; empty if nothing is (docs/evidence.md)",
+        null=NOT_OK, arrow=pa.list_(pa.string()), origin="worker", default=None,
+    )  # fmt: skip
+    evidence: tuple[Passage, ...] | None = column(
+        "for sentences of the output, or fields of a JSON answer, from character `output_start` to before "
+        "`output_end`: passages of the document's text, from `start` to before `end`, that say the like, with a "
+        "score of 0 to 1; a sentence without support has none (docs/evidence.md)",
+        null=f"{NOT_OK}, or `--evidence off`", arrow=PASSAGES, origin="worker", default=None,
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -182,7 +202,9 @@ class WorkerFields:
 
     queue_seconds: float = column("waiting in the worker for the tokeniser and the engine", unit="seconds", default=0.0)
     load_seconds: float = column("reading the document from its source", unit="seconds", default=0.0)
-    tokenize_seconds: float = column("building the prompt and decoding the output", unit="seconds", default=0.0)
+    tokenize_seconds: float = column(
+        "building the prompt, decoding the output, finding its evidence and flags", unit="seconds", default=0.0
+    )
     total_seconds: float = column("from the worker's taking the document to its result", unit="seconds", default=0.0)
     truncated_tokens: int = column("tokens cut from the document's middle to make it fit", unit="tokens", default=0)
     parts: int = column(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from pipeline.results.store import Store
 
 _COLUMNS = (
     "status", "error", "document_id", "prompt_tokens", "output_tokens", "time_to_first_token", "decode_seconds",
-    "density", "attention", "attention_reason", "truncated_tokens", "parts", "finish_reason", "question_id",
+    "density", "attention", "attention_reason", "truncated_tokens", "parts", "finish_reason", "flags", "question_id",
     "prefix_tokens",
 )  # fmt: skip
 
@@ -30,7 +31,8 @@ class JobReport:
     prefix_tokens: of prompt_tokens, those that were read for another question already.
     decode_rate: output tokens a second of one document while it decodes. density: mean over sparse documents.
     why_dense: of one of the documents that were to run sparse and did not, empty without any. truncated: documents
-    that were cut to fit; cut: those whose outputs end at --max-new-tokens.
+    that were cut to fit; cut: those whose outputs end at --max-new-tokens. flagged: outputs with flags;
+    flags: how many have each one, most first.
     seconds, done_now: of this run alone; seconds from the first dispatch to the last row. stats: see pipeline.job.job.
     """
 
@@ -49,6 +51,8 @@ class JobReport:
     why_dense: str = ""
     truncated: int = 0
     cut: int = 0
+    flagged: int = 0
+    flags: dict[str, int] = field(default_factory=dict)
     in_parts: int = 0
     files: int = 0
     first_errors: tuple[tuple[str, str, str], ...] = ()
@@ -91,6 +95,7 @@ def summarize_results(store: Store, documents: int, asked: Sequence[str] = (SUMM
     )
     sparse = np.array([value == "stem" for value in done["attention"].to_pylist()], dtype=bool)
     reasons = done["attention_reason"].to_pylist()
+    flags = [tuple(value or ()) for value in done["flags"].to_pylist()]
     # The first token comes out of the prefill; decode steps made the others.
     steps = np.maximum(out - 1, 0)
     return JobReport(
@@ -111,6 +116,8 @@ def summarize_results(store: Store, documents: int, asked: Sequence[str] = (SUMM
         why_dense=next((why for why, stem in zip(reasons, sparse, strict=True) if why and not stem), ""),
         truncated=int((_numbers(done, "truncated_tokens") > 0).sum()),
         cut=done["finish_reason"].to_pylist().count("length"),
+        flagged=sum(map(bool, flags)),
+        flags=dict(Counter(name for each in flags for name in each).most_common()),
         in_parts=int((_numbers(done, "parts") > 1).sum()),
         files=len(part_names(store)),
         first_errors=tuple((_who(row, len(asked) > 1), row["status"], row["error"]) for row in bad),

@@ -28,7 +28,7 @@ GROUPS = {
     "model": "The model. A folder needs `config.json`, a tokenizer, and `*.safetensors` or `pytorch_model.bin`; a "
     "`.gguf` file holds all of that.",
     "prompt": "What the model is asked about each document.",
-    "generation": "How the output is generated.",
+    "generation": "How the output is generated, and looked up in the document.",
     "attention": "How prompts are read. What each setting means in full, and the presets' values: "
     "[Stem's fields and presets](#stems-fields-and-presets).",
     "engine": "Device, number format and memory of each worker.",
@@ -132,6 +132,14 @@ class JobConfig(Sampling, EngineSettings):
     )
 
     max_new_tokens: int = setting(256, "most tokens to generate", low=1, group="generation", changes_output=True)
+
+    evidence: str = setting(
+        "on",
+        "passages of the document that say what each sentence of the output says, in the column evidence",
+        kind="switch",
+        choices=("off", "on"),
+        group="generation",
+    )
 
     attention: str = setting(
         "stem", "attention of the prefill", choices=("stem", "dense"), group="attention", changes_output=True

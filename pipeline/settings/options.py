@@ -111,6 +111,11 @@ def _date(name: str, value: Any) -> str:
         raise SettingError(name, "a date like 2026-11-28", value) from None
 
 
+def _switch(name: str, value: Any) -> str:
+    """YAML reads a bare `on` or `off` as a truth value."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else _text(name, value)
+
+
 def _shard(name: str, value: Any) -> str:
     index, slash, count = (value if isinstance(value, str) else "").partition("/")
     numbers = slash and index.isdecimal() and count.isdecimal() and len(index) < 10 and len(count) < 10
@@ -130,4 +135,5 @@ KINDS: dict[str, Callable[[str, Any], Any]] = {
     "auto_int": _whole_or_auto,
     "date": _date,
     "shard": _shard,
+    "switch": _switch,
 }

@@ -26,6 +26,8 @@ from pipeline.prompts.tokens import Tokens, load_tokens
 from pipeline.results.columns import utc_now
 from pipeline.results.kept_columns import Kept, prompt_text
 from pipeline.results.rows import EngineFields, Outcome, Row, WorkerFields
+from pipeline.review.evidence import find_evidence
+from pipeline.review.flags import find_flags
 from pipeline.source import Asked, Document, DocumentReader, input_hash
 from pipeline.workers.loop import EngineBrokenError, EngineLike, EngineLoop
 from pipeline.workers.metrics import report_arena
@@ -46,6 +48,7 @@ class WorkerConfig:
     """All that a worker needs to know. threads: for torch on a CPU; 0 leaves its default. deadline: seconds; 0 none.
 
     model_name: what the rows call the model. today: the date for chat templates that print one.
+    evidence: whether rows get the passages that support the output.
     engine_factory: "module:name" of a callable EngineConfig -> engine.
     """
 
@@ -61,6 +64,7 @@ class WorkerConfig:
     template_args: Mapping[str, Any] | None = None
     thinking: str = "off"
     kept: tuple[pa.Field, ...] = ()
+    evidence: bool = True
     deadline: float = 0.0
     grace: float = GRACE_SECONDS
     threads: int = 0
@@ -103,6 +107,7 @@ class Ask:
     """A question to a document that is in the worker: its row's columns as far as they are known.
 
     completions: of its prompts, in the order in which they came back. outcome: what became of it, once that is known.
+    unread: characters [start, end) of the document's text that were cut out to make it fit.
     """
 
     task: Task
@@ -110,6 +115,7 @@ class Ask:
     fields: WorkerFields
     completions: list[Completion] = field(default_factory=list)
     outcome: Outcome | None = None
+    unread: tuple[int, int] | None = None
 
 
 @dataclass
@@ -117,13 +123,14 @@ class Work:
     """A document in the worker.
 
     fields: what its rows have in common, and the seconds that are spent once for all questions. columns: texts of the
-    columns in its prompts. requests: ids of those that are in the engine. chunk_tokens: prefill steps at most so long;
-    None: as the engine's configuration says. asks: its questions, once it is read.
+    columns in its prompts. text: of the document. requests: ids of those that are in the engine. chunk_tokens: prefill
+    steps at most so long; None: as the engine's configuration says. asks: its questions, once it is read.
     """
 
     document: Document
     fields: WorkerFields
     begun: float
+    text: str = ""
     columns: dict[str, str] = field(default_factory=dict)
     chunk_tokens: int | None = None
     requests: list[str] = field(default_factory=list)
@@ -208,6 +215,7 @@ class Worker:
         try:
             async with limit:
                 text, kept = await self._read(work)
+                work.text = text
                 await self._in_reader(work, self._take_questions, work, kept)
                 await self._answer(text, work.asks, work)
         except EngineBrokenError:
@@ -325,7 +333,7 @@ class Worker:
         """Find the outcomes of questions to a document, which is read once for those whose prompts begin alike."""
         asks = [ask for ask in asks if ask.outcome is None]
         for ask, outcome in zip(asks, await self._outcomes(text, asks, work, Place()), strict=True):
-            ask.outcome = ask.outcome or outcome
+            ask.outcome = ask.outcome or await self._review(ask, outcome, work)
 
     async def _outcomes(self, text: str, asks: list[Ask], work: Work, place: Place) -> list[Outcome]:
         """What becomes of questions to a text, a document or a part of it, in their order. Raises EngineBrokenError."""
@@ -419,6 +427,7 @@ class Worker:
         for ask, prompt in zip(asks, built, strict=True):
             if isinstance(prompt, Prompt):
                 ask.fields.truncated_tokens += prompt.truncated_tokens
+                ask.unread = ask.unread or prompt.unread
         return built
 
     async def _splits(self, work: Work, text: str, asks: list[Ask], place: Place) -> list[list[str] | Exception]:
@@ -483,7 +492,7 @@ class Worker:
         ask.fields.tokenize_seconds += time.perf_counter() - begin
         ask.fields.total_seconds = time.perf_counter() - work.begun
         if place.is_document:
-            ask.outcome = outcome  # it stands, though others should not be done in time
+            ask.outcome = outcome = await self._review(ask, outcome, work)  # it stands, though others be late
         return outcome
 
     def _outcome(self, ask: Ask, request: Request, completion: Completion) -> Outcome:
@@ -496,6 +505,21 @@ class Worker:
         return Outcome(
             status="ok", output=answer.text, finish_reason=completion.finish_reason, reasoning=answer.reasoning
         )
+
+    async def _review(self, ask: Ask, outcome: Outcome, work: Work) -> Outcome:
+        """An outcome that is ok with what its document's text tells of the output."""
+        output = outcome.output
+        if outcome.status != "ok" or output is None:
+            return outcome
+
+        def review() -> Outcome:
+            flags = tuple(find_flags(work.text, output, outcome.finish_reason))
+            passages = tuple(find_evidence(work.text, output, ask.unread)) if self._config.evidence else None
+            return replace(outcome, flags=flags, evidence=passages)
+
+        reviewed, seconds = await self._in_reader(work, review)
+        ask.fields.tokenize_seconds += seconds
+        return reviewed
 
     async def _in_reader(self, work: Work, call: Callable[..., T], *args: Any) -> tuple[T, float]:
         """Run something in the reader thread; its result and seconds. The wait before counts as queueing."""

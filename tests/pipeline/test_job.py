@@ -71,6 +71,40 @@ def test_thinking_has_its_column_and_a_cut_inside_it_is_no_answer(tmp_path: Path
     assert rows(out)["cut"]["finished_at"] > found["cut"]["finished_at"], again.counts
 
 
+def test_rows_have_flags_and_evidence(tmp_path: Path, out: Path, model: Path) -> None:
+    where = "It rained on Monday. " * 9 + "Nobody but the clerk has the answer. " + "It rained on Monday. " * 9
+    docs = write(tmp_path / "docs", {"says": where, "cut": f"CUT {where}", "other": "It rained.", "bad": "ALWAYSOOM"})
+    report = job(docs, out, model)
+    assert (report.flagged, report.flags) == (1, {"cut": 1})
+    found = rows(out)
+    assert {name: row["flags"] for name, row in found.items()} == {"says": [], "cut": ["cut"], "other": [], "bad": None}
+    (passage,) = found["says"]["evidence"]
+    begin = where.index("the answer")
+    assert passage == {
+        "output_start": 0, "output_end": 10, "start": begin, "end": begin + len("the answer."),
+        "score": pytest.approx(1.0),
+    }  # fmt: skip
+    assert found["cut"]["evidence"][0]["start"] == begin + 4
+    assert found["other"]["evidence"] == []
+    assert found["bad"]["evidence"] is None
+    job(docs, out, model, evidence="off", retry_failed=True)
+    assert rows(out)["says"]["evidence"], "a job goes on with another setting"
+    plain = job(docs, tmp_path / "plain", model, evidence="off")
+    assert plain.flags == {"cut": 1}
+    assert {row["evidence"] for row in rows(tmp_path / "plain").values()} == {None}
+
+
+def test_evidence_of_documents_in_parts_and_of_truncated_ones(tmp_path: Path, model: Path) -> None:
+    text = "It rained on Monday. " * 90 + "Nobody but the clerk has the answer. " + "It rained on Tuesday. " * 90
+    docs = write(tmp_path / "docs", {"long": text})
+    for policy, there in (("map-reduce", True), ("truncate", False)):
+        job(docs, tmp_path / policy, model, too_long=policy, max_context=400)
+        (row,) = rows(tmp_path / policy).values()
+        assert (row["status"], row["parts"] > 1, row["truncated_tokens"] > 0) == ("ok", there, not there)
+        begins = [each["start"] for each in row["evidence"]]
+        assert begins == ([text.index("the answer")] if there else [])
+
+
 def test_every_document_has_a_full_row(tmp_path: Path, out: Path, model: Path) -> None:
     bad = {"empty": "", "good": "The text is fine."}
     docs = write(tmp_path / "docs", TEXTS | bad)

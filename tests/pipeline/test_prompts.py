@@ -146,6 +146,22 @@ def test_truncation_cuts_the_middle_of_the_document_and_counts(tokenizer: Any, b
         builder.build(text, 10, truncate=True)
 
 
+@pytest.mark.parametrize(
+    "text", ["Start words. " + "filler sentence here. " * 300 + " Last words.", "über 東京。 " * 200]
+)
+def test_what_truncation_cuts_out_is_known_by_its_characters(tokenizer: Any, builder: PromptBuilder, text: str) -> None:
+    assert builder.build(text, 10**6).unread is None
+    cut = builder.build(text, 200, truncate=True)
+    assert cut.unread is not None
+    begin, end = cut.unread
+    # Give or take a token at either end.
+    shown = tokenizer.decode(cut.ids)
+    assert text[: begin - 8] in shown
+    assert text[end + 8 :] in shown
+    hidden = len(tokenizer(text[begin:end], add_special_tokens=False)["input_ids"])
+    assert abs(hidden - cut.truncated_tokens) <= 4
+
+
 @pytest.mark.parametrize("limit", [48, 64, 300])
 def test_parts_hold_the_whole_text_and_fit(builder: PromptBuilder, limit: int) -> None:
     text = "\n\n".join(f"Paragraph {i}. " + "The quiet committee met. " * (i % 7) for i in range(60))

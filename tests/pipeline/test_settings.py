@@ -47,6 +47,7 @@ def test_only_settings_that_can_change_an_output_are_fingerprinted() -> None:
         {"output": "x"},
         {"max_live": 2},
         {"max_output_error": 0},
+        {"evidence": "off"},
     ]
     other = [{"max_new_tokens": 9}, {"seed": 1}, {"budget": 0.3}, {"attention": "dense"}, {"too_long": "truncate"}]
     other += [{"preset": "release"}, {"precision": "fp16"}, {"block_size": 64}, {"temperature": 0.5}]
@@ -253,3 +254,14 @@ def test_an_object_store_holds_documents_and_results() -> None:
     assert read_results("mock:///bucket/out").num_rows == 3
     with store.filesystem.open_input_file(store.path(part_names(store)[0])) as file:
         assert pq.read_table(file).num_rows == 3
+
+
+@pytest.mark.parametrize(("value", "taken"), [("on", "on"), ("off", "off"), (True, "on"), (False, "off")])
+def test_evidence_may_be_a_bare_on_or_off_of_yaml(value: Any, taken: str) -> None:
+    assert config(evidence=value).evidence == taken
+
+
+@pytest.mark.parametrize("value", ["maybe", 1, None])
+def test_evidence_is_on_or_off(value: Any) -> None:
+    with pytest.raises(JobError, match="--evidence must be"):
+        config(evidence=value)

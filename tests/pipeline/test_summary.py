@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,8 @@ def results(tmp_path: Path) -> Path:
     sink = Sink(store, result_schema(), flush_documents=10, flush_seconds=1)
     for number, reason in enumerate(["stop", "length", "length", None]):
         status = "ok" if reason else "error"
-        sink.add(make_row(f"d{number}", "x", status, output="out", finish_reason=reason, prompt_tokens=5))
+        flags = [["copied"], ["cut", "copied"], ["cut"], None][number]
+        sink.add(make_row(f"d{number}", "x", status, output="out", finish_reason=reason, prompt_tokens=5, flags=flags))
     sink.flush()
     return tmp_path
 
@@ -61,3 +63,14 @@ def test_reports_and_progress_count_them(results: Path, capsys: pytest.CaptureFi
     progress.add([make_row("b", "x", "ok", finish_reason="stop")], 1)
     progress.add([make_row("c", "x", "error")], 1)
     assert "1 failed · 1 cut off" in progress.line()
+
+
+def test_a_job_ends_with_its_flags(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = summed(results)
+    assert (report.flagged, report.flags) == (3, {"copied": 2, "cut": 2})
+    show(report)
+    assert "3 of 3 outputs are flagged: 2 copied, 2 cut (column flags)" in capsys.readouterr().out
+    show(replace(report, flagged=1, flags={"cut": 1}))
+    assert "1 of 3 outputs is flagged: 1 cut (column flags)" in capsys.readouterr().out
+    show(replace(report, flagged=0, flags={}))
+    assert "flagged" not in capsys.readouterr().out

@@ -31,6 +31,7 @@ TYPES = {
     "map": "mapping; JSON after the flag",
     "auto_int": "whole number or `auto`",
     "shard": "`i/n`",
+    "switch": "text",
     "date": "date, `2026-11-28`",
 }
 HUGE = 1_000_000  # upper limits that nobody meets are left out

@@ -7,13 +7,14 @@ import pyarrow as pa
 from pipeline.job import manifest
 from pipeline.results import lock, sink, store
 from pipeline.results.columns import Column
-from pipeline.results.rows import COLUMNS, STATUSES
+from pipeline.results.rows import COLUMNS, PASSAGES, STATUSES
 from pipeline.settings.config import JobConfig
 from tools.docs.markdown import table
 
 TYPES = {
     "string": "text", "double": "float64", "float": "float32", "timestamp[us, tz=UTC]": "timestamp (µs, UTC)",
-    str(pa.list_(pa.float32())): "list of float32",
+    str(pa.list_(pa.float32())): "list of float32", str(pa.list_(pa.string())): "list of text",
+    str(PASSAGES): "list of `output_start`, `output_end` (int32), `start`, `end` (int64), `score` (float32)",
 }  # fmt: skip
 
 
