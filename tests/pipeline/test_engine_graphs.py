@@ -155,7 +155,11 @@ def test_masked_steps_are_captured_in_two_parts_and_replayed(monkeypatch: pytest
     parts = [
         part
         for rows in (8, 4, 2, 1)
-        for part in (("_forward", StepKey(rows, False)), ("_sample", StepKey(rows, False)), ("_sample", StepKey(rows, True)))
+        for part in (
+            ("_forward", StepKey(rows, False)),
+            ("_sample", StepKey(rows, False)),
+            ("_sample", StepKey(rows, True)),
+        )
     ]
     assert remembered == parts
     cuda.replayed.clear()
