@@ -60,9 +60,9 @@ def write_kernel(
     tl.store(target, stored, (d < D)[:, None] & (place < tl.cdiv(tokens, GROUP) * GROUP)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def append_kernel(
-    k, v, k_arena, vt_arena, k_scale, v_scale, slots, k_stride_s, k_stride_h, v_stride_s, v_stride_h,
+    k, v, k_arena, vt_arena, k_scale, v_scale, slots, tokens, k_stride_s, k_stride_h, v_stride_s, v_stride_h,
     ka_stride_h, ka_stride_t, va_stride_h, va_stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """Program (KV head, token). RUN: of how many tokens a group can get values in this launch, at most."""
@@ -82,7 +82,7 @@ def append_kernel(
     # The group's first token clears the places of the others, but for those that other programs write meanwhile.
     cleared = (within >= 0) & (slot % GROUP == 0)
     for ahead in tl.static_range(1, RUN):
-        following = tl.load(slots + s + ahead, mask=s + ahead < tl.num_programs(1), other=-1)
+        following = tl.load(slots + s + ahead, mask=s + ahead < tokens, other=-1)
         cleared = cleared & ((within != place_of(ahead)) | (following != slot + ahead))
     written = own | cleared
     tl.store(target, to_fp8(columns, tl.load(v_scale + head)), real[:, None] & written[None, :])
@@ -114,7 +114,7 @@ def append_kv(
     """See kernels.fp8_heads."""
     tokens, heads, D = k.shape
     append_kernel[(heads, tokens)](
-        k, v, k_arena, vt_arena, scales.k, scales.v, slots, *k.stride()[:2], *v.stride()[:2],
+        k, v, k_arena, vt_arena, scales.k, scales.v, slots, tokens, *k.stride()[:2], *v.stride()[:2],
         *k_arena.stride()[:2], *vt_arena.stride()[:2], D=D, BLOCK_D=triton.next_power_of_2(D),
         RUN=min(run, KEY_GROUP), num_warps=2,
     )  # fmt: skip
