@@ -66,7 +66,7 @@ class Engine:
         self._masks = TokenMasks(config.max_live, self._runner.vocabulary, device) if config.grammars else None
         # A state that has read a wrong draft cannot go back.
         use_lookup = config.prompt_lookup == "auto" and not self._runner.states
-        self._lookup = LookupPolicy(PAYS[device.type]) if use_lookup else None
+        self._lookup = LookupPolicy(PAYS["cuda" if on_gpu else "cpu"]) if use_lookup else None
         self._decode = DecodeRunner(
             self._runner, self._arena, self._batch, self._plan.max_context, use_graphs,
             None if self._masks is None else self._masks.device, lookup=use_lookup,

@@ -72,7 +72,7 @@ class Oracle:
             if not length:
                 continue
             first: tuple[int, ...] = (int(ids[start]),)
-            if "prefix_starts" in options and options["prefix_lengths"][row]:
+            if options["prefix_starts"] is not None and options["prefix_lengths"][row]:
                 first = (int(ids[options["prefix_starts"][row]]), *first)
             going_on = self._said[first][length : length + drafts]
             for place, token in enumerate(going_on):

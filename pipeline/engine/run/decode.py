@@ -186,9 +186,14 @@ class DecodeRunner:
         # The newest token lies with the others from here on; its keys and values come in this step, too.
         slots = (ints[START] + lengths - 1 - before).masked_fill(lengths == 0, self._arena.scratch)
         self._arena.ids.index_copy_(0, slots, ints[TOKEN].to(torch.int32))
-        prefixes = {"prefix_starts": ints[PREFIX_START], "prefix_lengths": before} if key.shared else {}
         drafts, counts = find_drafts(
-            self._arena.ids, ints[START], lengths, drafts=key.drafts, max_length=self._max_context, **prefixes
+            self._arena.ids,
+            ints[START],
+            lengths,
+            drafts=key.drafts,
+            max_length=self._max_context,
+            prefix_starts=ints[PREFIX_START] if key.shared else None,
+            prefix_lengths=before if key.shared else None,
         )
         return drafts, counts.minimum(ints[LIMIT] - ints[EMITTED] - 1).clamp(min=0)
 

@@ -117,10 +117,11 @@ def _all_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     for model in ("random", "trained"):
         per_step = [found.get(model, {}).get("auto", {}).get("tokens_per_step") for found in looked]
         add(f"lookup, {model}: tokens of a step", [_text(tokens, "{:.2f}") for tokens in per_step])
-        seconds = [
-            [found.get(model, {}).get(name, {}).get("decode_seconds") for found in looked] for name in ("off", "auto")
+        times = [
+            {name: run["decode_seconds"] for name, run in found.get(model, {}).items() if name in ("off", "auto")}
+            for found in looked
         ]
-        gains = [off / auto if off and auto else None for off, auto in zip(*seconds, strict=True)]
+        gains = [each["off"] / each["auto"] if len(each) == 2 else None for each in times]
         add(f"lookup, {model}: decode, times as fast", [_text(gain, "{:.2f}x") for gain in gains])
     busy = [arm.get("busy") or {} for arm in arms]
     add("GPU busy (profiler)", [_text(b.get("busy_share"), "{:.1%}") for b in busy])
