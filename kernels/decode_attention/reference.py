@@ -41,26 +41,25 @@ def decode_attention(
             continue
         begins = [0 if window is None else max(0, end - window) for end in ends]
         s, first, prefix = rows[0], min(begins), max(before[s] for s in rows)
+        these = slice(s, s + len(rows))
         seen = slice(own_starts[s] + max(0, first - prefix), own_starts[s] + own[s])
         shared = slice(before_starts[s] + min(first, prefix), before_starts[s] + prefix)
         keys, values = (
             (torch.cat([x[:, shared], x[:, seen]], dim=1) if own[s] and prefix else x[:, shared if prefix else seen])
             for x in (k, v)
         )
-        queries = q[rows].float().view(len(rows), kv_heads, H // kv_heads, D).transpose(0, 1)
+        queries = q[these].float().view(len(rows), kv_heads, H // kv_heads, D).transpose(0, 1)
         logits = (queries.flatten(1, 2) @ keys.float().mT * scale).unflatten(1, queries.shape[1:3])
         if len(rows) > 1:
             place = torch.arange(first, first + keys.shape[1], device=q.device)
-            unseen = (place < torch.tensor(begins, device=q.device)[:, None]) | (
-                place >= torch.tensor(ends, device=q.device)[:, None]
-            )
-            logits = logits.masked_fill(unseen[:, None], float("-inf"))
+            for row, (begin, end) in enumerate(zip(begins, ends, strict=True)):
+                logits[:, row].masked_fill_((place < begin) | (place >= end), float("-inf"))
         if sinks is not None:
             sink = sinks.float().view(kv_heads, 1, H // kv_heads, 1).expand(*logits.shape[:3], 1)
             logits = torch.cat([logits, sink], dim=-1)
         weights = torch.softmax(logits, dim=-1)[..., : keys.shape[1]]
         found = (weights.flatten(1, 2) @ values.float()).unflatten(1, queries.shape[1:3])
-        out[rows] = found.transpose(0, 1).reshape(len(rows), H, D).to(q.dtype)
+        out[these] = found.transpose(0, 1).reshape(len(rows), H, D).to(q.dtype)
     return out
 
 

@@ -16,6 +16,7 @@ from kernels.prompt_lookup import find_drafts
 from pipeline.engine.kv.arena import Arena
 from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.run.batch import (
+    BOUND,
     DRAFTS,
     EMITTED,
     LENGTH,
@@ -162,20 +163,15 @@ class DecodeRunner:
     def _decode(self, key: StepKey) -> Tensor:
         """Logits [rows, V] behind the rows' newest tokens."""
         ints = self._batch.ints[:, : key.rows]
-        bounds, prefixes = self._surroundings(key)
-        return self._runner.decode(
-            ints[TOKEN], ints[START], ints[LENGTH], bounds, self._arena, self._max_context, prefixes
-        )
+        where = ints[START], ints[LENGTH], ints[BOUND], self._arena, self._max_context, self._prefixes(key)
+        return self._runner.decode(ints[TOKEN], *where)
 
     def _verify(self, key: StepKey) -> None:
         """A step in which every row verifies drafts."""
         ints = self._batch.ints[:, : key.rows]
-        bounds, prefixes = self._surroundings(key)
+        where = ints[START], ints[LENGTH], ints[BOUND], self._arena, self._max_context, self._prefixes(key)
         drafts, counts = self._find_drafts(key)
-        tokens = torch.cat([ints[TOKEN][:, None], drafts], dim=1)
-        logits = self._runner.verify(
-            tokens, counts, ints[START], ints[LENGTH], bounds, self._arena, self._max_context, prefixes
-        )
+        logits = self._runner.verify(torch.cat([ints[TOKEN][:, None], drafts], dim=1), counts, *where)
         self._batch.advance_verified(logits, drafts, counts, key.sampled)
 
     def _find_drafts(self, key: StepKey) -> tuple[Tensor, Tensor]:
@@ -197,22 +193,17 @@ class DecodeRunner:
         )
         return drafts, counts.minimum(ints[LIMIT] - ints[EMITTED] - 1).clamp(min=0)
 
-    def _surroundings(self, key: StepKey) -> tuple[Tensor, Prefixes | None]:
-        """The tokens that each row's document can come to, int64 [rows], and the prefixes that rows share."""
+    def _prefixes(self, key: StepKey) -> Prefixes | None:
+        """What rows of a step share; None for nothing."""
+        if not key.shared:
+            return None
         ints = self._batch.ints[:, : key.rows]
-        lengths = ints[LENGTH]
-        bounds = lengths - ints[EMITTED] + ints[LIMIT]
-        prefixes = None
-        if key.shared:
-            # A shared prefix was read for many: its length alone bounds what follows it (pipeline.engine.model.rope).
-            bounds = torch.where(ints[PREFIX_LENGTH] > 0, ints[PREFIX_LENGTH], bounds)
-            prefixes = Prefixes(
-                starts=ints[PREFIX_START],
-                lengths=ints[PREFIX_LENGTH].to(torch.int32),
-                members=self._batch.members[: key.rows, : key.shared],
-                max_length=self._max_context,
-            )
-        return bounds, prefixes
+        return Prefixes(
+            starts=ints[PREFIX_START],
+            lengths=ints[PREFIX_LENGTH].to(torch.int32),
+            members=self._batch.members[: key.rows, : key.shared],
+            max_length=self._max_context,
+        )
 
     def _capture(self, capturer: Graphs, part: Hashable, work: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         """The captured step; None, and a warning, for a model whose step cannot be captured."""
