@@ -59,8 +59,10 @@ def test_prompt_lookup_is_timed(tmp_path: Path) -> None:
     assert places == [(200, 1), (200, 2), (100, 1), (100, 2)]
     for point in found["steps"]:
         assert point["cost"] == pytest.approx(point["drafts_ms"] / point["plain_ms"])
-    assert found["trained"]["off"]["tokens_per_step"] == 1.0 < found["trained"]["auto"]["tokens_per_step"]
-    assert found["trained"]["outputs_that_part_per_1000_tokens"] == 0
+    assert set(found["random"]) == {"off", "auto"}
+    trained = results["lookup_of_trained"]["fp32"]
+    assert trained["off"]["tokens_per_step"] == 1.0 < trained["auto"]["tokens_per_step"]
+    assert trained["outputs_that_part_per_1000_tokens"] == 0
     assert {row[0] for row in rows(results)} >= {
         "lookup, 1 x 200: step with drafts over plain", "lookup, trained: tokens of a step",
     }  # fmt: skip
@@ -84,6 +86,7 @@ def test_time_limit_skips_and_says_so(tmp_path: Path) -> None:
     assert [line.split(" ")[0] for line in skipped] == [
         "agreement:",
         "questions:",
+        "lookup:",
         "baseline:",
         "latency:",
         "job:",

@@ -31,7 +31,7 @@ from tools.benchmark.engine.agreement import MODEL, check_agreement
 from tools.benchmark.engine.baseline import Baseline, BaselinePoint, job_baseline
 from tools.benchmark.engine.breakdown import profile_prefill
 from tools.benchmark.engine.errors import measure_errors, real_prompt
-from tools.benchmark.engine.lookup import lookup
+from tools.benchmark.engine.lookup import lookup, lookup_of_trained
 from tools.benchmark.engine.phases import decode_by_batch, gpu_busy, job, latency, random_prompts, warm_up
 from tools.benchmark.engine.questions import ask, prompts_of
 from tools.benchmark.engine.report import plot, show
@@ -144,6 +144,7 @@ def main(arguments: argparse.Namespace) -> int:
             print("engine and generate do not write the same tokens: nothing was timed")
             return 2
         run.phase("questions: agreement", lambda: _questions_agree(run, config))
+        run.phase("lookup: trained model", lambda: _lookup_of_trained(run, config))
         run.phase("baseline", lambda: _baseline(run, config))
         vocabulary = load_config(config).get_text_config().vocab_size
         for arm in arms:
@@ -211,6 +212,13 @@ def _questions_agree(run: Run, config: EngineConfig) -> None:
     run.results["questions_agreement"] = found
     if not found["ok"]:
         raise JobError("requests that share a prefix do not write generate's tokens: their times mean nothing")
+
+
+def _lookup_of_trained(run: Run, config: EngineConfig) -> None:
+    found = run.results["lookup_of_trained"] = {}
+    for asked in run.arguments.precision:
+        made = replace(config, precision=asked)
+        found[load_precision(made).name] = lookup_of_trained(config.device, asked)
 
 
 def _baseline(run: Run, config: EngineConfig) -> None:
@@ -288,7 +296,7 @@ def _many_documents(run: Run, arm: Arm, vocabulary: int, with_decode: bool) -> N
                 "job": lambda: job(engine, _job_lengths(arguments), new, vocabulary),
                 "questions": questions,
                 "decode": lambda: decode_by_batch(engine, ends, arguments.batches),
-                "lookup": lambda: lookup(engine, arm.config, ends, sorted({1, arguments.max_live}), new, vocabulary),
+                "lookup": lambda: lookup(engine, ends, sorted({1, arguments.max_live}), new, vocabulary),
                 "busy": lambda: gpu_busy(engine, busy, min(new, 24), vocabulary),
             }
             found[phases[0]] = units[phases[0]]()

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.engine import Engine, EngineConfig
 from pipeline.engine.probes.timing import decode_step_ms
 from pipeline.engine.run.batch import DRAFTS
-from pipeline.engine.run.lookup import PAYS
+from pipeline.engine.run.lookup import PAYS, LookupPolicy
 from tools.benchmark.engine.agreement import MODEL, report_prompts
 from tools.benchmark.engine.phases import random_prompts, run_documents
 
@@ -43,41 +43,42 @@ def step_costs(engine: Engine, lengths: Sequence[int], batches: Sequence[int]) -
 
 
 def lookup(
-    engine: Engine, config: EngineConfig, lengths: Sequence[int], batches: Sequence[int], new_tokens: int, vocab: int
+    engine: Engine, lengths: Sequence[int], batches: Sequence[int], new_tokens: int, vocab: int
 ) -> dict[str, Any]:
-    """Costs of steps; the same random documents with and without lookup, as jobs run it; and the trained model's.
+    """Costs of steps, and the same random documents without and with lookup, by the policy that jobs have.
 
-    engine: of `config`, without prompt lookup. Random weights quote nothing, unless they repeat themselves: the tokens
-    of a step say so.
+    Random weights quote nothing, unless they repeat themselves: the tokens of a step say so.
     """
-    found: dict[str, Any] = {
-        "drafts": DRAFTS,
-        "pays_from": PAYS[config.torch_device().type],
-        "steps": step_costs(engine, lengths, batches),
-    }
-    prompts = random_prompts([min(lengths)] * 2, vocab, seed=21)
-    found["random"] = {"off": _decoded(engine, prompts, new_tokens)}
-    with_lookup = Engine(replace(config, prompt_lookup="auto"), engine._runner)
-    found["random"]["auto"] = _decoded(with_lookup, prompts, new_tokens)
-    with_lookup.close()
-    reports = report_prompts([8000, 5000, 2500, 1200])
-    own = EngineConfig(str(MODEL), device=config.device, precision=config.precision, max_live=4, arena_tokens=32768)
-    outputs = {}
-    found["trained"] = {}
-    for setting in ("off", "auto"):
-        trained = Engine(replace(own, prompt_lookup=setting))
-        run_documents(trained, reports[-1:], 8)
-        found["trained"][setting], outputs[setting] = _measured(trained, reports, 64)
-        trained.close()
-    pairs = list(zip(outputs["off"], outputs["auto"], strict=True))
-    parted = [first != second for first, second in pairs]
-    tokens = sum(len(first) for first, _ in pairs)
-    found["trained"]["outputs_that_part_per_1000_tokens"] = 1000 * sum(parted) / tokens
+    pays = PAYS["cuda" if engine.describe()["device"].startswith("cuda") else "cpu"]
+    found: dict[str, Any] = {"drafts": DRAFTS, "pays_from": pays, "steps": step_costs(engine, lengths, batches)}
+    prompts = random_prompts([min(lengths)] * min(2, max(batches)), vocab, seed=21)
+    own = engine._lookup
+    try:
+        found["random"] = {}
+        for setting, policy in (("off", None), ("auto", LookupPolicy(pays))):
+            engine._lookup = policy
+            run_documents(engine, random_prompts([300] * len(prompts), vocab, seed=22), 8)  # steps are captured
+            found["random"][setting], _ = _measured(engine, prompts, new_tokens)
+    finally:
+        engine._lookup = own
     return found
 
 
-def _decoded(engine: Engine, prompts: Sequence[Any], new_tokens: int) -> dict[str, Any]:
-    return _measured(engine, prompts, new_tokens)[0]
+def lookup_of_trained(device: str, precision: str) -> dict[str, Any]:
+    """The trained model on reports of its kind, without and with lookup, and how often outputs part."""
+    reports = report_prompts([8000, 5000, 2500, 1200])
+    config = EngineConfig(str(MODEL), device=device, precision=precision, max_live=4, arena_tokens=32768)
+    found: dict[str, Any] = {}
+    outputs = {}
+    for setting in ("off", "auto"):
+        engine = Engine(replace(config, prompt_lookup=setting))
+        run_documents(engine, reports, 8)
+        found[setting], outputs[setting] = _measured(engine, reports, 64)
+        engine.close()
+    pairs = list(zip(outputs["off"], outputs["auto"], strict=True))
+    parted = sum(first != second for first, second in pairs)
+    found["outputs_that_part_per_1000_tokens"] = 1000 * parted / sum(len(first) for first, _ in pairs)
+    return found
 
 
 def _measured(engine: Engine, prompts: Sequence[Any], new_tokens: int) -> tuple[dict[str, Any], list[list[int]]]:

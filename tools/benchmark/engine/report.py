@@ -114,14 +114,12 @@ def _all_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
             f"lookup, {documents} x {length:,}: step with drafts over plain",
             [_text(point.get("cost"), "{:.3f}x") for point in points],
         )
-    for model in ("random", "trained"):
-        per_step = [found.get(model, {}).get("auto", {}).get("tokens_per_step") for found in looked]
+    trained = results.get("lookup_of_trained", {})
+    by_arm = [trained.get(name.rsplit("-", 1)[1], {}) for name in results["engine"]]
+    for model, runs in (("random", [found.get("random", {}) for found in looked]), ("trained", by_arm)):
+        per_step = [each.get("auto", {}).get("tokens_per_step") for each in runs]
         add(f"lookup, {model}: tokens of a step", [_text(tokens, "{:.2f}") for tokens in per_step])
-        times = [
-            {name: run["decode_seconds"] for name, run in found.get(model, {}).items() if name in ("off", "auto")}
-            for found in looked
-        ]
-        gains = [each["off"] / each["auto"] if len(each) == 2 else None for each in times]
+        gains = [each["off"]["decode_seconds"] / each["auto"]["decode_seconds"] if each else None for each in runs]
         add(f"lookup, {model}: decode, times as fast", [_text(gain, "{:.2f}x") for gain in gains])
     busy = [arm.get("busy") or {} for arm in arms]
     add("GPU busy (profiler)", [_text(b.get("busy_share"), "{:.1%}") for b in busy])
