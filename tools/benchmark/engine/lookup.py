@@ -57,7 +57,9 @@ def lookup(
         found["random"] = {}
         for setting, policy in (("off", None), ("auto", LookupPolicy(pays))):
             engine._lookup = policy
-            run_documents(engine, random_prompts([300] * len(prompts), vocab, seed=22), 8)  # steps are captured
+            run_documents(
+                engine, random_prompts([min(lengths) // 2] * len(prompts), vocab, seed=22), 4
+            )  # steps are captured
             found["random"][setting], _ = _measured(engine, prompts, new_tokens)
     finally:
         engine._lookup = own
