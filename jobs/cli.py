@@ -85,6 +85,7 @@ _PLACEHOLDERS = {
     "map": "JSON",
     "encoding": "NAME",
     "schema": "FILE",
+    "questions": "YAML",
 }
 
 
@@ -97,6 +98,8 @@ def _argument(item: Field[Any]) -> dict[str, Any]:
         return about | {"action": argparse.BooleanOptionalAction}
     if kind in ("list", "columns"):
         return about | {"nargs": "+", "metavar": "NAME"}
+    if kind == "texts":
+        return about | {"action": "append", "metavar": "TEXT"}
     placeholder = "{" + ",".join(map(str, choices)) + "}" if choices else _PLACEHOLDERS.get(kind, "TEXT")
     return about | {"type": _converter(kind), "metavar": placeholder}
 
@@ -110,7 +113,7 @@ def _converter(kind: str) -> Callable[[str], Any]:
                 return int(text)
             if kind == "float":
                 return float(text)
-            if kind == "map":
+            if kind == "map" or (kind == "questions" and text.lstrip().startswith(("[", "{"))):
                 return json.loads(text)
         except ValueError:
             pass

@@ -73,6 +73,8 @@ def absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
     inputs = values["input"]
     values = values | {"input": [_absolute(item) for item in ([inputs] if isinstance(inputs, str) else inputs)]}
     values |= {name: _absolute(values[name]) for name in ("output", "prompt_file", "adapter") if values.get(name)}
+    if isinstance(values.get("questions"), str):
+        values["questions"] = _absolute(values["questions"])
     if is_local(values["model"]):
         values["model"] = _absolute(values["model"])
     return values
@@ -91,6 +93,10 @@ def to_flags(values: dict[str, Any]) -> list[str]:
             continue
         if isinstance(value, bool):
             found.append(f"--{key}" if value else f"--no-{key}")
+        elif name == "question":
+            found += [f"--question={text}" for text in ([value] if isinstance(value, str) else value)]
+        elif name == "questions" and not isinstance(value, str):
+            found.append(f"--questions={json.dumps(value)}")
         elif isinstance(value, list | tuple):
             found += [f"--{key}", *map(str, value)] if value else []
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from pipeline.imports import check_kernels
 from pipeline.inputs import Inputs, TextReader, Texts, list_inputs
 from pipeline.job.plan import Survey, make_worker_config
 from pipeline.job.progress import Progress
-from pipeline.prompts.prompt import make_task
-from pipeline.results.rows import Row, failed_row, result_schema, to_table
+from pipeline.results.rows import Row, failed_rows, result_schema, to_table
 from pipeline.settings.config import JobConfig, from_mapping
+from pipeline.settings.questions import questions_of
 from pipeline.source import Catalogue, Document
 from pipeline.workers.inprocess import LocalPool
 from pipeline.workers.scheduler import Limits, Scheduler, hang_after
@@ -35,9 +35,10 @@ def summarize(
     progress: bool = False,
     **settings: Any,
 ) -> pa.Table:
-    """Summarise, or question, documents in this process; a table of one row a document, in the order given.
+    """Summarise, or question, documents in this process; a table of a row for each document and question, in order.
 
     summarize(["a text", "another"], model="Qwen/Qwen3-8B", question="What went wrong?").to_pandas()
+    summarize(["a text", "another"], model="Qwen/Qwen3-8B", questions={"risk": "What can go wrong?", "who": "Who?"})
 
     documents: texts, {id: text}, or pathlib.Paths of files and folders. A string is a text, never a path.
     model: folder or hub id of a transformers model. input: files, folders, globs or URIs, as for the job.
@@ -67,13 +68,12 @@ class Summarizer:
     ) -> None:
         check_kernels()
         self._config = _config(model, settings)
-        task = make_task(self._config.task, self._config.question, self._config.prompt_file)
+        self._questions = questions_of(self._config)
         nothing = Catalogue([], pa.array([], pa.large_string()), np.zeros((0, 5), np.int64), {}, [])
-        survey = Survey(self._config, task, nothing, {}, (), self._config.today())
+        survey = Survey(self._config, self._questions, nothing, {}, (), self._config.today())
         # Every document can be in the engine at once, and Ray is not there to divide the cores.
         self._worker_config = make_worker_config(survey, self._config.device, 0, engine_factory, grace)
-        answers = self._config.answers()
-        self._answer_type = None if answers is None else answers.arrow_type
+        self._answer_type = survey.answer_type
         self._lock = threading.Lock()
         self._pool = LocalPool(self._worker_config)
 
@@ -94,36 +94,45 @@ class Summarizer:
     ) -> pa.Table:
         """The documents' rows, as summarize() says."""
         inputs = (input,) if isinstance(input, str | Path) else tuple(input)
-        return self.run(list_inputs(documents, tuple(map(str, inputs)), self._config), progress)
+        return self.run(
+            list_inputs(documents, tuple(map(str, inputs)), self._config, self._questions.columns), progress
+        )
 
     def run(self, inputs: Inputs, progress: bool = False) -> pa.Table:
-        """The rows of documents with different ids, in their order."""
+        """The rows of documents with different ids, in their order, and in that of the questions."""
         schema = self.columns(inputs.kept)
-        rows: dict[str, Row] = {}
+        rows: dict[str, list[Row]] = {}
         todo = []
-        for document in inputs.documents:
+        documents = [replace(document, questions=self._questions.asked) for document in inputs.documents]
+        for document in documents:
             if document.error:
-                rows[document.document_id] = failed_row(document, "error", document.error)
+                rows[document.document_id] = failed_rows(document, "error", document.error)
             else:
                 todo.append(document)
         told = Progress(len(todo), sum(document.size_bytes for document in todo)) if progress else None
 
-        def done(row: Row, document: Document) -> None:
-            rows[document.document_id] = row
+        def done(found: list[Row], document: Document) -> None:
+            rows[document.document_id] = found
             if told:
-                told.add(row, document.size_bytes)
+                told.add(found, document.size_bytes)
 
         with self._lock:
             if todo:
                 self._pool.load()
-                self._pool.read_with(TextReader(self._config.text_column, inputs.kept, self._config))
+                columns = tuple(self._questions.columns)
+                self._pool.read_with(TextReader(self._config.text_column, inputs.kept, self._config, columns))
                 problem = self._schedule(todo, done, told)
         for document in todo:
             if document.document_id not in rows:
-                rows[document.document_id] = failed_row(document, "error", problem)
+                rows[document.document_id] = failed_rows(document, "error", problem)
         if told:
             told.finish()
-        return to_table([rows[document.document_id] for document in inputs.documents], schema)
+        return to_table([row for document in documents for row in rows[document.document_id]], schema)
+
+    @property
+    def prompt_columns(self) -> dict[str, str]:
+        """Columns of the input that prompts are made from, each with the flag that asks for it."""
+        return self._questions.columns
 
     def _schedule(self, todo: list[Document], done: Any, told: Progress | None) -> str:
         """Run documents; why there are some without a row, if there are."""

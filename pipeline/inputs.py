@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -24,9 +25,13 @@ _MEMORY = Locator("", "", "memory", 0, 0)
 
 @dataclass(frozen=True)
 class TextDocument(Document):
-    """A document that the caller holds. text: a string or UTF-8 bytes; anything else ends in an error row."""
+    """A document that the caller holds. text: a string or UTF-8 bytes; anything else ends in an error row.
+
+    columns: those that prompts are made from.
+    """
 
     text: Any = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 class TextReader(DocumentReader):
@@ -35,7 +40,7 @@ class TextReader(DocumentReader):
     def read(self, document: Document) -> tuple[str, Kept]:
         """The text and the kept columns. Raises DocumentError with what is wrong with the document."""
         if isinstance(document, TextDocument):
-            return checked_text(document.text), keep({}, self._kept)
+            return checked_text(document.text), keep(document.columns, self._kept, self._columns)
         return super().read(document)
 
 
@@ -47,16 +52,21 @@ class Inputs:
     kept: list[pa.Field] = field(default_factory=list)
 
 
-def text_document(document_id: str, text: Any, source: str) -> TextDocument:
+def text_document(
+    document_id: str, text: Any, source: str, columns: Mapping[str, Any] = MappingProxyType({})
+) -> TextDocument:
     """A document of a text that need not be one: what is wrong with it goes to its row."""
     size = len(text) if isinstance(text, str | bytes) else 0
-    return TextDocument(valid_text(document_id), source, _MEMORY, size, text=text)
+    return TextDocument(valid_text(document_id), source, _MEMORY, size, text=text, columns=dict(columns))
 
 
-def list_inputs(texts: Texts | None, inputs: tuple[str, ...], config: JobConfig) -> Inputs:
+def list_inputs(
+    texts: Texts | None, inputs: tuple[str, ...], config: JobConfig, columns: Mapping[str, str] = MappingProxyType({})
+) -> Inputs:
     """The documents of a call. Strings are texts, Paths are read as the job reads its input.
 
     Ids are the mapping's keys, a text's place in the list, or those that the job gives to files and rows.
+    columns: those that prompts are made from, with the flags that ask for them.
     Raises JobError if there are none, if an id occurs twice, for paths that do not exist and for strings that name one.
     """
     items = list(_items(texts))
@@ -66,11 +76,13 @@ def list_inputs(texts: Texts | None, inputs: tuple[str, ...], config: JobConfig)
             [replace(file, label=f"{number}/{file.label}") for file in group] for number, group in enumerate(files)
         ]
     files.append(find_files(inputs)[0] if inputs else [])
-    from_files, kept = _list_files(files, config)
+    from_files, kept = _list_files(files, config, columns)
     documents: list[Document] = []
     for (name, item), found in zip(items, from_files, strict=False):
         if not isinstance(item, Path):
             _refuse_names(name, item)
+            for column, flag in columns.items():
+                raise JobError(f"{flag} {column}: texts have no columns; give files that have, by input=")
             found = [text_document(str(name), item, "memory")]
         elif isinstance(texts, Mapping):
             if len(found) != 1:
@@ -97,7 +109,9 @@ def _items(texts: Texts | None) -> Iterator[tuple[Any, Any]]:
     return iter(enumerate(texts))
 
 
-def _list_files(groups: list[list[SourceFile]], config: JobConfig) -> tuple[list[list[Document]], list[pa.Field]]:
+def _list_files(
+    groups: list[list[SourceFile]], config: JobConfig, columns: Mapping[str, str]
+) -> tuple[list[list[Document]], list[pa.Field]]:
     """The documents of each group of files, and the kept columns."""
     files = [file for group in groups for file in group]
     if not files:
@@ -110,6 +124,7 @@ def _list_files(groups: list[list[SourceFile]], config: JobConfig) -> tuple[list
         id_column=config.id_column,
         keep_columns=config.keep_columns,
         settings=config,
+        prompt_columns=columns,
     )
     owner = [number for number, group in enumerate(groups) for _ in group]
     documents: list[list[Document]] = [[] for _ in groups]

@@ -24,7 +24,7 @@ ID_COLUMNS = ("id", "document_id")
 
 
 class StemlineStage:
-    """A class for map_batches: rows with a text in, one result row for each out.
+    """A class for map_batches: rows with a text in, one result row for each row and question out.
 
     dataset.map_batches(
         StemlineStage,
@@ -66,12 +66,15 @@ class StemlineStage:
     def __call__(self, batch: Any) -> pa.Table:
         """The result rows of a batch, in its order. batch: in any of map_batches' formats."""
         names = list(batch.column_names if isinstance(batch, pa.Table) else batch)
-        for name in [self._text_column, *([self._id_column] if self._id_column else []), *self._kept]:
+        asked = self._summarizer.prompt_columns
+        for name in [self._text_column, *([self._id_column] if self._id_column else []), *self._kept, *asked]:
             if name not in names:
                 raise JobError(f"the dataset has no column {name!r}; it has {', '.join(map(str, names))}")
-        results = self._results(self._documents(batch, names)).select(self._columns)
+        table, places = self._results(self._documents(batch, names))
+        results = table.select(self._columns)
         for name in self._kept:
-            results = results.append_column(name, _column(batch, name))
+            values = _column(batch, name)
+            results = results.append_column(name, values.take(pa.array(places, pa.int64())))
         return results
 
     def close(self) -> None:
@@ -82,20 +85,31 @@ class StemlineStage:
         texts = _values(batch, self._text_column)
         id_column = self._id_column or next((name for name in ID_COLUMNS if name in names), None)
         ids = _values(batch, id_column) if id_column else map(_text_id, texts)
-        return [text_document(str(name), text, "ray.data") for name, text in zip(ids, texts, strict=True)]
+        asked = list(self._summarizer.prompt_columns)
+        columns = zip(*(_values(batch, name) for name in asked), strict=True) if asked else [()] * len(texts)
+        return [
+            text_document(str(name), text, "ray.data", dict(zip(asked, values, strict=True)))
+            for name, text, values in zip(ids, texts, columns, strict=True)
+        ]
 
-    def _results(self, documents: Sequence[TextDocument]) -> pa.Table:
-        """Rows in the documents' order. The engine knows documents by their ids: those of one id go one by one."""
+    def _results(self, documents: Sequence[TextDocument]) -> tuple[pa.Table, list[int]]:
+        """Rows in the documents' order, and of which document each is.
+
+        The engine knows documents by their ids: those of one id go one by one.
+        """
         rounds: list[dict[str, int]] = []
         for place, document in enumerate(documents):
             here = next((r for r in rounds if document.document_id not in r), None)
             if here is None:
                 rounds.append(here := {})
             here[document.document_id] = place
-        places = [place for r in rounds for place in r.values()]
         tables = [self._summarizer.run(Inputs([documents[place] for place in r.values()])) for r in rounds]
         table = pa.concat_tables(tables) if tables else self._summarizer.columns().empty_table()
-        return table.take(pa.array(sorted(range(len(places)), key=places.__getitem__), pa.int64()))
+        names = (name for part in tables for name in part["document_id"].to_pylist())
+        owner = (at for r, part in zip(rounds, tables, strict=True) for at in [r] * len(part))
+        places = [r[name] for r, name in zip(owner, names, strict=True)]
+        order = sorted(range(len(places)), key=places.__getitem__)
+        return table.take(pa.array(order, pa.int64())), [places[number] for number in order]
 
 
 def _text_id(text: Any) -> str:
@@ -110,7 +124,8 @@ def _values(batch: Any, name: str) -> list[Any]:
 
 
 def _plain(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
+    """A value of numpy as Python has it."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _column(batch: Any, name: str) -> Any:

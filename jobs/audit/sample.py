@@ -8,8 +8,10 @@ import numpy as np
 
 from jobs.audit.options import Options
 from pipeline.errors import DocumentError, JobError, one_line
-from pipeline.prompts.prompt import PromptBuilder, make_task
+from pipeline.prompts.prompt import PromptBuilder, template_columns
 from pipeline.prompts.tokens import Tokens
+from pipeline.results.kept_columns import prompt_text
+from pipeline.settings.questions import first_task
 from pipeline.source import Catalogue, DocumentReader, find_files, list_documents
 
 
@@ -45,21 +47,21 @@ def choose(catalogue: Catalogue, count: int, seed: int) -> list[int]:
 def draw(options: Options, tokens: Tokens) -> Sample:
     """The sample of an audit. Raises JobError if no document of it can be compared."""
     job = options.job
-    builder = PromptBuilder(
-        tokens, make_task(job.task, job.question, job.prompt_file), job.chat_template_args, job.today(), job.thinking
-    )
+    task = first_task(job)
+    builder = PromptBuilder(tokens, task, job.chat_template_args, job.today(), job.thinking)
     files, _ = find_files(job.input)
     catalogue = list_documents(
         files, text_column=job.text_column, id_column=job.id_column, shard=job.shard_pair(), settings=job
     )
-    reader = DocumentReader(job.text_column, [], job)
+    reader = DocumentReader(job.text_column, [], job, template_columns(task.template))
     limit = options.context - job.max_new_tokens
     found, left_out = [], []
     for position in choose(catalogue, options.sample, options.seed):
         document = catalogue.document(position)
         try:
-            text, _ = reader.read(document)
-            prompt = builder.build(text, limit, truncate=job.too_long == "truncate")
+            text, kept = reader.read(document)
+            columns = {name: prompt_text(value) for name, value in kept.prompt.items()}
+            prompt = builder.build(text, limit, truncate=job.too_long == "truncate", columns=columns)
         except DocumentError as error:
             left_out.append((document.document_id, one_line(error)))
             continue

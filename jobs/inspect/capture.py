@@ -20,9 +20,10 @@ from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.run.prefill import Prefill, attention_plan, chunk_size
 from pipeline.errors import DocumentError, JobError
 from pipeline.job.plan import make_engine_config
-from pipeline.prompts.prompt import PromptBuilder, make_task
+from pipeline.prompts.prompt import PromptBuilder
 from pipeline.prompts.tokens import Tokens, load_tokens
 from pipeline.settings.config import JobConfig
+from pipeline.settings.questions import first_task
 from stem_core.config import StemConfig
 from stem_core.policy import LayerPolicy, cutting_window
 from stem_core.selection import stem_selection
@@ -110,9 +111,7 @@ def prefill(runner: ModelRunner, config: EngineConfig, prompt: np.ndarray, note:
 
 
 def _prompt(job: JobConfig, tokens: Tokens, text: str, context: int) -> np.ndarray:
-    builder = PromptBuilder(
-        tokens, make_task(job.task, job.question, job.prompt_file), job.chat_template_args, job.today(), job.thinking
-    )
+    builder = PromptBuilder(tokens, first_task(job), job.chat_template_args, job.today(), job.thinking)
     limit = min(context, job.max_context or context) - job.max_new_tokens
     try:
         return builder.build(text, limit, truncate=job.too_long == "truncate").ids.astype(np.int64)

@@ -158,4 +158,3 @@ class Completion(EngineFields):
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str = "error"
     queue_seconds: float = 0.0
-    prefix_tokens: int = 0

@@ -14,10 +14,10 @@ from pipeline.answering import stop_signals
 from pipeline.errors import JobError, one_line
 from pipeline.imports import check_kernels
 from pipeline.job import manifest
-from pipeline.job.plan import JobPlan, Survey, make_plan, survey_input
+from pipeline.job.plan import JobPlan, make_plan, survey_input
 from pipeline.job.progress import Progress
 from pipeline.results.removal import remove_rows
-from pipeline.results.rows import failed_row
+from pipeline.results.rows import failed_rows
 from pipeline.results.sink import COMPACT_ABOVE, Sink, compact, part_names, recover
 from pipeline.results.store import Store
 from pipeline.results.summary import JobReport, summarize_results
@@ -54,25 +54,29 @@ def run(
         remove_rows(store, plan.stale_errors)
         messages += plan.messages
         if not len(plan.pending):
-            _note_finished(store, plan.survey)
-            messages.append(f"nothing to do: all {len(survey.catalogue):,} documents have a row in {store.name}")
-            return summarize_results(store, len(survey.catalogue), messages=tuple(messages))
+            _note_finished(store, plan)
+            what = "their rows" if len(survey.questions.names) > 1 else "a row"
+            messages.append(f"nothing to do: all {len(survey.catalogue):,} documents have {what} in {store.name}")
+            names = survey.questions.names
+            return summarize_results(store, len(survey.catalogue), names, messages=tuple(messages))
         if plan.already:
             messages.append(f"going on: {plan.already:,} rows are there, {len(plan.pending):,} documents are left")
         return _Run(plan, store, messages, progress).execute(engine_factory, grace)
 
 
-def _note_finished(store: Store, survey: Survey) -> None:
+def _note_finished(store: Store, plan: JobPlan) -> None:
     """Write the manifest of a job that died behind its last row, or whose manifest is damaged."""
-    state = None
+    found = {}
     with contextlib.suppress(JobError):
-        state = (manifest.load(store) or {}).get("state")
-    if state != "finished":
-        _save_manifest(store, survey, "finished")
+        found = manifest.load(store) or {}
+    if found.get("state") != "finished" or found.get("questions") != plan.asked:
+        _save_manifest(store, plan, "finished")
 
 
-def _save_manifest(store: Store, survey: Survey, state: str, **more: Any) -> None:
+def _save_manifest(store: Store, plan: JobPlan, state: str, **more: Any) -> None:
+    survey = plan.survey
     more |= {"state": state, "documents": len(survey.catalogue), "prompt_date": survey.today}
+    more |= {"questions": plan.asked, "prompt": survey.questions.frame()}
     manifest.save(store, survey.config, survey.prints, **more)
 
 
@@ -101,7 +105,7 @@ class _Run:
 
     def execute(self, engine_factory: str, grace: float | None) -> JobReport:
         """Give every document that is left its row, as far as nobody stops it. Raises JobError."""
-        _save_manifest(self._store, self._plan.survey, "running")
+        _save_manifest(self._store, self._plan, "running")
         for message in self._messages:
             self._progress.message(message)
         try:
@@ -119,10 +123,10 @@ class _Run:
         readable = np.ones(len(pending), dtype=bool)
         for position in sorted(pending.errors):
             document = pending.document(position)
-            row = failed_row(document, "error", document.error)
+            rows = failed_rows(document, "error", document.error)
             readable[position] = False
-            self._progress.add(row, document.size_bytes)
-            self._sink.add(row)
+            self._progress.add(rows, document.size_bytes)
+            self._sink.add(*rows)
         return pending.select(readable) if pending.errors else pending
 
     def _process(self, documents: Catalogue, engine_factory: str, grace: float | None) -> None:
@@ -154,15 +158,15 @@ class _Run:
         if not self._stopped and survey.config.compact and len(part_names(store)) > COMPACT_ABOVE:
             compact(store)
         state = "stopped" if self._stopped else "finished"
-        _save_manifest(store, survey, state, seconds=time.monotonic() - self._begun)
+        _save_manifest(store, self._plan, state, seconds=time.monotonic() - self._begun)
         if self._stopped:
             messages.append("stopped; what was finished is written, the same command goes on from there")
             if self._sink.rows_to_replace:
-                what = f"{self._sink.rows_to_replace:,} documents that were to be done again have their earlier rows"
+                what = f"{self._sink.rows_to_replace:,} rows that were to be done again are the earlier ones"
                 messages.append(what)
         return summarize_results(
-            store, len(survey.catalogue), done_now=self._sink.rows_written, seconds=self._progress.seconds,
-            stopped=self._stopped, messages=tuple(messages), stats=self._stats,
+            store, len(survey.catalogue), survey.questions.names, done_now=self._sink.rows_written,
+            seconds=self._progress.seconds, stopped=self._stopped, messages=tuple(messages), stats=self._stats,
         )  # fmt: skip
 
 

@@ -17,8 +17,9 @@ from pipeline.adapters import adapter_problem, merge_problem
 from pipeline.errors import JobError, one_line
 from pipeline.location import open_filesystem, safe_name
 from pipeline.model_files import config_problem, gguf_problem, is_gguf, weights_problem
-from pipeline.prompts.prompt import Task
+from pipeline.prompts.questions import Questions
 from pipeline.results.columns import utc_now
+from pipeline.results.rows import SUMMARY
 from pipeline.results.seal import json_seal
 from pipeline.results.store import Store
 from pipeline.settings.config import JobConfig
@@ -31,11 +32,12 @@ NAME = "manifest.json"
 FORMAT = 2
 # Local inputs up to so many bytes are fingerprinted by content, larger and remote ones by size and time of change.
 CONTENT_BYTES = 1 << 30
-# A changed file is no other job: the documents that changed in it are done again.
-DECIDING = ("config", "model", "prompt", "reading")
+# What is asked is compared question by question. A changed file is no other job: the documents that changed in it are
+# done again.
+DECIDING = ("config", "model", "reading")
 TYPES: dict[str, Any] = {
     "fingerprints": dict, "config": dict, "versions": dict, "state": str, "written_at": str, "documents": int,
-    "seconds": (int, float),
+    "seconds": (int, float), "questions": dict, "prompt": dict,
 }  # fmt: skip
 READING = ("text_column", "id_column", "keep_columns", "shard")
 MODEL_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".bin", ".py")
@@ -128,13 +130,12 @@ def input_fingerprint(files: list[SourceFile]) -> str:
     return _digest(sorted(stamps))
 
 
-def fingerprints(config: JobConfig, files: list[SourceFile], task: Task) -> dict[str, str]:
+def fingerprints(config: JobConfig, files: list[SourceFile]) -> dict[str, str]:
     """The fingerprints of a job. Those in DECIDING must be the same for a run to go on where another stopped."""
     model = model_fingerprint(config.model, config.revision, config.load_format != "dummy", config.trust_remote_code)
     return {
         "config": config.fingerprint(),
         "model": _digest([model, adapter_fingerprint(config.adapter)]) if config.adapter else model,
-        "prompt": task.fingerprint(),
         "reading": _digest([config.text_column, config.id_column, config.keep_columns, config.shard_pair()]),
         "input": input_fingerprint(files),
     }
@@ -146,7 +147,7 @@ def config_values(config: JobConfig) -> dict[str, Any]:
     values["input"] = [safe_name(item) for item in config.input]
     for name in ("output", "model", "adapter", "ray_address"):
         values[name] = values[name] and safe_name(values[name])
-    values["keep_columns"] = list(config.keep_columns)
+    values["keep_columns"], values["question"] = list(config.keep_columns), list(config.question)
     return values
 
 
@@ -190,12 +191,34 @@ def _unsealed(manifest: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in manifest.items() if name != "seal"}
 
 
-def check(old: dict[str, Any], new: dict[str, str], config: JobConfig, store: Store) -> list[str]:
+def questions_asked(questions: Questions, old: dict[str, Any] | None) -> dict[str, dict[str, str]]:
+    """By name, fingerprint and text of each question that a folder has answers to; those not asked any more, too."""
+    texts = dict(questions.asked)
+    now = {name: {"fingerprint": mark, "question": texts[name] or ""} for name, mark in questions.prints().items()}
+    return {**_asked_before(old), **now} if old else now
+
+
+def _asked_before(old: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """The questions of an earlier run. Before there were several, a job had one, which rows do not name."""
+    if "questions" in old:
+        return old["questions"]
+    known = old["fingerprints"].get("prompt")
+    return {SUMMARY: {"fingerprint": known, "question": ""}} if known else {}
+
+
+def _reworded(old: dict[str, Any], questions: Questions) -> list[str]:
+    """Names of questions that were asked before in other words, or in another way."""
+    before = _asked_before(old)
+    return [name for name, mark in questions.prints().items() if before.get(name, {}).get("fingerprint", mark) != mark]
+
+
+def check(old: dict[str, Any], new: dict[str, str], config: JobConfig, questions: Questions, store: Store) -> list[str]:
     """What differs from the earlier run, in words; empty if nothing does. Raises JobError if so and not --force."""
     changed = [name for name in DECIDING if old["fingerprints"].get(name) != new[name]]
-    if not changed:
+    reworded = _reworded(old, questions)
+    if not changed and not reworded:
         return []
-    words = []
+    words = [f"prompt (question {short(name)}; another name makes it another question)" for name in reworded[:1]]
     for name in changed:
         details = _changed_settings(old, config, name) if name in ("config", "reading") else []
         words.append(f"{name} ({', '.join(details)})" if details else name)

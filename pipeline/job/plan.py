@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.answers.schema import Schema, answer_type
 from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.job import manifest
 from pipeline.location import safe_name
 from pipeline.model_files import is_local
-from pipeline.prompts.prompt import Task, make_task
-from pipeline.results.kept_columns import PROMOTE
+from pipeline.prompts.prompt import asks_first
+from pipeline.prompts.questions import OWN, Questions, is_own
+from pipeline.results.kept_columns import PROMOTE, prompt_text
 from pipeline.results.rows import ANSWER, NAMES, result_schema
-from pipeline.results.sink import PART, done_rows, part_names
+from pipeline.results.sink import PART, Key, done_rows, part_names
 from pipeline.results.store import Store
 from pipeline.settings.config import JobConfig
+from pipeline.settings.questions import answers_of, questions_of
 from pipeline.settings.shared import EngineSettings, ReadSettings, Sampling
 from pipeline.source import Catalogue, Document, DocumentReader, find_files, input_hash, list_documents
 from pipeline.source.files import directly_in
@@ -31,13 +36,13 @@ from stem_core.settings import values_of
 
 @dataclass(frozen=True)
 class Survey:
-    """A job's input and task, before the output is looked at.
+    """A job's input and questions, before the output is looked at.
 
     today: the date for chat templates that print one; of a job that goes on, the one that it began with (make_plan).
     """
 
     config: JobConfig
-    task: Task
+    questions: Questions
     catalogue: Catalogue
     prints: dict[str, str]
     messages: tuple[str, ...]
@@ -46,36 +51,48 @@ class Survey:
     @property
     def columns(self) -> pa.Schema:
         """Of the results. Raises JobError if a kept column has the name of a result column."""
-        answers = self.config.answers()
-        return result_schema(self.catalogue.kept, None if answers is None else answers.arrow_type)
+        return result_schema(self.catalogue.kept, self.answer_type)
+
+    @property
+    def answers(self) -> dict[str, Schema]:
+        """By question, the schema of its answers, of those that have one."""
+        return answers_of(self.config, self.questions)
+
+    @property
+    def answer_type(self) -> pa.DataType | None:
+        """Of the column `answer`; None if no question has a schema."""
+        answers = self.answers
+        return answer_type(answers.values()) if answers else None
 
 
 @dataclass(frozen=True)
 class JobPlan:
     """What is left to do.
 
-    pending: documents without a row, or whose row is to be replaced. already: rows that an earlier run left and that
-    stay. replaced: ids whose rows give way to new ones, since the document has changed or its failure is tried again.
-    stale_errors: ids of rows that stand for what could not be read when it was listed, and is not in the input any
-        more.
+    pending: documents that lack the row of a question, or of which one is to be replaced, with these questions.
+    already: rows that an earlier run left and that stay. replaced: (document_id, question_id) of rows that give way to
+    new ones, since the document has changed or its failure is tried again. stale_errors: ids of documents whose rows
+    stand for what could not be read when it was listed, and is not in the input any more.
+    asked: what the output will have answers to, as the manifest keeps it.
     """
 
     survey: Survey
     pending: Catalogue
     already: int
     messages: tuple[str, ...]
-    replaced: tuple[str, ...] = ()
+    replaced: tuple[Key, ...] = ()
     stale_errors: tuple[str, ...] = ()
+    asked: Mapping[str, Any] = field(default_factory=dict)
 
 
 def survey_input(config: JobConfig) -> Survey:
     """List the input and take its fingerprints. Raises JobError for whatever the user can mend there."""
-    task = make_task(config.task, config.question, config.prompt_file)
+    questions = questions_of(config)
     found, ignored = find_files(config.input)
     messages = (f"passed over {len(ignored)} files of other kinds, e.g. {ignored[0]}",) if ignored else ()
     # The results of an earlier run, where they lie in the input's folder.
     files = [file for file in found if not (PART.search(file.path) and directly_in(file, config.output))]
-    prints = manifest.fingerprints(config, files, task)
+    prints = manifest.fingerprints(config, files)
     catalogue = list_documents(
         files,
         text_column=config.text_column,
@@ -83,8 +100,10 @@ def survey_input(config: JobConfig) -> Survey:
         keep_columns=config.keep_columns,
         shard=config.shard_pair(),
         settings=config,
+        prompt_columns=questions.columns,
     )
-    survey = Survey(config, task, catalogue, prints, messages, config.today())
+    catalogue.questions = [questions.asked]
+    survey = Survey(config, questions, catalogue, prints, messages, config.today())
     _ = survey.columns  # raises now what it raises
     return survey
 
@@ -96,28 +115,33 @@ def make_plan(survey: Survey, store: Store) -> JobPlan:
     given; or if its columns are of other types.
     """
     if not part_names(store):
-        return JobPlan(survey, survey.catalogue, 0, ())
-    earlier, messages = _compare_with_earlier(survey.config, store, survey.prints)
+        return JobPlan(survey, survey.catalogue, 0, (), asked=manifest.questions_asked(survey.questions, None))
+    earlier, messages = _compare_with_earlier(survey, store)
     if earlier is not None and survey.config.prompt_date is None:
         survey = replace(survey, today=manifest.prompt_date(earlier))
     check_columns(store, survey.columns)
-    rows = done_rows(store)
-    stay, outdated, failed, gone, stale_errors = _sort_rows(survey, rows)
+    rows = _sort_rows(survey, done_rows(store))
+    gone, stale_errors = rows.gone, rows.stale_errors
     if gone:
         what = f"{len(gone):,} rows are of documents that the input does not hold, e.g. {gone[0]!r}"
         if not survey.config.force:
             raise JobError(f"--output {store.name}: {what}; choose another output, or --force to keep them")
         messages.append(f"{what}; kept with --force")
-    if outdated:
-        messages.append(f"{len(outdated):,} documents have changed since, e.g. {outdated[0]!r}; they are done again")
+    if rows.outdated:
+        changed = list(dict.fromkeys(name for name, _ in rows.outdated))
+        messages.append(f"{len(changed):,} documents have changed since, e.g. {changed[0]!r}; they are done again")
+    if rows.not_asked:
+        names = ", ".join(map(repr, sorted(rows.not_asked)[:3]))
+        messages.append(f"{rows.not_asked.total():,} rows are of questions that are not asked now ({names}); they stay")
     if stale_errors:
         what = f"e.g. {stale_errors[0]!r}; their rows are removed"
         messages.append(f"{len(stale_errors):,} lines or files that could not be read are not there any more, {what}")
     if survey.config.retry_failed:
-        messages.append(f"--retry-failed: {len(failed):,} documents are done again")
-    ids = rows["document_id"].take(pa.array(stay, pa.int64()))
-    replaced = (*outdated, *failed)
-    return JobPlan(survey, survey.catalogue.without(ids), len(ids), tuple(messages), replaced, tuple(stale_errors))
+        messages.append(f"--retry-failed: {len({name for name, _ in rows.failed}):,} documents are done again")
+    pending = survey.catalogue.asking(survey.questions.asked, ~rows.answered)
+    replaced = (*rows.outdated, *rows.failed)
+    asked = manifest.questions_asked(survey.questions, earlier)
+    return JobPlan(survey, pending, rows.staying, tuple(messages), replaced, tuple(stale_errors), asked)
 
 
 def check_columns(store: Store, schema: pa.Schema) -> None:
@@ -137,42 +161,92 @@ def check_columns(store: Store, schema: pa.Schema) -> None:
             raise JobError(f"--output {store.name}: {what}; choose another output") from None
 
 
-def _sort_rows(survey: Survey, rows: pa.Table) -> tuple[list[int], list[str], list[str], list[str], list[str]]:
-    """The rows' numbers that stay; ids of documents that changed, that failed and are tried again, that are gone; and
-    of rows of what could not be read when it was listed, and is not there any more.
+@dataclass(frozen=True)
+class _Rows:
+    """What becomes of the rows that are there.
 
-    The stamp decides where it is the same; where it is not, the document is read and its hash does.
+    answered: bool [documents, questions asked], which have a row that stays. staying: rows that stay. outdated, failed:
+    keys of rows of documents that changed, and of those that failed and are tried again. gone: ids of documents that
+    the input does not hold. stale_errors: ids of what could not be read when it was listed, and is not there any more.
+    not_asked: rows of other questions than those asked now, by question.
     """
-    catalogue = survey.catalogue
-    ids = rows["document_id"].cast(pa.large_string())
-    positions = pc.index_in(ids, value_set=catalogue.ids).to_pylist()
-    stay, doubtful, outdated = [], [], []
-    gone: list[int] = []
-    stale_errors: list[int] = []
-    unread = pc.and_(pc.equal(rows["attempts"], 0), pc.equal(rows["status"], "error")).to_pylist()
-    for number, (position, stamp) in enumerate(zip(positions, rows["input_stamp"].to_pylist(), strict=True)):
-        if position is None:
-            (stale_errors if unread[number] else gone).append(number)
-        elif stamp == catalogue.stamp(position):
-            stay.append(number)
-        else:
-            doubtful.append((position, number))
-    reader = DocumentReader(survey.config.text_column, catalogue.kept, survey.config)
+
+    answered: np.ndarray
+    staying: int
+    outdated: list[Key]
+    failed: list[Key]
+    gone: list[str]
+    stale_errors: list[str]
+    not_asked: Counter[str]
+
+
+def _sort_rows(survey: Survey, rows: pa.Table) -> _Rows:
+    """What becomes of each row.
+
+    The stamp decides where it is the same; where it is not, the document is read and its hash does. A document's own
+    questions are done again together: which they are is known only when it is read.
+    """
+    catalogue, names = survey.catalogue, survey.questions.names
+    places = pc.index_in(rows["document_id"].cast(pa.large_string()), value_set=catalogue.ids)
+    positions = np.array([-1 if place is None else place for place in places.to_pylist()], np.int64)
+    columns = _columns_of(rows["question_id"], names)
+    ok = np.array(pc.equal(rows["status"], "ok").to_pylist(), bool)
+    here = (positions >= 0) & (columns >= 0)
+    outdated = here & _changed(survey, rows, positions, here)
+    failed = here & ~outdated & ~ok if survey.config.retry_failed else np.zeros(len(rows), bool)
+    if OWN in names:
+        own = here & (columns == names.index(OWN))
+        outdated |= own & np.isin(positions, positions[own & outdated])
+        failed |= own & ~outdated & np.isin(positions, positions[own & failed])
+    stay = here & ~outdated & ~failed
+    answered = np.zeros((len(catalogue), len(names)), bool)
+    answered[positions[stay], columns[stay]] = True
+    gone, stale_errors = _without_document(rows, positions)
+    others = rows["question_id"].filter(pa.array((positions >= 0) & (columns < 0)))
+    not_asked = Counter(others.to_pylist())
+    staying = int(stay.sum()) + not_asked.total() + (len(gone) if survey.config.force else 0)
+    return _Rows(answered, staying, _keys(rows, outdated), _keys(rows, failed), gone, stale_errors, not_asked)
+
+
+def _keys(rows: pa.Table, some: np.ndarray) -> list[Key]:
+    """(document_id, question_id) of rows where `some` is true."""
+    chosen = rows.select(["document_id", "question_id"]).filter(pa.array(some))
+    return list(zip(*(column.to_pylist() for column in chosen.columns), strict=True))
+
+
+def _columns_of(question_ids: pa.ChunkedArray, names: tuple[str, ...]) -> np.ndarray:
+    """Which of `names` each row's question is, int64 [rows]; -1 for none of them."""
+    known = pc.unique(question_ids).to_pylist()
+    number = {name: names.index(asked) for name in known if (asked := OWN if is_own(name) else name) in names}
+    return np.array([number.get(name, -1) for name in question_ids.to_pylist()], np.int64)
+
+
+def _changed(survey: Survey, rows: pa.Table, positions: np.ndarray, some: np.ndarray) -> np.ndarray:
+    """bool [rows]: of those in `some`, whose document is not what they were made from."""
+    catalogue, stamps = survey.catalogue, rows["input_stamp"].to_pylist()
+    changed = np.zeros(len(rows), bool)
+    doubtful = [
+        (int(positions[number]), number)
+        for number in np.flatnonzero(some).tolist()
+        if stamps[number] != catalogue.stamp(int(positions[number]))
+    ]
+    reader = DocumentReader(survey.config.text_column, catalogue.kept, survey.config, tuple(survey.questions.columns))
+    last, now = -1, None
     for position, number in sorted(doubtful):  # in the order of the files
+        if position != last:
+            last, now = position, _hash_now(reader, catalogue.document(position))
         was = rows["input_hash"][number].as_py()
-        if was is not None and was == _hash_now(reader, catalogue.document(position)):
-            stay.append(number)
-        else:
-            outdated.append(ids[number].as_py())
-    failed = []
-    if survey.config.retry_failed:
-        ok = pc.equal(rows["status"], "ok").to_pylist()
-        failed = [ids[number].as_py() for number in stay if not ok[number]]
-        stay = [number for number in stay if ok[number]]
-    if gone and survey.config.force:
-        stay += gone
-    names = rows["document_id"].to_pylist()
-    return stay, outdated, failed, [names[number] for number in gone], [names[number] for number in stale_errors]
+        changed[number] = was is None or was != now
+    return changed
+
+
+def _without_document(rows: pa.Table, positions: np.ndarray) -> tuple[list[str], list[str]]:
+    """Ids of rows whose documents the input does not hold; and of documents that could not even be listed."""
+    unread = pc.and_(pc.equal(rows["attempts"], 0), pc.equal(rows["status"], "error")).to_numpy()
+    ids = rows["document_id"]
+    gone = ids.filter(pa.array((positions < 0) & ~unread)).to_pylist()
+    stale_errors = dict.fromkeys(ids.filter(pa.array((positions < 0) & unread)).to_pylist())
+    return gone, [name for name in stale_errors if name not in set(gone)]
 
 
 def _hash_now(reader: DocumentReader, document: Document) -> str | None:
@@ -182,10 +256,9 @@ def _hash_now(reader: DocumentReader, document: Document) -> str | None:
     return None
 
 
-def _compare_with_earlier(
-    config: JobConfig, store: Store, prints: dict[str, str]
-) -> tuple[dict[str, Any] | None, list[str]]:
+def _compare_with_earlier(survey: Survey, store: Store) -> tuple[dict[str, Any] | None, list[str]]:
     """The earlier run's manifest (None only with --force), and what differs, in words."""
+    config = survey.config
     if not config.resume:
         raise JobError(
             f"--output {store.name}: it holds results already; choose another folder, or leave out --no-resume to go on"
@@ -202,7 +275,7 @@ def _compare_with_earlier(
                 f"--output {store.name}: it holds part files but no {manifest.NAME}; choose another folder, or --force"
             )
         return None, [f"the output has no {manifest.NAME}; going on with --force"]
-    return old, manifest.check(old, prints, config, store)
+    return old, manifest.check(old, survey.prints, config, survey.questions, store)
 
 
 def make_worker_config(
@@ -213,8 +286,8 @@ def make_worker_config(
 
     config = survey.config
     return WorkerConfig(
-        engine=make_engine_config(config, device),
-        task=survey.task,
+        engine=replace(make_engine_config(config, device), grammars=bool(survey.answers)),
+        questions=survey.questions,
         too_long=config.too_long,
         max_new_tokens=config.max_new_tokens,
         sampling=Sampling(**values_of(config, Sampling)),
@@ -226,7 +299,8 @@ def make_worker_config(
         template_args=config.chat_template_args,
         thinking=config.thinking,
         evidence=config.evidence == "on",
-        schema=config.schema,
+        schemas={name: schema.text for name, schema in survey.answers.items()},
+        answer_type=survey.answer_type,
         kept=tuple(pa.field(field.name, field.type) for field in survey.catalogue.kept),
         deadline=config.deadline,
         grace=GRACE_SECONDS if grace is None else grace,
@@ -250,7 +324,6 @@ def make_engine_config(config: JobConfig, device: str) -> Any:
         gpus=config.gpus_per_worker,
         attention=config.stem(),
         seed=config.seed,
-        grammars=config.schema is not None,
     )
 
 
@@ -279,11 +352,25 @@ def describe_plan(config: JobConfig) -> Iterator[str]:
     yield f"ids: {id_rule(config, catalogue)}"
     if catalogue.errors:
         yield f"unreadable: {len(catalogue.errors):,} documents get an error row at once"
+    yield from _question_lines(survey.questions)
     yield f"to do: {len(pending):,} documents; {plan.already:,} rows are there already"
     yield from _token_lines(config, plan)
     stem = config.stem()
     yield f"attention: {'dense' if stem is None else f'stem, preset {config.preset}: {stem}'}"
     yield f"output: {store.name}, fingerprints {survey.prints}"
+
+
+def _question_lines(questions: Questions) -> Iterator[str]:
+    """What is asked, and how often a document is read for it."""
+    if len(questions.names) < 2 and not questions.own:
+        return
+    for name, text in questions.asked:
+        what = f"those in a document's column {questions.own_column}" if name == OWN else one_line(text or "", 100)
+        yield f"question {name}: {what}"
+    if asks_first((*questions.tasks, *([questions.own] if questions.own else []))[0].template):
+        yield "questions: the prompt file places {{ question }} before {{ document }}, so each reads the document anew"
+    else:
+        yield "questions: all that are asked of a document share one reading of it"
 
 
 def id_rule(config: JobConfig, catalogue: Catalogue) -> str:
@@ -310,26 +397,31 @@ def _token_lines(config: JobConfig, plan: JobPlan) -> Iterator[str]:
     except EngineError as error:
         raise JobError(str(error)) from None
     if len(pending):
+        questions = plan.survey.questions
+        task = questions.tasks[0] if questions.tasks else questions.own
+        assert task is not None, "a job asks something"
         builder = PromptBuilder(
             load_tokens(config.model, config.revision, config.trust_remote_code),
-            plan.survey.task,
+            task,
             config.chat_template_args,
             plan.survey.today,
             config.thinking,
         )
-        answers = config.answers()
-        if answers is not None:
+        answers = plan.survey.answers
+        if answers:
             builder.check_answers()
-            answers.grammar(builder.tokens.tokenizer, builder.tokens.eos_ids)
-            yield f"answers: {answers.arrow_type}"
-        reader = DocumentReader(config.text_column, [], config)
+            for answer in answers.values():
+                answer.grammar(builder.tokens.tokenizer, builder.tokens.eos_ids)
+            yield f"answers: {plan.survey.answer_type}"
+        reader = DocumentReader(config.text_column, [], config, tuple(questions.columns))
         readable = [position for position in pending.order().tolist() if position not in pending.errors]
         tokens, sampled = 0, 0.0
         for position in readable[:: max(1, len(readable) // 8)][:8]:
             document = pending.document(position)
             with contextlib.suppress(DocumentError):
-                text = reader.read(document)[0]
-                tokens += len(builder.build(text[:200_000], 1 << 40).ids)
+                text, kept = reader.read(document)
+                columns = {name: prompt_text(value) for name, value in kept.prompt.items()}
+                tokens += len(builder.build(text[:200_000], 1 << 40, columns=columns).ids)
                 # In bytes as the listing has them: of a PDF they are its file's, not its text's.
                 sampled += document.size_bytes * min(1.0, 200_000 / len(text))
         if sampled:
@@ -344,5 +436,9 @@ def _token_lines(config: JobConfig, plan: JobPlan) -> Iterator[str]:
                     hint = stretch_hint(own, longest + config.max_new_tokens)
                     if hint:
                         yield f"longest document: {hint}"
-        yield f"generated: at most {len(pending) * config.max_new_tokens:,} tokens"
+        most = {task.name: task.max_new_tokens or config.max_new_tokens for task in questions.tasks}
+        asked = Counter(name for which in pending.asked.tolist() for name, _ in pending.questions[which])
+        generated = sum(count * most.get(name, 0) for name, count in asked.items())
+        more = f", and {config.max_new_tokens:,} for each question of a document's own" if questions.own else ""
+        yield f"generated: at most {generated:,} tokens{more}"
     yield from memory.lines()

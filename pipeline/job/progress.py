@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from pipeline.errors import visible
@@ -16,7 +16,7 @@ TERMINAL_EVERY = 0.5
 
 
 class Progress:
-    """Counts finished rows and tells about them. The time left follows from tokens, not from documents.
+    """Counts finished documents and tells about them. The time left follows from tokens, not from documents.
 
     total_bytes: of the texts still to do; tokens left follow from bytes left and what a byte gave so far.
     """
@@ -35,18 +35,20 @@ class Progress:
         self._terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self._clock = clock
         self._begun = self._shown_at = clock()
-        self._done = self._failed = self._cut = self._tokens = 0
+        self._done = self._answers = self._failed = self._cut = self._tokens = 0
         self._live = self._starting = self._held = 0
         self._ready = self._shown = False
 
-    def add(self, row: Row, size_bytes: int) -> None:
-        """Count a finished document."""
+    def add(self, rows: Sequence[Row], size_bytes: int) -> None:
+        """Count a finished document, which has a row for each question. Tokens that were read once count once."""
         self._done += 1
-        self._failed += row.outcome.status != "ok"
-        self._cut += row.outcome.is_cut
+        self._answers += len(rows)
+        self._failed += sum(row.outcome.status != "ok" for row in rows)
+        self._cut += sum(row.outcome.is_cut for row in rows)
         self._bytes_left -= size_bytes
-        if row.from_engine is not None and row.from_engine.prompt_tokens:
-            self._tokens += row.from_engine.prompt_tokens + row.from_engine.output_tokens
+        measured = [row.from_engine for row in rows if row.from_engine is not None and row.from_engine.prompt_tokens]
+        self._tokens += sum(each.prompt_tokens - each.prefix_tokens + each.output_tokens for each in measured)
+        if measured:
             self._bytes_worked += size_bytes
 
     def workers(self, live: int, starting: int, held: int) -> None:
@@ -86,6 +88,8 @@ class Progress:
         """Documents, tokens, rate, failures, workers, time left; in at most `width` columns what matters most of it."""
         seconds = max(self._clock() - self._begun, 1e-9)
         parts = [(0, f"{self._done:,}/{self._documents:,} documents")]  # the larger the number, the sooner left out
+        if self._answers > self._done:
+            parts.append((2, f"{self._answers:,} answers"))
         if not self._tokens and self._held:
             parts.append((3, f"{self._held:,} in work for {duration(seconds)}"))
         elif self._ready or not self._starting:

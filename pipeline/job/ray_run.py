@@ -85,9 +85,9 @@ class RayRun:
         if share.device == "cuda" and share.workers > room:
             self._progress.message(f"the cluster has room for {room} of them now; the others wait until it has more")
 
-    def _done(self, row: Row, document: Document) -> None:
-        self._progress.add(row, document.size_bytes)
-        self._sink.add(row)
+    def _done(self, rows: list[Row], document: Document) -> None:
+        self._progress.add(rows, document.size_bytes)
+        self._sink.add(*rows)
 
     def _tick(self) -> None:
         scheduler = self._scheduler

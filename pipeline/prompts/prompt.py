@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import StrictUndefined, TemplateError
+from jinja2 import StrictUndefined, TemplateError, nodes
+from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.prompts.thinking import opens_thinking
 from pipeline.prompts.tokens import Tokens
 
-# What stands for the document while templates are rendered: ordinary letters, so that no template strips or escapes it.
+# What stands for data while templates are rendered: ordinary letters, so that no template strips or escapes them.
 MARK = "STEMLINEDOCUMENTSTANDSHERE"
+QUESTION_MARK = "STEMLINEQUESTIONSTANDSHERE"
+_COLUMN = "StemlineColumn{}StandsHere"  # in both cases, so that a filter that changes a value does not go unseen
 
 DEFAULT_TEMPLATE = "{{ document }}\n\n{{ question }}"
 DEFAULT_QUESTIONS = {
@@ -31,40 +35,116 @@ MERGE_QUESTION = "The texts above summarize consecutive parts of one document. M
 
 @dataclass(frozen=True)
 class Task:
-    """What to ask about each document. template: Jinja source of the user message."""
+    """What to ask about each document. template: Jinja source of the user message; system: text of a system message.
+
+    name: of the question, the rows' question_id. max_new_tokens, sampling: in place of the job's, by the names of the
+    settings. schema: JSON Schema of the answer. own: the question is data, a document brought it along.
+    """
 
     question: str
     template: str
     merge_question: str
+    system: str = ""
+    name: str = "summary"
+    max_new_tokens: int | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    schema: Mapping[str, Any] | None = None
+    own: bool = False
 
     def fingerprint(self) -> str:
-        """12 hex digits over question and template."""
-        return hashlib.sha256(json.dumps([self.question, self.template, self.merge_question]).encode()).hexdigest()[:12]
+        """12 hex digits over all that is asked and how; the name apart."""
+        what: list[Any] = [self.question, self.template, self.merge_question]
+        if self.system:
+            what.append({"system": self.system})
+        asked = self.asked_as()
+        return hashlib.sha256(json.dumps([*what, asked] if asked else what).encode()).hexdigest()[:12]
+
+    def asked_as(self) -> dict[str, Any]:
+        """What is this question's alone besides its text."""
+        values = {"max_new_tokens": self.max_new_tokens, "sampling": dict(self.sampling), "schema": self.schema}
+        return {name: value for name, value in values.items() if value}
+
+    def shown(self) -> str:
+        """The question for people; where the template has no question, the user message with the document's place."""
+        if asks(self.template):
+            return self.question
+        text = user_message(self.template, self.question).replace(MARK, "{{ document }}")
+        for number, name in enumerate(template_columns(self.template)):
+            text = text.replace(_COLUMN.format(number), f"{{{{ {name} }}}}")
+        return text
 
 
-def make_task(name: str, question: str | None, prompt_file: str | None) -> Task:
-    """The task of a job. Raises JobError if the prompt file cannot be read or does not place the document."""
-    template = DEFAULT_TEMPLATE
-    if prompt_file:
-        try:
-            template = Path(prompt_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeError) as error:
-            raise JobError(f"--prompt-file {prompt_file}: cannot be read: {one_line(error)}") from None
+def make_task(name: str, question: str | None, prompt_file: str | None, system: str | None = None) -> Task:
+    """The task of one question. Raises JobError if the prompt file cannot be read or does not place the document."""
     asked = question if question is not None else DEFAULT_QUESTIONS.get(name, "")
-    task = Task(asked, template, asked if question is not None or asked == "" else MERGE_QUESTION)
+    merge = asked if question is not None or asked == "" else MERGE_QUESTION
+    task = Task(asked, read_template(prompt_file), merge, system or "")
     user_message(task.template, asked)
     return task
 
 
-def user_message(template: str, question: str) -> str:
-    """The rendered user message with MARK where the document goes. The template runs in a sandbox. Raises JobError."""
-    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=False)
+def read_template(prompt_file: str | None) -> str:
+    """The Jinja source of the user message. Raises JobError if the file cannot be read."""
+    if not prompt_file:
+        return DEFAULT_TEMPLATE
     try:
-        text = environment.from_string(template).render(document=MARK, question=question)
+        return Path(prompt_file).read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise JobError(f"--prompt-file {prompt_file}: cannot be read: {one_line(error)}") from None
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    return ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=False)
+
+
+def _names(template: str) -> set[str]:
+    """What a template uses. Raises JobError if it is not valid."""
+    try:
+        return find_undeclared_variables(_environment().parse(template))
+    except TemplateError as error:
+        raise JobError(f"the prompt template is not valid: {one_line(error)}") from None
+
+
+def asks(template: str) -> bool:
+    """Whether a template uses the question."""
+    return "question" in _names(template)
+
+
+def asks_first(template: str) -> bool:
+    """Whether a template places the question before the document: then no two questions can share a reading."""
+    text = user_message(template, QUESTION_MARK)
+    return QUESTION_MARK in text.partition(MARK)[0]
+
+
+def template_columns(template: str) -> tuple[str, ...]:
+    """Names of the input's columns that a template places. Raises JobError if it does more with one than that."""
+    columns = sorted(_names(template) - {"document", "question"})
+    tree = _environment().parse(template)
+    placed = [item for output in tree.find_all(nodes.Output) for item in output.nodes if isinstance(item, nodes.Name)]
+    for name in columns:
+        uses = sum(item.name == name for item in tree.find_all(nodes.Name))
+        if uses != sum(item.name == name for item in placed):
+            raise JobError(
+                f"the prompt template uses the column {name} other than as {{{{ {name} }}}}; it can only be placed, "
+                "without filters and conditions"
+            )
+    return tuple(columns)
+
+
+def user_message(template: str, question: str) -> str:
+    """The rendered user message with marks where the document and columns go. The template runs in a sandbox.
+
+    Raises JobError.
+    """
+    try:
+        columns = {name: _COLUMN.format(number) for number, name in enumerate(template_columns(template))}
+        text = _environment().from_string(template).render(columns, document=MARK, question=question)
     except TemplateError as error:
         raise JobError(
-            f"the prompt template is not valid: {one_line(error)}; it may use document and question"
+            f"the prompt template is not valid: {one_line(error)}; it may use document, question and columns"
         ) from None
+    except JobError:
+        raise
     except Exception as error:  # a template can raise anything that Python's operators raise
         raise JobError(f"the prompt template failed: {type(error).__name__}: {one_line(error)}") from None
     if text.count(MARK) != 1:
@@ -77,23 +157,52 @@ def user_message(template: str, question: str) -> str:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A document's prompt. ids: int32 [tokens]; truncated_tokens: how many of the document's were cut.
+    """A document's prompt: int32 [tokens] each. prefix: up to the document's end, the same for other questions of it.
 
-    unread: which characters [start, end) of its text those are, give or take those of a token; None if none were cut.
+    tail: the question; at least a token. truncated_tokens: how many of the document's were cut. unread: which
+    characters [start, end) of its text those are, give or take those of a token; None if none were cut.
     """
 
-    ids: np.ndarray
+    prefix: np.ndarray
+    tail: np.ndarray
     truncated_tokens: int = 0
     unread: tuple[int, int] | None = None
+
+    @property
+    def ids(self) -> np.ndarray:
+        """The whole prompt, int32 [tokens]."""
+        return np.concatenate([self.prefix, self.tail])
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A stretch of the rendered prompt. data: it holds marks, and is encoded with control tokens switched off."""
+
+    text: str
+    data: bool
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """The rendered prompt around the document: runs before, `left` and `gap` in one run with it, runs behind."""
+
+    before: tuple[_Run, ...]
+    left: str
+    gap: str
+    after: tuple[_Run, ...]
 
 
 class PromptBuilder:
     """Builds prompts of one task for one model.
 
-    The chat template is rendered once, with a mark in the document's place. The stretch of plain text around the mark,
-    from control token to control token, is tokenised together with the document and with control tokens switched off;
-    the rest is tokenised as the template means it. That gives the same ids as tokenising the rendered whole, except
-    that special strings inside the document are text.
+    The chat template is rendered once, with marks in the place of data: of the document, of columns, of a question that
+    the document brought along. The stretch of plain text around a mark, from control token to control token, is
+    tokenised together with the data and with control tokens switched off; the rest is tokenised as the template means
+    it. So special strings inside the data are text.
+
+    What ends with the document and the line breaks behind it (the prefix) is tokenised apart from the rest (the tail):
+    it is the same whatever is asked. Where the border is behind line breaks, or no token reaches across it, the ids are
+    those of tokenising the rendered whole.
 
     today: the date for templates that print one; None asks the clock, once. thinking: off, on or auto, where the
     template can switch it. opens_thinking: prompts end where the model has begun to think.
@@ -113,7 +222,11 @@ class PromptBuilder:
         self._today = today or date.today()
         self._thinking = thinking
         self.opens_thinking = False
-        self._frames = {False: self._frame(task.question), True: self._frame(task.merge_question)}
+        self._columns = template_columns(task.template)
+        marks = [MARK, QUESTION_MARK, *(_COLUMN.format(number) for number in range(len(self._columns)))]
+        self._marks = re.compile("|".join(marks))
+        asked = (QUESTION_MARK, QUESTION_MARK) if task.own else (task.question, task.merge_question)
+        self._frames = {merging: self._frame(asked[merging]) for merging in (False, True)}
 
     def check_answers(self) -> None:
         """Raise JobError if the model would think where an answer by --schema begins."""
@@ -123,38 +236,89 @@ class PromptBuilder:
                 "token on; use a model whose chat template can switch thinking off, or leave --schema out"
             )
 
-    def _frame(self, question: str) -> tuple[np.ndarray, str, str, np.ndarray]:
+    def _frame(self, question: str) -> _Frame:
         message = user_message(self._task.template, question)
-        rendered = self._tokens.render_chat(message, self._args, self._today, self._thinking)
+        rendered = self._tokens.render_chat(message, self._args, self._today, self._thinking, self._task.system)
         before, mark, after = rendered.partition(MARK)
         if not mark or MARK in after:
             raise JobError(
                 "the model's chat template does not place the user message once and unchanged; give another model"
             )
         self.opens_thinking = self._tokens.has_chat_template and opens_thinking(after)
-        cut = self._tokens.last_control(before)
-        end = self._tokens.first_control(after)
-        head = self._tokens.encode_template(before[:cut], starts=True)
-        tail = self._tokens.encode_template(after[end:], starts=False)
-        return head, before[cut:], after[:end], tail
+        runs = self._runs(rendered)
+        place = next(number for number, run in enumerate(runs) if MARK in run.text)
+        left, _, right = runs[place].text.partition(MARK)
+        blank = right[: len(right) - len(right.lstrip())]
+        gap = blank[: blank.rfind("\n") + 1]
+        rest = _Run(right[len(gap) :], data=True)
+        return _Frame(tuple(runs[:place]), left, gap, (rest, *runs[place + 1 :]))
 
-    def build(self, text: str, limit: int, *, truncate: bool = False, merging: bool = False) -> Prompt:
+    def _runs(self, text: str) -> list[_Run]:
+        """The stretches of a rendered prompt, those of the template and those of data in turn."""
+        runs = []
+        while match := self._marks.search(text):
+            cut = self._tokens.last_control(text[: match.start()])
+            end = match.end() + self._tokens.first_control(text[match.end() :])
+            runs += [_Run(text[:cut], data=False), _Run(text[cut:end], data=True)]
+            text = text[end:]
+        return [*runs, _Run(text, data=False)]
+
+    def _filled(self, text: str, columns: Mapping[str, str]) -> str:
+        """`text` with data in the place of its marks, but the document's."""
+        values = {_COLUMN.format(number): columns.get(name, "") for number, name in enumerate(self._columns)}
+        values |= {QUESTION_MARK: self._task.question}
+        return self._marks.sub(lambda match: values.get(match.group(), match.group()), text)
+
+    def _tail(self, frame: _Frame, columns: Mapping[str, str]) -> np.ndarray:
+        rest, *runs = frame.after
+        parts = [self._tokens.encode_behind(self._filled(rest.text, columns))]
+        return np.concatenate([*parts, *(self._encoded(run, columns) for run in runs)])
+
+    def _encoded(self, run: _Run, columns: Mapping[str, str], starts: bool = False) -> np.ndarray:
+        if run.data:
+            return self._tokens.encode_data(self._filled(run.text, columns))
+        return self._tokens.encode_template(run.text, starts=starts)
+
+    def _head(self, frame: _Frame, columns: Mapping[str, str]) -> np.ndarray:
+        """What stands before the run of the document; int32 [tokens]."""
+        parts = (self._encoded(run, columns, starts=not number) for number, run in enumerate(frame.before))
+        return np.concatenate([np.empty(0, np.int32), *parts])
+
+    def build(
+        self,
+        text: str,
+        limit: int,
+        *,
+        truncate: bool = False,
+        merging: bool = False,
+        columns: Mapping[str, str] | None = None,
+        step: int = 1,
+        encoded: dict[tuple[str, str], np.ndarray] | None = None,
+    ) -> Prompt:
         """The prompt for a document.
 
         limit: most prompt tokens. A longer one is cut in the document's middle if `truncate`, else DocumentError with
-        status too_long is raised. merging: ask to merge the outputs of parts (the text) instead.
+        status too_long is raised. merging: ask to merge the outputs of parts (the text) instead. columns: texts of the
+        columns that the template places. step: a cut leaves a whole number of so many tokens up to the document's end,
+        so that questions of like length leave the same. encoded: what was encoded of this text for other questions.
         """
-        head, left, right, tail = self._frames[merging]
-        body = self._tokens.encode_data(left + text + right)
+        frame, columns = self._frames[merging], columns or {}
+        tail = self._tail(frame, columns)
+        head = self._head(frame, columns)
+        left = self._filled(frame.left, columns)
+        encoded = {} if encoded is None else encoded
+        if (left, frame.gap) not in encoded:
+            encoded[left, frame.gap] = self._tokens.encode_data(left + text + frame.gap)
+        body = encoded[left, frame.gap]
         total = len(head) + len(body) + len(tail)
         if total <= limit:
-            return Prompt(np.concatenate([head, body, tail]))
+            return _prompt([head, body], tail)
         if not truncate:
             raise DocumentError(
                 f"the prompt has {total} tokens, the limit is {limit} (context less max_new_tokens)", "too_long", total
             )
-        first, last = self._tokens.span(left, right, body)
-        excess = total - limit
+        first, last = self._tokens.span(left, frame.gap, body)
+        excess = len(head) + len(body) - _whole(limit - len(tail), step)
         keep = (last - first) - excess
         if keep < 1:
             raise DocumentError(
@@ -163,20 +327,36 @@ class PromptBuilder:
         cut = first + (keep + 1) // 2
         kept = [self._tokens.decode(ids.tolist()) for ids in (body[first:cut], body[cut + excess : last])]
         unread = min(len(kept[0]), len(text)), max(len(text) - len(kept[1]), min(len(kept[0]), len(text)))
-        return Prompt(np.concatenate([head, body[:cut], body[cut + excess :], tail]), excess, unread)
+        return _prompt([head, body[:cut], body[cut + excess :]], tail, excess, unread)
 
-    def overhead(self, *, merging: bool = False) -> int:
+    def overhead(self, *, merging: bool = False, columns: Mapping[str, str] | None = None) -> int:
         """Prompt tokens besides the document's."""
-        head, left, right, tail = self._frames[merging]
-        return len(head) + len(self._tokens.encode_data(left + right)) + len(tail)
+        return sum(self._overhead(merging, columns or {}))
 
-    def split(self, text: str, limit: int) -> list[str]:
+    def room(self, limit: int, *, merging: bool, columns: Mapping[str, str], step: int) -> Hashable:
+        """What split() depends on besides the text: the same for questions that leave a document in the same parts."""
+        frame = self._frames[merging]
+        tokens = _whole(limit - len(self._tail(frame, columns)), step)
+        return tokens, self._head(frame, columns).tobytes(), self._filled(frame.left, columns), frame.gap
+
+    def _overhead(self, merging: bool, columns: Mapping[str, str]) -> tuple[int, int]:
+        """Prompt tokens besides the document's: of the prefix, of the tail."""
+        frame = self._frames[merging]
+        around = self._tokens.encode_data(self._filled(frame.left, columns) + frame.gap)
+        return len(self._head(frame, columns)) + len(around), len(self._tail(frame, columns))
+
+    def split(
+        self, text: str, limit: int, *, merging: bool = False, columns: Mapping[str, str] | None = None, step: int = 1
+    ) -> list[str]:
         """Consecutive parts of `text` whose prompts have at most `limit` tokens each.
 
-        Parts end at a paragraph, line, sentence or word where there is one in their last fifth. Raises DocumentError
-        (too_long) if not even a few tokens fit.
+        Parts end at a paragraph, line, sentence or word where there is one in their last fifth. step: as for build().
+        Raises DocumentError (too_long) if not even a few tokens fit.
         """
-        room = limit - self.overhead() - 8  # a part's first and last word may tokenise differently than in the whole
+        columns = columns or {}
+        prefix, tail = self._overhead(merging, columns)
+        most = _whole(limit - tail, step)  # tokens of a prefix
+        room = most - prefix - 8  # a part's first and last word may tokenise differently than in the whole
         if room < 16:
             raise DocumentError(f"question and template leave {max(room, 0)} of {limit} tokens for a part", "too_long")
         parts: list[str] = []
@@ -186,18 +366,32 @@ class PromptBuilder:
             if end < len(rest):
                 end = _break(rest, end)
             part = rest[:end]
-            while len(part) > 1 and not self._fits(part, limit):
+            while len(part) > 1 and not self._fits(part, most + tail, merging, columns):
                 part = part[: _break(part, len(part) * 9 // 10)]
             parts.append(part)
             rest = rest[len(part) :]
         return parts
 
-    def _fits(self, part: str, limit: int) -> bool:
+    def _fits(self, part: str, limit: int, merging: bool, columns: Mapping[str, str]) -> bool:
         try:
-            self.build(part, limit)
+            self.build(part, limit, merging=merging, columns=columns)
         except DocumentError:
             return False
         return True
+
+
+def _prompt(
+    prefix: list[np.ndarray], tail: np.ndarray, truncated: int = 0, unread: tuple[int, int] | None = None
+) -> Prompt:
+    ids = np.concatenate(prefix)
+    if not len(tail) and len(ids) > 1:  # nothing is asked: the last token of the document is what is answered
+        ids, tail = ids[:-1], ids[-1:]
+    return Prompt(ids, tail, truncated, unread)
+
+
+def _whole(tokens: int, step: int) -> int:
+    """The largest multiple of `step` in `tokens`."""
+    return tokens // step * step
 
 
 def _break(text: str, end: int) -> int:

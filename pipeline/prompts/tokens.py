@@ -76,19 +76,25 @@ class Tokens:
         """Whether thinking and answer come in channels, as those of gpt-oss."""
         return self.has_chat_template and CHANNEL in self._tokenizer.get_chat_template()
 
-    def render_chat(self, message: str, args: Mapping[str, Any], today: date, thinking: str = "auto") -> str:
+    def render_chat(
+        self, message: str, args: Mapping[str, Any], today: date, thinking: str = "auto", system: str = ""
+    ) -> str:
         """The user message in the model's chat template, up to where the answer starts; as it is where there is none.
 
         today: what the template takes for the current date. thinking: off, on or auto (as the template has it); what
-        `args` say goes before it. Raises JobError if the template fails, or cannot do what `thinking` asks.
+        `args` say goes before it. system: a message before the user's. Raises JobError if the template fails, or cannot
+        do what `thinking` and `system` ask.
         """
         if not self.has_chat_template:
+            if system:
+                raise JobError("--system: the model has no chat template; write it into a --prompt-file")
             if args:
                 raise JobError("--chat-template-args: the model has no chat template")
             if thinking == "on":
                 raise JobError("--thinking on: the model has no chat template; leave --thinking out")
             return message
-        messages = [{"role": "user", "content": message}]
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": message})
         try:
             template = self._tokenizer.get_chat_template(args.get("chat_template"))
             known = may_think(template)
@@ -98,6 +104,8 @@ class Tokens:
             text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **args)
         except Exception as error:  # templates raise Jinja errors of many kinds
             raise JobError(f"the model's chat template failed: {one_line(error)}") from None
+        if system.strip() not in text:
+            raise JobError("--system: the model's chat template has no place for it; write it into a --prompt-file")
         if thinking == "on" and not known:
             raise JobError("--thinking on: the model's chat template knows of no thinking; leave --thinking out")
         return text
@@ -155,6 +163,14 @@ class Tokens:
                 "the tokenizer cannot tell them apart"
             )
         return ids
+
+    def encode_behind(self, text: str) -> np.ndarray:
+        """encode_data of text that stands behind other text: nothing is put before its first word."""
+        if not text:
+            return np.empty(0, np.int32)
+        anchor, whole = self.encode_data("\n"), self.encode_data("\n" + text)
+        # Where a token reaches across the line break, the text is taken by itself.
+        return whole[len(anchor) :] if _common(anchor, whole) == len(anchor) else self.encode_data(text)
 
     def _encode(self, text: str) -> np.ndarray:
         if self._data is not None:

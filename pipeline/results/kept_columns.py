@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -33,7 +33,7 @@ class Kept:
 
     problem: which of them is null for what reason, empty if the values are as they were. plain: what they are
     known again by (`input_hash`). page_starts: characters of the text before each page, None without pages. note: what
-    of the document is not in the text.
+    of the document is not in the text. prompt: values of the columns that prompts are made from, as Python has them.
     """
 
     columns: dict[str, pa.Array] = field(default_factory=dict)
@@ -41,10 +41,11 @@ class Kept:
     plain: dict[str, Any] = field(default_factory=dict)
     page_starts: tuple[int, ...] | None = None
     note: str = ""
+    prompt: dict[str, Any] = field(default_factory=dict)
 
 
-def keep(found: dict[str, Any], fields: Sequence[pa.Field]) -> Kept:
-    """What a document has for the kept columns. found: arrays of one value, or values of JSON."""
+def keep(found: Mapping[str, Any], fields: Sequence[pa.Field], prompt: Sequence[str] = ()) -> Kept:
+    """What a document has for kept columns, and for those in prompts. found: arrays of one value, or JSON values."""
     columns, problems, plain = {}, [], {}
     for item in fields:
         value = found.get(item.name)
@@ -54,7 +55,19 @@ def keep(found: dict[str, Any], fields: Sequence[pa.Field]) -> Kept:
             columns[item.name] = pa.nulls(1, item.type)
             problems.append(f"{item.name}: {one_line(error, 200)}")
         plain[item.name] = _plain(value) if isinstance(value, pa.Array) else _as_kept_json(value, item.type)
-    return Kept(columns, one_line("; ".join(problems)) if problems else "", plain)
+    asked = {name: _plain(value) if isinstance(value := found.get(name), pa.Array) else value for name in prompt}
+    return Kept(columns, one_line("; ".join(problems)) if problems else "", plain, prompt=asked)
+
+
+def prompt_text(value: Any) -> str:
+    """A value as a prompt shows it: texts as they are, nothing for null, lists and objects as JSON."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return valid_text(value)
+    if isinstance(value, bool | list | dict):
+        return valid_text(json.dumps(value, ensure_ascii=False, default=str))
+    return str(value)
 
 
 def _fitted(value: Any, kind: pa.DataType) -> pa.Array:

@@ -1,4 +1,4 @@
-"""A result row: one for every document, whatever became of it.
+"""A result row: one for every document and question, whatever became of it.
 
 Its columns are fields of the dataclasses below, by who measures them. Schema, docs/results.md and what the parts of a
 document add up to follow from the declarations.
@@ -159,6 +159,11 @@ class EngineFields:
         "tokens of the prompt; all parts together where it was processed in parts",
         unit="tokens", joined=total, default=0,
     )  # fmt: skip
+    prefix_tokens: int = column(
+        "of these, tokens of the document that were read for another question; their prefill_seconds are in the row of "
+        "that question, where this is 0",
+        unit="tokens", joined=total, default=0,
+    )  # fmt: skip
     output_tokens: int = column(
         "tokens generated; all parts together where it was processed in parts", unit="tokens", joined=total, default=0
     )
@@ -228,7 +233,9 @@ class WorkerFields:
     gpu: str = column("name of the device")
     model: str = column("path or hub id")
     config_hash: str = column("fingerprint of all settings that can change an output")
-    prompt_hash: str = column("of question and prompt template; manifest.json has it as fingerprints.prompt")
+    prompt_hash: str = column(
+        "of the question, the prompt template and what else is asked; manifest.json has it with the questions"
+    )
     input_hash: str | None = column(
         "of the text and kept columns as they were read; null if they could not be",
         null=f"{NO_WORKER}, or the text could not be read", default=None,
@@ -249,14 +256,27 @@ class WorkerFields:
     started_at: datetime = column("UTC")
 
 
+# The question_id of a document that is only summarised.
+SUMMARY = "summary"
+
+
 @dataclass(kw_only=True)
 class Row:
-    """A document's row, its columns grouped by who measures them; values_of() has them flat, as they are written.
+    """The row of a document and question, its columns grouped by who measures them; values_of() has them flat.
 
     kept: columns of --keep-columns, arrays of one value; one that is not there is null.
     """
 
     document_id: str = column("the id column's value, else file name or file name and row", origin=INPUT)
+    question_id: str = column(
+        "name of the question: as given, or made of its words; summary for the plain summary, own-1, own-2 for those "
+        "that the document brought along, own where they could not be read",
+        origin=INPUT, default=SUMMARY,
+    )  # fmt: skip
+    question: str | None = column(
+        "what was asked; where a prompt file places no question, its message with {{ document }} in the text's place",
+        null="the document's own questions could not be read", origin=INPUT, default=None,
+    )  # fmt: skip
     source: str = column("where the document was read: file, and line or row", origin=INPUT)
     outcome: Outcome = group(origin="who ended it: listing, worker or driver")
     attempts: int = column(
@@ -273,12 +293,15 @@ class Row:
     kept: Mapping[str, pa.Array] = field(default_factory=dict)
 
 
-def failed_row(document: Document, status: str, error: str) -> Row:
-    """The row of a document that no worker has seen to its end; `error` says why."""
-    return Row(
-        document_id=document.document_id, source=document.source, outcome=Outcome(status=status, error=error),
-        input_stamp=document.stamp, finished_at=utc_now(),
-    )  # fmt: skip
+def failed_rows(document: Document, status: str, error: str) -> list[Row]:
+    """The rows of a document that no worker has seen to its end, one for each question; `error` says why."""
+    return [
+        Row(
+            document_id=document.document_id, question_id=name, question=text, source=document.source,
+            outcome=Outcome(status=status, error=error), input_stamp=document.stamp, finished_at=utc_now(),
+        )
+        for name, text in document.questions or ((SUMMARY, None),)
+    ]  # fmt: skip
 
 
 COLUMNS: tuple[Column, ...] = tuple(columns_of(Row))
@@ -331,7 +354,7 @@ def _single(row: Row, schema: pa.Schema) -> pa.Table:
     except _MISFITS as error:
         message = one_line(f"its row does not fit the result schema: {error}")
         bad = Row(
-            document_id=row.document_id, source=row.source, outcome=Outcome(status="error", error=message),
-            attempts=row.attempts,
+            document_id=row.document_id, question_id=row.question_id, question=row.question, source=row.source,
+            outcome=Outcome(status="error", error=message), attempts=row.attempts,
         )  # fmt: skip
         return pa.Table.from_pylist([values_of(bad, COLUMNS)], schema=schema)

@@ -1,8 +1,8 @@
-"""Result rows to Parquet part files, and back: at no time two rows of a document, at the end of a job one.
+"""Result rows to Parquet part files, and back: at no time two rows of a document's question, at the end of a job one.
 
 A row is done when its part file is there. A row that is to be replaced (its document changed, or is tried again) stays
 until the new one takes its place: in the same part, by one write of that part. At any moment, and whatever is
-interrupted, such a document has its old row or its new one.
+interrupted, such a question has its old row or its new one.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import JobError, one_line
 from pipeline.results.kept_columns import concat
-from pipeline.results.rows import COLUMNS, Row, to_table
+from pipeline.results.rows import COLUMNS, SUMMARY, Row, to_table
 from pipeline.results.seal import seal_problem, sealed
 from pipeline.results.store import Store
+from pipeline.results.wide import widened
 
 PREFIX, SUFFIX = "part-", ".parquet"
 PART = re.compile(r"(?:^|/)part-\d{6,}-[0-9a-f]{8}\.parquet$")
@@ -34,20 +35,23 @@ COMPACT_ABOVE = 100
 # as long as it took, so that it has time for the workers.
 REST = 10
 # What parts of every version have.
-REQUIRED = ("output", *(column.name for column in COLUMNS if not column.nullable))
+ADDED = ("question_id", "prefix_tokens")
+REQUIRED = ("output", *(column.name for column in COLUMNS if not column.nullable and column.name not in ADDED))
+# What rows are told apart by: document_id and question_id.
+Key = tuple[str, str]
 
 
 class Sink:
     """The one writer of a job: collects rows and writes them as part files that appear whole.
 
     A row counts as done when its part file is there; there is no other record of it. Call `tick` often: it writes when
-    `flush_documents` rows wait or the oldest has waited `flush_seconds`. replaces: ids whose rows give way to new ones.
-    written: gets rows once they are in a part.
+    `flush_documents` rows wait or the oldest has waited `flush_seconds`. replaces: (document_id, question_id) of
+    rows that give way to new ones. written: gets rows once they are in a part.
     """
 
     def __init__(
         self, store: Store, schema: pa.Schema, *, flush_documents: int, flush_seconds: float,
-        replaces: Sequence[str] = (), clock: Callable[[], float] = time.monotonic,
+        replaces: Sequence[Key] = (), clock: Callable[[], float] = time.monotonic,
         written: Callable[[pa.Table], None] = lambda rows: None,
     ) -> None:  # fmt: skip
         self._store = store
@@ -56,7 +60,7 @@ class Sink:
         self._flush_seconds = flush_seconds
         self._clock = clock
         self._written = written
-        self._rows: list[Row] = []
+        self._waiting: list[Sequence[Row]] = []
         self._oldest = 0.0
         heads = [name[len(PREFIX) :].split("-")[0] for name in part_names(store)]
         numbers = [int(head) for head in heads if head.isdecimal()]
@@ -68,40 +72,50 @@ class Sink:
 
     @property
     def rows_to_replace(self) -> int:
-        """Old rows whose documents are not done again yet."""
-        return len(self._places)
+        """Old rows whose questions are not answered again yet."""
+        return sum(map(len, self._places.values()))
 
-    def add(self, row: Row) -> None:
-        """Take a finished row."""
-        if not self._rows:
+    def add(self, *rows: Row) -> None:
+        """Take the rows of a document that came to its end; all of its rows that give way do so to these."""
+        if not self._waiting:
             self._oldest = self._clock()
-        self._rows.append(row)
+        self._waiting.append(rows)
         self.tick()
 
     def tick(self) -> None:
         """Write if it is time to."""
         now = self._clock()
-        full = len(self._rows) >= self._flush_documents or now - self._oldest >= self._flush_seconds
-        if self._rows and full and now >= self._rests_until:
+        rows = sum(map(len, self._waiting))
+        full = rows >= self._flush_documents or now - self._oldest >= self._flush_seconds
+        if self._waiting and full and now >= self._rests_until:
             self.flush()
 
     def flush(self) -> None:
         """Write all rows that wait. Raises JobError if that fails; what was not written by then is not done."""
         by_place: dict[str, list[Row]] = {}
-        for row in self._rows:
-            by_place.setdefault(self._places.get(row.document_id, ""), []).append(row)
+        for rows in self._waiting:
+            old = self._places.get(rows[0].document_id, {})
+            first = next(iter(old.values()), "")
+            for row in rows:
+                by_place.setdefault(old.get(row.question_id, first), []).append(row)
+            for place in old.values():  # of a question that is not asked any more: its old row goes
+                by_place.setdefault(place, [])
+        done = {rows[0].document_id for rows in self._waiting}
         for place, rows in by_place.items():
+            olds = ((name, self._places.get(name, {})) for name in done)
+            gone = {(name, question) for name, old in olds for question, at in old.items() if at == place}
             table = to_table(rows, self._schema)
-            self._write(place, table)
+            self._write(place, table, gone)
             self.rows_written += len(rows)
-            written = {row.document_id for row in rows}
-            self._rows = [row for row in self._rows if row.document_id not in written]
-            for name in written:
-                self._places.pop(name, None)
+            written = set(map(id, rows))
+            left = ([row for row in waiting if id(row) not in written] for waiting in self._waiting)
+            self._waiting = [waiting for waiting in left if waiting]
+            for name, question in gone:
+                del self._places[name][question]
             self._written(table)
 
-    def _write(self, place: str, table: pa.Table) -> None:
-        """A new part, or the part `place` with these rows in the place of their documents' old ones."""
+    def _write(self, place: str, table: pa.Table, gone: set[Key]) -> None:
+        """A new part, or the part `place` with these rows in the place of those in `gone`."""
         begun = self._clock()
         data = self._store.read(place) if place else None
         if data is None:
@@ -111,21 +125,30 @@ class Sink:
             self._next, self._part = self._next + 1, ""
             return
         old = _decoded(data)
-        gone = pc.is_in(old["document_id"], value_set=table["document_id"].combine_chunks())
-        new = concat([old.filter(pc.invert(gone)), table])
+        stay = [key not in gone for key in keys(old)]
+        new = concat([old.filter(pa.array(stay, pa.bool_())), table])
         self._store.write(place, encode(new))
         now = self._clock()
         self._rests_until = max(self._rests_until, now) + REST * (now - begun)
 
 
-def _places(store: Store, ids: Sequence[str]) -> dict[str, str]:
-    """By document, the part that holds its row."""
-    places: dict[str, str] = {}
-    wanted = pa.array(ids, pa.string())
-    for name in part_names(store) if ids else ():
+def keys(rows: pa.Table) -> list[Key]:
+    """(document_id, question_id) of rows; those of earlier versions, which had one question a job, have SUMMARY."""
+    names = rows["document_id"].to_pylist()
+    questions = rows["question_id"].to_pylist() if "question_id" in rows.column_names else [None] * len(names)
+    return list(zip(names, (question or SUMMARY for question in questions), strict=True))
+
+
+def _places(store: Store, replaces: Sequence[Key]) -> dict[str, dict[str, str]]:
+    """By document and question, the part that holds its row."""
+    places: dict[str, dict[str, str]] = {}
+    wanted = set(replaces)
+    for name in part_names(store) if wanted else ():
         with store.named_failures(f"{name} cannot be read"):
-            column = read_part(store, name, ["document_id"])["document_id"]
-        places |= dict.fromkeys(column.filter(pc.is_in(column, value_set=wanted)).to_pylist(), name)
+            found = keys(read_part(store, name, ["document_id", "question_id"]))
+        for document_id, question in found:
+            if (document_id, question) in wanted:
+                places.setdefault(document_id, {})[question] = name
     return places
 
 
@@ -253,14 +276,19 @@ def _tables(store: Store, columns: Sequence[str] | None) -> list[pa.Table]:
 
 
 def done_rows(store: Store) -> pa.Table:
-    """document_id, status, attempts, input_stamp, input_hash of all rows. Raises JobError if an id has two (copies)."""
-    rows = read_columns(store, ["document_id", "status", "attempts", "input_stamp", "input_hash"])
-    ids = rows["document_id"].combine_chunks()
-    if len(ids) != len(pc.unique(ids)):
-        counts = pc.value_counts(ids)
-        twice = pc.filter(counts.field("values"), pc.greater(counts.field("counts"), 1)).to_pylist()
+    """document_id, question_id, status, attempts, input_stamp, input_hash of all rows.
+
+    Raises JobError if a document's question has two (copies).
+    """
+    rows = read_columns(store, ["document_id", "question_id", "status", "attempts", "input_stamp", "input_hash"])
+    questions = pc.fill_null(rows["question_id"], SUMMARY)
+    rows = rows.set_column(1, "question_id", questions)
+    counts = rows.group_by(["document_id", "question_id"]).aggregate([([], "count_all")])
+    if len(counts) != len(rows):
+        twice = counts.filter(pc.greater(counts["count_all"], 1)).to_pylist()
+        example = f"{twice[0]['document_id']!r}, question {twice[0]['question_id']!r}"
         raise JobError(
-            f"--output {store.name}: {len(twice)} documents have more than one row, e.g. {twice[0]!r}; "
+            f"--output {store.name}: {len(twice)} documents have more than one row, e.g. {example}; "
             "remove the doubled part files"
         )
     return rows
@@ -301,11 +329,17 @@ def _merge(store: Store, names: list[str]) -> None:
     store.delete(JOURNAL)
 
 
-def read_results(output: str | Path | Iterable[str | Path], columns: Sequence[str] | None = None) -> pa.Table:
-    """The results in one output folder or in several (shards of one job) as a table, one row a document.
+def read_results(
+    output: str | Path | Iterable[str | Path], columns: Sequence[str] | None = None, *, wide: bool = False
+) -> pa.Table:
+    """The results in one output folder or in several (shards of one job) as a table, one row a document and question.
 
+    wide: one row a document instead: document_id, source, status (ok, or that of the first question that failed), error
+    (what failed by question), the input's kept columns, and for each question a column with its output.
     Raises JobError if a folder holds no results.
     """
+    if wide and columns is not None:
+        raise JobError("read_results(): wide=True has columns of its own; leave columns out")
     folders = [output] if isinstance(output, str | Path) else list(output)
     tables = []
     for folder in folders:
@@ -314,4 +348,5 @@ def read_results(output: str | Path | Iterable[str | Path], columns: Sequence[st
         if not found:
             raise JobError(f"{store.name} holds no results (no {PREFIX}*{SUFFIX} files)")
         tables += found
-    return concat(tables)
+    table = concat(tables)
+    return widened(table) if wide else table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,13 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.results.rows import SUMMARY
 from pipeline.results.sink import part_names, read_columns
 from pipeline.results.store import Store
 
 _COLUMNS = (
     "status", "error", "document_id", "prompt_tokens", "output_tokens", "time_to_first_token", "decode_seconds",
-    "density", "attention", "attention_reason", "truncated_tokens", "parts", "finish_reason",
-    "flags",
+    "density", "attention", "attention_reason", "truncated_tokens", "parts", "finish_reason", "flags", "question_id",
+    "prefix_tokens",
 )  # fmt: skip
 
 
@@ -24,7 +26,9 @@ _COLUMNS = (
 class JobReport:
     """The state of an output folder after a run.
 
-    counts: documents by status. ttft: (p50, p95) seconds over documents that are ok, None without any.
+    counts: rows by status, one for each document and question. missing: rows that there are to be and are not yet.
+    questions: how many the rows answer. ttft: (p50, p95) seconds over rows that are ok, None without any.
+    prefix_tokens: of prompt_tokens, those that were read for another question already.
     decode_rate: output tokens a second of one document while it decodes. density: mean over sparse documents.
     why_dense: of one of the documents that were to run sparse and did not, empty without any. truncated: documents
     that were cut to fit; cut: those whose outputs end at --max-new-tokens. flagged: outputs with flags;
@@ -35,7 +39,10 @@ class JobReport:
     output: str
     documents: int
     counts: dict[str, int]
+    missing: int = 0
+    questions: int = 1
     prompt_tokens: int = 0
+    prefix_tokens: int = 0
     output_tokens: int = 0
     ttft: tuple[float, float] | None = None
     decode_rate: float | None = None
@@ -57,12 +64,12 @@ class JobReport:
 
     @property
     def ok(self) -> int:
-        """Documents with an output."""
+        """Rows with an output."""
         return self.counts.get("ok", 0)
 
     @property
     def failed(self) -> int:
-        """Documents whose row says why there is no output."""
+        """Rows that say why there is no output."""
         return sum(self.counts.values()) - self.ok
 
     @property
@@ -73,9 +80,13 @@ class JobReport:
         return 2 if self.failed else 0
 
 
-def summarize_results(store: Store, documents: int, **run: Any) -> JobReport:
-    """The report on an output folder; `run` are JobReport's fields that are of this run alone."""
+def summarize_results(store: Store, documents: int, asked: Sequence[str] = (SUMMARY,), **run: Any) -> JobReport:
+    """The report on an output folder; `run` are JobReport's fields that are of this run alone.
+
+    asked: names of the questions to every document; `own` for those that documents bring along.
+    """
     table = read_columns(store, _COLUMNS)
+    questions = pc.fill_null(table["question_id"], SUMMARY)
     counts = {str(item["values"]): int(item["counts"]) for item in pc.value_counts(table["status"]).to_pylist()}
     done = table.filter(pc.equal(table["status"], "ok")) if table.num_rows else table
     bad = table.filter(pc.not_equal(table["status"], "ok")).slice(0, 5).to_pylist() if table.num_rows else []
@@ -91,6 +102,9 @@ def summarize_results(store: Store, documents: int, **run: Any) -> JobReport:
         output=store.name,
         documents=documents,
         counts=counts,
+        missing=_missing(table["document_id"], questions, documents, asked),
+        questions=max(1, len(pc.unique(questions))),
+        prefix_tokens=int(np.nansum(_numbers(done, "prefix_tokens"))),
         prompt_tokens=int(np.nansum(_numbers(done, "prompt_tokens"))),
         output_tokens=int(np.nansum(out)),
         ttft=(float(np.nanpercentile(ttft, 50)), float(np.nanpercentile(ttft, 95)))
@@ -106,9 +120,21 @@ def summarize_results(store: Store, documents: int, **run: Any) -> JobReport:
         flags=dict(Counter(name for each in flags for name in each).most_common()),
         in_parts=int((_numbers(done, "parts") > 1).sum()),
         files=len(part_names(store)),
-        first_errors=tuple((row["document_id"], row["status"], row["error"]) for row in bad),
+        first_errors=tuple((_who(row, len(asked) > 1), row["status"], row["error"]) for row in bad),
         **run,
     )
+
+
+def _missing(ids: pa.ChunkedArray, questions: pa.ChunkedArray, documents: int, asked: Sequence[str]) -> int:
+    """Rows that are not there: of each question to each document; of documents' own questions, one for all of them."""
+    own = pc.match_substring_regex(questions, r"^own(-\d+)?$")
+    there = pc.sum(pc.is_in(questions, value_set=pa.array([name for name in asked if name != "own"], pa.string())))
+    found = int(there.as_py() or 0) + (len(pc.unique(ids.filter(own))) if "own" in asked else 0)
+    return max(0, documents * len(asked) - found)
+
+
+def _who(row: dict[str, Any], many: bool) -> str:
+    return f"{row['document_id']} ({row['question_id']})" if many else str(row["document_id"])
 
 
 def _numbers(table: pa.Table, name: str) -> np.ndarray:
@@ -118,21 +144,26 @@ def _numbers(table: pa.Table, name: str) -> np.ndarray:
 def rows_for_table(report: JobReport) -> list[tuple[str, str]]:
     """The report as (what, figure) for a table."""
     failed = ", ".join(f"{count:,} {status}" for status, count in sorted(report.counts.items()) if status != "ok")
-    missing = report.documents - sum(report.counts.values())
-    lines = [("documents ok", f"{report.ok:,} of {report.documents:,}"), ("documents failed", failed or "0")]
-    if missing > 0:
-        lines.append(("documents without a row", f"{missing:,}; run the same command again to go on"))
+    many = report.questions > 1
+    what = "answers" if many else "documents"
+    there_are = sum(report.counts.values()) + report.missing
+    lines = [("documents", f"{report.documents:,}, {report.questions:,} questions")] if many else []
+    lines += [(f"{what} ok", f"{report.ok:,} of {there_are:,}"), (f"{what} failed", failed or "0")]
+    if report.missing:
+        named = "answers not there yet" if many else "documents without a row"
+        lines.append((named, f"{report.missing:,}; run the same command again to go on"))
     if report.cut:
-        what = f"{report.cut:,} of {report.ok:,} end at --max-new-tokens; raise it for another output folder"
-        lines.append(("outputs cut off", what))
-    lines.append(("tokens", f"{report.prompt_tokens:,} in prompts, {report.output_tokens:,} generated"))
+        told = f"{report.cut:,} of {report.ok:,} end at --max-new-tokens; raise it for another output folder"
+        lines.append(("outputs cut off", told))
+    once = f" ({report.prompt_tokens - report.prefix_tokens:,} read)" if report.prefix_tokens else ""
+    lines.append(("tokens", f"{report.prompt_tokens:,} in prompts{once}, {report.output_tokens:,} generated"))
     if report.ttft:
         lines.append(("time to first token", f"p50 {report.ttft[0]:.3f} s, p95 {report.ttft[1]:.3f} s"))
     if report.decode_rate:
         lines.append(("decode", f"{report.decode_rate:,.1f} tokens/s in a document"))
     why, dense = f" ({report.why_dense})" if report.why_dense else "", report.ok - report.sparse
     if report.density is not None:
-        with_stem = f"{report.density:.3f} over {_counted(report.sparse, 'document')} with Stem"
+        with_stem = f"{report.density:.3f} over {_counted(report.sparse, what[:-1])} with Stem"
         lines.append(("density", with_stem + (f"; {dense:,} dense{why}" if dense else "")))
     else:
         lines.append(("density", f"1.000, all dense{why}" if report.ok else "-"))
@@ -141,7 +172,7 @@ def rows_for_table(report: JobReport) -> list[tuple[str, str]]:
     if report.seconds and report.done_now:
         rate = report.done_now / report.seconds * 3600
         lines.append(
-            ("this run", f"{_counted(report.done_now, 'document')} in {report.seconds:.1f} s = {rate:,.0f} an hour")
+            ("this run", f"{_counted(report.done_now, what[:-1])} in {report.seconds:.1f} s = {rate:,.0f} an hour")
         )
     lines.append(("results", f"{report.output} ({_counted(report.files, 'Parquet file')})"))
     return lines

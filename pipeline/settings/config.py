@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from datetime import date
 from pathlib import Path
@@ -77,11 +77,30 @@ class JobConfig(Sampling, EngineSettings, ReadSettings):
         group="prompt",
         changes_output=True,
     )
-    question: str | None = setting(
-        None, "the question or instruction that follows the document", group="prompt", changes_output=True
+    question: tuple[str, ...] = setting(
+        (),
+        "the question or instruction that follows the document; give it again for more questions",
+        more="each has a row of its own, all are answered by one reading: [questions](questions.md)",
+        kind="texts",
+        group="prompt",
     )
+    questions: str | Sequence[Any] | Mapping[str, Any] | None = setting(
+        None,
+        "YAML file of questions, each with a name and, if need be, max_new_tokens, a schema or settings of sampling",
+        more="in a job file and from Python also the list itself: [questions](questions.md)",
+        kind="questions",
+        group="prompt",
+    )
+    questions_column: str | None = setting(
+        None,
+        "column of the input that holds a document's own questions: a list of texts, or JSON of one",
+        group="prompt",
+    )
+    system: str | None = setting(None, "system message, before the document", group="prompt")
     prompt_file: str | None = setting(
-        None, "Jinja file that makes the user message from {{ document }} and {{ question }}", group="prompt"
+        None,
+        "Jinja file that makes the user message from {{ document }}, {{ question }} and columns: {{ year }}",
+        group="prompt",
     )
     chat_template_args: Mapping[str, Any] | None = setting(
         None,
@@ -191,7 +210,8 @@ class JobConfig(Sampling, EngineSettings, ReadSettings):
         for name in ("input", "output", "model"):
             if not getattr(self, name):
                 raise JobError(f"{flag(name)} is missing; it is needed: {meaning(name)}")
-        if self.task == "ask" and not self.question and not self.prompt_file:
+        asked = self.question or self.questions is not None or self.questions_column
+        if self.task == "ask" and not asked and not self.prompt_file:
             raise JobError("--task ask needs --question: what to ask about each document")
         if self.schema is not None and self.thinking == "on":
             raise JobError(
@@ -249,6 +269,7 @@ class JobConfig(Sampling, EngineSettings, ReadSettings):
         stem = self.stem()
         for name in (*STEM_OVERRIDES, "preset", "attention", "model", "adapter"):
             values.pop(name, None)
+        values["question"] = None  # what is asked has fingerprints of its own; once it was one of these settings
         settings = stem.to_dict() if stem else None
         for held, record in ((values, JobConfig), (settings or {}, StemConfig)):
             for item in fields(record):

@@ -72,6 +72,26 @@ def _list(name: str, value: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_text(name, item) for item in items))
 
 
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    """One text or several, none of them blank."""
+    items = () if value is None else (value,) if isinstance(value, str) else value
+    if not isinstance(items, list | tuple) or not all(isinstance(item, str) and item.strip() for item in items):
+        raise SettingError(name, "a text or a list of texts that are not empty", value)
+    return tuple(dict.fromkeys(_text(name, item) for item in items))
+
+
+def _questions(name: str, value: Any) -> Any:
+    """The path of a file, or questions as such a file has them (pipeline.settings.questions looks at each)."""
+    if value is None or isinstance(value, str | Path):
+        return value if value is None else _text(name, value)
+    try:
+        if isinstance(value, list | tuple | Mapping):
+            return json.loads(json.dumps(dict(value) if isinstance(value, Mapping) else list(value), allow_nan=False))
+    except (TypeError, ValueError, RecursionError):
+        pass
+    raise SettingError(name, "a file or a list of questions", value)
+
+
 def _columns(name: str, value: Any) -> tuple[str, ...]:
     """Names, also several in one text with commas."""
     parts = (part.strip() for item in _list(name, value) for part in item.split(","))
@@ -126,6 +146,8 @@ KINDS: dict[str, Callable[[str, Any], Any]] = {
     "str": _text,
     "map": _map,
     "list": _list,
+    "texts": _texts,
+    "questions": _questions,
     "columns": _columns,
     "auto_int": _whole_or_auto,
     "date": _date,

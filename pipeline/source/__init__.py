@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -15,7 +17,7 @@ from pipeline.converters.protocol import Converted
 from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.results.kept_columns import Kept, keep
 from pipeline.settings.shared import ReadSettings
-from pipeline.source.catalogue import Catalogue, CatalogueBuilder, Document, in_shard
+from pipeline.source.catalogue import Asked, Catalogue, CatalogueBuilder, Document, in_shard
 from pipeline.source.converted import refuse_missing_packages
 from pipeline.source.files import find_files
 from pipeline.source.formats import FORMATS
@@ -25,6 +27,7 @@ from pipeline.source.texts import checked_text
 
 __all__ = [
     "FORMATS",
+    "Asked",
     "Catalogue",
     "Document",
     "DocumentReader",
@@ -45,16 +48,20 @@ def list_documents(
     keep_columns: tuple[str, ...] = (),
     shard: tuple[int, int] = (0, 1),
     settings: ReadSettings = ReadSettings(),
+    prompt_columns: Mapping[str, str] = MappingProxyType({}),
 ) -> Catalogue:
     """All documents of `files`, or one stable share (i, n) of them.
+
+    prompt_columns: columns that prompts are made from, each with the flag that asks for it.
 
     What is wrong with one file costs that file's documents. Raises JobError for a column that none has (the message
     lists what there is), ids that occur twice, a package that is not installed, nothing readable at all.
     """
     refuse_missing_packages(files)
-    builder = CatalogueBuilder(text_column, id_column, keep_columns, settings.encoding)
-    if keep_columns and not any(file.format.has_columns for file in files):
-        raise JobError(f"--keep-columns {keep_columns[0]}: the input's files have no columns")
+    builder = CatalogueBuilder(text_column, id_column, keep_columns, settings.encoding, prompt_columns)
+    for name, flag in (dict.fromkeys(keep_columns, "--keep-columns") | dict(prompt_columns)).items():
+        if not any(file.format.has_columns for file in files):
+            raise JobError(f"{flag} {name}: the input's files have no columns")
     sizes: Counter[str] = Counter()
     for file in files:
         sizes[file.format.name] += file.size
@@ -78,12 +85,19 @@ def list_documents(
 
 
 class DocumentReader:
-    """Reads documents by locator, inside a worker."""
+    """Reads documents by locator, inside a worker. columns: those that prompts are made from."""
 
-    def __init__(self, text_column: str, kept: list[pa.Field], settings: ReadSettings = ReadSettings()) -> None:
+    def __init__(
+        self,
+        text_column: str,
+        kept: list[pa.Field],
+        settings: ReadSettings = ReadSettings(),
+        columns: tuple[str, ...] = (),
+    ) -> None:
         self._text_column = text_column
         self._kept = kept
         self._settings = settings
+        self._columns = columns
         self._readers: dict[str, Reader] = {}  # by format, made when it first occurs
 
     @staticmethod
@@ -106,21 +120,22 @@ class DocumentReader:
     def _read(self, at: Locator) -> tuple[str, Kept]:
         form = FORMATS[at.format]
         if form.name not in self._readers:
-            columns = (self._text_column, *(field.name for field in self._kept))
-            self._readers[form.name] = form.reader(columns, self._settings)
+            names = (self._text_column, *(field.name for field in self._kept), *self._columns)
+            self._readers[form.name] = form.reader(tuple(dict.fromkeys(names)), self._settings)
         values = self._readers[form.name].read(at)
         if not form.has_columns:
-            return _without_columns(values[self._text_column], self._kept)
+            return _without_columns(values[self._text_column], self._kept, self._columns)
         _refuse_another(values, at)
         if self._text_column not in values:
             raise DocumentError(f"it has no {self._text_column!r}; found: {', '.join(map(str, values))}")
-        return checked_text(_python(values[self._text_column])), keep(values, self._kept)
+        return checked_text(_python(values[self._text_column])), keep(values, self._kept, self._columns)
 
 
-def _without_columns(value: Any, kept: list[pa.Field]) -> tuple[str, Kept]:
+def _without_columns(value: Any, kept: list[pa.Field], columns: tuple[str, ...]) -> tuple[str, Kept]:
+    nothing = keep({}, kept, columns)
     if not isinstance(value, Converted):
-        return checked_text(value), keep({}, kept)
-    return checked_text(value.text), replace(keep({}, kept), page_starts=value.page_starts, note=value.note)
+        return checked_text(value), nothing
+    return checked_text(value.text), replace(nothing, page_starts=value.page_starts, note=value.note)
 
 
 def _python(value: Any) -> Any:
@@ -146,8 +161,9 @@ def _refuse_another(values: dict[str, Any], at: Locator) -> None:
 
 
 def input_hash(text: str, kept: Kept) -> str:
-    """16 hex digits over what a row depends on of its document: the text and the kept columns."""
+    """16 hex digits over what a row depends on of its document: the text, the kept columns and those in prompts."""
     digest = hashlib.blake2b(text.encode(), digest_size=8)
-    if kept.plain:
-        digest.update(json.dumps(kept.plain, sort_keys=True, default=str).encode())
+    for values in (kept.plain, kept.prompt):
+        if values:
+            digest.update(json.dumps(values, sort_keys=True, default=str).encode())
     return digest.hexdigest()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -19,13 +20,16 @@ from pipeline.source.protocol import Locator, SourceFile
 from pipeline.source.streams import MOST_BYTES
 
 MOST_NAMES = 100
+# Questions by name and text.
+Asked = tuple[tuple[str, str | None], ...]
 
 
 @dataclass(frozen=True)
 class Document:
     """One document. size_bytes: of its text, as well as the listing knows. error: why it cannot be read, if so.
 
-    stamp: the same as long as nobody has written to its file.
+    stamp: the same as long as nobody has written to its file. questions: (name, text) of those to ask, text None where
+    only the document knows; empty for all of the job's.
     """
 
     document_id: str
@@ -34,6 +38,7 @@ class Document:
     size_bytes: int
     error: str = ""
     stamp: str = ""
+    questions: Asked = ()
 
 
 class Catalogue:
@@ -41,7 +46,8 @@ class Catalogue:
 
     def __init__(
         self, files: list[SourceFile], ids: pa.Array, columns: np.ndarray, errors: dict[int, str],
-        kept: list[pa.Field], id_column: str | None = None,
+        kept: list[pa.Field], id_column: str | None = None, questions: Sequence[Asked] = ((),),
+        asked: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         self.files = files
         self.ids = ids
@@ -49,6 +55,9 @@ class Catalogue:
         self.errors = errors
         self.kept = kept
         self.id_column = id_column
+        # Of each document, which of `questions` are to be asked: int32 [documents].
+        self.questions = questions
+        self.asked = np.zeros(len(ids), np.int32) if asked is None else asked
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -66,7 +75,7 @@ class Catalogue:
         locator = Locator(file.filesystem, file.path, file.format.name, start, length, self.id_column, document_id)
         return Document(
             document_id, place(file, number), locator, size,
-            self.errors.get(position, ""), self.stamp(position),
+            self.errors.get(position, ""), self.stamp(position), self.questions[self.asked[position]],
         )  # fmt: skip
 
     def stamp(self, position: int) -> str:
@@ -81,12 +90,22 @@ class Catalogue:
         moved = {old: new for new, old in enumerate(positions.tolist()) if old in self.errors} if self.errors else {}
         errors = {moved[old]: text for old, text in self.errors.items() if old in moved}
         ids = self.ids.take(pa.array(positions))
-        return Catalogue(self.files, ids, self.columns[positions], errors, self.kept, self.id_column)
+        return Catalogue(
+            self.files, ids, self.columns[positions], errors, self.kept, self.id_column, self.questions,
+            self.asked[positions],
+        )  # fmt: skip
 
-    def without(self, done: pa.Array) -> Catalogue:
-        """The documents whose ids are not in `done`."""
-        mask = pc.is_in(self.ids, value_set=done.cast(pa.large_string()))
-        return self.select(~mask.to_numpy(zero_copy_only=False))
+    def asking(self, asked: Asked, missing: np.ndarray) -> Catalogue:
+        """The documents that lack an answer, each with the questions that it lacks.
+
+        asked: all questions. missing: bool [documents, questions].
+        """
+        sets, which = np.unique(missing, axis=0, return_inverse=True)
+        questions = [tuple(each for each, lacks in zip(asked, one, strict=True) if lacks) for one in sets.tolist()]
+        some: np.ndarray = np.asarray(missing.any(axis=1))
+        left = self.select(some)
+        left.questions, left.asked = questions, which.reshape(-1)[some].astype(np.int32)
+        return left
 
     def order(self) -> np.ndarray:
         """Positions, longest first, int64 [documents].
@@ -113,10 +132,12 @@ class CatalogueBuilder:
     """Collects documents file by file."""
 
     def __init__(
-        self, text_column: str, id_column: str | None, keep_columns: tuple[str, ...], encoding: str = UTF_8
-    ) -> None:
+        self, text_column: str, id_column: str | None, keep_columns: tuple[str, ...], encoding: str = UTF_8,
+        prompt_columns: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
         self.text_column = text_column
         self.encoding = encoding
+        self._prompt_columns = prompt_columns
         self.id_column = id_column
         self.keep_columns = keep_columns
         self.files: list[SourceFile] = []
@@ -124,7 +145,7 @@ class CatalogueBuilder:
         self.broken_files = 0
         self._kept: dict[str, pa.DataType] = {}
         self._columns: dict[str, None] = {}  # of all files, as far as people need to be told
-        self._wanted = {text_column, *([id_column] if id_column else []), *keep_columns}
+        self._wanted = {text_column, *([id_column] if id_column else []), *keep_columns, *prompt_columns}
         self._ids: list[str] = []
         self._values = array("q")
         self._errors: dict[int, str] = {}
@@ -165,7 +186,8 @@ class CatalogueBuilder:
     def refuse_unknown_columns(self) -> None:
         """Raise JobError for a column that no file has, if any file has columns at all."""
         wanted = [("--text-column", self.text_column), ("--id-column", self.id_column)]
-        for flag, name in wanted + [("--keep-columns", name) for name in self.keep_columns]:
+        wanted += [("--keep-columns", name) for name in self.keep_columns]
+        for flag, name in wanted + [(flag, name) for name, flag in self._prompt_columns.items()]:
             if name and self._columns and name not in self._columns:
                 found = ", ".join(list(self._columns)[:MOST_NAMES])
                 raise JobError(f"{flag} {name}: no file or line of the input has it; found: {found}")

@@ -102,7 +102,7 @@ class LocalPool:
                 return
             error, name = future.exception(), document.document_id
             if error is None:
-                self._events.put(Event("result", worker, name, row=future.result()))
+                self._events.put(Event("result", worker, name, rows=future.result()))
             else:
                 self._hung = isinstance(error, EngineBrokenError) and error.hung
                 self._events.put(Event("hung" if self._hung else "failed", worker, name, reason=describe_error(error)))

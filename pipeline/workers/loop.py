@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-from pipeline.engine.config import Completion, Request
+from pipeline.engine.config import Completion, SharedPrompt
 from pipeline.errors import JobError, one_line
 
 
@@ -23,7 +23,7 @@ class EngineLike(Protocol):
     @property
     def arena_use(self) -> tuple[int, int]: ...
 
-    def add(self, request: Request) -> None: ...
+    def add_shared(self, shared: SharedPrompt) -> None: ...
     def step(self) -> list[Completion]: ...
     def abort(self, request_id: str) -> bool: ...
     def describe(self) -> dict[str, Any]: ...
@@ -60,25 +60,34 @@ class EngineLoop:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request) -> Future[Completion]:
-        """Hand a request to the engine. The future raises EngineBrokenError if the engine breaks."""
-        future: Future[Completion] = Future()
+    def submit(self, shared: SharedPrompt) -> list[Future[Completion]]:
+        """Hand requests that begin alike to the engine; a future for each.
+
+        The futures raise EngineBrokenError if the engine breaks.
+        """
+        futures: list[Future[Completion]] = [Future() for _ in shared.requests]
 
         def add(engine: EngineLike) -> None:
-            if not future.set_running_or_notify_cancel():  # given up before the engine saw it
+            wanted = [future.set_running_or_notify_cancel() for future in futures]
+            if not any(wanted):  # given up before the engine saw them
                 return
             try:
-                engine.add(request)
-            except Exception as error:  # an id that is in the engine already, say; its own future must not suffer
-                future.set_exception(error)
+                engine.add_shared(shared)
+            except Exception as error:  # an id that is in the engine already, say; its own futures must not suffer
+                for future, is_wanted in zip(futures, wanted, strict=True):
+                    if is_wanted:
+                        future.set_exception(error)
             else:
-                self._waiting[request.request_id] = future
+                for request, future, is_wanted in zip(shared.requests, futures, wanted, strict=True):
+                    if is_wanted:
+                        self._waiting[request.request_id] = future
 
         if self._failure:
-            future.set_exception(self._failure)
+            for future in futures:
+                future.set_exception(self._failure)
         else:
             self._calls.put(add)
-        return future
+        return futures
 
     def abort(self, request_ids: list[str]) -> Future[None]:
         """Drop requests; done when the engine has let go of them, which a hung engine never does."""
@@ -154,7 +163,7 @@ class _Broken:
     def __init__(self, failure: EngineBrokenError) -> None:
         self._failure = failure
 
-    def add(self, request: Request) -> None:
+    def add_shared(self, shared: SharedPrompt) -> None:
         raise self._failure
 
     def abort(self, request_id: str) -> bool:

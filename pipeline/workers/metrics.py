@@ -57,9 +57,14 @@ def _observed(column: str, name: str, buckets: tuple[float, ...]) -> Metric:
 
 
 DOCUMENTS = Metric(
-    "stemline_documents", "counter", "rows written; attention is stem, dense, or none", ("status", "attention")
+    "stemline_documents",
+    "counter",
+    "rows written, one for each document and question; attention is stem, dense, or none",
+    ("status", "attention"),
 )
-PROMPT_TOKENS = Metric("stemline_prompt_tokens", "counter", "tokens in the prompts of rows written")
+PROMPT_TOKENS = Metric(
+    "stemline_prompt_tokens", "counter", "tokens read for rows written; those that questions share count once"
+)
 OUTPUT_TOKENS = Metric("stemline_output_tokens", "counter", "tokens generated for rows written")
 PHASE_SECONDS = Metric(
     "stemline_phase_seconds", "counter", "where time went, of rows written: their columns <phase>_seconds", ("phase",)
@@ -85,7 +90,7 @@ METRICS = (
     DOCUMENTS, PROMPT_TOKENS, OUTPUT_TOKENS, PHASE_SECONDS, *OBSERVED.values(), WORKERS_LOST, PENDING, WORKERS,
     ARENA_USED, ARENA_CAPACITY,
 )  # fmt: skip
-_COLUMNS = list(dict.fromkeys(["status", "attention", *OBSERVED, *ADDED]))
+_COLUMNS = list(dict.fromkeys(["status", "attention", "prefix_tokens", *OBSERVED, *ADDED]))
 
 
 class Instruments:
@@ -140,6 +145,7 @@ class JobMetrics:
                 self._counts[DOCUMENTS, (row["status"], row["attention"] or "none")] += 1
                 for column, key in ADDED.items():
                     self._counts[key] += row[column] or 0
+                self._counts[PROMPT_TOKENS, ()] -= row["prefix_tokens"] or 0
                 if row["status"] == "ok":
                     found = ((metric, row[column]) for column, metric in OBSERVED.items())
                     self._observations += [(metric, value) for metric, value in found if value is not None]

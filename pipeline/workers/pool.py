@@ -16,14 +16,15 @@ EventKind = Literal["started", "start_failed", "result", "failed", "hung", "died
 class Event:
     """Something that a worker did.
 
-    started: it takes documents; `info` says how many. start_failed: it never will; `reason`. result: `row` of
-    `document_id`. failed: its engine broke; hung: it does not answer; died: the process is gone. `reason` says more.
+    started: it takes documents; `info` says how many. start_failed: it never will; `reason`. result: `rows` of
+    `document_id`, one for each question. failed: its engine broke; hung: it does not answer; died: the process is gone.
+    `reason` says more.
     """
 
     kind: EventKind
     worker: WorkerId
     document_id: str = ""
-    row: Row | None = None
+    rows: list[Row] = field(default_factory=list)
     reason: str = ""
     info: dict[str, Any] = field(default_factory=dict)
 

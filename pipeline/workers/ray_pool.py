@@ -269,7 +269,7 @@ class RayPool:
         except RayError as error:  # what it made is lost with its node
             return Event("start_failed" if starting else "died", worker, document_id, reason=describe_error(error))
         if document_id:
-            return Event("result", worker, document_id, row=value)
+            return Event("result", worker, document_id, rows=value)
         self._starting.pop(worker, None)
         return Event("started", worker, info=value)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.errors import JobError
-from pipeline.results.rows import Row, failed_row
+from pipeline.results.rows import Row, failed_rows
 from pipeline.source import Document
 from pipeline.workers.pool import Event, EventKind, Pool, WorkerId
 from pipeline.workers.service_time import ServiceTime, Shift
@@ -82,7 +82,9 @@ class StopRequestedError(Exception):
 
 
 class Scheduler:
-    """Gives documents to workers in the order they come and hands every document's row to `done` exactly once.
+    """Gives documents to workers in the order they come and hands every document's rows to `done` exactly once.
+
+    A document with all its questions is one piece of work: it is in one worker, blamed and tried again as a whole.
 
     Memory: it holds the documents that are out, the suspects, and nothing of what is finished or still to come.
     """
@@ -93,7 +95,7 @@ class Scheduler:
         documents: Iterator[Document],
         count: int,
         limits: Limits,
-        done: Callable[[Row, Document], None],
+        done: Callable[[list[Row], Document], None],
         *,
         tick: Callable[[], None] = lambda: None,
         should_stop: Callable[[], bool] = lambda: False,
@@ -265,13 +267,12 @@ class Scheduler:
         state.alone = False
         self._service_time.ends(state.shift, self._clock(), len(state.jobs))
         self._has_room(event.worker, state)
-        assert event.row is not None
-        status = event.row.outcome.status
+        ended = {row.outcome.status for row in event.rows}
         # Neighbours, or the size of the steps, may be why: it gets one try alone.
-        if (status == "oom" and not job.careful) or (status == "timeout" and job.shared):
+        if ("oom" in ended and not job.careful) or ("timeout" in ended and job.shared):
             self._suspects.append(job)
         else:
-            self._finish(event.row, job.document, job.attempts)
+            self._finish(event.rows, job.document, job.attempts)
 
     def _lost(self, worker: WorkerId, state: WorkerState, reason: str, kind: EventKind) -> None:
         """Give a worker up. What it held is tried again, each document alone, until one is lost alone too often."""
@@ -290,7 +291,7 @@ class Scheduler:
             document, attempts = jobs[0].document, jobs[0].attempts
             times = f"each of {attempts} attempts, in the last it was alone" if attempts > 1 else "its only attempt"
             what = f"its worker was lost in {times}: {reason}"
-            self._finish(failed_row(document, status, what), document, attempts)
+            self._finish(failed_rows(document, status, what), document, attempts)
         else:
             self._suspects.extend(jobs)
 
@@ -312,6 +313,7 @@ class Scheduler:
             reason = f"no answer {self._limits.hang_after:g} s after it got {job.document.document_id!r}"
             self._lost(job.worker, self._workers[job.worker], reason, "hung")
 
-    def _finish(self, row: Row, document: Document, attempts: int) -> None:
-        row.attempts = attempts
-        self._done(row, document)
+    def _finish(self, rows: list[Row], document: Document, attempts: int) -> None:
+        for row in rows:
+            row.attempts = attempts
+        self._done(rows, document)

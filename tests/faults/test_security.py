@@ -25,7 +25,7 @@ from pipeline.results.sink import Sink
 from pipeline.results.store import Store
 from pipeline.settings.config import JobConfig
 from pipeline.source import find_files
-from pipeline.workers.worker import part_request, whole_request
+from pipeline.workers.worker import document_of, request_id
 from tools.faults.corpus import write_model
 
 ROOT = Path(__file__).parents[2]
@@ -164,11 +164,11 @@ def test_ids_never_become_paths(tmp_path: Path) -> None:
 
 def test_an_id_made_like_that_of_another_documents_part_is_no_matter() -> None:
     """Two requests of one id would be an error of the engine, and cost a document its row's output."""
-    ids = ["a", "a#3.0", "a#3.0#", "a#3.0##", "a#3.0#2.1", "a#3", "a#", "#1.1", "x#3.0y"]
-    requests = [whole_request(name) for name in ids]
-    requests += [part_request(name, parts, index) for name in ids for parts in (2, 3) for index in (0, 1)]
-    assert len(set(requests)) == len(requests)
-    assert whole_request("an ordinary id/1.txt:2") == "an ordinary id/1.txt:2"
+    ids = ["a", "a#q", "a#q/3.0", "a#3.0", "a#3.0#", "a#3.0##", "a#3.0#2.1", "a#3", "a#", "#1.1", "x#3.0y"]
+    parts = ("", "2.0", "2.1", "3.0", "3.1")
+    requests = {request_id(name, question, part): name for name in ids for question in "qa" for part in parts}
+    assert len(requests) == len(ids) * 2 * len(parts)
+    assert all(document_of(request) == name for request, name in requests.items())
 
 
 SECRETS = {

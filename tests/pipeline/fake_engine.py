@@ -6,6 +6,7 @@ import ctypes
 import os
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from pipeline.answers.grammar import Grammar
-from pipeline.engine.config import Completion, EngineConfig, Request
+from pipeline.engine.config import Completion, EngineConfig, Request, SharedPrompt
 
 ANSWER = "the answer"
 
@@ -34,6 +35,7 @@ class FakeEngine:
         self._tokenizer = Tokenizer.from_file(str(Path(config.model) / "tokenizer.json"))
         self._answer = self._tokenizer.encode(ANSWER).ids
         self._waiting: list[Request] = []
+        self._prefix: dict[str, int] = {}  # tokens that were read for another request
 
     @property
     def has_work(self) -> bool:
@@ -42,6 +44,13 @@ class FakeEngine:
     @property
     def arena_use(self) -> tuple[int, int]:
         return sum(len(request.prompt_ids) for request in self._waiting), 4 * self.max_context
+
+    def add_shared(self, shared: SharedPrompt) -> None:
+        """The first of the requests reads the prefix."""
+        for number, request in enumerate(shared.requests):
+            prompt = [*map(int, shared.prefix_ids), *map(int, request.prompt_ids)]
+            self._prefix[request.request_id] = len(shared.prefix_ids) if number else 0
+            self.add(replace(request, prompt_ids=prompt))
 
     def add(self, request: Request) -> None:
         self._waiting.append(request)
@@ -92,6 +101,7 @@ class FakeEngine:
             "kernel": "fake",
             "finish_reason": "stop",
             "time_to_first_token": 0.01,
+            "prefix_tokens": self._prefix.get(request.request_id, 0),
         }
         return Completion(request.request_id, status, prompt_tokens=len(request.prompt_ids), **(about | values))  # type: ignore[arg-type]
 

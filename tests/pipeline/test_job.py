@@ -129,9 +129,13 @@ def test_every_document_has_a_full_row(tmp_path: Path, out: Path, model: Path) -
         "density_by_layer",
         "output_error",
         "reasoning",
+        "input_note",
+        "page_starts",
+        "answer",
+        "answer_error",
     }
     assert not [name for name in filled if row[name] is None]
-    assert row["prompt_hash"] == json.loads((out / "manifest.json").read_text())["fingerprints"]["prompt"]
+    assert row["prompt_hash"] == json.loads((out / "manifest.json").read_text())["questions"]["summary"]["fingerprint"]
     assert row["tokenize_seconds"] + row["prefill_seconds"] + row["decode_seconds"] <= row["total_seconds"]
     assert row["started_at"].utcoffset().total_seconds() == 0
     assert row["started_at"] <= row["finished_at"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from patience import patient
 
-from pipeline.engine.config import Completion, Request
+from pipeline.engine.config import Completion, Request, SharedPrompt
 from pipeline.workers.loop import EngineLoop
 
 
@@ -25,10 +25,11 @@ class Gated:
     def has_work(self) -> bool:
         return bool(self.held) and self.gate.is_set()
 
-    def add(self, request: Request) -> None:
-        if request.request_id in self.held:
+    def add_shared(self, shared: SharedPrompt) -> None:
+        names = [request.request_id for request in shared.requests]
+        if set(names) & set(self.held):
             raise ValueError("in the engine already")
-        self.held.append(request.request_id)
+        self.held += names
 
     def step(self) -> list[Completion]:
         return [Completion(self.held.pop(0), "ok")]
@@ -46,7 +47,7 @@ class Gated:
 def test_a_doubled_id_does_not_cost_the_first_request_its_completion() -> None:
     engine = Gated()
     loop = EngineLoop(lambda: engine)
-    first, second = (loop.submit(Request("a#2.0", [1], 1)) for _ in range(2))
+    (first,), (second,) = (loop.submit(SharedPrompt([1], (Request("a#2.0", [1], 1),))) for _ in range(2))
     with pytest.raises(ValueError, match="in the engine already"):
         second.result(timeout=patient(10))
     engine.gate.set()

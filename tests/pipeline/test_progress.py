@@ -74,8 +74,8 @@ def running(stream: TextIO, clock: Clock) -> Progress:
     progress.start_clock()
     clock.now += 60.0
     for _ in range(49):
-        progress.add(row(), 1000)
-    progress.add(row("oom"), 1000)
+        progress.add([row()], 1000)
+    progress.add([row("oom")], 1000)
     return progress
 
 
@@ -140,7 +140,7 @@ def test_while_workers_start_that_is_what_it_says(clock: Clock) -> None:
     clock.now += 10.0
     assert progress.line() == "0/12 documents · 4 in work for 0:10 · 1 of 2 workers ready"
     progress.workers(2, 0, 8)
-    progress.add(row("error"), 10)
+    progress.add([row("error")], 10)
     assert progress.line() == "1/12 documents · 8 in work for 0:10 · 1 failed"
     progress.workers(0, 1, 0)
     assert progress.line().endswith("0 of 1 workers ready"), "all were lost"

@@ -79,7 +79,7 @@ class Workers:
 
 def ok(workers: Workers, worker: int, item: Document, status: str = "ok") -> Event:
     row = make_row(item.document_id, item.source, status)
-    return Event("result", worker, item.document_id, row=row)
+    return Event("result", worker, item.document_id, rows=[row])
 
 
 def run(names: list[str], behave: Behave, *, workers: int = 2, **options: Any) -> tuple[list[Row], Workers, Scheduler]:
@@ -91,7 +91,7 @@ def run(names: list[str], behave: Behave, *, workers: int = 2, **options: Any) -
         map(document, names),
         len(names),
         Limits(workers=workers, **options),
-        lambda row, item: rows.append(row),
+        lambda found, item: rows.extend(found),
         clock=pool.clock,
         should_stop=should_stop,
     )

@@ -18,7 +18,7 @@ from pipeline.workers.scheduler import Limits, Scheduler
 
 def make(names: list[str], pool: Workers, rows: list[Row], tick: Any = lambda: None, **limits: Any) -> Scheduler:
     return Scheduler(
-        pool, map(document, names), len(names), Limits(**limits), lambda row, item: rows.append(row),
+        pool, map(document, names), len(names), Limits(**limits), lambda found, item: rows.extend(found),
         clock=pool.clock, tick=tick,
     )  # fmt: skip
 

@@ -77,11 +77,10 @@ def test_the_model_counts_by_its_files_not_by_its_path(tmp_path: Path, model: Pa
 def test_input_counts_by_content_and_by_how_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one")
-    task = make_task("summarize", None, None)
     model = {"model": str(Path(__file__).parents[2] / "models" / "tiny-reader")}
 
     def prints(**settings: Any) -> dict[str, str]:
-        return manifest.fingerprints(config(**model, **settings), find_files((str(tmp_path),))[0], task)
+        return manifest.fingerprints(config(**model, **settings), find_files((str(tmp_path),))[0])
 
     before = prints()
     path.touch()
@@ -211,10 +210,10 @@ def test_progress_tells_tokens_rate_failures_and_time_left() -> None:
     now = [0.0]
     stream = io.StringIO()
     progress = Progress(4, 1000, stream=stream, clock=lambda: now[0])
-    progress.add(make_row("bad", "x", "error"), 200)
+    progress.add([make_row("bad", "x", "error")], 200)
     progress.start_clock()
     now[0] = 10.0
-    progress.add(make_row("a", "x", "ok", prompt_tokens=90, output_tokens=10), 200)
+    progress.add([make_row("a", "x", "ok", prompt_tokens=90, output_tokens=10)], 200)
     assert progress.line() == "2/4 documents · 100 tokens · 10 tokens/s · 1 failed · about 0:30 left"
     progress.tick()
     assert stream.getvalue() == "", "a log gets a line every half minute, not every row"

@@ -59,9 +59,9 @@ def test_reports_and_progress_count_them(results: Path, capsys: pytest.CaptureFi
         out = capsys.readouterr().out
         assert ("outputs cut off" in out) if kind == "table" else ('"cut_off": 2' in out)
     progress = Progress(3, 3, stream=io.StringIO())
-    progress.add(make_row("a", "x", "ok", finish_reason="length"), 1)
-    progress.add(make_row("b", "x", "ok", finish_reason="stop"), 1)
-    progress.add(make_row("c", "x", "error"), 1)
+    progress.add([make_row("a", "x", "ok", finish_reason="length")], 1)
+    progress.add([make_row("b", "x", "ok", finish_reason="stop")], 1)
+    progress.add([make_row("c", "x", "error")], 1)
     assert "1 failed · 1 cut off" in progress.line()
 
 

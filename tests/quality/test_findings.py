@@ -9,9 +9,10 @@ import pytest
 
 from jobs.demo.scoring import Score, read_findings, score
 from pipeline.engine import Engine, EngineConfig, Request
-from pipeline.prompts.prompt import PromptBuilder, make_task
+from pipeline.prompts.prompt import PromptBuilder
 from pipeline.prompts.tokens import load_tokens
 from pipeline.settings.config import JobConfig, read_job_file
+from pipeline.settings.questions import first_task
 from stem_core.budget import row_budgets
 from stem_core.config import StemConfig
 
@@ -45,7 +46,7 @@ def summarise(attention: StemConfig) -> Score:
     """A free-running greedy summary of REPORT, through prompt and engine as in the main job."""
     job = demo_job()
     tokens = load_tokens(job.model)
-    builder = PromptBuilder(tokens, make_task(job.task, job.question, job.prompt_file))
+    builder = PromptBuilder(tokens, first_task(job))
     engine = Engine(EngineConfig(model=job.model, device="cpu", attention=attention, arena_tokens=20_000))
     text = (ROOT / f"examples/documents/{REPORT}").read_text(encoding="utf-8")
     prompt = builder.build(text, engine.max_context - job.max_new_tokens)

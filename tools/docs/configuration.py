@@ -18,7 +18,7 @@ from tools.docs.markdown import table
 
 REQUIRED = ("input", "output", "model")
 # Settings that decide whether a folder's results are of the same job, although they are no setting of the output.
-READ_ANEW = (*READING, "prompt_file")
+READ_ANEW = (*READING, "prompt_file", "system")
 TYPES = {
     "str": "text",
     "int": "whole number",
@@ -26,6 +26,8 @@ TYPES = {
     "bool": "true or false",
     "list": "a name or a list of names",
     "columns": "a name or a list of names",
+    "texts": "a text or a list of texts",
+    "questions": "file, or a list of questions",
     "map": "mapping; JSON after the flag",
     "auto_int": "whole number or `auto`",
     "shard": "`i/n`",

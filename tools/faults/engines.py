@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from pipeline.engine import Engine
-from pipeline.engine.config import Completion, Request
+from pipeline.engine.config import Completion, SharedPrompt
 from pipeline.prompts.tokens import Tokens
+from pipeline.workers.worker import document_of
 from tools.faults.processes import LOG
 
 VICTIM = "victim"
@@ -30,12 +31,17 @@ ENOUGH = 128
 class CountingEngine(Engine):
     """The engine; every document that it takes becomes a line in the file that $STEMLINE_FAULTS_LOG names, if any."""
 
-    def add(self, request: Request) -> None:
+    def add_shared(self, shared: SharedPrompt) -> None:
         """Note the document, then take it."""
         if log := os.environ.get(LOG):
             with Path(log).open("ab", buffering=0) as file:
-                file.write(f"{request.request_id}\n".encode())
-        super().add(request)
+                file.write(f"{document_of(shared.requests[0].request_id)}\n".encode())
+        super().add_shared(shared)
+
+
+def is_victim(document: Any) -> bool:
+    """Whether a document of the engine is the victim, or a question to it."""
+    return document_of(document.request.request_id) == VICTIM
 
 
 def once(config: Any, name: str) -> bool:
@@ -55,9 +61,9 @@ def die() -> None:
 class DiesInPrefill(CountingEngine):
     """Ends after the first of the victim's prefill chunks."""
 
-    def _prefill_step(self, document: Any) -> None:
-        super()._prefill_step(document)
-        if document.request.request_id == VICTIM and not document.launched and once(self.config, "prefill"):
+    def _read_prefix(self, prefix: Any) -> None:
+        super()._read_prefix(prefix)
+        if any(map(is_victim, prefix.waiting)) and once(self.config, "prefill"):
             die()
 
 
@@ -71,7 +77,7 @@ class DiesInDecode(CountingEngine):
 
     def _victim_writes(self) -> bool:
         live = self._live.values()
-        return any(len(document.tokens) >= 3 and document.request.request_id == VICTIM for document in live)
+        return any(len(document.tokens) >= 3 and is_victim(document) for document in live)
 
 
 class DiesOfVictim(DiesInDecode):
@@ -101,10 +107,10 @@ class DiesAfterResults(CountingEngine):
 class Hangs(CountingEngine):
     """Never comes back from the victim's prefill."""
 
-    def _prefill_step(self, document: Any) -> None:
-        if document.request.request_id == VICTIM:
+    def _read_prefix(self, prefix: Any) -> None:
+        if any(map(is_victim, prefix.waiting)):
             time.sleep(3600)
-        super()._prefill_step(document)
+        super()._read_prefix(prefix)
 
 
 class WaitsForNode(CountingEngine):
@@ -120,9 +126,9 @@ class WaitsForNode(CountingEngine):
         self._late = (Path(config.model) / "left").exists()
         super().__init__(config)
 
-    def add(self, request: Request) -> None:
+    def add_shared(self, shared: SharedPrompt) -> None:
         """Take a document; tell the others if this engine is the late one."""
-        super().add(request)
+        super().add_shared(shared)
         (Path(self.config.model) / f"works-{os.getpid()}").touch()
         if self._late:
             (Path(self.config.model) / "joined").write_text(str(os.getpid()))
@@ -157,17 +163,17 @@ class ShortOfMemory(CountingEngine):
     The victim's longer chunks run out of it in the middle of the model: on a GPU because there really is none.
     """
 
-    def _prefill_step(self, document: Any) -> None:
-        asked = document.request.chunk_tokens or self._chunk
-        if document.request.request_id != VICTIM or asked <= ENOUGH:
-            super()._prefill_step(document)
+    def _read_prefix(self, prefix: Any) -> None:
+        asked = prefix.chunk_tokens or self._chunk
+        if not any(map(is_victim, prefix.waiting)) or asked <= ENOUGH:
+            super()._read_prefix(prefix)
             return
         layers = next(module for module in self._runner.model.modules() if isinstance(module, nn.ModuleList))
         taken: list[torch.Tensor] = []
         hook = layers[len(layers) // 2].register_forward_pre_hook(lambda *call: take_memory(self._device, taken))
         try:
             with memory_bound(self._device):
-                super()._prefill_step(document)
+                super()._read_prefix(prefix)
         finally:
             hook.remove()
             taken.clear()

@@ -37,9 +37,9 @@ class IdleWorker:
         """Say how many documents it takes."""
         return {"max_live": H100.max_live}
 
-    async def process(self, document: Document, careful: bool = False) -> Row:
+    async def process(self, document: Document, careful: bool = False) -> list[Row]:
         """A full row."""
-        return self._make_row(document, 0.0, 0.0, 0)
+        return [self._make_row(document, 0.0, 0.0, 0)]
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ def measure(actors: int, documents: int) -> Overhead:
     begun = cpu = 0.0
     done_count = counted = 0
 
-    def done(row: Row, document: Document) -> None:
+    def done(rows: list[Row], document: Document) -> None:
         nonlocal done_count, begun, cpu, counted
-        sink.add(row)
+        sink.add(*rows)
         done_count += 1
         if not begun and done_count >= WARM * documents:
             begun, cpu, counted = time.perf_counter(), _cpu(), documents - done_count

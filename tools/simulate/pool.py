@@ -131,7 +131,7 @@ class SimulatedPool:
         self._enter(worker, engine, None)
         self.last_row = max(self.last_row, at)
         return [
-            Event("result", worker, name, row=self.make_row(*self._documents.pop(name), at, worker)) for name in done
+            Event("result", worker, name, rows=[self.make_row(*self._documents.pop(name), at, worker)]) for name in done
         ]
 
     def _enter(self, worker: WorkerId, engine: SimulatedEngine[str], before: float | None) -> None:

@@ -117,12 +117,13 @@ def simulate(plan: Plan) -> Outcome:
     next_look = 0.0  # at the memory
     statuses: Counter[str] = Counter()
 
-    def done(row: Row, document: Document) -> None:
+    def done(rows: list[Row], document: Document) -> None:
         nonlocal attempts
+        (row,) = rows
         finished[int(row.document_id[4:])] += 1
         statuses[row.outcome.status] += 1
         attempts += row.attempts
-        progress.add(row, document.size_bytes)
+        progress.add(rows, document.size_bytes)
         writer.add(row)
 
     def tick() -> None:

@@ -1,0 +1,186 @@
+"""The questions that a job's settings ask for: --question, --questions, --questions-column, or the task's own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from pipeline.answers.schema import Schema, compile_schema
+from pipeline.errors import JobError, nearest, one_line
+from pipeline.prompts.prompt import Task, asks, make_task, user_message
+from pipeline.prompts.questions import OWN, Questions, is_own
+from pipeline.settings.config import JobConfig
+from pipeline.settings.options import short
+from pipeline.settings.shared import Sampling
+from stem_core.settings import LARGEST, SettingError
+
+SAMPLING = tuple(item.name for item in fields(Sampling))
+KEYS = ("name", "question", "max_new_tokens", "schema", *SAMPLING)
+# Columns of read_results(wide=True), beside which the questions stand.
+TAKEN = ("document_id", "source", "status", "error")
+# The name of a question that nobody has worded: that of the task.
+PLAIN = {"summarize": "summary", "ask": "answer"}
+SLUG_CHARACTERS = 40
+
+
+def questions_of(config: JobConfig) -> Questions:
+    """What a job asks. Raises JobError for what cannot be asked, and for files that cannot be read."""
+    given = [({"question": text}, f"--question {short(text)}") for text in config.question]
+    given += _listed(config.questions)
+    plain = make_task(config.task, None, config.prompt_file, config.system)
+    tasks = [_task(item, place, plain) for item, place in given]
+    if not tasks and not config.questions_column:
+        named = Task(plain.question, plain.template, plain.merge_question, plain.system, PLAIN[config.task])
+        return Questions((named,))
+    _refuse_doubles(tasks)
+    own = None
+    if config.questions_column:
+        # The column is of the fingerprint by its name.
+        own = Task("", plain.template, config.questions_column, plain.system, OWN, own=True)
+    if (len(tasks) > 1 or own) and not asks(plain.template):
+        raise JobError(
+            f"--prompt-file {config.prompt_file}: it does not place {{{{ question }}}}, so that all questions would be "
+            "the same; put it behind {{ document }}"
+        )
+    for task in tasks:
+        user_message(task.template, task.question)
+    return Questions(tuple(tasks), own, config.questions_column)
+
+
+def answers_of(config: JobConfig, questions: Questions) -> dict[str, Schema]:
+    """By question, the schema of its answers: its own, else that of --schema; those without one are left out."""
+    found = {}
+    for task in (*questions.tasks, *([questions.own] if questions.own else [])):
+        if task.schema is not None:
+            found[task.name] = compile_schema(task.schema, f"question {task.name}: schema")
+        elif config.schema is not None:
+            found[task.name] = compile_schema(config.schema)
+    return found
+
+
+def first_task(config: JobConfig) -> Task:
+    """The first question of a job, for commands that look at one. Raises JobError if documents bring theirs along."""
+    tasks = questions_of(config).tasks
+    if not tasks:
+        raise JobError("--questions-column: this command asks one question of all documents; give a --question")
+    return tasks[0]
+
+
+def slug(text: str) -> str:
+    """A name made of a question's words: the same whatever else is asked."""
+    words = re.sub(r"[\W_]+", "-", text.lower()).strip("-")
+    if words and len(words) <= SLUG_CHARACTERS:
+        return words
+    cut = words[:SLUG_CHARACTERS].rpartition("-")[0] or words[:SLUG_CHARACTERS] or "question"
+    return f"{cut}-{hashlib.sha256(text.encode()).hexdigest()[:4]}"
+
+
+def _listed(questions: Any) -> list[tuple[Any, str]]:
+    """The entries of --questions with their places for messages."""
+    if questions is None:
+        return []
+    where, entries = "questions", questions
+    if isinstance(questions, str):
+        where, entries = f"--questions {questions}", _read(questions)
+    if isinstance(entries, Mapping):
+        entries = [
+            {**(item if isinstance(item, Mapping) else {"question": item}), "name": name}
+            for name, item in entries.items()
+        ]
+    if not isinstance(entries, list | tuple) or not entries:
+        raise JobError(f"{where}: expected a list of questions, got {short(entries)}")
+    return [
+        ({"question": item} if isinstance(item, str) else item, f"{where}: question {number}")
+        for number, item in enumerate(entries, 1)
+    ]
+
+
+def _read(path: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeError) as error:
+        raise JobError(f"--questions {path}: cannot be read: {one_line(error)}") from None
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
+        raise JobError(f"--questions {path}: not valid YAML: {one_line(error)}") from None
+
+
+def _task(item: Any, place: str, plain: Task) -> Task:
+    """The task of an entry. Raises JobError with its place."""
+    if not isinstance(item, Mapping):
+        raise JobError(f"{place}: expected a text or keys ({', '.join(KEYS)}), got {short(item)}")
+    for key in item:
+        if key not in KEYS:
+            raise JobError(
+                f"{place}: {short(key)} is not a key{nearest(str(key), KEYS) or '; they are ' + ', '.join(KEYS)}"
+            )
+    text = item.get("question")
+    if not isinstance(text, str) or not text.strip() or not _holdable(text):
+        raise JobError(f"{place}: its question must be a text, got {short(text)}")
+    text = text.strip()
+    name = item.get("name", slug(text))
+    _check_name(name, place)
+    most = item.get("max_new_tokens")
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or not 1 <= most <= LARGEST):
+        raise JobError(f"{place}: max_new_tokens must be a whole number of at least 1, got {short(most)}")
+    schema = item.get("schema")
+    if schema is not None and not isinstance(schema, Mapping):
+        raise JobError(f"{place}: its schema must be a JSON object, got {short(schema)}")
+    return Task(text, plain.template, text, plain.system, name, most, _sampling(item, place), _json(schema, place))
+
+
+def _sampling(item: Mapping[str, Any], place: str) -> dict[str, Any]:
+    given = {name: item[name] for name in SAMPLING if name in item}
+    try:
+        Sampling(**given)
+    except SettingError as error:
+        raise JobError(
+            f"{place}: {error.name} must be {error.expected}, got {short(error.value)}{error.hint}"
+        ) from None
+    return given
+
+
+def _json(value: Any, place: str) -> Any:
+    """A copy that the manifest can hold."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise JobError(f"{place}: its schema is not JSON: {one_line(error)}") from None
+
+
+def _holdable(text: str) -> bool:
+    return "\0" not in text and not any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def _check_name(name: Any, place: str) -> None:
+    if not isinstance(name, str) or not 1 <= len(name) <= 100 or not name.isprintable() or name != name.strip():
+        raise JobError(f"{place}: its name must be a text of 1 to 100 printable characters, got {short(name)}")
+    if "#" in name or "/" in name:
+        raise JobError(f"{place}: its name {short(name)} has a # or a /; leave them out")
+    if name in TAKEN or is_own(name):
+        raise JobError(f"{place}: the name {short(name)} means something else in the results; choose another")
+
+
+def _refuse_doubles(tasks: list[Task]) -> None:
+    for one, other in _pairs(tasks):
+        if one.question == other.question:
+            raise JobError(f"the question {short(one.question)} is asked twice, by the name {short(one.name)}")
+        raise JobError(
+            f"two questions have the name {short(one.name)}: {short(one.question)} and {short(other.question)}; name "
+            "them apart in a --questions file"
+        )
+
+
+def _pairs(tasks: list[Task]) -> Iterator[tuple[Task, Task]]:
+    """Tasks of one name."""
+    seen: dict[str, Task] = {}
+    for task in tasks:
+        if task.name in seen:
+            yield seen[task.name], task
+        seen[task.name] = task
