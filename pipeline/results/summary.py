@@ -21,6 +21,9 @@ _COLUMNS = (
     "prefix_tokens",
 )  # fmt: skip
 
+# Parts of the start that the table names; all are in the manifest and on the report's page.
+START_PARTS = 4
+
 
 @dataclass(frozen=True)
 class JobReport:
@@ -174,6 +177,11 @@ def rows_for_table(report: JobReport) -> list[tuple[str, str]]:
         lines.append(
             ("this run", f"{_counted(report.done_now, what[:-1])} in {report.seconds:.1f} s = {rate:,.0f} an hour")
         )
+    start: dict[str, float] = report.stats.get("start_seconds") or {}
+    if start:
+        longest = sorted(start.items(), key=lambda part: -part[1])[:START_PARTS]
+        told = ", ".join(f"{name} {seconds:.1f}" for name, seconds in longest)
+        lines.append(("start", f"{sum(start.values()):.1f} s until a worker was ready, most of it: {told}"))
     lines.append(("results", f"{report.output} ({_counted(report.files, 'Parquet file')})"))
     return lines
 
