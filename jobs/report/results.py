@@ -19,7 +19,9 @@ from pipeline.results.sink import part_names, read_columns
 from pipeline.results.store import Store
 
 # The figures need none of these: texts are read when the list of outputs is made.
-_UNUSED = ("output", "reasoning", "evidence", "flags", "page_starts", "config_hash", "input_stamp", "input_hash")
+_UNUSED = (
+    "output", "answer", "reasoning", "evidence", "flags", "page_starts", "config_hash", "input_stamp", "input_hash",
+)  # fmt: skip
 NAMES = tuple(column.name for column in COLUMNS if column.name not in _UNUSED)
 # What the list of outputs needs. The last line is of newer runs: where another run lacks these columns, they are null.
 TEXTS = (
