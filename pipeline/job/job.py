@@ -72,14 +72,15 @@ def _note_finished(store: Store, plan: JobPlan) -> None:
     found = {}
     with contextlib.suppress(JobError):
         found = manifest.load(store) or {}
-    if found.get("state") != "finished" or found.get("questions") != plan.asked:
+    asked = list(plan.survey.questions.names)
+    if found.get("state") != "finished" or (found.get("questions"), found.get("asked")) != (plan.asked, asked):
         _save_manifest(store, plan, "finished")
 
 
 def _save_manifest(store: Store, plan: JobPlan, state: str, **more: Any) -> None:
     survey = plan.survey
     more |= {"state": state, "documents": len(survey.catalogue), "prompt_date": survey.today}
-    more |= {"questions": plan.asked, "prompt": survey.questions.frame()}
+    more |= {"questions": plan.asked, "asked": survey.questions.names, "prompt": survey.questions.frame()}
     manifest.save(store, survey.config, survey.prints, **more)
 
 

@@ -574,6 +574,7 @@ class Worker:
 
         reviewed, seconds = await self._in_reader(work, review)
         ask.fields.tokenize_seconds += seconds
+        ask.fields.total_seconds = time.perf_counter() - work.begun
         return reviewed
 
     async def _in_reader(
