@@ -121,7 +121,7 @@ def _environment(told: dict[str, Any]) -> dict[str, str]:
 def _run(command: str, body: bytes, environment: dict[str, str], seconds: float) -> str:
     """Run a command in a shell; why it failed, empty if it did not. What it prints goes to standard error."""
     try:
-        started = subprocess.Popen(  # noqa: S602  # the user's own command line, as of a cron job
+        started = subprocess.Popen(  # the user's own command line, as of a cron job
             command, shell=True, stdin=subprocess.PIPE, stdout=_printed(), stderr=_printed(),
             env=os.environ | environment, start_new_session=True,
         )  # fmt: skip
@@ -159,7 +159,7 @@ def _post(address: str, body: bytes, seconds: float) -> str:
     def send() -> None:
         headers = {"Content-Type": "application/json", "User-Agent": "stemline"}
         try:
-            request = urllib.request.Request(address, body, headers, method="POST")  # noqa: S310  # http or https
+            request = urllib.request.Request(address, body, headers, method="POST")  # http or https
             with _OPENER.open(request, timeout=seconds):
                 outcome.append("")
         except urllib.error.HTTPError as error:
