@@ -39,6 +39,13 @@ GROUPS = {
 }
 
 
+# What most people need; --help has these flags first.
+MOST_USED = (
+    "input", "output", "model", "question", "max_new_tokens", "precision", "too_long", "workers", "retry_failed",
+    "dry_run",
+)  # fmt: skip
+
+
 def with_stem_settings(config: type[Config]) -> type[Config]:
     """Declares StemConfig's settings in `config`, behind its own, to override the preset's; None leaves it."""
     items = StemConfig.__dataclass_fields__
