@@ -15,6 +15,7 @@ from pipeline.engine.config import Completion, Request, Status
 from pipeline.engine.kv.arena import ALIGNMENT, Extent, aligned
 from pipeline.engine.memory.plan import MemoryPlan
 from pipeline.engine.run.batch import MAX_STOP_IDS, RowStart
+from pipeline.engine.run.lookup import Gain
 from pipeline.engine.run.masks import Constraint
 from pipeline.engine.run.prefill import AttentionPlan, Prefill
 from pipeline.engine.run.sampling import document_seed
@@ -45,9 +46,12 @@ class Document:
     started: float = 0.0
     first_token: float = 0.0
     decode_seconds: float = 0.0
-    # Tokens that were launched (read back or not), and those that were read back.
+    # Tokens that were launched, as far as it is known of them, and those that were read back.
     launched: int = 0
     tokens: list[int] = field(default_factory=list)
+    # Decode steps that gave it tokens, and what those with drafts give.
+    decode_steps: int = 0
+    gain: Gain = field(default_factory=Gain)
     peak_bytes: int = 0
     finished: bool = False
     plan: AttentionPlan | None = None
@@ -77,8 +81,17 @@ class Document:
         """What the decode batch must know of the document."""
         assert self.extent is not None
         sampling = self.request.sampling
+        extent, prefix = self.extent, self.prefix
+        shared: dict[str, int] = {}
+        if prefix is not None and prefix.extent is not None:
+            # Its length alone bounds what follows it, since it was read for many (pipeline.engine.model.rope).
+            shared = {"bound": prefix.tokens}
+            if prefix.in_one_piece:
+                extent = Extent(prefix.extent.start, prefix.extent.tokens + extent.tokens)
+            else:
+                shared |= {"prefix_start": prefix.extent.start, "prefix_tokens": prefix.tokens}
         return RowStart(
-            extent=self.extent,
+            extent=extent,
             prompt_tokens=self.prompt_tokens,
             max_new_tokens=self.request.max_new_tokens,
             seed=document_seed(sampling.seed, self.request.request_id),
@@ -87,8 +100,7 @@ class Document:
             top_p=sampling.top_p,
             top_k=sampling.top_k or 0,
             min_p=sampling.min_p,
-            prefix_start=0 if self.prefix is None or self.prefix.extent is None else self.prefix.extent.start,
-            prefix_tokens=self.prefix_tokens,
+            **shared,
         )
 
     def completion(self, status: Status, error: str, finish_reason: str, kernel: str) -> Completion:
@@ -114,6 +126,7 @@ class Document:
             decode_seconds=self.decode_seconds,
             time_to_first_token=prefix_seconds + first - started if first else None,
             peak_gpu_bytes=self.peak_bytes,
+            tokens_per_step=(len(self.tokens) - 1) / self.decode_steps if self.decode_steps else None,
             **ran,
         )
 
@@ -136,7 +149,7 @@ def accept(
     ids = checked_ids(request.prompt_ids, "prompt", vocabulary, media)
     if isinstance(ids, str):
         return "error", ids
-    document.prompt_ids = ids
+    document.prompt_ids = ids if document.prefix is None else np.concatenate([document.prefix.rest, ids])
     if request.max_new_tokens < 1:
         return "error", f"max_new_tokens must be at least 1, got {request.max_new_tokens}"
     document.stop_ids = tuple(sorted({*eos, *request.stop_ids}))

@@ -229,7 +229,7 @@ def test_submitted_jobs_get_absolute_paths(
     assert "s3://bucket/more" in flags
     assert f"--output={tmp_path / 'out'}" in flags
     again = Parsed.parse(flags)
-    assert again["question"] == "--why not?"
+    assert again["question"] == ["--why not?"]
     assert again["chat_template_args"] == {"a": 1}
     assert again["resume"] is False
     assert "address" not in again

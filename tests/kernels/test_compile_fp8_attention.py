@@ -121,6 +121,7 @@ def test_writing(dim: int, capability: tuple[int, int]) -> None:
         triton.quantize_heads(x, scales().k)
         triton.write_kv(x, x, scales(), *arenas, 0)
         triton.append_kv(x[0, :, :3].transpose(0, 1), x[0, :, :3].transpose(0, 1), scales(), *arenas, slots)
+        triton.append_kv(x[0, :, :3].transpose(0, 1), x[0, :, :3].transpose(0, 1), scales(), *arenas, slots, run=4)
 
     check(launch, capability)
 
@@ -185,8 +186,8 @@ def test_hopper_sample_scores(dtype: torch.dtype, dim: int) -> None:
     assert report.shared <= SHARED_LIMIT[HOPPER], str(report)
     assert not report.warnings, str(report)
     # PRMT .. 0x7632 moves the upper of a pair of halves down; what stays above it is never read.
-    undefined = [text for text in sass.undefined_reads(compiled[0].asm["cubin"]) if ", 0x7632, " not in text]
-    assert not undefined
+    undefined = sass.undefined_reads(compiled[0].asm["cubin"])
+    assert not [text for text in undefined if ", 0x7632, " not in text and not sass.clears_one_bit(text)]
     products = [each.opcode for each in sass.disassemble(compiled[0].asm["cubin"])[0] if "GMMA" in each.opcode]
     assert products
     assert dtype != FP8 or all("F16.E4M3" in opcode for opcode in products)
