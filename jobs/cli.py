@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from pipeline.answering import left_behind
 from pipeline.errors import JobError, nearest
 from pipeline.imports import WrongPackageError, check_kernels, without_pandas
-from pipeline.settings.config import JobConfig, declared, flag, read_job_file
+from pipeline.settings.config import MOST_USED, JobConfig, declared, flag, read_job_file
 from stem_core.settings import kind_of
 
 
@@ -69,11 +69,16 @@ def add_job_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()
         "--config", metavar="JOB.yaml", help="settings from a YAML file, named like the flags; a flag wins"
     )
     groups: dict[str, Any] = {}
-    for item in declared():
+    for item in sorted(declared(), key=lambda item: _most_used(item.name)):
         if item.name not in without:
-            title = item.metadata["group"]
+            title = "what most people need" if item.name in MOST_USED else item.metadata["group"]
             group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
             group.add_argument(flag(item.name), dest=item.name, default=argparse.SUPPRESS, **_argument(item))
+
+
+def _most_used(name: str) -> int:
+    """Where a flag stands in --help: those of MOST_USED in their order, all others behind them."""
+    return MOST_USED.index(name) if name in MOST_USED else len(MOST_USED)
 
 
 _PLACEHOLDERS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 import time
 from typing import Any
@@ -12,11 +13,13 @@ import numpy as np
 
 from pipeline.answering import stop_signals
 from pipeline.engine.laps import Laps
-from pipeline.errors import JobError, one_line
+from pipeline.errors import JobError, one_line, visible
 from pipeline.imports import check_kernels
 from pipeline.job import manifest
+from pipeline.job.on_finish import broken_off, finished, notify
 from pipeline.job.plan import JobPlan, make_plan, survey_input
 from pipeline.job.progress import Progress
+from pipeline.location import safe_name
 from pipeline.results.removal import remove_rows
 from pipeline.results.rows import failed_rows
 from pipeline.results.sink import COMPACT_ABOVE, Sink, compact, part_names, recover
@@ -45,7 +48,24 @@ def run_job(config: JobConfig | None = None, **settings: Any) -> JobReport:
 def run(
     config: JobConfig, *, engine_factory: str = "", progress: Progress | None = None, grace: float | None = None
 ) -> JobReport:
-    """Run a job. engine_factory, progress, grace: for tests and benchmarks. Raises JobError."""
+    """Run a job, and tell --on-finish. engine_factory, progress, grace: for tests and benchmarks. Raises JobError."""
+    try:
+        report = _complete(config, engine_factory, progress, grace)
+    except JobError as error:
+        if config.on_finish:
+            notify(config.on_finish, broken_off(safe_name(config.output), error), _to_stderr)
+        raise
+    if config.on_finish:
+        notify(config.on_finish, finished(report), _to_stderr)
+    return report
+
+
+def _to_stderr(message: str) -> None:
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody reads it, it is closed, there is none
+        print(visible(message), file=sys.stderr, flush=True)
+
+
+def _complete(config: JobConfig, engine_factory: str, progress: Progress | None, grace: float | None) -> JobReport:
     laps = Laps()
     survey = survey_input(config)
     store = Store(config.output)

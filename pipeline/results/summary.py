@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.results.rows import SUMMARY
-from pipeline.results.sink import part_names, read_columns
+from pipeline.results.sink import part_names, read_columns, read_part
 from pipeline.results.store import Store
 
 _COLUMNS = (
@@ -126,6 +126,21 @@ def summarize_results(store: Store, documents: int, asked: Sequence[str] = (SUMM
         first_errors=tuple((_who(row, len(asked) > 1), row["status"], row["error"]) for row in bad),
         **run,
     )
+
+
+def first_outputs(store: Store, count: int) -> list[tuple[str, str, tuple[str, ...]]]:
+    """Of the first `count` rows that are ok: whose they are, the output, its flags. Reads no more parts than needed."""
+    found: list[tuple[str, str, tuple[str, ...]]] = []
+    for name in part_names(store):
+        with store.named_failures(f"{name} cannot be read"):
+            table = read_part(store, name, ("document_id", "question_id", "status", "output", "flags"))
+        for row in table.filter(pc.equal(table["status"], "ok")).slice(0, count - len(found)).to_pylist():
+            named = row.get("question_id") or SUMMARY
+            who = row["document_id"] if named == SUMMARY else f"{row['document_id']} ({named})"
+            found.append((who, row["output"] or "", tuple(row.get("flags") or ())))
+        if len(found) >= count:
+            break
+    return found
 
 
 def missing_rows(ids: pa.ChunkedArray, questions: pa.ChunkedArray, documents: int, asked: Sequence[str]) -> int:
