@@ -39,6 +39,7 @@ WORK = {
     "jobs.audit": ("jobs.audit.__main__.run",),
     "tools.benchmark accumulation": ("tools.benchmark.accumulation.linear_rows",),
     "tools.benchmark attention": ("tools.benchmark.attention._at_length",),
+    "tools.benchmark elementwise": ("tools.benchmark.elementwise.torch.cuda.is_available",),
     "tools.benchmark engine": ("tools.benchmark.engine.Run",),
     "tools.benchmark schema": ("tools.benchmark.schema.answers",),
     "tools.benchmark scaling": ("tools.benchmark.scaling.prepare",),
@@ -69,6 +70,7 @@ RUN_BY = {
     "tools": "tests/test_commands.py: test_the_list_of_commands_names_each",
     "tools.benchmark accumulation": "tests/tools/test_benchmark_accumulation.py: test_sums_and_logits_are_measured",
     "tools.benchmark attention": "tests/tools/test_benchmark_attention.py: test_every_case_of_ours",
+    "tools.benchmark elementwise": "tests/tools/test_benchmark_elementwise.py: test_every_case_passes_its_check",
     "tools.benchmark engine": "tests/tools/test_benchmark_engine.py: test_every_precision_has_its_arms_and_its_errors",
     "tools.benchmark schema": "tests/tools/test_benchmark_schema.py: test_answers_and_steps_are_measured",
     "tools.benchmark scaling": "tests/tools/test_benchmark_scaling.py: test_real_jobs_of_one_and_two_workers",
@@ -193,7 +195,7 @@ def begin(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_pages_are_found() -> None:
     pages = {command.page for command in COMMANDS}
-    assert {"README.md", "docs/operations.md", "docs/benchmarks.md", "CONTRIBUTING.md"} <= pages
+    assert {"README.md", "docs/operations.md", "docs/speed.md", "docs/quality.md", "CONTRIBUTING.md"} <= pages
     assert len(OURS) > 15
     assert SUMMARIZE in {command.words for command in COMMANDS}
     assert documented.languages() <= {"", "sh", "python", "yaml"}, "commands may hide in blocks of other kinds"
