@@ -126,8 +126,9 @@ class GroupTiles:
 def group_tiles(q: Tensor, kv_heads: int, prefixes: Prefixes, window: int | None, align: int) -> GroupTiles:
     """For queries q [S, H, D]."""
     queries = prefixes.members.shape[1] * (q.shape[1] // kv_heads)
-    # A tile's accumulator is held in registers.
-    height = min(128 if power_of_2(q.shape[2]) <= 128 else 32, max(16, power_of_2(queries)))
+    # A tile's accumulator is held in registers, and float32's products in three parts each.
+    most = 128 if power_of_2(q.shape[2]) <= 128 else 32 if q.element_size() < 4 else 16
+    height = min(most, max(16, power_of_2(queries)))
     count = ceil_div(queries, height)
     longest = prefixes.max_length if window is None else min(prefixes.max_length, window + align - 1)
     return GroupTiles(height, count, count_shares(kv_heads * count, longest, q.device))

@@ -224,7 +224,7 @@ def consume(
             fence_async_shared()
             position = first_block * 128 + gl.convert_layout(last_token, s_row)
             seen = blocks_seen(first_unit, first_block, n_keys, GROUP, 64 // ROWS_PER_BLOCK)
-            unmasked = gl.minimum(first_block + first_row // ROWS_PER_BLOCK, seen)
+            unmasked = first_block + first_unit // GROUP * (64 // ROWS_PER_BLOCK)
             for j in range(unmasked):
                 stage, phase = weigh(
                     q_mine, k_s, full, empty, stage, phase, slot, factor, position, j,

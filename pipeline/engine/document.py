@@ -77,8 +77,17 @@ class Document:
         """What the decode batch must know of the document."""
         assert self.extent is not None
         sampling = self.request.sampling
+        extent, prefix = self.extent, self.prefix
+        shared: dict[str, int] = {}
+        if prefix is not None and prefix.extent is not None:
+            # Its length alone bounds what follows it, since it was read for many (pipeline.engine.model.rope).
+            shared = {"bound": prefix.tokens}
+            if prefix.in_one_piece:
+                extent = Extent(prefix.extent.start, prefix.extent.tokens + extent.tokens)
+            else:
+                shared |= {"prefix_start": prefix.extent.start, "prefix_tokens": prefix.tokens}
         return RowStart(
-            extent=self.extent,
+            extent=extent,
             prompt_tokens=self.prompt_tokens,
             max_new_tokens=self.request.max_new_tokens,
             seed=document_seed(sampling.seed, self.request.request_id),
@@ -87,8 +96,7 @@ class Document:
             top_p=sampling.top_p,
             top_k=sampling.top_k or 0,
             min_p=sampling.min_p,
-            prefix_start=0 if self.prefix is None or self.prefix.extent is None else self.prefix.extent.start,
-            prefix_tokens=self.prefix_tokens,
+            **shared,
         )
 
     def completion(self, status: Status, error: str, finish_reason: str, kernel: str) -> Completion:
@@ -136,7 +144,7 @@ def accept(
     ids = checked_ids(request.prompt_ids, "prompt", vocabulary, media)
     if isinstance(ids, str):
         return "error", ids
-    document.prompt_ids = ids
+    document.prompt_ids = ids if document.prefix is None else np.concatenate([document.prefix.rest, ids])
     if request.max_new_tokens < 1:
         return "error", f"max_new_tokens must be at least 1, got {request.max_new_tokens}"
     document.stop_ids = tuple(sorted({*eos, *request.stop_ids}))

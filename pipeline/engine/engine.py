@@ -128,13 +128,16 @@ class Engine:
         if self._find(request.request_id) is not None:
             raise ValueError(f"request_id {request.request_id!r} is in the engine already")
         document = Document(request)
-        problem = accept(
-            document, self._runner.vocabulary, self._media, self._eos, self._plan, grammars=self.config.grammars
-        )
+        problem = self._accept(document)
         if problem is None:
             self._waiting.append(document)
         else:
             self._end(document, *problem)
+
+    def _accept(self, document: Document) -> tuple[Status, str] | None:
+        return accept(
+            document, self._runner.vocabulary, self._media, self._eos, self._plan, grammars=self.config.grammars
+        )
 
     def add_shared(self, shared: SharedPrompt) -> None:
         """Queue requests that share the beginning of their prompts, which is read once. Each ends in a Completion of
@@ -155,19 +158,12 @@ class Engine:
         problem: tuple[Status, str] | None = None
         if isinstance(prefix_ids, str):
             problem = "error", prefix_ids
-        elif self._arena.states is not None and self.config.max_live < 2:
-            problem = (
-                "error",
-                (
-                    "a shared prefix of this model, which keeps recurrent states, takes a place of its own beside its "
-                    "requests: set max_live to 2 at least, or add each request alone"
-                ),
-            )
         chunks = [request.chunk_tokens for request in shared.requests if request.chunk_tokens is not None]
-        prefix = Prefix(np.zeros(0, np.int64) if isinstance(prefix_ids, str) else prefix_ids, min(chunks, default=None))
+        beginning = np.zeros(0, np.int64) if isinstance(prefix_ids, str) else prefix_ids
+        prefix = Prefix.of(beginning, min(chunks, default=None), len(ids), self._arena.states is not None)
         for request in shared.requests:
             document = Document(request, prefix=prefix)
-            found = problem or accept(document, self._runner.vocabulary, self._media, self._eos, self._plan)
+            found = problem or self._accept(document)
             if found is None:
                 prefix.waiting.append(document)
             else:

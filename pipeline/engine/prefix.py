@@ -10,35 +10,49 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pipeline.engine.document import Document
-from pipeline.engine.kv.arena import Extent, aligned
+from pipeline.engine.kv.arena import ALIGNMENT, Extent, aligned
 from pipeline.engine.run.prefill import AttentionPlan, Prefill
 
 
 @dataclass(eq=False)
 class Prefix:
-    """A SharedPrompt's prefix_ids, int64 [tokens], and the requests that stand behind it.
+    """The beginning of a SharedPrompt, int64 [tokens], and the requests that stand behind it.
+
+    It is prefix_ids up to the last whole unit of the arena (ALIGNMENT); `rest`, what is left of them, each request
+    reads with its own tokens. So what lies in the lane lies behind the prefix without a gap.
 
     It enters the arena with room for the longest of them, the lane, which it keeps while any wait: whatever else fills
     the arena, they come in one after the other at least. Those that fit beside the lane get extents of their own. The
     prefix's extent is given back when its last request has ended.
 
     waiting: requests that have not begun, in order. live: those that have. lane_free: whether nobody is in the lane.
+    in_one_piece: whether its one request is in the lane and goes on as any document does whose prompt was read at once.
     plan: how the prefix attends, once it has started. seconds: in which it was read.
     """
 
     ids: np.ndarray
+    rest: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     chunk_tokens: int | None = None
     waiting: deque[Document] = field(default_factory=deque)
     live: list[Document] = field(default_factory=list)
     extent: Extent | None = None
     lane: Extent | None = None
     lane_free: bool = True
+    in_one_piece: bool = False
     prefill: Prefill | None = None
     plan: AttentionPlan | None = None
     overtaken: int = 0
     started: float = 0.0
     seconds: float = 0.0
     _charged: bool = False
+
+    @staticmethod
+    def of(prefix_ids: np.ndarray, chunk_tokens: int | None, requests: int, states: bool) -> Prefix:
+        """states: whether the model keeps states, which the prefix and its requests have each for themselves."""
+        whole = len(prefix_ids) // ALIGNMENT * ALIGNMENT or len(prefix_ids)
+        prefix = Prefix(prefix_ids[:whole], prefix_ids[whole:], chunk_tokens)
+        prefix.in_one_piece = requests == 1 and whole % ALIGNMENT == 0 and not states
+        return prefix
 
     @property
     def tokens(self) -> int:

@@ -300,7 +300,7 @@ def make_worker_config(
         thinking=config.thinking,
         evidence=config.evidence == "on",
         schemas={name: schema.text for name, schema in survey.answers.items()},
-        answer_type=survey.answer_type,
+        typed_answers=len({schema.arrow_type for schema in survey.answers.values()}) < 2,
         kept=tuple(pa.field(field.name, field.type) for field in survey.catalogue.kept),
         deadline=config.deadline,
         grace=GRACE_SECONDS if grace is None else grace,

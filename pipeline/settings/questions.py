@@ -58,6 +58,11 @@ def answers_of(config: JobConfig, questions: Questions) -> dict[str, Schema]:
     for task in (*questions.tasks, *([questions.own] if questions.own else [])):
         if task.schema is not None:
             found[task.name] = compile_schema(task.schema, f"question {task.name}: schema")
+            if config.thinking == "on":
+                raise JobError(
+                    f"question {task.name}: a schema with --thinking on: an answer follows the schema from its first "
+                    "token on; leave one of them out"
+                )
         elif config.schema is not None:
             found[task.name] = compile_schema(config.schema)
     return found

@@ -51,8 +51,8 @@ CUT_STEP, CUT_SHARE = 256, 16
 class WorkerConfig:
     """All that a worker needs to know. threads: for torch on a CPU; 0 leaves its default. deadline: seconds; 0 none.
 
-    schemas: by question, JSON text of what its answers are held to. answer_type: of their column, in which answers of
-    another type are JSON text.
+    schemas: by question, JSON text of what its answers are held to. typed_answers: whether their column has the type of
+    all of them; otherwise they are JSON text there.
     model_name: what the rows call the model. today: the date for chat templates that print one.
     evidence: whether rows get the passages that support the output.
     engine_factory: "module:name" of a callable EngineConfig -> engine.
@@ -70,7 +70,7 @@ class WorkerConfig:
     template_args: Mapping[str, Any] | None = None
     thinking: str = "off"
     schemas: Mapping[str, str] = field(default_factory=dict)
-    answer_type: pa.DataType | None = None
+    typed_answers: bool = True
     kept: tuple[pa.Field, ...] = ()
     evidence: bool = True
     reading: ReadSettings = ReadSettings()
@@ -548,8 +548,7 @@ class Worker:
         answers = self._answers_of(ask.task)
         if answers is None:
             return outcome
-        as_type = answers.schema.arrow_type == self._config.answer_type
-        return _answered(outcome, answers.schema, as_type, request.max_new_tokens)
+        return _answered(outcome, answers.schema, self._config.typed_answers, request.max_new_tokens)
 
     async def _review(self, ask: Ask, outcome: Outcome, work: Work) -> Outcome:
         """An outcome that is ok with what its document's text tells of the output."""

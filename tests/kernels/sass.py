@@ -79,6 +79,14 @@ def undefined_reads(cubin: bytes) -> list[str]:
     ]
 
 
+def clears_one_bit(text: str) -> bool:
+    """Whether an instruction clears a bit of a register in place: ptxas keeps a predicate there, and of such a register
+    it tests single bits alone, each after it was set or cleared.
+    """
+    found = re.fullmatch(r"LOP3\.LUT (R\d+), \1, 0x([0-9a-f]{1,8}), RZ, 0xc0, !PT", text)
+    return found is not None and (0xFFFFFFFF ^ int(found[2], 16)).bit_count() == 1
+
+
 def _registers(text: str) -> set[int]:
     found = set()
     for match in re.finditer(r"\bR(\d+)(\.64)?", text):

@@ -185,8 +185,8 @@ def test_hopper_sample_scores(dtype: torch.dtype, dim: int) -> None:
     assert report.shared <= SHARED_LIMIT[HOPPER], str(report)
     assert not report.warnings, str(report)
     # PRMT .. 0x7632 moves the upper of a pair of halves down; what stays above it is never read.
-    undefined = [text for text in sass.undefined_reads(compiled[0].asm["cubin"]) if ", 0x7632, " not in text]
-    assert not undefined
+    undefined = sass.undefined_reads(compiled[0].asm["cubin"])
+    assert not [text for text in undefined if ", 0x7632, " not in text and not sass.clears_one_bit(text)]
     products = [each.opcode for each in sass.disassemble(compiled[0].asm["cubin"])[0] if "GMMA" in each.opcode]
     assert products
     assert dtype != FP8 or all("F16.E4M3" in opcode for opcode in products)

@@ -227,6 +227,30 @@ def test_answers_come_as_a_typed_column_beside_their_text() -> None:
     assert again["output"].to_pylist() == outputs[::-1]
 
 
+def test_questions_may_have_schemas_of_their_own() -> None:
+    """Of different types: JSON text, beside answers without a schema; of one type: that. Bad ones load no model."""
+    choice, number = {"enum": ["x", "yy"]}, {"type": "integer", "minimum": 0, "maximum": 50}
+    free = {"name": "free", "question": "List the key findings in order."}
+    asked = [
+        {"name": "a", "question": "Which?", "schema": choice},
+        {"name": "b", "question": "Many?", "schema": number},
+    ]
+    rows = summarize(["A text."], questions=[*asked, free], **HERE).to_pylist()
+    assert [row["question_id"] for row in rows] == ["a", "b", "free"]
+    assert {row["status"] for row in rows} == {"ok"}
+    assert json.loads(rows[0]["answer"]) in choice["enum"]
+    assert 0 <= json.loads(rows[1]["answer"]) <= 50
+    assert rows[0]["answer"] == rows[0]["output"]
+    assert rows[2]["answer"] is None
+    table = summarize(["A text."], questions=[asked[0], {**asked[1], "schema": choice}, free], **HERE)
+    assert table["answer"][0].as_py() in choice["enum"]
+    bad = [{"name": "a", "question": "Which?", "schema": {"type": "string", "format": "colour"}}]
+    with pytest.raises(JobError, match="question a: schema: #/format"):
+        summarize(["A text."], questions=bad, **(HERE | {"model": "nowhere"}))
+    with pytest.raises(JobError, match="question a: a schema with --thinking on"):
+        summarize(["A text."], questions=asked[:1], thinking="on", **HERE)
+
+
 def test_an_answer_that_is_cut_is_an_error_that_keeps_its_text() -> None:
     for name, new in (("nested", 5), ("number", 1)):
         (row,) = summarize(["A text."], schema=SCHEMAS[name], max_new_tokens=new, **HERE).to_pylist()

@@ -152,7 +152,7 @@ def test_nothing_of_the_slots_former_documents_is_read(qwen: Path, monkeypatch: 
     assert outputs(engine, texts[:3]) == expected[:3]
     assert outputs(engine, texts) == expected
     assert all(state[:-1].isnan().all() for state in slots.states.values()), "an idle row wrote to a slot"
-    assert sorted(slots._free) == [0, 1, 2, 3]
+    assert sorted(slots._free) == [0, 1, 2, 3, 4]
 
 
 def test_an_aborted_document_gives_its_slot_back(qwen: Path) -> None:
@@ -174,8 +174,8 @@ def test_recurrent_states_are_float32_in_every_precision(qwen: Path) -> None:
         StateKey(RECURRENT, 2): StateShape((4, 16, 24), torch.float32),
     }
     states = 2 * (160 * 4 * 2 + 4 * 16 * 24 * 4)
-    assert runner.state_bytes(documents=7) == 8 * states
-    assert estimate_plan(config(qwen, precision="bf16", max_live=7)).state_bytes == 8 * states
+    assert runner.state_bytes(documents=7) == 9 * states
+    assert estimate_plan(config(qwen, precision="bf16", max_live=7)).state_bytes == 9 * states
 
 
 def test_states_leave_less_memory_for_keys_and_values(qwen: Path) -> None:
@@ -225,16 +225,16 @@ def test_slots() -> None:
     cpu = torch.device("cpu")
     key = StateKey(RECURRENT, 3)
     slots = StateSlots({key: StateShape((2,), torch.float32)}, 2, 8, ALIGNMENT, {3: cpu}, cpu)
-    a, b = slots.enter(0, 0, 10), slots.enter(128, 0, 5)
-    assert {a, b} == {0, 1}
+    a, b, shared = slots.enter(0, 0, 10), slots.enter(128, 0, 5), slots.enter(384, 0, 1)
+    assert {a, b, shared} == {0, 1, 2}
     assert slots.enter(0, 10, 20) == a
-    with pytest.raises(RuntimeError, match="all 2 slots"):
+    with pytest.raises(RuntimeError, match="all 3 slots"):
         slots.enter(256, 0, 1)
     starts = torch.tensor([128, 0, 0, 128])
-    assert slots.rows(starts, torch.tensor([6, 0, 21, 0])).tolist() == [b, 2, a, 2]
+    assert slots.rows(starts, torch.tensor([6, 0, 21, 0])).tolist() == [b, 3, a, 3]
     slots.release(0)
     slots.release(0)
-    assert slots.rows(torch.tensor([0]), torch.tensor([1])).tolist() == [2], "a document that is gone has the idle slot"
+    assert slots.rows(torch.tensor([0]), torch.tensor([1])).tolist() == [3], "a document that is gone has the idle slot"
     slots.states[key][b] = 7.0
     slots.copy(128, 256)
     assert slots.states[key][slots.enter(256, 5, 6)].tolist() == [7.0, 7.0]

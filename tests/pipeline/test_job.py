@@ -129,6 +129,10 @@ def test_every_document_has_a_full_row(tmp_path: Path, out: Path, model: Path) -
         "density_by_layer",
         "output_error",
         "reasoning",
+        "input_note",
+        "page_starts",
+        "answer",
+        "answer_error",
     }
     assert not [name for name in filled if row[name] is None]
     assert row["prompt_hash"] == json.loads((out / "manifest.json").read_text())["questions"]["summary"]["fingerprint"]

@@ -40,8 +40,8 @@ PACKAGES: dict[str, Rooms] = {
             "answers", "engine", "errors", "imports", "inputs", "prompts", "results", "review", "settings", "source",
         },
         "job": {
-            "adapters", "answering", "engine", "errors", "imports", "location", "model_files", "prompts", "results",
-            "settings", "source", "versions", "workers",
+            "adapters", "answering", "answers", "engine", "errors", "imports", "location", "model_files", "prompts",
+            "results", "settings", "source", "versions", "workers",
         },
         "api": {"errors", "imports", "inputs", "job", "results", "settings", "source", "workers"},
         "ray_data": {"api", "errors", "inputs", "results", "settings", "source"},

@@ -64,6 +64,7 @@ def test_time_limit_skips_and_says_so(tmp_path: Path) -> None:
     skipped = json.loads((tmp_path / "engine.json").read_text())["skipped"]
     assert [line.split(" ")[0] for line in skipped] == [
         "agreement:",
+        "questions:",
         "baseline:",
         "latency:",
         "job:",

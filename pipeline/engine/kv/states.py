@@ -46,12 +46,15 @@ StateShapes = Mapping[StateKey, StateShape]
 
 
 def slots_for(documents: int) -> int:
-    """Slots that are allocated for `documents` documents: one more, where the idle rows of a decode batch write."""
-    return documents + 1
+    """Slots that are allocated for `documents` documents: one more for a prefix that they share, and one where the idle
+    rows of a decode batch write.
+    """
+    return documents + 2
 
 
 class StateSlots:
-    """States of up to `documents` documents, by StateKey: [documents + 1, ...], the last slot being the idle rows'.
+    """States of up to `documents` documents and a prefix of theirs, by StateKey: [documents + 2, ...], the last slot
+    being the idle rows'.
 
     units: how many places an extent can begin at, `alignment` tokens apart; one more is the arena's scratch token.
     devices: by layer. device: of the decode batch. What a slot held before is never read: the first chunk of a document
@@ -67,15 +70,15 @@ class StateSlots:
         devices: Mapping[int, torch.device],
         device: torch.device,
     ) -> None:
-        self.documents = documents
+        self._idle = slots_for(documents) - 1
         self.states = {
             key: torch.zeros(slots_for(documents), *shape.shape, dtype=shape.dtype, device=devices[key.layer])
             for key, shape in shapes.items()
         }
         self._alignment = alignment
-        self._table = torch.full((units + 1,), documents, dtype=torch.int64, device=device)
+        self._table = torch.full((units + 1,), self._idle, dtype=torch.int64, device=device)
         self._slots: dict[int, int] = {}  # by the extent's start
-        self._free = list(range(documents))[::-1]
+        self._free = list(range(self._idle))[::-1]
         self._read: dict[int, int] = {}  # by the extent's start: tokens that the states are behind
 
     @property
@@ -103,7 +106,7 @@ class StateSlots:
         """Give back the slot of the extent that begins at `start`, if it has one."""
         slot = self._slots.pop(start, None)
         if slot is not None:
-            self._table[start // self._alignment] = self.documents
+            self._table[start // self._alignment] = self._idle
             self._free.append(slot)
             del self._read[start]
 
@@ -116,11 +119,11 @@ class StateSlots:
 
     def rows(self, starts: Tensor, lengths: Tensor) -> Tensor:
         """Slots int64 [S] of the rows of a decode batch; idle ones (length 0) have the last. Waits for nothing."""
-        return self._table[starts // self._alignment].masked_fill(lengths == 0, self.documents)
+        return self._table[starts // self._alignment].masked_fill(lengths == 0, self._idle)
 
     def _claim(self, start: int) -> int:
         if not self._free:
-            raise RuntimeError(f"all {self.documents} slots for recurrent states are taken: release an extent first")
+            raise RuntimeError(f"all {self._idle} slots for recurrent states are taken: release an extent first")
         slot = self._slots[start] = self._free.pop()
         self._table[start // self._alignment] = slot
         return slot

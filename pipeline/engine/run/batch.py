@@ -16,8 +16,8 @@ from kernels.token_mask import mask_tokens
 from pipeline.engine.kv.arena import Extent
 from pipeline.engine.run.sampling import greedy, sample, uniforms
 
-TOKEN, START, LENGTH, EMITTED, LIMIT, SEED, TOP_K, PREFIX_START, PREFIX_LENGTH = range(9)
-FIELDS = 9
+TOKEN, START, LENGTH, EMITTED, LIMIT, BOUND, SEED, TOP_K, PREFIX_START, PREFIX_LENGTH = range(10)
+FIELDS = 10
 # Stop ids per document; models have a handful of end-of-sequence ids.
 MAX_STOP_IDS = 32
 # What a step reports for a row: a token id, or one of these.
@@ -29,7 +29,8 @@ class RowStart:
     """What a document brings into its row once its prompt is in the arena.
 
     prefix_start, prefix_tokens: where the beginning of its prompt lies that it shares, and how many of prompt_tokens
-    that are; `extent` has the others. 0 tokens: it shares nothing.
+    that are; `extent` has the others. 0 tokens: it shares nothing. bound: tokens by which a RoPE that goes by a
+    document's length goes; None: by all that it can come to.
     """
 
     extent: Extent
@@ -43,14 +44,15 @@ class RowStart:
     min_p: float = 0.0
     prefix_start: int = 0
     prefix_tokens: int = 0
+    bound: int | None = None
 
 
 class DecodeBatch:
     """State of `rows` documents.
 
     ints: int64 [FIELDS + MAX_STOP_IDS, rows]; by row: the newest token, the extent's start, tokens in the arena with
-        the newest one counted (0: idle), tokens generated, their limit, the seed, top_k (0: all), the start of the
-        shared prefix's extent and the tokens there (0: none), and the stop ids (-1 where fewer).
+        the newest one counted (0: idle), tokens generated, their limit, RowStart.bound, the seed, top_k (0: all), the
+        start of the shared prefix's extent and the tokens there (0: none), and the stop ids (-1 where fewer).
     floats: float32 [3, rows]: temperature, top_p, min_p. report: int64 [rows]: what the last step gave.
     members: int32 [rows, rows]: the rows that share a prefix, in ascending order, and -1 behind them; groups in the
         order of their first rows, so that those of the first n rows are among the first n. largest_group: rows of the
@@ -72,7 +74,8 @@ class DecodeBatch:
         stops = [*start.stop_ids, *[-1] * (MAX_STOP_IDS - len(start.stop_ids))]
         if len(stops) > MAX_STOP_IDS:
             raise ValueError(f"at most {MAX_STOP_IDS} stop ids are supported, got {len(start.stop_ids)}")
-        values = [0, start.extent.start, start.prompt_tokens, 0, start.max_new_tokens, start.seed, start.top_k]
+        bound = start.prompt_tokens + start.max_new_tokens if start.bound is None else start.bound
+        values = [0, start.extent.start, start.prompt_tokens, 0, start.max_new_tokens, bound, start.seed, start.top_k]
         values += [start.prefix_start, start.prefix_tokens, *stops]
         ints = torch.tensor(values, dtype=torch.int64)
         floats = torch.tensor([start.temperature, start.top_p, start.min_p], dtype=torch.float32)

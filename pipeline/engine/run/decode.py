@@ -15,9 +15,8 @@ from kernels.decode_attention import Prefixes
 from pipeline.engine.kv.arena import Arena
 from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.run.batch import (
-    EMITTED,
+    BOUND,
     LENGTH,
-    LIMIT,
     PREFIX_LENGTH,
     PREFIX_START,
     START,
@@ -150,19 +149,17 @@ class DecodeRunner:
     def _decode(self, key: StepKey) -> Tensor:
         """Logits [rows, V] behind the rows' newest tokens."""
         ints = self._batch.ints[:, : key.rows]
-        lengths = ints[LENGTH]
-        bounds = lengths - ints[EMITTED] + ints[LIMIT]
         prefixes = None
         if key.shared:
-            # A shared prefix was read for many: its length alone bounds what follows it (pipeline.engine.model.rope).
-            bounds = torch.where(ints[PREFIX_LENGTH] > 0, ints[PREFIX_LENGTH], bounds)
             prefixes = Prefixes(
                 starts=ints[PREFIX_START],
                 lengths=ints[PREFIX_LENGTH].to(torch.int32),
                 members=self._batch.members[: key.rows, : key.shared],
                 max_length=self._max_context,
             )
-        return self._runner.decode(ints[TOKEN], ints[START], lengths, bounds, self._arena, self._max_context, prefixes)
+        return self._runner.decode(
+            ints[TOKEN], ints[START], ints[LENGTH], ints[BOUND], self._arena, self._max_context, prefixes
+        )
 
     def _capture(self, capturer: Graphs, part: Hashable, work: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         """The captured step; None, and a warning, for a model whose step cannot be captured."""
