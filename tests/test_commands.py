@@ -97,6 +97,7 @@ RUN_BY = {
     "tools.train_demo_model": "tests/tools/test_train_demo_model.py: test_training_lowers_the_loss",
     "make compare": "tests/quality/test_findings.py: test_demo_settings_keep_the_findings",
     "make demo": "tests/quality/test_findings.py: test_demo_settings_keep_the_findings",
+    "make docs-site": "tests/test_docs_pages.py: test_the_site_builds_without_a_warning",
     "make lint": ".ci/run: make --no-print-directory lint",
     "make test": ".ci/run: make --no-print-directory test",
     "prometheus": "tests/pipeline/test_prometheus.py: test_all_panels_show_a_running_job",
@@ -156,6 +157,7 @@ def stood_in(words: Sequence[str]) -> list[str]:
     """Arguments with what is here for what a reader has."""
     model = str(ROOT / "models/tiny-reader")
     here = {"Qwen/Qwen3-8B": model, "/models/Qwen3-8B": model, "PATH": model, "FOLDER": "trained"}
+    here["Qwen/Qwen2.5-Coder-1.5B-Instruct"] = model
     here["TEXT.txt"] = str(ROOT / "examples/documents/report-01.txt")
     return [here.get(word, word) for word in words]
 
@@ -348,7 +350,7 @@ def test_they_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main_of(SUMMARIZE[0])(bundled.words[1:]) == 0, "the README's command for the bundled model, as it stands"
     found = pipeline.read_results("findings/").to_pylist()
     assert [row["output"] for row in found] == ["1. The mill lost 14 pallets to damp in June."] * 2
-    for copy in ("dense", "shard-0", "shard-1"):
+    for copy in ("answers", "dense", "shard-0", "shard-1"):
         shutil.copytree(place / "results", place / copy)
     reports = [command for command in OURS if command.words[0] == "jobs.report"]
     assert len(reports) > 2
