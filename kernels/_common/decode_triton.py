@@ -103,7 +103,9 @@ def group_share(begin, end, window, share, SHARES: tl.constexpr, BN: tl.constexp
     begin, end: what each query sees.
     """
     longest = tl.max(end, axis=0)
-    origin = tl.maximum(longest - window, 0) // ALIGN * ALIGN
+    # The first key that anybody could see: rows may see stretches of different lengths (drafts).
+    shortest = tl.min(tl.where(end > 0, end, longest), axis=0)
+    origin = tl.maximum(shortest - window, 0) // ALIGN * ALIGN
     per_share = tl.cdiv(tl.cdiv(longest - origin, SHARES), BN) * BN
     first = origin + share * per_share
     last = tl.minimum(first + per_share, longest)
