@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from pipeline.answering import left_behind
 from pipeline.errors import JobError, nearest
-from pipeline.imports import WrongPackageError, check_kernels
+from pipeline.imports import WrongPackageError, check_kernels, without_pandas
 from pipeline.settings.config import MOST_USED, JobConfig, declared, flag, read_job_file
 from stem_core.settings import kind_of
 
@@ -163,6 +163,7 @@ def run_main(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | No
     sys.stdout, sys.stderr = (stream or io.StringIO() for stream in (sys.stdout, sys.stderr))  # >&- leaves None
     try:
         check_kernels()
+        without_pandas()
         code = main(sys.argv[1:] if arguments is None else arguments)
     except (JobError, WrongPackageError) as error:
         code = 1

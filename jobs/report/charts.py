@@ -120,7 +120,7 @@ def throughput_chart(runs: Sequence[Run]) -> Chart | None:
     for number, run in enumerate(runs):
         rows, starts, ends = worked(run)
         found = clock.sessions(starts, ends)
-        tokens = np.nan_to_num(run.numbers("prompt_tokens")[rows]) + np.nan_to_num(run.numbers("output_tokens")[rows])
+        tokens = np.nan_to_num(run.read_tokens[rows]) + np.nan_to_num(run.numbers("output_tokens")[rows])
         times, rates = clock.rate_over_time(clock.elapsed(found, starts), clock.elapsed(found, ends), tokens)
         if not len(times) or not tokens.any():
             continue

@@ -11,10 +11,12 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from jobs.report import clock
 from jobs.report.results import Run
-from pipeline.results.rows import PHASES
+from pipeline.results.rows import PHASES, SUMMARY
+from pipeline.results.summary import missing_rows
 
 Measures = dict[str, Any]
 SLOWEST, FAILED, REASONS = 10, 50, 20
@@ -36,26 +38,32 @@ def length_edges(runs: Sequence[Run]) -> list[int]:
 
 
 def measure(run: Run, edges: Sequence[int]) -> Measures:
-    """All figures of a run; None where there is nothing to measure. Times in seconds, sizes in bytes."""
+    """All figures of a run; None where there is nothing to measure. Times in seconds, sizes in bytes.
+
+    What is said of `documents` by length, density, device and reason counts rows: with several questions, answers.
+    """
     counts = Counter(run.texts("status"))
     found, with_row = len(run.rows), len(set(run.texts("document_id")))
+    tokens = run.numbers("prompt_tokens")
     values: Measures = {
         "name": run.name,
         "output": run.location,
         "state": run.state,
         "problem": run.problem,
         "documents": run.documents,
+        "questions": run.questions,
         "rows": found,
-        "without_row": None if run.documents is None else max(run.documents - with_row, 0),
+        "without_row": _without_row(run, with_row),
         "documents_with_row": with_row,
         "counts": dict(sorted(counts.items())),
         "ok": counts["ok"],
         "failed": found - counts["ok"],
-        "tried_again": int((run.numbers("attempts") > 1).sum()),
-        "truncated": int((run.numbers("truncated_tokens") > 0).sum()),
+        "tried_again": run.documents_of(run.numbers("attempts") > 1),
+        "truncated": run.documents_of(run.numbers("truncated_tokens") > 0),
         "cut_off": run.texts("finish_reason").count("length"),
-        "in_parts": int((run.numbers("parts") > 1).sum()),
-        "prompt_tokens": _total(run.numbers("prompt_tokens")[run.ok]),
+        "in_parts": run.documents_of(run.numbers("parts") > 1),
+        "prompt_tokens": _total(tokens[run.ok]),
+        "read_tokens": _total(run.read_tokens[run.ok]),
         "output_tokens": _total(run.numbers("output_tokens")[run.ok]),
         "peak_gpu_bytes": _most(run.numbers("peak_gpu_bytes")),
         "workers": len(set(run.texts("worker")) - {""}),
@@ -123,7 +131,7 @@ def length_figures(run: Run, low: int, high: int) -> Measures:
         "median_tokens": float(np.median(tokens[rows])) if rows.any() else None,
         "time_to_first_token": spread(run.numbers("time_to_first_token")[rows]),
         "total_seconds": spread(run.numbers("total_seconds")[rows]),
-        "prefill_tokens_per_second": _rate(tokens[rows], prefill),
+        "prefill_tokens_per_second": _rate(run.read_tokens[rows], prefill),
         "phase_seconds": phase_seconds(run, rows),
         "density": density(run, rows),
         "density_by_layer": density_by_layer(run, rows),
@@ -137,11 +145,23 @@ def worked(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return rows, starts[rows], np.maximum(starts[rows], ends[rows])
 
 
+def _without_row(run: Run, with_row: int) -> int | None:
+    """Rows that there are to be and are not: of documents, or of questions to them where it is known what is asked."""
+    if run.documents is None:
+        return None
+    if run.asked is None:
+        return max(run.documents - with_row, 0)
+    questions = pc.fill_null(run.rows["question_id"], SUMMARY)
+    return missing_rows(run.rows["document_id"], questions, run.documents, run.asked)
+
+
 def _speed(run: Run) -> Measures:
     rows, starts, ends = worked(run)
     found = clock.sessions(starts, ends)
     seconds = clock.worked_seconds(found)
-    tokens, output = run.numbers("prompt_tokens"), run.numbers("output_tokens")
+    tokens, output = run.read_tokens, run.numbers("output_tokens")
+    in_worker = np.zeros(len(run.rows), bool)
+    in_worker[rows] = True
     steps = np.maximum(output - 1, 0)  # the first token comes out of the prefill
     last = ends.max() if len(ends) else np.nan
     return {
@@ -149,7 +169,8 @@ def _speed(run: Run) -> Measures:
         "finished_at": _time(last),
         "worked_seconds": seconds if len(rows) else None,
         "runs": len(found),
-        "documents_per_hour": len(rows) / seconds * 3600 if seconds else None,
+        "documents_per_hour": run.documents_of(in_worker) / seconds * 3600 if seconds else None,
+        "answers_per_hour": len(rows) / seconds * 3600 if seconds else None,
         "tokens_per_second": float(np.nansum(tokens[rows]) + np.nansum(output[rows])) / seconds if seconds else None,
         "prefill_tokens_per_second": _rate(tokens[run.ok], run.numbers("prefill_seconds")[run.ok]),
         "decode_tokens_per_second": _rate(steps[run.ok], run.numbers("decode_seconds")[run.ok]),
@@ -171,13 +192,13 @@ def _slowest(run: Run) -> list[Measures]:
     own = run.numbers("total_seconds") - np.nan_to_num(run.numbers("queue_seconds"))
     known = np.flatnonzero(np.isfinite(own) & run.ok)
     rows = known[np.argsort(-own[known], kind="stable")[:SLOWEST]]
-    names = ("document_id", "prompt_tokens", "output_tokens", "density", "attention", *TIMES)
+    names = ("document_id", "question_id", "prompt_tokens", "output_tokens", "density", "attention", *TIMES)
     return [{name: run.rows[name][int(row)].as_py() for name in names} for row in rows]
 
 
 def _failures(run: Run) -> tuple[list[Measures], list[Measures]]:
     """(reasons with their number, the first failed documents)."""
-    names = ("document_id", "status", "error", "attempts", "prompt_tokens", "source")
+    names = ("document_id", "question_id", "status", "error", "attempts", "prompt_tokens", "source")
     failed = run.rows.select(names).filter(~run.ok)
     reasons: dict[tuple[str, str], Measures] = {}
     for status, error in zip(failed["status"].to_pylist(), failed["error"].to_pylist(), strict=True):
@@ -195,7 +216,7 @@ def _pattern(text: str) -> str:
 
 def _about(run: Run) -> Measures:
     about = run.manifest or {}
-    names = ("config", "versions", "fingerprints")
+    names = ("config", "versions", "fingerprints", "start_seconds")
     return {name: about[name] if isinstance(about.get(name), dict) else None for name in names}
 
 

@@ -41,20 +41,25 @@ def _times(run: Measures) -> str:
 def key_figures(run: Measures) -> list[KeyFigure]:
     """The figures of a run that its report begins with."""
     of = "" if run["documents"] is None else f"of {run['documents']:,} documents"
-    if run["rows"] > run["documents_with_row"]:
+    many = run["questions"] > 1
+    if many:
         of = f"of {run['rows']:,} answers about {run['documents_with_row']:,} documents"
     first, kept = run["time_to_first_token"] or {}, run["density"]
     failed = ", ".join(f"{number:,} {status}" for status, number in run["counts"].items() if status != "ok")
     figures = [
         KeyFigure("ok", count(run["ok"]), of, "good" if run["ok"] else ""),
         KeyFigure("failed", count(run["failed"]), failed, "bad" if run["failed"] else ""),
-        KeyFigure("without a row yet", count(run["without_row"])) if run["without_row"] else None,
+        KeyFigure("answers not there yet" if many else "without a row yet", count(run["without_row"]))
+        if run["without_row"] else None,
         KeyFigure("time worked", seconds(run["worked_seconds"]), _worked_note(run)),
-        KeyFigure("documents an hour", figure(run["documents_per_hour"])),
+        KeyFigure(
+            "documents an hour", figure(run["documents_per_hour"]),
+            f"{figure(run['answers_per_hour'])} answers" if many else "",
+        ),
         KeyFigure("throughput", figure(run["tokens_per_second"], "tokens/s"), "prompts and outputs, all workers"),
         KeyFigure("time to first token, p50", seconds(first.get("p50"))),
         KeyFigure("time to first token, p95", seconds(first.get("p95"))),
-        KeyFigure("prompt tokens", count(run["prompt_tokens"]), _rate(run["prefill_tokens_per_second"], "prefill")),
+        KeyFigure("prompt tokens", count(run["prompt_tokens"]), _prompt_note(run)),
         KeyFigure("generated tokens", count(run["output_tokens"]), _rate(run["decode_tokens_per_second"], "decode")),
         KeyFigure("density", figure(kept["mean"] or (1.0 if run["ok"] else None)), _density_note(run)),
         KeyFigure("GPU memory, peak", binary_bytes(run["peak_gpu_bytes"])) if run["peak_gpu_bytes"] else None,
@@ -74,6 +79,11 @@ def _worked_note(run: Measures) -> str:
 
 def _rate(rate: float | None, phase: str) -> str:
     return f"{phase} {figure(rate, 'tokens/s')} in a document" if rate else ""
+
+
+def _prompt_note(run: Measures) -> str:
+    read = f"{run['read_tokens']:,} read" if run["read_tokens"] < run["prompt_tokens"] else ""
+    return ", ".join(part for part in (read, _rate(run["prefill_tokens_per_second"], "prefill")) if part)
 
 
 def _density_note(run: Measures) -> str:
@@ -124,7 +134,8 @@ def _state(run: Measures, several: bool) -> str:
     elif run["state"] == "unknown":
         words[1] = "There is no manifest.json: settings, versions and the number of documents are not known."
     if run["state"] == "finished" and run["without_row"]:
-        words.append(f" {run['without_row']:,} documents have no row all the same: parts are missing; run it again.")
+        what = "answers are not there" if run["questions"] > 1 else "documents have no row"
+        words.append(f" {run['without_row']:,} {what} all the same: parts are missing; run it again.")
     if run["state"] == "running" and run["finished_at"]:
         age = (utc_now() - datetime.fromisoformat(run["finished_at"])).total_seconds()
         words.append(f" Its last row is {seconds(max(age, 0))} old.")

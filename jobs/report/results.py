@@ -19,7 +19,9 @@ from pipeline.results.sink import part_names, read_columns
 from pipeline.results.store import Store
 
 # The figures need none of these: texts are read when the list of outputs is made.
-_UNUSED = ("output", "reasoning", "evidence", "flags", "page_starts", "config_hash", "input_stamp", "input_hash")
+_UNUSED = (
+    "output", "answer", "reasoning", "evidence", "flags", "page_starts", "config_hash", "input_stamp", "input_hash",
+)  # fmt: skip
 NAMES = tuple(column.name for column in COLUMNS if column.name not in _UNUSED)
 # What the list of outputs needs. The last line is of newer runs: where another run lacks these columns, they are null.
 TEXTS = (
@@ -34,7 +36,9 @@ _TYPES = {column.name: column.type for column in COLUMNS}
 
 @dataclass(frozen=True)
 class Run:
-    """A job's results: one row a document. A column that they lack, since an earlier version wrote them, is all null.
+    """A job's results: one row for each document and question.
+
+    A column that they lack, since an earlier version wrote them, is all null.
 
     name: short, for charts and columns. location: where they are, without credentials. manifest: what the job wrote
     about itself, None if it wrote nothing that can be read; `problem` says why.
@@ -64,9 +68,28 @@ class Run:
             return str(self.manifest.get("state", "unknown"))
         return "unknown" if len(self.rows) or self.problem else "empty"
 
+    @property
+    def asked(self) -> list[str] | None:
+        """Names of the questions that each document is to have an answer to; None if nobody knows."""
+        return self.manifest.get("asked") if self.manifest else None
+
+    @cached_property
+    def questions(self) -> int:
+        """How many questions the rows answer; 1 without any."""
+        return max(1, len(set(self.texts("question_id"))))
+
+    @cached_property
+    def read_tokens(self) -> np.ndarray:
+        """float64 [rows], NaN where it is not known: tokens of prompts without those read for another question."""
+        return self.numbers("prompt_tokens") - np.nan_to_num(self.numbers("prefix_tokens"))
+
+    def documents_of(self, rows: np.ndarray) -> int:
+        """How many documents some rows (bool [rows]) are about."""
+        return len(pc.unique(self.rows["document_id"].filter(pa.array(rows))))
+
     @cached_property
     def ok(self) -> np.ndarray:
-        """bool [rows]: documents with an output."""
+        """bool [rows]: those with an output."""
         return pc.equal(self.rows["status"], "ok").to_numpy()
 
     def numbers(self, name: str) -> np.ndarray:

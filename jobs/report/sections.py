@@ -20,6 +20,7 @@ from pipeline.results.rows import STATUSES
 from pipeline.settings.config import JobConfig
 
 PLACES = ("input", "output", "model")
+START = "What the job's last run did, one after the other, until its first worker took documents."
 # Header -> the name of a figure, or what makes the cell.
 Columns = dict[str, str | Callable[[Measures], Cell]]
 
@@ -46,7 +47,7 @@ def sections(
         memory = charts.memory_chart(runs) if with_charts else None
         parts.append(Section("Memory", [memory] if memory else []))
         parts.append(Section("Attention", _attention(runs, measures, with_charts)))
-        parts.append(Section("Slowest documents", [_slowest(measures)]))
+        parts.append(Section(f"Slowest {_what(measures)}", [_slowest(measures)]))
     parts.append(Section("Configuration and versions", _configuration(measures)))
     return [section for section in parts if section.blocks]
 
@@ -58,7 +59,7 @@ def _failures(measures: Sequence[Measures]) -> tuple[Table, Table]:
         "reasons",
         {
             "status": "status",
-            "documents": "documents",
+            _what(measures): "documents",
             "error, of one of them": lambda item: item["example"] or STATUSES.get(item["status"], ""),
         },
         title="Reasons",
@@ -70,18 +71,29 @@ def _failures(measures: Sequence[Measures]) -> tuple[Table, Table]:
         "failures",
         {
             "document": "document_id",
+            **_question(measures),
             "status": "status",
             "error": "error",
             "attempts": "attempts",
             "prompt tokens": "prompt_tokens",
             "source": "source",
         },
-        title="Failed documents",
+        title=f"Failed {_what(measures)}",
         note=f"The first {FAILED} of a run; all are in its Parquet files, where status is not ok."
         if any(run["failed"] > FAILED for run in measures)
         else "",
     )
     return reasons, documents
+
+
+def _what(measures: Sequence[Measures]) -> str:
+    """What rows are: documents, or where a run has several questions, answers."""
+    return "answers" if any(run["questions"] > 1 for run in measures) else "documents"
+
+
+def _question(measures: Sequence[Measures]) -> Columns:
+    """A column that tells answers to the same document apart."""
+    return {"question": "question_id"} if _what(measures) == "answers" else {}
 
 
 def _statuses(measures: Sequence[Measures]) -> list[str]:
@@ -94,7 +106,7 @@ def _latency(runs: Sequence[Run], measures: Sequence[Measures], with_charts: boo
     first, total = "time_to_first_token", "total_seconds"
     columns: Columns = {
         "prompt tokens": lambda item: charts.length_label(item["from_tokens"], item["to_tokens"]),
-        "documents": "documents",
+        _what(measures): "documents",
         "first token p50": lambda item: seconds((item[first] or {}).get("p50")),
         "first token p95": lambda item: seconds((item[first] or {}).get("p95")),
         "prefill, tokens/s": lambda item: count(item["prefill_tokens_per_second"]),
@@ -104,8 +116,8 @@ def _latency(runs: Sequence[Run], measures: Sequence[Measures], with_charts: boo
     }
     table = _table(
         measures, "by_length", columns, side_by_side=True,
-        note="Documents that are ok. The time in the worker begins when it takes the document and holds all waiting "
-        "there. Density is the mean of those that ran sparse. K is 1,024 tokens.",
+        note=f"{_what(measures).capitalize()} that are ok. The time in the worker begins when it takes the document "
+        "and holds all waiting there. Density is the mean of those that ran sparse. K is 1,024 tokens.",
     )  # fmt: skip
     return [*([chart] if chart else []), table]
 
@@ -116,8 +128,9 @@ def _time(runs: Sequence[Run], measures: Sequence[Measures], with_charts: bool) 
     names = {name: label for name, label in charts.PHASE_NAMES.items() if any((g[1] or {}).get(name) for g in groups)}
     rows = [[label, *(_phase(phases, name) for _, phases, _ in groups)] for name, label in names.items()]
     table = Table(
-        ("", *(label if several else "all documents" for label, _, _ in groups)), rows,
-        note="Seconds of all documents that are ok together; those that a worker holds at the same time overlap.",
+        ("", *(label if several else f"all {_what(measures)}" for label, _, _ in groups)), rows,
+        note=f"Seconds of all {_what(measures)} that are ok together; those that a worker holds at the same time "
+        "overlap.",
     )  # fmt: skip
     if not with_charts or not rows:
         return [table] if rows else []
@@ -149,15 +162,16 @@ def _attention(runs: Sequence[Run], measures: Sequence[Measures], with_charts: b
         "device": "gpu",
         "kernel": "kernel",
         "why not as asked for, of one of them": "attention_reason",
-        "documents": "documents",
+        _what(measures): "documents",
     }
-    ran = _table(measures, "ran", columns, title="How the documents ran")
+    ran = _table(measures, "ran", columns, title=f"How the {_what(measures)} ran")
     return [block for block in (chart, *maps, by_layer, ran) if block]
 
 
 def _slowest(measures: Sequence[Measures]) -> Table:
     columns: Columns = {
         "document": "document_id",
+        **_question(measures),
         "prompt tokens": "prompt_tokens",
         "generated": "output_tokens",
         "in the worker": lambda item: seconds(item["total_seconds"]),
@@ -166,7 +180,7 @@ def _slowest(measures: Sequence[Measures]) -> Table:
         "decode": lambda item: seconds(item["decode_seconds"]),
         "density": lambda item: figure(item["density"]),
     }
-    note = f"The {SLOWEST} documents of a run that took longest in the worker, without what they waited there."
+    note = f"The {SLOWEST} {_what(measures)} of a run that took longest in the worker, without what they waited there."
     return _table(measures, "slowest", columns, note=note)
 
 
@@ -214,8 +228,10 @@ def _configuration(measures: Sequence[Measures]) -> list[Block]:
         blocks.append(Details("All settings", [Table(("setting", *names), rows)]))
     told = "A later run goes on in this folder only if all but the input's are as they were."
     for title, key, head, note in (
-        ("Versions", "versions", "package", ""), ("Fingerprints", "fingerprints", "of", told)
-    ):  # fmt: skip
+        ("Start, seconds", "start_seconds", "part", START),
+        ("Versions", "versions", "package", ""),
+        ("Fingerprints", "fingerprints", "of", told),
+    ):
         found = [run[key] or {} for run in measures]
         labels = list(dict.fromkeys(name for about in found for name in about))
         if labels:

@@ -25,6 +25,7 @@ from pipeline.engine.describe import describe_engine, describe_kernels, slower_p
 from pipeline.engine.devices import check_devices, is_out_of_memory, release_memory
 from pipeline.engine.document import Document, Meter, WaitingLine, accept, checked_ids
 from pipeline.engine.kv.arena import Extent, aligned
+from pipeline.engine.laps import Laps
 from pipeline.engine.memory.measure import allocate_arena, load_and_plan
 from pipeline.engine.memory.plan import MemoryPlan
 from pipeline.engine.model.loading import stop_token_ids
@@ -53,13 +54,18 @@ class Engine:
         self._chunk = chunk_size(config.chunk_tokens, config.attention)
         if config.torch_device().type == "cuda":
             torch.cuda.set_device(config.torch_device())
+        laps = Laps()
         self._runner, plan = load_and_plan(config, runner, self._chunk)
+        if runner is None:
+            laps = self._runner.laps
+        laps.end("memory plan")
         self._devices = self._runner.devices
         device = self._device = self._runner.device  # of the decode batch
         on_gpu = device.type == "cuda"
         self._eos = stop_token_ids(self._runner.model)
         self._media = media_tokens(self._runner.model.config)
         self._arena, self._plan = allocate_arena(self._runner, config, plan, self._chunk)
+        laps.end("arena")
         self._batch = DecodeBatch(config.max_live, device)
         self._lag = config.decode_lag if config.decode_lag is not None else 2 * on_gpu
         use_graphs = on_gpu and config.cuda_graphs
@@ -79,6 +85,8 @@ class Engine:
                 f"the decode steps of up to {config.max_live} documents do not fit {where} beside an arena of "
                 f"{self._plan.arena_tokens:,} tokens: lower max_live or arena_tokens"
             ) from error
+        laps.end("decode steps")
+        self._start_seconds = dict(laps.seconds)
         self._readback: Readback[list[tuple[int, Document]]] = Readback(
             config.max_live * (1 + DRAFTS), self._lag + 1, device
         )
@@ -117,7 +125,8 @@ class Engine:
 
     def describe(self) -> dict[str, Any]:
         """What runs here: device, precision, attention, kernels, decode mode, versions. dtype: of activations; kernels
-        and slower (sentences): for the longest prompts. notes: sentences on what is not as one might expect."""
+        and slower (sentences): for the longest prompts. notes: sentences on what is not as one might expect.
+        start_seconds: of the parts of its start, in their order; those of the model only where it was not given."""
         notes = [wide_note(self._runner.precision, self._runner.calibration)]
         if self._lookup is None and self.config.prompt_lookup == "auto":
             notes.append(
@@ -130,6 +139,7 @@ class Engine:
             "notes": [note for note in notes if note],
             "prompt_lookup": "off" if self._lookup is None else f"{DRAFTS} drafts a step while they pay",
             "decode": self._decode.mode,
+            "start_seconds": {name: round(seconds, 3) for name, seconds in self._start_seconds.items()},
         }
 
     def add(self, request: Request) -> None:

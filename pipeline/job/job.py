@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.answering import stop_signals
+from pipeline.engine.laps import Laps
 from pipeline.errors import JobError, one_line, visible
 from pipeline.imports import check_kernels
 from pipeline.job import manifest
@@ -65,6 +66,7 @@ def _to_stderr(message: str) -> None:
 
 
 def _complete(config: JobConfig, engine_factory: str, progress: Progress | None, grace: float | None) -> JobReport:
+    laps = Laps()
     survey = survey_input(config)
     store = Store(config.output)
     store.create()
@@ -81,7 +83,8 @@ def _complete(config: JobConfig, engine_factory: str, progress: Progress | None,
             return summarize_results(store, len(survey.catalogue), names, messages=tuple(messages))
         if plan.already:
             messages.append(f"going on: {plan.already:,} rows are there, {len(plan.pending):,} documents are left")
-        return _Run(plan, store, messages, progress).execute(engine_factory, grace)
+        laps.end("listing")
+        return _Run(plan, store, messages, progress, laps).execute(engine_factory, grace)
 
 
 def _note_finished(store: Store, plan: JobPlan) -> None:
@@ -89,26 +92,28 @@ def _note_finished(store: Store, plan: JobPlan) -> None:
     found = {}
     with contextlib.suppress(JobError):
         found = manifest.load(store) or {}
-    if found.get("state") != "finished" or found.get("questions") != plan.asked:
+    asked = list(plan.survey.questions.names)
+    if found.get("state") != "finished" or (found.get("questions"), found.get("asked")) != (plan.asked, asked):
         _save_manifest(store, plan, "finished")
 
 
 def _save_manifest(store: Store, plan: JobPlan, state: str, **more: Any) -> None:
     survey = plan.survey
     more |= {"state": state, "documents": len(survey.catalogue), "prompt_date": survey.today}
-    more |= {"questions": plan.asked, "prompt": survey.questions.frame()}
+    more |= {"questions": plan.asked, "asked": survey.questions.names, "prompt": survey.questions.frame()}
     manifest.save(store, survey.config, survey.prints, **more)
 
 
 class _Run:
     """A job that has documents left, from the manifest's "running" to its "finished" or "stopped". `execute` is all.
 
-    progress: of tests and benchmarks, else one that tells on standard error.
+    progress: of tests and benchmarks, else one that tells on standard error. laps: what was done before.
     """
 
-    def __init__(self, plan: JobPlan, store: Store, messages: list[str], progress: Progress | None) -> None:
+    def __init__(self, plan: JobPlan, store: Store, messages: list[str], progress: Progress | None, laps: Laps) -> None:
         config = plan.survey.config
         self._begun = time.monotonic()
+        self._laps = laps
         self._plan, self._store, self._messages = plan, store, messages
         self._progress = progress or Progress(len(plan.pending), plan.pending.total_bytes)
         self._metrics = JobMetrics(self._progress.message)
@@ -161,9 +166,11 @@ class _Run:
         survey = self._plan.survey
         try:
             with connected(survey.config.ray_address) as cluster, _StopFlag() as flag:
+                self._laps.end("Ray")
                 work = RayRun(
                     survey, documents, cluster, sink=self._sink, progress=self._progress, metrics=self._metrics,
                     should_stop=flag.is_set, engine_factory=engine_factory, grace=grace,
+                    laps=self._laps,
                 )  # fmt: skip
                 try:
                     self._stats = work.run()
@@ -178,7 +185,8 @@ class _Run:
         if not self._stopped and survey.config.compact and len(part_names(store)) > COMPACT_ABOVE:
             compact(store)
         state = "stopped" if self._stopped else "finished"
-        _save_manifest(store, self._plan, state, seconds=time.monotonic() - self._begun)
+        told = {"seconds": time.monotonic() - self._begun, "start_seconds": self._stats.get("start_seconds", {})}
+        _save_manifest(store, self._plan, state, **told)
         if self._stopped:
             messages.append("stopped; what was finished is written, the same command goes on from there")
             if self._sink.rows_to_replace:

@@ -37,7 +37,7 @@ CONTENT_BYTES = 1 << 30
 DECIDING = ("config", "model", "reading")
 TYPES: dict[str, Any] = {
     "fingerprints": dict, "config": dict, "versions": dict, "state": str, "written_at": str, "documents": int,
-    "seconds": (int, float), "questions": dict, "prompt": dict,
+    "seconds": (int, float), "questions": dict, "asked": list, "prompt": dict,
 }  # fmt: skip
 READING = ("text_column", "id_column", "keep_columns", "shard")
 MODEL_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".bin", ".py")

@@ -21,6 +21,9 @@ _COLUMNS = (
     "prefix_tokens",
 )  # fmt: skip
 
+# Parts of the start that the table names; all are in the manifest and on the report's page.
+START_PARTS = 4
+
 
 @dataclass(frozen=True)
 class JobReport:
@@ -31,7 +34,7 @@ class JobReport:
     prefix_tokens: of prompt_tokens, those that were read for another question already.
     decode_rate: output tokens a second of one document while it decodes. density: mean over sparse documents.
     why_dense: of one of the documents that were to run sparse and did not, empty without any. truncated: documents
-    that were cut to fit; cut: those whose outputs end at --max-new-tokens. flagged: outputs with flags;
+    that were cut to fit; cut: outputs that end at --max-new-tokens. flagged: outputs with flags;
     flags: how many have each one, most first.
     seconds, done_now: of this run alone; seconds from the first dispatch to the last row. stats: see pipeline.job.job.
     """
@@ -102,7 +105,7 @@ def summarize_results(store: Store, documents: int, asked: Sequence[str] = (SUMM
         output=store.name,
         documents=documents,
         counts=counts,
-        missing=_missing(table["document_id"], questions, documents, asked),
+        missing=missing_rows(table["document_id"], questions, documents, asked),
         questions=max(1, len(pc.unique(questions))),
         prefix_tokens=int(np.nansum(_numbers(done, "prefix_tokens"))),
         prompt_tokens=int(np.nansum(_numbers(done, "prompt_tokens"))),
@@ -114,11 +117,11 @@ def summarize_results(store: Store, documents: int, asked: Sequence[str] = (SUMM
         sparse=int(sparse.sum()),
         density=float(np.nanmean(density[sparse])) if sparse.any() else None,
         why_dense=next((why for why, stem in zip(reasons, sparse, strict=True) if why and not stem), ""),
-        truncated=int((_numbers(done, "truncated_tokens") > 0).sum()),
+        truncated=_documents(done, _numbers(done, "truncated_tokens") > 0),
         cut=done["finish_reason"].to_pylist().count("length"),
         flagged=sum(map(bool, flags)),
         flags=dict(Counter(name for each in flags for name in each).most_common()),
-        in_parts=int((_numbers(done, "parts") > 1).sum()),
+        in_parts=_documents(done, _numbers(done, "parts") > 1),
         files=len(part_names(store)),
         first_errors=tuple((_who(row, len(asked) > 1), row["status"], row["error"]) for row in bad),
         **run,
@@ -140,12 +143,17 @@ def first_outputs(store: Store, count: int) -> list[tuple[str, str, tuple[str, .
     return found
 
 
-def _missing(ids: pa.ChunkedArray, questions: pa.ChunkedArray, documents: int, asked: Sequence[str]) -> int:
+def missing_rows(ids: pa.ChunkedArray, questions: pa.ChunkedArray, documents: int, asked: Sequence[str]) -> int:
     """Rows that are not there: of each question to each document; of documents' own questions, one for all of them."""
     own = pc.match_substring_regex(questions, r"^own(-\d+)?$")
     there = pc.sum(pc.is_in(questions, value_set=pa.array([name for name in asked if name != "own"], pa.string())))
     found = int(there.as_py() or 0) + (len(pc.unique(ids.filter(own))) if "own" in asked else 0)
     return max(0, documents * len(asked) - found)
+
+
+def _documents(table: pa.Table, rows: np.ndarray) -> int:
+    """How many documents some rows (bool [rows]) are about."""
+    return len(pc.unique(table["document_id"].filter(pa.array(rows, pa.bool_()))))
 
 
 def _who(row: dict[str, Any], many: bool) -> str:
@@ -189,6 +197,11 @@ def rows_for_table(report: JobReport) -> list[tuple[str, str]]:
         lines.append(
             ("this run", f"{_counted(report.done_now, what[:-1])} in {report.seconds:.1f} s = {rate:,.0f} an hour")
         )
+    start: dict[str, float] = report.stats.get("start_seconds") or {}
+    if start:
+        longest = sorted(start.items(), key=lambda part: -part[1])[:START_PARTS]
+        told = ", ".join(f"{name} {seconds:.1f}" for name, seconds in longest)
+        lines.append(("start", f"{sum(start.values()):.1f} s until a worker was ready, most of it: {told}"))
     lines.append(("results", f"{report.output} ({_counted(report.files, 'Parquet file')})"))
     return lines
 

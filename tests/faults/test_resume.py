@@ -88,7 +88,7 @@ def test_a_changed_document_is_done_again_and_no_other(tmp_path: Path, model: Pa
     changed = TEXTS | {"d3": "quite another text"}
     write(tmp_path / "docs", kind, changed)
     plan = finish(settings)
-    assert [name.removesuffix(".txt") for name in plan.replaced] == ["d3"]
+    assert [(name.removesuffix(".txt"), question) for name, question in plan.replaced] == [("d3", "summary")]
     assert "1 documents have changed since" in plan.messages[0]
     assert plan.already == 5
     assert outputs(settings) == changed

@@ -248,7 +248,7 @@ def test_a_job_file_is_audited_as_it_is(documents: Path, model: Path, tmp_path: 
     attention = options.arms[1].config.attention
     assert attention is not None
     assert (attention.estimator, attention.block_size, attention.density) == ("sample", 32, 0.4)
-    assert (options.job.question, options.job.max_new_tokens, options.job.temperature) == ("Why?", 7, 0.0)
+    assert (options.job.question, options.job.max_new_tokens, options.job.temperature) == (("Why?",), 7, 0.0)
     assert options.output == tmp_path / "out"
     flags.preset, flags.budget = ["release", "paper"], [0.2, 0.3]
     names = [arm.name for arm in options_of(flags).arms]

@@ -139,6 +139,34 @@ def test_the_figures_are_those_of_the_rows(tmp_path: Path, report: Report) -> No
     assert (run["started_at"], run["finished_at"]) == ("2026-03-01T23:50:00+00:00", "2026-03-01T23:50:12+00:00")
 
 
+def test_answers_are_not_taken_for_documents_nor_read_tokens_for_prompts(tmp_path: Path, report: Report) -> None:
+    """Two documents of two questions each; the second question shares the reading of the first."""
+    first = {"question_id": "cause", "prefix_tokens": 0, "answer": {"hours": 4}}
+    second = {"question_id": "cost", "prefix_tokens": 900, "prefill_seconds": 0.5, "answer": None}
+    rows = [ok_row("a", 1000, 0, truncated_tokens=5, **first), ok_row("a", 1000, 0, truncated_tokens=5, **second)]
+    rows += [ok_row("b", 1000, 4, **first)]
+    folder = tmp_path / "out"
+    folder.mkdir()
+    schema = result_schema(answer=pa.struct({"hours": pa.int64()}))
+    pq.write_table(to_table(rows, schema), folder / "part-000000-aa.parquet")
+    config = JobConfig(input="docs", output=str(folder), model="models/m")
+    known: dict[str, Any] = {"documents": 3, "asked": ["cause", "cost"], "state": "stopped"}
+    manifest.save(Store(str(folder)), config, {"config": "c0ffee"}, **known)
+    (run,) = measured(report, folder)
+    assert (run["questions"], run["rows"], run["documents_with_row"], run["without_row"]) == (2, 3, 2, 3)
+    assert (run["truncated"], run["prompt_tokens"], run["read_tokens"]) == (1, 3000, 2100)
+    seconds = run["worked_seconds"]
+    assert run["documents_per_hour"] == 2 / seconds * 3600
+    assert run["answers_per_hour"] == 3 / seconds * 3600
+    assert run["tokens_per_second"] == (2100 + 33) / seconds
+    assert run["prefill_tokens_per_second"] == 2100 / 2.5
+    assert run["by_length"][0]["prefill_tokens_per_second"] == 2100 / 2.5
+    assert {row["question_id"] for row in run["slowest"]} == {"cause", "cost"}
+    _, out, _ = report(folder, "--format", "table")
+    for text in ("of 3 answers about 2 documents", "answers not there yet", "2,100 read", "Slowest answers", "cost"):
+        assert text in out, text
+
+
 @pytest.mark.parametrize("width", [PHONE, DESKTOP])
 def test_the_page_of_a_run_with_failures_in_a_browser(
     tmp_path: Path, width: int, report: Report, open_page: Callable[..., CheckedPage]

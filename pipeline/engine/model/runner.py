@@ -12,6 +12,7 @@ from pipeline.engine.config import EngineError
 from pipeline.engine.kv.arena import ALIGNMENT, Arena, Extent, Fp8KVArena, KVArena, LayerShape
 from pipeline.engine.kv.cache import DecodeCache, EngineCache, PrefillCache, ProbeCache, TailCache
 from pipeline.engine.kv.states import StateShapes, StateSlots, slots_for
+from pipeline.engine.laps import Laps
 from pipeline.engine.model.precision import check_fp8_attention, check_wide_layers, model_precision
 from pipeline.engine.model.requirements import (
     check_head_sizes,
@@ -51,9 +52,13 @@ class ModelRunner:
         shared KV may read its last token alone: then they are dense, and run in the last chunk only.
     weights: what they were dequantised from when they were loaded ("GGUF"); "" if they are as stored.
     calibration: scales of keys, values and queries in fp8, and which layers are wide; empty in other precisions.
+    laps: where the seconds went until it could be called.
     """
 
-    def __init__(self, model: nn.Module, attention: StemConfig | None, fuse: bool | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, attention: StemConfig | None, fuse: bool | None = None, laps: Laps | None = None
+    ) -> None:
+        self.laps = laps or Laps()
         embedding = model.get_input_embeddings()  # type: ignore[operator]
         self.device, self.dtype = embedding.weight.device, embedding.weight.dtype
         self.vocabulary: int = embedding.num_embeddings
@@ -64,6 +69,7 @@ class ModelRunner:
         self.model = patch_model(model, attention)
         self._rope = prepare_rope(model)
         self._probe()
+        self.laps.end("patch")
         self.devices = tuple(dict.fromkeys([self.device, *self.layer_devices.values()]))
         self.calibration = Calibration()
         if self.precision.fp8 and self.sources:
@@ -75,6 +81,7 @@ class ModelRunner:
             check_fp8_attention(self.shapes, attention)
             self.calibration = self._calibrate()
             check_wide_layers(self.calibration, self.precision)
+            self.laps.end("calibration")
 
     def attend(self, attention: StemConfig | None) -> None:
         """Change the attention of prefill. Raises EngineError for blocks that the precision cannot take."""
