@@ -19,8 +19,8 @@ from typing import Any, NoReturn
 
 from pipeline.answering import left_behind
 from pipeline.errors import JobError, nearest
-from pipeline.imports import WrongPackageError, check_kernels
-from pipeline.settings.config import JobConfig, declared, flag, read_job_file
+from pipeline.imports import WrongPackageError, check_kernels, without_pandas
+from pipeline.settings.config import MOST_USED, JobConfig, declared, flag, read_job_file
 from stem_core.settings import kind_of
 
 
@@ -69,11 +69,16 @@ def add_job_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()
         "--config", metavar="JOB.yaml", help="settings from a YAML file, named like the flags; a flag wins"
     )
     groups: dict[str, Any] = {}
-    for item in declared():
+    for item in sorted(declared(), key=lambda item: _most_used(item.name)):
         if item.name not in without:
-            title = item.metadata["group"]
+            title = "what most people need" if item.name in MOST_USED else item.metadata["group"]
             group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
             group.add_argument(flag(item.name), dest=item.name, default=argparse.SUPPRESS, **_argument(item))
+
+
+def _most_used(name: str) -> int:
+    """Where a flag stands in --help: those of MOST_USED in their order, all others behind them."""
+    return MOST_USED.index(name) if name in MOST_USED else len(MOST_USED)
 
 
 _PLACEHOLDERS = {
@@ -158,6 +163,7 @@ def run_main(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | No
     sys.stdout, sys.stderr = (stream or io.StringIO() for stream in (sys.stdout, sys.stderr))  # >&- leaves None
     try:
         check_kernels()
+        without_pandas()
         code = main(sys.argv[1:] if arguments is None else arguments)
     except (JobError, WrongPackageError) as error:
         code = 1

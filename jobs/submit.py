@@ -65,6 +65,11 @@ def split_arguments(parser: Parser, arguments: Sequence[str]) -> tuple[Any, list
             )
     if config.schema is not None:
         values["schema"] = config.schema  # its file need not be there on the cluster
+    if config.on_finish and without_secrets(config.on_finish) != config.on_finish:
+        raise JobError(
+            "--on-finish holds a key, and the cluster shows the command line of a job to whoever looks; give a command "
+            "that takes it from the environment of the cluster instead: 'curl ... \"$HOOK\"'"
+        )
     return options, to_flags(absolute_paths(values))
 
 
@@ -72,7 +77,8 @@ def absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
     """Settings with local paths made absolute, as this folder sees them. A model that is no folder here is a hub id."""
     inputs = values["input"]
     values = values | {"input": [_absolute(item) for item in ([inputs] if isinstance(inputs, str) else inputs)]}
-    values |= {name: _absolute(values[name]) for name in ("output", "prompt_file", "adapter") if values.get(name)}
+    paths = ("output", "prompt_file", "adapter", "estimate_from")
+    values |= {name: _absolute(values[name]) for name in paths if values.get(name)}
     if isinstance(values.get("questions"), str):
         values["questions"] = _absolute(values["questions"])
     if is_local(values["model"]):

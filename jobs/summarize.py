@@ -11,13 +11,23 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jobs.cli import Parser, add_job_flags, command, job_config, run_main, this_python, unheard
 from pipeline.answering import stop_signals
 from pipeline.errors import JobError, visible
 from pipeline.location import is_uri
-from pipeline.results.summary import JobReport, rows_for_table
+from pipeline.results.store import Store
+from pipeline.results.summary import JobReport, first_outputs, rows_for_table
 from pipeline.settings.config import JobConfig, flag
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Outputs that the closing lines print in full, and how long they may be. In a log, only those of a job with few rows.
+FIRST_OUTPUTS = 3
+SHORT_OUTPUT = 1200
+QUIET_ABOVE = 20
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -81,10 +91,13 @@ def show(report: JobReport) -> None:
     for document_id, status, error in report.first_errors:
         console.print(visible(f"{status}: {document_id}: {error}"), markup=False, highlight=False)
     if report.counts:
+        _show_outputs(console, report)
         look = f"look at it: {command('report')} {shlex.quote(report.output)}"
         console.print(visible(look), markup=False, highlight=False, soft_wrap=True)
-        columns = "['document_id', 'status', 'output']"
-        code = f"from pipeline import read_results; print(read_results({report.output!r}, {columns}).to_pandas())"
+        columns = "['document_id', 'question_id', 'status', 'output', 'error']"
+        values = "*[value for value in row.values() if value]"
+        code = f"for row in read_results({report.output!r}, {columns}).to_pylist()"
+        code = f"from pipeline import read_results; [print({values}, '', sep='\\n') {code}]"
         line = f'{this_python()} -c "{code}"'
         console.print(visible("read them: " + line), markup=False, highlight=False, soft_wrap=True)
     if report.flagged:
@@ -96,6 +109,17 @@ def show(report: JobReport) -> None:
         verb = "output is" if report.cut == 1 else "outputs are"
         told = f"{report.cut:,} {verb} cut off at --max-new-tokens: finish_reason is length, though the status is ok"
         console.print(told, markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_outputs(console: Console, report: JobReport) -> None:
+    """The first outputs in full, if they are short; none in the log of a large job."""
+    if not sys.stdout.isatty() and sum(report.counts.values()) > QUIET_ABOVE:
+        return
+    for who, output, flags in first_outputs(Store(report.output), FIRST_OUTPUTS):
+        if len(output) <= SHORT_OUTPUT:
+            head = f"{who} ({', '.join(flags)})" if flags else who
+            console.print(visible(head), markup=False, highlight=False, style="bold")
+            console.print(visible(output.strip()) + "\n", markup=False, highlight=False)
 
 
 if __name__ == "__main__":

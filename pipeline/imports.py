@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.abc
 import importlib.util
 import os
 import sys
@@ -28,6 +29,33 @@ def prefer_ours() -> None:
             sys.path.insert(0, str(ROOT))
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
             importlib.invalidate_caches()
+
+
+def without_pandas() -> None:
+    """Have pyarrow not import pandas, half a second, to see whether what it makes arrays of is of pandas.
+
+    What asks for pandas by name, such as `Table.to_pandas()`, gets it as before. For processes that are ours alone:
+    where others make arrays of their data frames, pyarrow would not know them.
+    """
+    if "pandas" in sys.modules:
+        return
+    import pyarrow as pa
+
+    hiding = _Hiding()
+    sys.meta_path.insert(0, hiding)
+    try:
+        pa.array([0])  # pyarrow looks once
+    finally:
+        sys.meta_path.remove(hiding)
+
+
+class _Hiding(importlib.abc.MetaPathFinder):
+    """Says that there is no pandas."""
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> None:
+        """Nothing for other names. Raises ModuleNotFoundError."""
+        if fullname == "pandas":
+            raise ModuleNotFoundError("pandas is not looked for here", name=fullname)
 
 
 def check_kernels() -> None:

@@ -216,7 +216,7 @@ def _pattern(text: str) -> str:
 
 def _about(run: Run) -> Measures:
     about = run.manifest or {}
-    names = ("config", "versions", "fingerprints")
+    names = ("config", "versions", "fingerprints", "start_seconds")
     return {name: about[name] if isinstance(about.get(name), dict) else None for name in names}
 
 

@@ -20,6 +20,7 @@ from pipeline.results.rows import STATUSES
 from pipeline.settings.config import JobConfig
 
 PLACES = ("input", "output", "model")
+START = "What the job's last run did, one after the other, until its first worker took documents."
 # Header -> the name of a figure, or what makes the cell.
 Columns = dict[str, str | Callable[[Measures], Cell]]
 
@@ -227,8 +228,10 @@ def _configuration(measures: Sequence[Measures]) -> list[Block]:
         blocks.append(Details("All settings", [Table(("setting", *names), rows)]))
     told = "A later run goes on in this folder only if all but the input's are as they were."
     for title, key, head, note in (
-        ("Versions", "versions", "package", ""), ("Fingerprints", "fingerprints", "of", told)
-    ):  # fmt: skip
+        ("Start, seconds", "start_seconds", "part", START),
+        ("Versions", "versions", "package", ""),
+        ("Fingerprints", "fingerprints", "of", told),
+    ):
         found = [run[key] or {} for run in measures]
         labels = list(dict.fromkeys(name for about in found for name in about))
         if labels:

@@ -103,7 +103,9 @@ def group_share(begin, end, window, share, SHARES: tl.constexpr, BN: tl.constexp
     begin, end: what each query sees.
     """
     longest = tl.max(end, axis=0)
-    origin = tl.maximum(longest - window, 0) // ALIGN * ALIGN
+    # The first key that anybody could see: rows may see stretches of different lengths (drafts).
+    shortest = tl.min(tl.where(end > 0, end, longest), axis=0)
+    origin = tl.maximum(shortest - window, 0) // ALIGN * ALIGN
     per_share = tl.cdiv(tl.cdiv(longest - origin, SHARES), BN) * BN
     first = origin + share * per_share
     last = tl.minimum(first + per_share, longest)
@@ -126,8 +128,9 @@ class GroupTiles:
 def group_tiles(q: Tensor, kv_heads: int, prefixes: Prefixes, window: int | None, align: int) -> GroupTiles:
     """For queries q [S, H, D]."""
     queries = prefixes.members.shape[1] * (q.shape[1] // kv_heads)
-    # A tile's accumulator is held in registers.
-    height = min(128 if power_of_2(q.shape[2]) <= 128 else 32, max(16, power_of_2(queries)))
+    # A tile's accumulator is held in registers, and float32's products in three parts each.
+    most = 128 if power_of_2(q.shape[2]) <= 128 else 32 if q.element_size() < 4 else 16
+    height = min(most, max(16, power_of_2(queries)))
     count = ceil_div(queries, height)
     longest = prefixes.max_length if window is None else min(prefixes.max_length, window + align - 1)
     return GroupTiles(height, count, count_shares(kv_heads * count, longest, q.device))

@@ -142,7 +142,7 @@ def group_kernel(
 
 def _group_tile(height: int, element_size: int, head_dim: int) -> dict[str, Any]:
     """As _tile, for tiles of `height` queries: without spills (tests/kernels/test_compile_selection.py)."""
-    many = height >= 128 or (height > 16 and power_of_2(head_dim) > 128)
+    many = height >= 128 or (power_of_2(head_dim) > 128 and (height > 16 or element_size == 4))
     return _tile(element_size, head_dim) | {"num_warps": 8 if many else 4}
 
 

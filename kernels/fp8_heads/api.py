@@ -60,13 +60,25 @@ def write_kv(
 
 @on_its_gpu
 def append_kv(
-    k: Tensor, v: Tensor, scales: HeadScales, k_arena: Tensor, vt_arena: Tensor, slots: Tensor, *, impl: str = "auto"
+    k: Tensor,
+    v: Tensor,
+    scales: HeadScales,
+    k_arena: Tensor,
+    vt_arena: Tensor,
+    slots: Tensor,
+    *,
+    run: int = 1,
+    impl: str = "auto",
 ) -> None:
-    """Write one token of each of S documents into the arena in fp8; capturable in a CUDA graph.
+    """Write S tokens, one of each document or a few that follow one another, into the arena in fp8.
+
+    Capturable in a CUDA graph.
 
     k, v: [S, Hkv, D] bfloat16, float16 or float32, last dimension contiguous. slots: int64 [S], arena index of each
     token; documents start at multiples of 16. Arenas as for `write_kv`. The token that opens a group of 16 sets the
-    values of the others to zero. Raises ValueError for shapes or types that do not fit.
+    values of the others to zero, but for those that this call writes.
+    run: how many tokens of a document come behind one another at most, each in the slot after the last one's; a token
+    of another document, or in a slot elsewhere, ends a run. Raises ValueError for shapes or types that do not fit.
     """
     choice = choose_fp8_heads(k.device, impl)
     check_floating("append_kv", k, v, backward=choice.impl == "reference")
@@ -76,7 +88,9 @@ def append_kv(
             f"{slots.dtype} {tuple(slots.shape)}"
         )
     _check_arena("append_kv", k.shape[1], k.shape[2], scales, k_arena, vt_arena)
-    implementation("fp8_heads", choice).append_kv(k, v, scales, k_arena, vt_arena, slots)
+    if run < 1:
+        raise ValueError(f"append_kv: run must be at least 1, got {run}")
+    implementation("fp8_heads", choice).append_kv(k, v, scales, k_arena, vt_arena, slots, run)
 
 
 def _check_arena(op: str, heads: int, dim: int, scales: HeadScales, k_arena: Tensor, vt_arena: Tensor) -> None:

@@ -22,8 +22,10 @@ def write_kv(k: Tensor, v: Tensor, scales: HeadScales, k_arena: Tensor, vt_arena
     vt_arena[..., start : start + stored.shape[-1]] = stored
 
 
-def append_kv(k: Tensor, v: Tensor, scales: HeadScales, k_arena: Tensor, vt_arena: Tensor, slots: Tensor) -> None:
-    """See kernels.fp8_heads."""
+def append_kv(
+    k: Tensor, v: Tensor, scales: HeadScales, k_arena: Tensor, vt_arena: Tensor, slots: Tensor, run: int = 1
+) -> None:
+    """See kernels.fp8_heads. Tokens are written one after the other, so that `run` is not needed."""
     for s, slot in enumerate(slots.tolist()):
         k_arena[:, slot] = quantize(k[s], scales.k[:, None])
         group = slot // KEY_GROUP * KEY_GROUP

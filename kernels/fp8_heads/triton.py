@@ -60,12 +60,12 @@ def write_kernel(
     tl.store(target, stored, (d < D)[:, None] & (place < tl.cdiv(tokens, GROUP) * GROUP)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def append_kernel(
-    k, v, k_arena, vt_arena, k_scale, v_scale, slots, k_stride_s, k_stride_h, v_stride_s, v_stride_h,
-    ka_stride_h, ka_stride_t, va_stride_h, va_stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    k, v, k_arena, vt_arena, k_scale, v_scale, slots, tokens, k_stride_s, k_stride_h, v_stride_s, v_stride_h,
+    ka_stride_h, ka_stride_t, va_stride_h, va_stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """Program (KV head, document)."""
+    """Program (KV head, token). RUN: of how many tokens a group can get values in this launch, at most."""
     head = tl.program_id(0).to(tl.int64)
     s = tl.program_id(1).to(tl.int64)
     slot = tl.load(slots + s)
@@ -79,8 +79,13 @@ def append_kernel(
     columns = tl.where(own[None, :], value[:, None], 0.0)
     target = vt_arena + head * va_stride_h + d.to(tl.int64)[:, None] * va_stride_d
     target += (slot // GROUP * GROUP + within)[None, :]
-    # The group's first token clears the places of the others.
-    tl.store(target, to_fp8(columns, tl.load(v_scale + head)), real[:, None] & (own | (slot % GROUP == 0))[None, :])
+    # The group's first token clears the places of the others, but for those that other programs write meanwhile.
+    cleared = (within >= 0) & (slot % GROUP == 0)
+    for ahead in tl.static_range(1, RUN):
+        following = tl.load(slots + s + ahead, mask=s + ahead < tokens, other=-1)
+        cleared = cleared & ((within != place_of(ahead)) | (following != slot + ahead))
+    written = own | cleared
+    tl.store(target, to_fp8(columns, tl.load(v_scale + head)), real[:, None] & written[None, :])
 
 
 def quantize_heads(x: Tensor, scale: Tensor) -> Tensor:
@@ -103,10 +108,13 @@ def write_kv(k: Tensor, v: Tensor, scales: HeadScales, k_arena: Tensor, vt_arena
     )  # fmt: skip
 
 
-def append_kv(k: Tensor, v: Tensor, scales: HeadScales, k_arena: Tensor, vt_arena: Tensor, slots: Tensor) -> None:
+def append_kv(
+    k: Tensor, v: Tensor, scales: HeadScales, k_arena: Tensor, vt_arena: Tensor, slots: Tensor, run: int = 1
+) -> None:
     """See kernels.fp8_heads."""
-    documents, heads, D = k.shape
-    append_kernel[(heads, documents)](
-        k, v, k_arena, vt_arena, scales.k, scales.v, slots, *k.stride()[:2], *v.stride()[:2],
-        *k_arena.stride()[:2], *vt_arena.stride()[:2], D=D, BLOCK_D=triton.next_power_of_2(D), num_warps=2,
+    tokens, heads, D = k.shape
+    append_kernel[(heads, tokens)](
+        k, v, k_arena, vt_arena, scales.k, scales.v, slots, tokens, *k.stride()[:2], *v.stride()[:2],
+        *k_arena.stride()[:2], *vt_arena.stride()[:2], D=D, BLOCK_D=triton.next_power_of_2(D),
+        RUN=min(run, KEY_GROUP), num_warps=2,
     )  # fmt: skip

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 
-from pipeline.answers.grammar import Grammar
 from pipeline.errors import JobError
 from pipeline.results.rows import EngineFields
 from pipeline.settings.shared import EngineSettings, Sampling
 from stem_core.config import StemConfig
 from stem_core.settings import check_all, setting
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.answers.grammar import Grammar
 
 __all__ = ["Completion", "EngineConfig", "EngineError", "Request", "Sampling", "SharedPrompt", "Status"]
 
@@ -56,6 +59,8 @@ class EngineConfig(EngineSettings):
 
     def torch_device(self) -> torch.device:
         """The device to run on. Raises EngineError for a name that torch does not know or a GPU that is not there."""
+        import torch
+
         if self.device == "auto":
             return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         try:
@@ -78,6 +83,8 @@ class EngineConfig(EngineSettings):
         """The devices that the layers are spread over, in order. Raises EngineError as torch_device() does, and where
         there are not enough GPUs.
         """
+        import torch
+
         first = self.torch_device()
         if self.gpus == 1:
             return (first,)

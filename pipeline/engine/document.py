@@ -15,6 +15,7 @@ from pipeline.engine.config import Completion, Request, Status
 from pipeline.engine.kv.arena import ALIGNMENT, Extent, aligned
 from pipeline.engine.memory.plan import MemoryPlan
 from pipeline.engine.run.batch import MAX_STOP_IDS, RowStart
+from pipeline.engine.run.lookup import Gain
 from pipeline.engine.run.masks import Constraint
 from pipeline.engine.run.prefill import AttentionPlan, Prefill
 from pipeline.engine.run.sampling import document_seed
@@ -45,9 +46,12 @@ class Document:
     started: float = 0.0
     first_token: float = 0.0
     decode_seconds: float = 0.0
-    # Tokens that were launched (read back or not), and those that were read back.
+    # Tokens that were launched, as far as it is known of them, and those that were read back.
     launched: int = 0
     tokens: list[int] = field(default_factory=list)
+    # Decode steps that gave it tokens, and what those with drafts give.
+    decode_steps: int = 0
+    gain: Gain = field(default_factory=Gain)
     peak_bytes: int = 0
     finished: bool = False
     plan: AttentionPlan | None = None
@@ -122,6 +126,7 @@ class Document:
             decode_seconds=self.decode_seconds,
             time_to_first_token=prefix_seconds + first - started if first else None,
             peak_gpu_bytes=self.peak_bytes,
+            tokens_per_step=(len(self.tokens) - 1) / self.decode_steps if self.decode_steps else None,
             **ran,
         )
 

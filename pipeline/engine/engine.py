@@ -25,6 +25,7 @@ from pipeline.engine.describe import describe_engine, describe_kernels, slower_p
 from pipeline.engine.devices import check_devices, is_out_of_memory, release_memory
 from pipeline.engine.document import Document, Meter, WaitingLine, accept, checked_ids
 from pipeline.engine.kv.arena import Extent, aligned
+from pipeline.engine.laps import Laps
 from pipeline.engine.memory.measure import allocate_arena, load_and_plan
 from pipeline.engine.memory.plan import MemoryPlan
 from pipeline.engine.model.loading import stop_token_ids
@@ -32,8 +33,9 @@ from pipeline.engine.model.precision import wide_note
 from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.model.text_part import media_tokens
 from pipeline.engine.prefix import Prefix
-from pipeline.engine.run.batch import IDLE, NOT_FINITE, DecodeBatch
+from pipeline.engine.run.batch import DRAFTS, IDLE, NOT_FINITE, DecodeBatch
 from pipeline.engine.run.decode import DecodeRunner, Readback, StepKey, batch_bucket, group_bucket
+from pipeline.engine.run.lookup import PAYS, LookupPolicy
 from pipeline.engine.run.masks import Constraint, TokenMasks
 from pipeline.engine.run.prefill import Prefill, attention_plan, chunk_size
 from pipeline.engine.run.tail import TailPrefill
@@ -52,20 +54,28 @@ class Engine:
         self._chunk = chunk_size(config.chunk_tokens, config.attention)
         if config.torch_device().type == "cuda":
             torch.cuda.set_device(config.torch_device())
+        laps = Laps()
         self._runner, plan = load_and_plan(config, runner, self._chunk)
+        if runner is None:
+            laps = self._runner.laps
+        laps.end("memory plan")
         self._devices = self._runner.devices
         device = self._device = self._runner.device  # of the decode batch
         on_gpu = device.type == "cuda"
         self._eos = stop_token_ids(self._runner.model)
         self._media = media_tokens(self._runner.model.config)
         self._arena, self._plan = allocate_arena(self._runner, config, plan, self._chunk)
+        laps.end("arena")
         self._batch = DecodeBatch(config.max_live, device)
         self._lag = config.decode_lag if config.decode_lag is not None else 2 * on_gpu
         use_graphs = on_gpu and config.cuda_graphs
         self._masks = TokenMasks(config.max_live, self._runner.vocabulary, device) if config.grammars else None
+        # A state that has read a wrong draft cannot go back.
+        use_lookup = config.prompt_lookup == "auto" and not self._runner.states
+        self._lookup = LookupPolicy(PAYS["cuda" if on_gpu else "cpu"]) if use_lookup else None
         self._decode = DecodeRunner(
             self._runner, self._arena, self._batch, self._plan.max_context, use_graphs,
-            None if self._masks is None else self._masks.device,
+            None if self._masks is None else self._masks.device, lookup=use_lookup,
         )  # fmt: skip
         try:
             self._decode.prepare()
@@ -75,7 +85,11 @@ class Engine:
                 f"the decode steps of up to {config.max_live} documents do not fit {where} beside an arena of "
                 f"{self._plan.arena_tokens:,} tokens: lower max_live or arena_tokens"
             ) from error
-        self._readback: Readback[list[tuple[int, Document]]] = Readback(config.max_live, self._lag + 1, device)
+        laps.end("decode steps")
+        self._start_seconds = dict(laps.seconds)
+        self._readback: Readback[list[tuple[int, Document]]] = Readback(
+            config.max_live * (1 + DRAFTS), self._lag + 1, device
+        )
         self._waiting = WaitingLine()
         self._prefilling: Document | None = None
         self._prefixes: list[Prefix] = []  # that hold an extent
@@ -111,14 +125,21 @@ class Engine:
 
     def describe(self) -> dict[str, Any]:
         """What runs here: device, precision, attention, kernels, decode mode, versions. dtype: of activations; kernels
-        and slower (sentences): for the longest prompts. notes: sentences on what is not as one might expect."""
-        note = wide_note(self._runner.precision, self._runner.calibration)
+        and slower (sentences): for the longest prompts. notes: sentences on what is not as one might expect.
+        start_seconds: of the parts of its start, in their order; those of the model only where it was not given."""
+        notes = [wide_note(self._runner.precision, self._runner.calibration)]
+        if self._lookup is None and self.config.prompt_lookup == "auto":
+            notes.append(
+                "prompt lookup is off: the model keeps recurrent states, which cannot go back on a wrong draft"
+            )
         return describe_engine(self._runner, self.config) | {
             "chunk_tokens": self._chunk,
             "kernels": describe_kernels(self._runner, self.max_context),
             "slower": slower_paths(self._runner, self.max_context),
-            "notes": [note] if note else [],
+            "notes": [note for note in notes if note],
+            "prompt_lookup": "off" if self._lookup is None else f"{DRAFTS} drafts a step while they pay",
             "decode": self._decode.mode,
+            "start_seconds": {name: round(seconds, 3) for name, seconds in self._start_seconds.items()},
         }
 
     def add(self, request: Request) -> None:
@@ -343,9 +364,11 @@ class Engine:
         self._batch.advance(logits, row, document.request.sampling.temperature > 0, masks)
         document.prefill = None
         document.launched = 1
+        if self._lookup is not None:
+            document.gain = self._lookup.new_gain()
         self._prefilling = None
         self._live[row] = document
-        self._readback.push(self._batch.report[row : row + 1], [(0, document)])
+        self._readback.push(self._batch.report[row : row + 1, None], [(0, document)])
         self._collect_all()
 
     def _decode_step(self) -> None:
@@ -358,12 +381,14 @@ class Engine:
                     rows=batch_bucket(max(running) + 1, self.config.max_live),
                     sampled=any(document.request.sampling.temperature > 0 for document in running.values()),
                     shared=group_bucket(self._batch.largest_group),
+                    drafts=self._drafts(list(running.values())),
                 )
                 if any(document.constraint is not None for document in running.values()):
                     self._masked_step(key, running)
                 else:
                     self._decode.run(key)
-                self._readback.push(self._batch.report[: key.rows], list(running.items()))
+                report = self._batch.verified if key.drafts else self._batch.report[:, None]
+                self._readback.push(report[: key.rows], list(running.items()))
                 for document in running.values():
                     document.launched += 1
             # Without a step to hide behind, what is in flight is all that is left to wait for.
@@ -371,6 +396,18 @@ class Engine:
                 self._collect()
         except Exception as error:
             self._fail(self._victims(error), error)
+
+    def _drafts(self, running: list[Document]) -> int:
+        """How many drafts of each document the next step verifies.
+
+        None where an output follows a grammar, whose masks the host makes token by token; and where some documents
+        share a prefix and others do not: these would read their keys once for every draft.
+        """
+        if self._lookup is None or any(document.constraint is not None for document in running):
+            return 0
+        if len({document.prefix is None for document in running}) > 1:
+            return 0
+        return self._lookup.drafts([document.gain for document in running])
 
     def _masked_step(self, key: StepKey, running: dict[int, Document]) -> None:
         """A step in which outputs follow grammars: masks are made of the tokens before it while the model runs.
@@ -390,14 +427,23 @@ class Engine:
         report, documents = self._readback.pop()
         self._meter.charge(self._live.values())
         for index, document in documents:
-            if document.finished:
-                continue
-            token = report[index]
+            if not document.finished:
+                self._take(document, report[index])
+
+    def _take(self, document: Document, tokens: list[int]) -> None:
+        """Add what a step gave a document: its next tokens, and IDLE behind them."""
+        assert tokens[0] != IDLE, "a row stopped on the device before its document ended on the host"
+        given = [token for token in tokens if token != IDLE]
+        if document.tokens:
+            document.decode_steps += 1
+            document.launched += len(given) - 1
+            if len(tokens) > 1:
+                document.gain.note(len(given))
+        for token in given:
             if token == NOT_FINITE:
                 message = f"the model returned logits that are not finite at output token {len(document.tokens)}"
                 self._end(document, "error", message)
-                continue
-            assert token != IDLE, "a row stopped on the device before its document ended on the host"
+                return
             if not document.tokens:
                 document.first_token = time.perf_counter()
             document.tokens.append(token)

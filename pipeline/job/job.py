@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 import time
 from typing import Any
@@ -11,11 +12,14 @@ from typing import Any
 import numpy as np
 
 from pipeline.answering import stop_signals
-from pipeline.errors import JobError, one_line
+from pipeline.engine.laps import Laps
+from pipeline.errors import JobError, one_line, visible
 from pipeline.imports import check_kernels
 from pipeline.job import manifest
+from pipeline.job.on_finish import broken_off, finished, notify
 from pipeline.job.plan import JobPlan, make_plan, survey_input
 from pipeline.job.progress import Progress
+from pipeline.location import safe_name
 from pipeline.results.removal import remove_rows
 from pipeline.results.rows import failed_rows
 from pipeline.results.sink import COMPACT_ABOVE, Sink, compact, part_names, recover
@@ -44,7 +48,25 @@ def run_job(config: JobConfig | None = None, **settings: Any) -> JobReport:
 def run(
     config: JobConfig, *, engine_factory: str = "", progress: Progress | None = None, grace: float | None = None
 ) -> JobReport:
-    """Run a job. engine_factory, progress, grace: for tests and benchmarks. Raises JobError."""
+    """Run a job, and tell --on-finish. engine_factory, progress, grace: for tests and benchmarks. Raises JobError."""
+    try:
+        report = _complete(config, engine_factory, progress, grace)
+    except JobError as error:
+        if config.on_finish:
+            notify(config.on_finish, broken_off(safe_name(config.output), error), _to_stderr)
+        raise
+    if config.on_finish:
+        notify(config.on_finish, finished(report), _to_stderr)
+    return report
+
+
+def _to_stderr(message: str) -> None:
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody reads it, it is closed, there is none
+        print(visible(message), file=sys.stderr, flush=True)
+
+
+def _complete(config: JobConfig, engine_factory: str, progress: Progress | None, grace: float | None) -> JobReport:
+    laps = Laps()
     survey = survey_input(config)
     store = Store(config.output)
     store.create()
@@ -61,7 +83,8 @@ def run(
             return summarize_results(store, len(survey.catalogue), names, messages=tuple(messages))
         if plan.already:
             messages.append(f"going on: {plan.already:,} rows are there, {len(plan.pending):,} documents are left")
-        return _Run(plan, store, messages, progress).execute(engine_factory, grace)
+        laps.end("listing")
+        return _Run(plan, store, messages, progress, laps).execute(engine_factory, grace)
 
 
 def _note_finished(store: Store, plan: JobPlan) -> None:
@@ -84,12 +107,13 @@ def _save_manifest(store: Store, plan: JobPlan, state: str, **more: Any) -> None
 class _Run:
     """A job that has documents left, from the manifest's "running" to its "finished" or "stopped". `execute` is all.
 
-    progress: of tests and benchmarks, else one that tells on standard error.
+    progress: of tests and benchmarks, else one that tells on standard error. laps: what was done before.
     """
 
-    def __init__(self, plan: JobPlan, store: Store, messages: list[str], progress: Progress | None) -> None:
+    def __init__(self, plan: JobPlan, store: Store, messages: list[str], progress: Progress | None, laps: Laps) -> None:
         config = plan.survey.config
         self._begun = time.monotonic()
+        self._laps = laps
         self._plan, self._store, self._messages = plan, store, messages
         self._progress = progress or Progress(len(plan.pending), plan.pending.total_bytes)
         self._metrics = JobMetrics(self._progress.message)
@@ -142,9 +166,11 @@ class _Run:
         survey = self._plan.survey
         try:
             with connected(survey.config.ray_address) as cluster, _StopFlag() as flag:
+                self._laps.end("Ray")
                 work = RayRun(
                     survey, documents, cluster, sink=self._sink, progress=self._progress, metrics=self._metrics,
                     should_stop=flag.is_set, engine_factory=engine_factory, grace=grace,
+                    laps=self._laps,
                 )  # fmt: skip
                 try:
                     self._stats = work.run()
@@ -159,7 +185,8 @@ class _Run:
         if not self._stopped and survey.config.compact and len(part_names(store)) > COMPACT_ABOVE:
             compact(store)
         state = "stopped" if self._stopped else "finished"
-        _save_manifest(store, self._plan, state, seconds=time.monotonic() - self._begun)
+        told = {"seconds": time.monotonic() - self._begun, "start_seconds": self._stats.get("start_seconds", {})}
+        _save_manifest(store, self._plan, state, **told)
         if self._stopped:
             messages.append("stopped; what was finished is written, the same command goes on from there")
             if self._sink.rows_to_replace:

@@ -144,8 +144,9 @@ def fingerprints(config: JobConfig, files: list[SourceFile]) -> dict[str, str]:
 def config_values(config: JobConfig) -> dict[str, Any]:
     """All settings as plain values, without credentials that may stand in locations."""
     values = asdict(config)
+    del values["on_finish"]  # the address of a webhook is a secret, and a command may hold one
     values["input"] = [safe_name(item) for item in config.input]
-    for name in ("output", "model", "adapter", "ray_address"):
+    for name in ("output", "model", "adapter", "ray_address", "estimate_from"):
         values[name] = values[name] and safe_name(values[name])
     values["keep_columns"], values["question"] = list(config.keep_columns), list(config.question)
     return values

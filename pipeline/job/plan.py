@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from pipeline.answers.schema import Schema, answer_type
 from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.job import manifest
+from pipeline.job.estimate import Work, dense_line, estimate_lines, machine_of
 from pipeline.location import safe_name
 from pipeline.model_files import is_local
 from pipeline.prompts.prompt import asks_first
@@ -340,7 +341,7 @@ def model_label(config: JobConfig) -> str:
 
 
 def describe_plan(config: JobConfig) -> Iterator[str]:
-    """The lines of a dry run: documents, tokens, memory. Nothing is written."""
+    """The lines of a dry run: documents, tokens, time, memory. Nothing is written."""
     store = Store(config.output)
     survey = survey_input(config)
     plan = make_plan(survey, store)
@@ -391,11 +392,12 @@ def _token_lines(config: JobConfig, plan: JobPlan) -> Iterator[str]:
     from pipeline.prompts.tokens import load_tokens
 
     pending = plan.pending
-    memory = None
+    prompts: np.ndarray | None = None
     try:
         memory = estimate_plan(make_engine_config(config, config.device))
     except EngineError as error:
         raise JobError(str(error)) from None
+    limit = memory.max_context - config.max_new_tokens
     if len(pending):
         questions = plan.survey.questions
         task = questions.tasks[0] if questions.tasks else questions.own
@@ -427,8 +429,8 @@ def _token_lines(config: JobConfig, plan: JobPlan) -> Iterator[str]:
         if sampled:
             ratio = tokens / sampled
             total, longest = int(pending.total_bytes * ratio), int(pending.columns[:, 3].max() * ratio)
+            prompts = (pending.columns[readable, 3] * ratio).astype(np.int64)
             yield f"tokens: about {total:,} in prompts (from a sample); the longest document about {longest:,}"
-            limit = memory.max_context - config.max_new_tokens
             if longest > limit:
                 yield f"too long: documents beyond {limit:,} tokens; policy: {config.too_long}"
                 if config.max_context is None:
@@ -436,9 +438,27 @@ def _token_lines(config: JobConfig, plan: JobPlan) -> Iterator[str]:
                     hint = stretch_hint(own, longest + config.max_new_tokens)
                     if hint:
                         yield f"longest document: {hint}"
+            dense = dense_line(prompts, config.stem())
+            if dense:
+                yield f"dense: {dense}"
         most = {task.name: task.max_new_tokens or config.max_new_tokens for task in questions.tasks}
         asked = Counter(name for which in pending.asked.tolist() for name, _ in pending.questions[which])
         generated = sum(count * most.get(name, 0) for name, count in asked.items())
         more = f", and {config.max_new_tokens:,} for each question of a document's own" if questions.own else ""
         yield f"generated: at most {generated:,} tokens{more}"
+        if prompts is not None:
+            room = max(1, limit)
+            prompts = prompts[prompts <= room] if config.too_long == "error" else prompts
+            prompts = np.minimum(prompts, room) if config.too_long == "truncate" else prompts
+            if asks_first(task.template):
+                prompts = np.repeat(prompts, len(questions.names))
+            own = load_config(make_engine_config(config, config.device))
+            machine = machine_of(config, model_label(config), memory, own, len(pending))
+            store = Store(config.estimate_from or config.output)
+            if config.estimate_from and not part_names(store):
+                raise JobError(f"--estimate-from {store.name}: it holds no results")
+            # Of a document's own questions one is counted: how many there are is known when it is read.
+            outputs = sum(count * most.get(name, config.max_new_tokens) for name, count in asked.items())
+            work = Work(prompts, asked.total(), outputs)
+            yield from estimate_lines(work, machine, store, config.gpu_hour_price, only=bool(config.estimate_from))
     yield from memory.lines()

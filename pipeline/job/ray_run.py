@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from pipeline.engine.laps import Laps
 from pipeline.errors import JobError
 from pipeline.job.plan import Survey, make_worker_config
 from pipeline.job.progress import Progress
@@ -24,7 +25,8 @@ from pipeline.workers.scheduler import Limits, Scheduler, hang_after
 class RayRun:
     """Takes documents to workers and their rows to the sink, once: make it, `run` it.
 
-    documents: what is left of the survey's. engine_factory, grace: see make_worker_config. should_stop: asked between
+    documents: what is left of the survey's. laps: of the job's start, what was done before.
+    engine_factory, grace: see make_worker_config. should_stop: asked between
     events. Raises JobError if the cluster cannot hold the workers.
     """
 
@@ -40,8 +42,11 @@ class RayRun:
         should_stop: Callable[[], bool],
         engine_factory: str,
         grace: float | None,
+        laps: Laps,
     ) -> None:
         config = survey.config
+        self._laps = laps
+        self._start_seconds: dict[str, float] = {}
         self._sink, self._progress, self._metrics = sink, progress, metrics
         share = divide(cluster, config.device, config.workers, len(documents), config.gpus_per_worker)
         worker_config = make_worker_config(survey, share.device, share.threads, engine_factory, grace)
@@ -98,8 +103,19 @@ class RayRun:
         self._metrics.tick(scheduler.waiting, scheduler.in_flight, scheduler.live, scheduler.starting)
         if scheduler.started:
             self._progress.start_clock()
+            self._note_start()
         if self._size is not None:
             self._size.tick()
+
+    def _note_start(self) -> None:
+        """Note where the seconds went until the first worker was ready, if that is not done."""
+        if self._start_seconds:
+            return
+        before = dict(self._laps.seconds)
+        self._laps.end("worker")
+        inside: dict[str, float] = next(iter(self._scheduler.started.values())).get("start_seconds", {})
+        process = self._laps.seconds["worker"] - sum(inside.values())
+        self._start_seconds = {**before, "worker process": max(0.0, process), **inside}
 
     def _lost(self, kind: EventKind) -> None:
         self._metrics.worker_lost(kind)
@@ -107,12 +123,13 @@ class RayRun:
             self._size.worker_lost()
 
     def _stats(self) -> dict[str, Any]:
-        """Seconds of all engines, readers and workers together, and of the run."""
+        """Seconds of all engines, readers and workers together, of the run, and of its start (the parts)."""
         workers = self._pool.stats()
         names = ("engine_seconds", "reader_seconds", "span_seconds")
         return {
             "workers": len(workers),
             "seconds": self._progress.seconds,
+            "start_seconds": {name: round(seconds, 3) for name, seconds in self._start_seconds.items()},
             **{name: sum(item[name] for item in workers) for name in names},
             "documents": self._sink.rows_written,
         }

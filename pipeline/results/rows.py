@@ -93,6 +93,13 @@ def layers_by_tokens(parts: Sequence[EngineFields], name: str) -> Any:
     return tuple(sum(layer) / read for layer in zip(*weighted, strict=True))
 
 
+def mean_by_steps(parts: Sequence[EngineFields], name: str) -> Any:
+    """Tokens of all decode steps over the number of steps; the first token of a part comes with its prefill."""
+    known = [(value, each.output_tokens - 1) for each in parts if (value := getattr(each, name))]
+    steps = sum(tokens / value for value, tokens in known)
+    return sum(tokens for _, tokens in known) / steps if steps else None
+
+
 def reason_of_parts(parts: Sequence[EngineFields], name: str) -> Any:
     """Of the part that stands for the document; if parts of a sparse one went dense while they ran, theirs."""
     started = [each for each in parts if each.attention]
@@ -194,6 +201,10 @@ class EngineFields:
     )  # fmt: skip
     prefill_seconds: float = column("engine steps that read the prompt", unit="seconds", joined=total, default=0.0)
     decode_seconds: float = column("engine steps that wrote the output", unit="seconds", joined=total, default=0.0)
+    tokens_per_step: float | None = column(
+        "tokens that a decode step gave the document, mean; above 1 where prompt lookup found what came next",
+        unit="tokens", null="no decode step gave it a token", arrow=pa.float32(), joined=mean_by_steps, default=None,
+    )  # fmt: skip
     time_to_first_token: float | None = column(
         "seconds from the engine's first step on the prompt to the first output token",
         unit="seconds", null="no token was generated", joined=of_the_first, default=None,

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.results.rows import SUMMARY
-from pipeline.results.sink import part_names, read_columns
+from pipeline.results.sink import part_names, read_columns, read_part
 from pipeline.results.store import Store
 
 _COLUMNS = (
@@ -20,6 +20,9 @@ _COLUMNS = (
     "density", "attention", "attention_reason", "truncated_tokens", "parts", "finish_reason", "flags", "question_id",
     "prefix_tokens",
 )  # fmt: skip
+
+# Parts of the start that the table names; all are in the manifest and on the report's page.
+START_PARTS = 4
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,21 @@ def summarize_results(store: Store, documents: int, asked: Sequence[str] = (SUMM
     )
 
 
+def first_outputs(store: Store, count: int) -> list[tuple[str, str, tuple[str, ...]]]:
+    """Of the first `count` rows that are ok: whose they are, the output, its flags. Reads no more parts than needed."""
+    found: list[tuple[str, str, tuple[str, ...]]] = []
+    for name in part_names(store):
+        with store.named_failures(f"{name} cannot be read"):
+            table = read_part(store, name, ("document_id", "question_id", "status", "output", "flags"))
+        for row in table.filter(pc.equal(table["status"], "ok")).slice(0, count - len(found)).to_pylist():
+            named = row.get("question_id") or SUMMARY
+            who = row["document_id"] if named == SUMMARY else f"{row['document_id']} ({named})"
+            found.append((who, row["output"] or "", tuple(row.get("flags") or ())))
+        if len(found) >= count:
+            break
+    return found
+
+
 def missing_rows(ids: pa.ChunkedArray, questions: pa.ChunkedArray, documents: int, asked: Sequence[str]) -> int:
     """Rows that are not there: of each question to each document; of documents' own questions, one for all of them."""
     own = pc.match_substring_regex(questions, r"^own(-\d+)?$")
@@ -179,6 +197,11 @@ def rows_for_table(report: JobReport) -> list[tuple[str, str]]:
         lines.append(
             ("this run", f"{_counted(report.done_now, what[:-1])} in {report.seconds:.1f} s = {rate:,.0f} an hour")
         )
+    start: dict[str, float] = report.stats.get("start_seconds") or {}
+    if start:
+        longest = sorted(start.items(), key=lambda part: -part[1])[:START_PARTS]
+        told = ", ".join(f"{name} {seconds:.1f}" for name, seconds in longest)
+        lines.append(("start", f"{sum(start.values()):.1f} s until a worker was ready, most of it: {told}"))
     lines.append(("results", f"{report.output} ({_counted(report.files, 'Parquet file')})"))
     return lines
 

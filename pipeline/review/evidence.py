@@ -17,7 +17,6 @@ from itertools import accumulate
 from typing import TypedDict
 
 import numpy as np
-from rapidfuzz.distance import Indel
 
 from pipeline.review.units import Unit, units_of
 from pipeline.review.words import Words, fold, split_words
@@ -208,6 +207,8 @@ class _Index:
                 net = value - mean * (GAP * gaps + STOP * (stops[end] - stops[begin]))
                 if net > best:
                     best, first, last, held = net, begin, end, frozenset(seen)
+        from rapidfuzz.distance import Indel  # here: a row's columns are asked for without it
+
         alike = Indel.normalized_similarity(terms, here[first : last + 1])
         return _Stretch(start + first, start + last, held, best + ORDER * sum(weights.values()) * alike)
 

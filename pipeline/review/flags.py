@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 import numpy as np
-from rapidfuzz.distance import Postfix, Prefix
 
 from pipeline.review.language import is_other_language
 from pipeline.review.refusals import REFUSALS, is_refusal
@@ -65,6 +64,8 @@ def is_repetitive(output: str) -> bool:
 
 def is_copied(text: str, output: str) -> bool:
     """Whether nearly all of an output is one passage of the document; white space does not count."""
+    from rapidfuzz.distance import Postfix, Prefix  # here: a command line asks for the names of the flags
+
     said = " ".join(output.split())
     if len(said) < LEAST_COPY:
         return False

@@ -7,8 +7,6 @@ from collections import defaultdict
 from functools import cache
 from typing import Any
 
-from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
 # Letters of an output from which its language can be told; Chinese and Japanese say it in fewer.
 LEAST_LETTERS, LEAST_UNSPACED = 60, 15
 # Probability that the classifier must give both languages.
@@ -50,4 +48,6 @@ def _language(text: str) -> tuple[str, float]:
 @cache
 def _classifier() -> Any:
     # 0.5 to 1.5 s: loaded for the first output that is long enough.
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

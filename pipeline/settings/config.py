@@ -39,6 +39,13 @@ GROUPS = {
 }
 
 
+# What most people need; --help has these flags first.
+MOST_USED = (
+    "input", "output", "model", "question", "max_new_tokens", "precision", "too_long", "workers", "retry_failed",
+    "dry_run",
+)  # fmt: skip
+
+
 def with_stem_settings(config: type[Config]) -> type[Config]:
     """Declares StemConfig's settings in `config`, behind its own, to override the preset's; None leaves it."""
     items = StemConfig.__dataclass_fields__
@@ -200,7 +207,21 @@ class JobConfig(Sampling, EngineSettings, ReadSettings):
     )
     retry_failed: bool = setting(False, "do again the documents whose rows are not ok", group="run")
     force: bool = setting(False, "go on although settings, model or input differ from the earlier run's", group="run")
-    dry_run: bool = setting(False, "print the plan and stop", group="run")
+    dry_run: bool = setting(False, "print the plan, with an estimate of the time, and stop", group="run")
+    estimate_from: str | None = setting(
+        None,
+        "results of an earlier run, from whose rows a dry run estimates the time; unset: those in the output",
+        group="run",
+    )
+    gpu_hour_price: float | None = setting(
+        None, "what an hour of a GPU costs, in any currency: a dry run then says the cost", above=0, group="run"
+    )
+    on_finish: str | None = setting(
+        None,
+        "command to run at the end, or https:// address to post to; gets the summary as JSON",
+        more="what it gets, and what it may do: [when a job ends](operations.md#when-a-job-ends)",
+        group="run",
+    )
     ray_address: str | None = setting(None, "cluster to use; unset: $RAY_ADDRESS, else this machine alone", group="run")
 
     def __post_init__(self) -> None:

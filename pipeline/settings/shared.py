@@ -63,6 +63,15 @@ class EngineSettings:
         changes_output=True,
     )
     arena_tokens: int | None = setting(None, "tokens of KV memory; unset: what is free", low=2, group="engine")
+    prompt_lookup: str = setting(
+        "off",
+        "auto: where outputs quote their documents, several tokens in one decode step; off: one token a step",
+        more="drafts are what followed the newest tokens where they stood before, one is taken only where the model "
+        "chose the same token: outputs are those of single steps, on a GPU up to rounding. While drafts do not pay, "
+        "steps go without. Off by default: steps with drafts have not been timed on a GPU yet",
+        choices=("auto", "off"),
+        group="engine",
+    )
     load_format: str = setting(
         "auto",
         "auto: the model's weights; dummy: random ones, for measuring",

@@ -18,8 +18,7 @@ import pyarrow as pa
 from pipeline.answers.grammar import Grammar
 from pipeline.answers.schema import AnswerError, Schema, compile_schema
 from pipeline.engine.config import Completion, EngineConfig, Request, Sampling, SharedPrompt
-from pipeline.engine.model.loading import context_limit, load_config
-from pipeline.engine.model.rope import stretch_hint
+from pipeline.engine.laps import Laps
 from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.imports import check_kernels
 from pipeline.prompts.prompt import Prompt, PromptBuilder, Task
@@ -178,9 +177,15 @@ class Worker:
         self._first = self._last = 0.0  # when the first document came and the last row went
 
     async def load(self) -> dict[str, Any]:
-        """Load tokenizer and engine. Returns the engine's description. Raises what loading raises."""
+        """Load tokenizer and engine. Returns the engine's description, and the seconds of the parts of the start.
+
+        Raises what loading raises.
+        """
         config = self._config
         loop = asyncio.get_running_loop()
+        laps = Laps()
+        await loop.run_in_executor(self._reader, _import_engine, config)
+        laps.end("imports")
         # Before the engine: what is wrong there shows in a second. Not beside it: transformers' lazy imports
         # are not safe in two threads at once.
         self._hf_config, self._tokens = await loop.run_in_executor(self._reader, _load_tokens, config.engine)
@@ -188,8 +193,10 @@ class Worker:
         builders = await loop.run_in_executor(self._reader, lambda: [self._builder(task) for task in tasks])
         self._builders = {task.name: builder for task, builder in zip(tasks, builders, strict=True)}
         self._answers = await loop.run_in_executor(self._reader, self._compile_answers)
+        laps.end("tokenizer")
         self._loop = EngineLoop(lambda: _build_engine(config))
         engine = await asyncio.wrap_future(self._loop.ready)
+        laps.end("engine")
         self._context = engine.max_context
         self._step = max(1, min(CUT_STEP, self._context // CUT_SHARE))
         for task in tasks:
@@ -207,6 +214,7 @@ class Worker:
             "max_context": engine.max_context,
             "max_live": config.engine.max_live,
             "engine": about,
+            "start_seconds": _start_seconds(laps, about),
         }
 
     async def stats(self) -> dict[str, float]:
@@ -338,6 +346,9 @@ class Worker:
 
     def _stretch_hint(self, prompt_tokens: int) -> str:
         """What helps a prompt that is too long for the model, and not for the memory or for --max-context."""
+        from pipeline.engine.model.loading import context_limit
+        from pipeline.engine.model.rope import stretch_hint
+
         engine = self._config.engine
         own = self._hf_config
         if not prompt_tokens or engine.max_context is not None or own is None:
@@ -652,8 +663,28 @@ def _no_answer(completion: Completion, most: int, thinking: str) -> str:
 
 def _load_tokens(config: EngineConfig) -> tuple[Any, Tokens]:
     """The transformers config, its context as the model has it, and the tokenizer. Raises JobError."""
+    from pipeline.engine.model.loading import load_config  # here: the driver needs this file without torch
+
     own = load_config(replace(config, rope_scaling=None))
     return own, load_tokens(config.model, config.revision, config.trust_remote_code)
+
+
+def _import_engine(config: WorkerConfig) -> None:
+    """Import what a worker needs and its driver does not: torch, transformers, the engine."""
+    from pipeline.engine.model import loading  # noqa: F401
+
+    module, _, name = config.engine_factory.partition(":")
+    getattr(importlib.import_module(module), name)
+
+
+def _start_seconds(laps: Laps, about: Mapping[str, Any]) -> dict[str, float]:
+    """The parts of the start, in their order: the engine's own where it tells of them."""
+    parts = {name: round(seconds, 3) for name, seconds in laps.seconds.items()}
+    inside = about.get("start_seconds") or {}
+    if inside:
+        whole = parts.pop("engine")
+        parts |= {**inside, "other": round(max(0.0, whole - sum(inside.values())), 3)}
+    return parts
 
 
 def _build_engine(config: WorkerConfig) -> EngineLike:

@@ -20,7 +20,7 @@ from jobs.cli import this_python
 from jobs.summarize import main
 from pipeline import read_results
 from pipeline.results.rows import NAMES
-from pipeline.settings.config import JobConfig, meaning
+from pipeline.settings.config import MOST_USED, JobConfig, meaning
 
 ROOT = Path(__file__).parents[2]
 QUESTION = "List the key findings in order."
@@ -159,6 +159,15 @@ def test_every_setting_has_a_flag_a_key_and_a_meaning(run: Run) -> None:
         assert len(meaning(name)) > 2
 
 
+def test_help_begins_with_what_most_people_need(run: Run) -> None:
+    _, out, _ = run("--help")
+    flags = [line.split()[0].rstrip(",") for line in out.splitlines() if line.startswith("  --")]
+    assert flags[0] == "--config"
+    assert flags[1:11] == [f"--{name.replace('_', '-')}" for name in MOST_USED]
+    assert out.index("what most people need:") < out.index("\n  --input ") < out.index("\ndata:")
+    assert out.count("\n  --input ") == 1, "no flag stands there twice"
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_bundled_model_finds_the_finding_with_sparse_prefill(tmp_path: Path, model: Path, run: Run) -> None:
@@ -242,15 +251,18 @@ def test_the_example_in_the_report_reads_the_results(tmp_path: Path) -> None:
     from pipeline.results.store import Store
     from pipeline.results.summary import summarize_results
 
-    pq.write_table(to_table([make_row("a", "b", "ok", output="hello")], result_schema()), tmp_path / "part-0.parquet")
+    rows = [make_row("a", "b", "ok", output="hello " * 30), make_row("c", "d", "error", "no text")]
+    pq.write_table(to_table(rows, result_schema()), tmp_path / "part-0.parquet")
     import contextlib
     import io
 
     with contextlib.redirect_stdout(io.StringIO()) as shown:
-        show(summarize_results(Store(str(tmp_path)), 1))
+        show(summarize_results(Store(str(tmp_path)), 2))
     command = shown.getvalue().split("read them: ", 1)[1].strip()
     ended = subprocess.run(shlex.split(command), cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "hello" in ended.stdout
+    assert ended.stdout == f"a\nsummary\nok\n{'hello ' * 30}\n\nc\nsummary\nerror\nno text\n\n", (
+        "whole, one below the other"
+    )
 
 
 def test_the_interpreter_is_named_as_one_types_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

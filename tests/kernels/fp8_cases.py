@@ -221,6 +221,30 @@ def check_writing(length: int, dtype: torch.dtype, head_dim: int, impl: str, dev
         compare()
 
 
+def check_runs(impl: str, device: str) -> None:
+    """Tokens that follow one another in one call are written as one after the other: into one group of 16, over its
+    border, into groups that hold something already; and where a run breaks off.
+    """
+    generator = torch.Generator().manual_seed(0)
+    heads, head_dim, run, scratch = 2, 64, 5, 448
+    scales = HeadScales(*(torch.tensor([0.25, 0.5], device=device) for _ in range(3)))
+    firsts = [0, 78, 128, 204, 271, 336]
+    slots = [[first + i for i in range(run)] for first in firsts]
+    slots[2][3:], slots[4][1:] = [scratch] * 2, [scratch] * 4
+    flat = torch.tensor([slot for row in slots for slot in row], device=device)
+    k, v = torch.randn(2, len(flat), heads, head_dim, generator=generator).to(device)
+    arenas = [
+        torch.full(shape, NAN, dtype=torch.uint8, device=device).view(FP8)
+        for shape in ((heads, 464, head_dim), (heads, head_dim, 464))
+    ]
+    wanted = [arena.clone() for arena in arenas]
+    append_kv(k, v, scales, *arenas, flat, run=run, impl=impl)
+    for i in range(len(flat)):
+        append_kv(k[i : i + 1], v[i : i + 1], scales, *wanted, flat[i : i + 1], impl="reference")
+    assert torch.equal(bits(arenas[0])[:, :scratch], bits(wanted[0])[:, :scratch])
+    assert torch.equal(bits(arenas[1])[..., :scratch], bits(wanted[1])[..., :scratch])
+
+
 DECODE = [
     Decode((0, 1, 129, 700), dtype=BF16),
     Decode((127, 128, 1000), head_dim=96, dtype=FP16, window=130),

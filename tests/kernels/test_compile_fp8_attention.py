@@ -121,6 +121,7 @@ def test_writing(dim: int, capability: tuple[int, int]) -> None:
         triton.quantize_heads(x, scales().k)
         triton.write_kv(x, x, scales(), *arenas, 0)
         triton.append_kv(x[0, :, :3].transpose(0, 1), x[0, :, :3].transpose(0, 1), scales(), *arenas, slots)
+        triton.append_kv(x[0, :, :3].transpose(0, 1), x[0, :, :3].transpose(0, 1), scales(), *arenas, slots, run=4)
 
     check(launch, capability)
 

@@ -68,6 +68,10 @@ def test_writing(length: int, dtype: torch.dtype, head_dim: int, poisoned: None)
     cases.check_writing(length, dtype, head_dim, "triton", "cuda")
 
 
+def test_writing_runs() -> None:
+    cases.check_runs("triton", "cuda")
+
+
 @pytest.mark.parametrize("case", cases.DECODE, ids=str)
 def test_decode(case: Decode, poisoned: None) -> None:
     cases.check_decode(case, "triton", "cuda")

@@ -14,12 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
+import pipeline.engine.run.decode
 import stem_core.attention
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.kv.arena import Extent, KVArena
 from pipeline.engine.model.loading import load_config
 from pipeline.engine.model.runner import ModelRunner
-from pipeline.engine.run.batch import DecodeBatch
+from pipeline.engine.run.batch import DRAFTS, DecodeBatch
 from pipeline.engine.run.decode import DecodeRunner, StepKey
 from pipeline.engine.run.prefill import Prefill
 
@@ -59,7 +60,7 @@ def runner(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     return ModelRunner(model, None)
 
 
-def test_steps_stay_on_the_device(runner: ModelRunner) -> None:
+def test_steps_stay_on_the_device(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     arena = KVArena(runner.shapes, 4096, runner.dtype, runner.layer_devices)
     batch = DecodeBatch(8, META)
     decode = DecodeRunner(runner, arena, batch, 2048, use_graphs=False)
@@ -71,6 +72,11 @@ def test_steps_stay_on_the_device(runner: ModelRunner) -> None:
         batch.advance(logits, 3, sampled=True)
         decode.run(StepKey(4, sampled=False))
         decode.run(StepKey(8, sampled=True))
+        # The reference reads lengths on the host, the kernel does not.
+        found = torch.zeros(8, DRAFTS, dtype=torch.int64, device=META), torch.zeros(8, dtype=torch.int64, device=META)
+        monkeypatch.setattr(pipeline.engine.run.decode, "find_drafts", lambda *_, **__: found)
+        decode.run(StepKey(8, sampled=True, drafts=DRAFTS))
+        decode.run(StepKey(8, sampled=False, shared=2, drafts=DRAFTS))
         batch.move(3, 1)
         batch.clear(1)
 

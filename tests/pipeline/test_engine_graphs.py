@@ -13,6 +13,7 @@ from graph_devices import GraphDevices
 from test_engine_grammars import request
 
 from pipeline.engine import Engine, EngineConfig, Request
+from pipeline.engine.run.batch import DRAFTS
 from pipeline.engine.run.decode import DecodeRunner, StepKey
 from pipeline.engine.run.graphs import Graphs
 
@@ -60,9 +61,11 @@ class Cuda:
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
 
 
-def captured_engine(folder: Path) -> Engine:
-    engine = Engine(EngineConfig(str(folder), device="cpu", arena_tokens=4096, max_live=5, decode_lag=2))
-    engine._decode = DecodeRunner(engine._runner, engine._arena, engine._batch, engine.max_context, use_graphs=True)
+def captured_engine(folder: Path, lookup: str = "off") -> Engine:
+    options = {"arena_tokens": 4096, "max_live": 5, "decode_lag": 2, "prompt_lookup": lookup}
+    engine = Engine(EngineConfig(str(folder), device="cpu", **options))
+    parts = engine._runner, engine._arena, engine._batch, engine.max_context
+    engine._decode = DecodeRunner(*parts, use_graphs=True, lookup=lookup == "auto")
     engine._decode.prepare()
     return engine
 
@@ -88,6 +91,21 @@ def test_every_step_is_captured_once_and_replayed(folder: Path, monkeypatch: pyt
     assert cuda.captured == keys, "nothing is captured while documents wait"
     assert {key.rows for key in cuda.replayed} <= {1, 2, 4}
     assert len(cuda.replayed) >= NEW
+    for name, completion in done.items():
+        assert completion.token_ids == expected[name].token_ids
+
+
+def test_steps_with_drafts_are_captured_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run(Engine(EngineConfig(str(folder), device="cpu", arena_tokens=4096)), requests())
+    cuda = Cuda(monkeypatch)
+    engine = captured_engine(folder, lookup="auto")
+    keys = [StepKey(rows, False, drafts=DRAFTS) for rows in (5, 4, 2, 1)]
+    assert cuda.captured[-4:] == keys
+    captured = list(cuda.captured)
+    cuda.replayed.clear()
+    done = run(engine, requests())
+    assert cuda.captured == captured, "nothing is captured while documents wait"
+    assert {key.drafts for key in cuda.replayed} == {0, DRAFTS}
     for name, completion in done.items():
         assert completion.token_ids == expected[name].token_ids
 

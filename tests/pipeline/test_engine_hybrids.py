@@ -14,7 +14,7 @@ from engine_models import generate, prompts, run, save_model
 
 from pipeline.engine import Engine, EngineConfig, EngineError, Request, describe
 from pipeline.engine.config import Completion
-from pipeline.engine.kv.arena import ALIGNMENT, Extent
+from pipeline.engine.kv.arena import ALIGNMENT, ID_BYTES, Extent
 from pipeline.engine.kv.states import CONV, RECURRENT, StateKey, StateShape, StateSlots
 from pipeline.engine.memory.plan import estimate_plan
 from pipeline.engine.model.loading import load_runner
@@ -183,8 +183,8 @@ def test_states_leave_less_memory_for_keys_and_values(qwen: Path) -> None:
     plan = estimate_plan(settings, total_bytes=1 << 30)
     assert plan.state_bytes > 10 * 2**20
     used = plan.weight_bytes + plan.reserve_bytes + plan.state_bytes
-    left = plan.total_bytes - used - (plan.arena_tokens + ALIGNMENT) * plan.bytes_per_token
-    assert 0 <= left < ALIGNMENT * plan.bytes_per_token
+    left = plan.total_bytes - used - (plan.arena_tokens + ALIGNMENT) * (plan.bytes_per_token + ID_BYTES)
+    assert 0 <= left < ALIGNMENT * (plan.bytes_per_token + ID_BYTES)
     assert any(line.startswith("  states") for line in plan.lines())
 
 

@@ -216,7 +216,7 @@ def test_out_of_memory_in_decode_ends_the_newest(
 
 
 def test_logits_that_are_not_finite_end_their_document_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = make(folder)
+    engine = make(folder, prompt_lookup="off")
     texts = prompts([60, 75])
     logits, steps = engine._runner.logits, []
 

@@ -236,12 +236,12 @@ def test_cache_names_what_it_lacks() -> None:
 
 def test_readback_keeps_order_and_bounds() -> None:
     readback: Readback[str] = Readback(4, 2, torch.device("cpu"))
-    report = torch.tensor([1, 2, 3, 4])
-    readback.push(report[:2], "first")
+    report = torch.tensor([[1, 2], [3, 4]])
+    readback.push(report[:1], "first")
     report += 10
     readback.push(report, "second")
     with pytest.raises(RuntimeError, match="pop one first"):
         readback.push(report, "third")
-    assert readback.pop() == ([1, 2], "first")
-    assert readback.pop() == ([11, 12, 13, 14], "second")
+    assert readback.pop() == ([[1, 2]], "first")
+    assert readback.pop() == ([[11, 12], [13, 14]], "second")
     assert len(readback) == 0

@@ -24,8 +24,9 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return str(folder), build(request.param, folder)
 
 
-def engine(folder: str, attention: StemConfig | None = None) -> Engine:
-    return Engine(EngineConfig(folder, device="cpu", attention=attention, arena_tokens=1024, chunk_tokens=128))
+def engine(folder: str, attention: StemConfig | None = None, lookup: str = "auto") -> Engine:
+    options = {"attention": attention, "arena_tokens": 1024, "chunk_tokens": 128, "prompt_lookup": lookup}
+    return Engine(EngineConfig(folder, device="cpu", **options))
 
 
 def test_they_have_no_arena_of_their_own(saved: tuple[str, Any]) -> None:
@@ -42,7 +43,7 @@ def test_layers_that_read_the_last_token_alone_run_in_the_last_chunk_alone(
 ) -> None:
     """Gemma 4 hands them the last query alone, Gemma 3n all."""
     folder, whole = saved
-    held = engine(folder, STEM)
+    held = engine(folder, STEM, lookup="off")
     gemma4 = "Gemma4" in type(whole).__name__
     assert [policy.layer for policy, _ in held._runner.layers] == ([0, 1, 2, 3] if gemma4 else [0, 1, 2, 3, 4, 5])
     calls: list[int] = []

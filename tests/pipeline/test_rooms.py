@@ -48,15 +48,16 @@ PACKAGES: dict[str, Rooms] = {
     },
     "pipeline.engine": {
         "config": set(),
+        "laps": set(),
         "devices": {"config"},
         "kv": {"devices"},
-        "model": {"config", "devices", "kv"},
+        "model": {"config", "devices", "kv", "laps"},
         "run": {"kv", "model"},
         "memory": {"config", "devices", "kv", "model", "run"},
         "describe": {"config", "model"},
         "document": {"config", "kv", "memory", "run"},
         "prefix": {"kv", "run", "document"},
-        "engine": {"config", "devices", "kv", "model", "run", "memory", "describe", "document", "prefix"},
+        "engine": {"config", "devices", "kv", "laps", "model", "run", "memory", "describe", "document", "prefix"},
         "probes": {"config", "kv", "model", "run", "document", "engine"},
     },
 }  # fmt: skip

@@ -74,3 +74,30 @@ def test_a_job_ends_with_its_flags(results: Path, capsys: pytest.CaptureFixture[
     assert "1 of 3 outputs is flagged: 1 cut (column flags)" in capsys.readouterr().out
     show(replace(report, flagged=0, flags={}))
     assert "flagged" not in capsys.readouterr().out
+
+
+def test_a_small_job_ends_with_its_first_outputs_in_full(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path))
+    store.create()
+    sink = Sink(store, result_schema(), flush_documents=2, flush_seconds=1)
+    sink.add(make_row("broken", "x", "error", "no text"))
+    sink.add(make_row("long", "x", output="way too long " * 500))
+    sink.add(make_row("short", "x", output="First line,\x1b[2Jand a\nsecond. " + "word " * 40, flags=["cut"]))
+    sink.add(make_row("asked", "x", output="[bold]An answer[/bold].", question_id="why"))
+    for number in range(3):
+        sink.add(make_row(f"later-{number}", "x", output="One of many."))
+    sink.flush()
+    report = summarize_results(store, 7)
+    show(report)
+    out = capsys.readouterr().out
+    assert "short (cut)\nFirst line,\\x1b[2Jand a\nsecond. word word" in out
+    assert "asked (why)\n[bold]An answer[/bold].\n" in out
+    assert "way too long" not in out
+    assert "later-" not in out, "three are enough"
+    show(replace(report, counts={"ok": 1000}))
+    assert "An answer" not in capsys.readouterr().out, "the log of a large job"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    show(replace(report, counts={"ok": 1000}))
+    assert "An answer" in capsys.readouterr().out, "somebody looks"

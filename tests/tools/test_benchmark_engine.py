@@ -47,6 +47,27 @@ def test_phases_end_in_a_file_and_a_table(tmp_path: Path) -> None:
     assert results["ratios"]["dense-fp32"]["job_vs_own_dense"] == 1.0
 
 
+def test_prompt_lookup_is_timed(tmp_path: Path) -> None:
+    """Its cost by length and documents, and what it gives a model that quotes; other phases run without."""
+    flags = ["--phases", "decode", "lookup", "--arms", "dense", "--max-live", "2", "--output", str(tmp_path)]
+    assert main([*FLAGS, *flags]) == 0
+    results = json.loads((tmp_path / "engine.json").read_text())
+    arm = results["engine"]["dense-fp32"]
+    assert arm["about"]["prompt_lookup"] == "off"
+    found = arm["lookup"]
+    places = [(point["prompt_tokens"], point["documents"]) for point in found["steps"]]
+    assert places == [(200, 1), (200, 2), (100, 1), (100, 2)]
+    for point in found["steps"]:
+        assert point["cost"] == pytest.approx(point["drafts_ms"] / point["plain_ms"])
+    assert set(found["random"]) == {"off", "auto"}
+    trained = results["lookup_of_trained"]["fp32"]
+    assert trained["off"]["tokens_per_step"] == 1.0 < trained["auto"]["tokens_per_step"]
+    assert trained["outputs_that_part_per_1000_tokens"] == 0
+    assert {row[0] for row in rows(results)} >= {
+        "lookup, 1 x 200: step with drafts over plain", "lookup, trained: tokens of a step",
+    }  # fmt: skip
+
+
 def test_nothing_is_timed_where_tokens_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def differ(*_: Any) -> dict[str, Any]:
         partings = [{"document": 0, "token": 3, "gap": 4.0, "tie": False}]
@@ -65,6 +86,7 @@ def test_time_limit_skips_and_says_so(tmp_path: Path) -> None:
     assert [line.split(" ")[0] for line in skipped] == [
         "agreement:",
         "questions:",
+        "lookup:",
         "baseline:",
         "latency:",
         "job:",

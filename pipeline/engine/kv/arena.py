@@ -20,6 +20,8 @@ from stem_core.kv_scales import LayerScales
 # Extents start at multiples of this many tokens, so that a kernel's tiles of keys stay aligned, and the groups of 16
 # keys in which the values of an fp8 arena are permuted.
 ALIGNMENT = 64
+# Of a token's id, which lies beside its keys and values for prompt lookup (kernels.prompt_lookup).
+ID_BYTES = 4
 
 
 def aligned(tokens: int) -> int:
@@ -97,14 +99,17 @@ class Arena:
     """What the arenas of all precisions have in common: the extents, and tensors by layer, T = capacity + ALIGNMENT.
 
     The last ALIGNMENT tokens belong to no extent: unused rows of a decode batch write there (`scratch`).
-    devices: of each layer.
+    devices: of each layer. ids: int32 [T], the tokens whose keys and values lie there, written with them. device: of
+    `ids`; None: that of the first layer.
     states: of the layers that keep a state instead of keys and values; None for a model without.
     """
 
-    def __init__(self, tokens: int, devices: Mapping[int, torch.device]) -> None:
+    def __init__(self, tokens: int, devices: Mapping[int, torch.device], device: torch.device | None = None) -> None:
         self.extents = ExtentAllocator(tokens)
         self.states: StateSlots | None = None
         self._devices = devices
+        device = next(iter(devices.values()), None) if device is None else device
+        self.ids = torch.zeros(self.capacity + ALIGNMENT, dtype=torch.int32, device=device)
 
     @property
     def capacity(self) -> int:
@@ -118,7 +123,7 @@ class Arena:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all layers."""
+        """Bytes of all layers, without `ids`."""
         return tensor_bytes(self._everything())
 
     def nbytes_on(self, device: torch.device) -> int:
@@ -157,7 +162,7 @@ class Arena:
         raise NotImplementedError
 
     def append(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Put one token of each of S documents, k, v [S, Hkv, 1, D], at arena indices slots int64 [S].
+        """Put L tokens of each of S documents, k, v [S, Hkv, L, D], at arena indices slots int64 [S * L].
 
         Returns what the model's attention is to be given (whole()). Waits for nothing.
         """
@@ -186,9 +191,14 @@ class KVArena(Arena):
     """Keys and values of all layers i in the model's dtype: k[i] [Hkv, T, D], v[i] [Hkv, T, Dv]."""
 
     def __init__(
-        self, shapes: dict[int, LayerShape], tokens: int, dtype: torch.dtype, devices: Mapping[int, torch.device]
+        self,
+        shapes: dict[int, LayerShape],
+        tokens: int,
+        dtype: torch.dtype,
+        devices: Mapping[int, torch.device],
+        device: torch.device | None = None,
     ) -> None:
-        super().__init__(tokens, devices)
+        super().__init__(tokens, devices, device)
         rows = self.capacity + ALIGNMENT
         self.k = {
             i: self._allocate(i, shape.kv_heads, rows, shape.head_dim, dtype=dtype) for i, shape in shapes.items()
@@ -216,13 +226,13 @@ class KVArena(Arena):
 
     def append(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """See Arena."""
-        self.k[layer].index_copy_(1, slots, k[:, :, 0].transpose(0, 1))
-        self.v[layer].index_copy_(1, slots, v[:, :, 0].transpose(0, 1))
+        self.k[layer].index_copy_(1, slots, _by_token(k).transpose(0, 1))
+        self.v[layer].index_copy_(1, slots, _by_token(v).transpose(0, 1))
         return self.whole(layer, k, v)
 
     def copy(self, source: Extent, target: Extent, tokens: int) -> None:
         """See Arena."""
-        self._copy([*self.k.values(), *self.v.values()], source, target, tokens)
+        self._copy([self.ids[None], *self.k.values(), *self.v.values()], source, target, tokens)
         if self.states is not None:
             self.states.copy(source.start, target.start)
 
@@ -252,9 +262,10 @@ class Fp8KVArena(KVArena):
         scales: LayerScales,
         dtype: torch.dtype,
         devices: Mapping[int, torch.device],
+        device: torch.device | None = None,
     ) -> None:
         self.scales = {i: scales[i] for i in shapes}
-        super().__init__({i: shape for i, shape in shapes.items() if scales[i] is None}, tokens, dtype, devices)
+        super().__init__({i: shape for i, shape in shapes.items() if scales[i] is None}, tokens, dtype, devices, device)
         rows = self.capacity + ALIGNMENT
         self.vt: dict[int, Tensor] = {}
         self._whole: dict[int, QuantizedKV] = {}
@@ -286,7 +297,7 @@ class Fp8KVArena(KVArena):
         scales = self.scales[layer]
         if scales is None:
             return super().append(layer, k, v, slots)
-        append_kv(k[:, :, 0], v[:, :, 0], scales, self.k[layer], self.vt[layer], slots)
+        append_kv(_by_token(k), _by_token(v), scales, self.k[layer], self.vt[layer], slots, run=k.shape[2])
         return k, v
 
     def quantized(self, extent: Extent | None = None) -> Mapping[int, QuantizedKV]:
@@ -308,3 +319,8 @@ class Fp8KVArena(KVArena):
             values = torch.randn(extent.tokens, tensor.shape[-1], device=tensor.device).to(tensor.dtype)
             for head in tensor:
                 head[part] = values
+
+
+def _by_token(x: Tensor) -> Tensor:
+    """[S, Hkv, L, D] -> [S * L, Hkv, D]."""
+    return x.transpose(1, 2).flatten(0, 1)

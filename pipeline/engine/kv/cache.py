@@ -175,7 +175,7 @@ class TailCache(PrefillCache):
 
 
 class DecodeCache(EngineCache):
-    """One token for each row of a decode batch, written at arena index slots[s].
+    """L tokens for each of S rows of a decode batch, written at arena indices slots int64 [S * L].
 
     states: int64 [S], slots of the rows' states; None for a model without. A layer works on copies of them, which are
     written back when the next layer asks for its own, and by finish().
@@ -216,5 +216,5 @@ class DecodeCache(EngineCache):
         return self._state_slots.on(device)
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write k, v [S, Hkv, 1, D] in place; return what the attention is given (Arena.append)."""
+        """Write k, v [S, Hkv, L, D] in place; return what the attention is given (Arena.append)."""
         return self._arena.append(layer_idx, k, v, self._slots.on(k.device))

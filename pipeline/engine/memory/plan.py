@@ -10,7 +10,7 @@ import torch
 
 from pipeline.engine.config import EngineConfig, EngineError
 from pipeline.engine.devices import GIB, device_memory, weight_bytes
-from pipeline.engine.kv.arena import ALIGNMENT, aligned
+from pipeline.engine.kv.arena import ALIGNMENT, ID_BYTES, aligned
 from pipeline.engine.kv.states import slots_for
 from pipeline.engine.model.loading import context_limit, load_config, stored_weights
 from pipeline.engine.model.meta_model import chunk_bytes, layer_shapes, meta_model, state_shapes
@@ -134,7 +134,8 @@ class MemoryPlan:
 
 
 def fit_arena(config: EngineConfig, free_bytes: int, bytes_per_token: int, context: int, where: str = "") -> int:
-    """Tokens of KV that `free_bytes` hold, at most what `max_live` documents of `context` tokens could use.
+    """Tokens of KV that `free_bytes` hold beside the ids of the tokens, at most what `max_live` documents of `context`
+    tokens could use.
 
     where: names the device for a message, if there are several.
     Raises EngineError if not even the smallest extent fits, or the arena asked for does not.
@@ -142,13 +143,13 @@ def fit_arena(config: EngineConfig, free_bytes: int, bytes_per_token: int, conte
     on = f" on {where}" if where else ""
     if config.arena_tokens is not None:
         wanted = aligned(config.arena_tokens)
-        if (wanted + ALIGNMENT) * bytes_per_token > free_bytes:
+        if (wanted + ALIGNMENT) * (bytes_per_token + ID_BYTES) > free_bytes:
             raise EngineError(
                 f"arena_tokens={config.arena_tokens} need {wanted * bytes_per_token / GIB:.2f} GiB, but "
                 f"{max(0, free_bytes) / GIB:.2f} GiB are free for KV{on}; lower it or leave it out"
             )
         return wanted
-    fits = free_bytes // bytes_per_token // ALIGNMENT * ALIGNMENT - ALIGNMENT
+    fits = free_bytes // (bytes_per_token + ID_BYTES) // ALIGNMENT * ALIGNMENT - ALIGNMENT
     tokens = min(fits, config.max_live * aligned(context))
     if tokens < ALIGNMENT:
         raise EngineError(

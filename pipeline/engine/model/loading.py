@@ -13,6 +13,7 @@ from torch import nn
 
 from pipeline.engine.config import EngineConfig, EngineError
 from pipeline.engine.devices import GIB, shares
+from pipeline.engine.laps import Laps
 from pipeline.engine.model.adapter import check_adapter, merge_adapter
 from pipeline.engine.model.checkpoint import (
     ModelLoadError,
@@ -43,13 +44,16 @@ UNBOUNDED = 1 << 40
 
 def load_runner(config: EngineConfig, devices: Sequence[torch.device] | None = None) -> ModelRunner:
     """The model of `config` on its devices, or on the given ones. Raises EngineError (ModelLoadError for its files)."""
+    laps = Laps()
     model = load_model(config, devices)
+    laps.end("weights")
     try:
-        runner = ModelRunner(model, config.attention, config.fuse)
+        runner = ModelRunner(model, config.attention, config.fuse, laps)
         runner.weights = stored_weights(config, load_config(config))
         if not is_tested(runner):
             with named_failures(model):
                 self_check(runner)
+            laps.end("self check")
         return runner
     except (ValueError, AttributeError) as error:
         raise EngineError(f"model {config.model!r} cannot run here: {error}") from error

@@ -12,6 +12,7 @@ from pipeline.engine.config import EngineError
 from pipeline.engine.kv.arena import ALIGNMENT, Arena, Extent, Fp8KVArena, KVArena, LayerShape
 from pipeline.engine.kv.cache import DecodeCache, EngineCache, PrefillCache, ProbeCache, TailCache
 from pipeline.engine.kv.states import StateShapes, StateSlots, slots_for
+from pipeline.engine.laps import Laps
 from pipeline.engine.model.precision import check_fp8_attention, check_wide_layers, model_precision
 from pipeline.engine.model.requirements import (
     check_head_sizes,
@@ -51,9 +52,13 @@ class ModelRunner:
         shared KV may read its last token alone: then they are dense, and run in the last chunk only.
     weights: what they were dequantised from when they were loaded ("GGUF"); "" if they are as stored.
     calibration: scales of keys, values and queries in fp8, and which layers are wide; empty in other precisions.
+    laps: where the seconds went until it could be called.
     """
 
-    def __init__(self, model: nn.Module, attention: StemConfig | None, fuse: bool | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, attention: StemConfig | None, fuse: bool | None = None, laps: Laps | None = None
+    ) -> None:
+        self.laps = laps or Laps()
         embedding = model.get_input_embeddings()  # type: ignore[operator]
         self.device, self.dtype = embedding.weight.device, embedding.weight.dtype
         self.vocabulary: int = embedding.num_embeddings
@@ -64,6 +69,7 @@ class ModelRunner:
         self.model = patch_model(model, attention)
         self._rope = prepare_rope(model)
         self._probe()
+        self.laps.end("patch")
         self.devices = tuple(dict.fromkeys([self.device, *self.layer_devices.values()]))
         self.calibration = Calibration()
         if self.precision.fp8 and self.sources:
@@ -75,6 +81,7 @@ class ModelRunner:
             check_fp8_attention(self.shapes, attention)
             self.calibration = self._calibrate()
             check_wide_layers(self.calibration, self.precision)
+            self.laps.end("calibration")
 
     def attend(self, attention: StemConfig | None) -> None:
         """Change the attention of prefill. Raises EngineError for blocks that the precision cannot take."""
@@ -110,9 +117,11 @@ class ModelRunner:
         """
         arena: Arena
         if self.precision.fp8:
-            arena = Fp8KVArena(self.shapes, tokens, self.calibration.scales, self.dtype, self.layer_devices)
+            arena = Fp8KVArena(
+                self.shapes, tokens, self.calibration.scales, self.dtype, self.layer_devices, self.device
+            )
         else:
-            arena = KVArena(self.shapes, tokens, self.dtype, self.layer_devices)
+            arena = KVArena(self.shapes, tokens, self.dtype, self.layer_devices, self.device)
         if self.states:
             units = arena.capacity // ALIGNMENT
             arena.states = StateSlots(self.states, documents, units, ALIGNMENT, self.layer_devices, self.device)
@@ -140,11 +149,13 @@ class ModelRunner:
         context: StemContext,
         bounds: Tensor,
         rows: Tensor | None = None,
+        every_token: bool = False,
     ) -> Tensor:
         """One forward pass. input_ids, position_ids int64 [N, L] -> logits [N, V] of each row's last token.
 
         bounds: int64 [N], tokens that each row's document can come to, prompt and output.
         rows: int64 [R]: with N = 1, the logits [R, V] of these tokens instead.
+        every_token: logits [N, L, V] of all of them instead.
         """
         self._rope.rows = bounds
         out = self.model(
@@ -152,9 +163,11 @@ class ModelRunner:
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1 if rows is None else rows,
+            logits_to_keep=input_ids.shape[1] if every_token else 1 if rows is None else rows,
             stem_context=context,
         )
+        if every_token:
+            return out.logits
         return out.logits[:, -1] if rows is None else out.logits[0]
 
     def prefill(
@@ -173,6 +186,8 @@ class ModelRunner:
         """
         positions = torch.arange(context.start, context.start + ids.shape[1], device=ids.device)[None]
         cache = PrefillCache(arena, extent, seen=context.start, tokens=ids.shape[1])
+        first = extent.start + context.start
+        arena.ids[first : first + ids.shape[1]] = ids[0]
         return self.logits(ids, positions, cache, context, bound, rows)
 
     def uncached(self, ids: Tensor) -> Tensor:
@@ -217,6 +232,7 @@ class ModelRunner:
             prefixes=prefixes,
         )
         cache = TailCache(arena, extent, prefix_tokens, seen, rows)
+        arena.ids[extent.start + seen : extent.start + seen + rows] = ids[0]
         return self.logits(ids, positions[None] + prefix_tokens, cache, context, bound)
 
     def decode(
@@ -253,9 +269,66 @@ class ModelRunner:
         )
         states = None if arena.states is None else arena.states.rows(starts, lengths)
         cache = DecodeCache(arena, slots, states)
+        arena.ids.index_copy_(0, slots, tokens.to(torch.int32))
         logits = self.logits(tokens[:, None], positions[:, None], cache, context, bounds)
         cache.finish()
         return logits
+
+    def verify(
+        self,
+        tokens: Tensor,
+        counts: Tensor,
+        starts: Tensor,
+        lengths: Tensor,
+        bounds: Tensor,
+        arena: Arena,
+        max_length: int,
+        prefixes: Prefixes | None = None,
+    ) -> Tensor:
+        """As decode(), of S rows that read their newest token and drafts of what may follow it. Waits for nothing.
+
+        tokens: int64 [S, L], the newest tokens and, behind each, its drafts. counts: int64 [S], how many of these are
+        drafts. The others as for decode(); `lengths` are without drafts. Drafts that are wrong leave keys and values
+        behind a document's newest token, where nobody reads until the next step writes there.
+        Returns logits [S, L, V]; those behind a row's drafts mean nothing.
+
+        All tokens of a row attend to one stretch of keys, each up to its own place, as rows that share a prefix do:
+        the keys are read once for all of them. With `prefixes` those are what is shared, by the tokens of all rows that
+        share one, and each token reads what its row has behind it. Not for models that keep states.
+        """
+        S, L = tokens.shape
+        after = torch.arange(L, device=tokens.device)
+        positions = (lengths - 1).clamp(min=0)[:, None] + after
+        real = (lengths > 0)[:, None] & (after <= counts[:, None])
+        seen = torch.where(real, positions + 1, 0)
+        begins = starts[:, None].expand(S, L)
+        slots = begins + positions
+        if prefixes is None:
+            of_row = torch.arange(S * L, dtype=torch.int32, device=tokens.device).view(S, L)
+            prefixes = Prefixes(begins.flatten(), seen.flatten().to(torch.int32), of_row, max_length)
+            own, longest = torch.zeros_like(seen), 1
+        else:
+            before = torch.where(real, prefixes.lengths[:, None], 0)
+            own, longest, slots = seen - before, max_length, slots - before
+            members = prefixes.members[:, :, None]
+            expanded = torch.where(members < 0, members, members * L + after.to(torch.int32)).flatten(1)
+            prefixes = Prefixes(
+                prefixes.starts[:, None].expand(S, L).flatten(),
+                before.flatten().to(torch.int32),
+                expanded,
+                prefixes.max_length,
+            )
+        slots = slots.masked_fill(~real, arena.scratch).flatten()
+        context = DecodeContext(
+            starts=begins.flatten(),
+            lengths=own.flatten().to(torch.int32),
+            max_length=longest,
+            quantized=arena.quantized(),
+            prefixes=prefixes,
+        )
+        arena.ids.index_copy_(0, slots, tokens.flatten().to(torch.int32))
+        positions = torch.where(real, positions, 0)
+        return self.logits(tokens, positions, DecodeCache(arena, slots), context, bounds, None, True)
 
     def _calibrate(self) -> Calibration:
         """Static fp8 scales of every layer, or that it is wide, from fixed prompts."""

@@ -15,22 +15,26 @@ WARM_STEPS = 3
 
 
 @torch.inference_mode()
-def decode_step_ms(engine: Engine, document_tokens: list[int], steps: int = 32, prefix_tokens: int = 0) -> float | None:
+def decode_step_ms(
+    engine: Engine, document_tokens: list[int], steps: int = 32, prefix_tokens: int = 0, drafts: int = 0
+) -> float | None:
     """Median milliseconds of a greedy decode step of documents that hold `document_tokens` tokens each.
 
     prefix_tokens: of one more extent, which they all see before their own tokens (questions to one document).
+    drafts: that each row verifies, found or not (pipeline.engine.run.lookup): 0 or DRAFTS.
     None if the documents do not fit the arena together. Raises RuntimeError while the engine has documents of its own.
     """
     if engine.has_work:
         raise RuntimeError("decode_step_ms() needs an engine without work")
     batch, arena = engine._batch, engine._arena
     longest = prefix_tokens + max(document_tokens)
-    if len(document_tokens) > batch.rows or longest + steps + WARM_STEPS > engine.max_context:
+    room = (WARM_STEPS + steps) * (1 + drafts)
+    if len(document_tokens) > batch.rows or longest + room > engine.max_context:
         return None
     extents = []
     try:
         for tokens in [*document_tokens, *([prefix_tokens] if prefix_tokens else [])]:
-            extent = arena.extents.allocate(tokens + steps + WARM_STEPS)
+            extent = arena.extents.allocate(tokens + room)
             if extent is None:
                 return None
             extents.append(extent)
@@ -46,8 +50,9 @@ def decode_step_ms(engine: Engine, document_tokens: list[int], steps: int = 32, 
                 ),
             )  # fmt: skip
         key = StepKey(
-            batch_bucket(len(document_tokens), batch.rows), sampled=False, shared=group_bucket(batch.largest_group)
-        )
+            batch_bucket(len(document_tokens), batch.rows), sampled=False, shared=group_bucket(batch.largest_group),
+            drafts=drafts,
+        )  # fmt: skip
         times = [_timed(engine, key) for _ in range(WARM_STEPS + steps)]
         return statistics.median(times[WARM_STEPS:])
     finally:
@@ -61,5 +66,5 @@ def _timed(engine: Engine, key: StepKey) -> float:
     """Milliseconds of one step, launch and readback of its tokens included."""
     begin = time.perf_counter()
     engine._decode.run(key)
-    engine._batch.report.tolist()
+    (engine._batch.verified if key.drafts else engine._batch.report).tolist()
     return (time.perf_counter() - begin) * 1000

@@ -22,6 +22,9 @@ FIELDS = 10
 MAX_STOP_IDS = 32
 # What a step reports for a row: a token id, or one of these.
 IDLE, NOT_FINITE = -1, -2
+# Drafts of a row in a step that verifies some: with four query heads a KV head, 16 queries, as many as a tensor core
+# multiplies in any case.
+DRAFTS = 3
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class DecodeBatch:
     ints: int64 [FIELDS + MAX_STOP_IDS, rows]; by row: the newest token, the extent's start, tokens in the arena with
         the newest one counted (0: idle), tokens generated, their limit, RowStart.bound, the seed, top_k (0: all), the
         start of the shared prefix's extent and the tokens there (0: none), and the stop ids (-1 where fewer).
-    floats: float32 [3, rows]: temperature, top_p, min_p. report: int64 [rows]: what the last step gave.
+    floats: float32 [3, rows]: temperature, top_p, min_p. report: int64 [rows]: what the last step gave. verified: int64
+        [rows, 1 + DRAFTS]: what the last step with drafts gave, IDLE behind a row's last token.
     members: int32 [rows, rows]: the rows that share a prefix, in ascending order, and -1 behind them; groups in the
         order of their first rows, so that those of the first n rows are among the first n. largest_group: rows of the
         largest one, 0 if there is none.
@@ -64,6 +68,7 @@ class DecodeBatch:
         self.ints = torch.zeros(FIELDS + MAX_STOP_IDS, rows, dtype=torch.int64, device=device)
         self.floats = torch.zeros(3, rows, dtype=torch.float32, device=device)
         self.report = torch.full((rows,), IDLE, dtype=torch.int64, device=device)
+        self.verified = torch.full((rows, 1 + DRAFTS), IDLE, dtype=torch.int64, device=device)
         self.members = torch.full((rows, rows), -1, dtype=torch.int32, device=device)
         self.largest_group = 0
         self._prefixes: dict[int, int] = {}  # by row: where its prefix begins
@@ -129,15 +134,48 @@ class DecodeBatch:
         finite = torch.isfinite(logits.amax(dim=-1))
         if masks is not None:
             mask_tokens(logits, masks[:, :-1], masks[:, -1])
-        if sampled:
-            draws = uniforms(ints[SEED], ints[EMITTED])
-            temperatures, top_ps, min_ps = self.floats[:, rows]
-            token = sample(logits, temperatures, top_ps, ints[TOP_K], min_ps, draws)
-        else:
-            token = greedy(logits)
+        token = self._choose(logits, rows, ints[EMITTED], sampled)
         emitted = ints[EMITTED] + live
         stopped = (ints[FIELDS:] == token).any(dim=0) | (emitted >= ints[LIMIT]) | ~finite
         self.report[rows] = token.masked_fill(~finite, NOT_FINITE).masked_fill(~live, IDLE)
         ints[TOKEN] = token.masked_fill(~finite, 0)
         ints[EMITTED] = emitted
         ints[LENGTH] = (ints[LENGTH] + 1).masked_fill(~live | stopped, 0)
+
+    def advance_verified(self, logits: Tensor, drafts: Tensor, counts: Tensor, sampled: bool) -> None:
+        """Take the next tokens of rows [0, S) from logits [S, L, V] behind their newest tokens and drafts.
+
+        drafts: int64 [S, L - 1]; counts: int64 [S], how many of them a row has, fewer than it may still emit.
+        What comes behind a draft counts if the draft is the very token that was chosen before it, greedily or with the
+        draw of its place in the output. So a row gets the tokens that single steps would have given it, as many of them
+        as it guessed and one more.
+        """
+        S, L = logits.shape[:2]
+        rows = slice(0, S)
+        ints = self.ints[:, rows]
+        live = ints[LENGTH] > 0
+        after = torch.arange(L, device=logits.device)
+        # One place after the other: sampling sorts, and all places together would take L times the memory.
+        chosen = [self._choose(logits[:, place], rows, ints[EMITTED] + place, sampled) for place in range(L)]
+        tokens = torch.stack(chosen, dim=1)
+        finite = torch.isfinite(logits.amax(dim=-1))
+        right = (tokens[:, :-1] == drafts) & (after[:-1] < counts[:, None])
+        reached = torch.cat([live[:, None], right], dim=1).cumprod(dim=1)
+        stops = (ints[FIELDS:, :, None] == tokens).any(dim=0) | ~finite
+        stops |= ints[EMITTED][:, None] + after + 1 >= ints[LIMIT][:, None]
+        stopped_before = stops.cumsum(dim=1) - stops.long()
+        taken = (reached > 0) & (stopped_before == 0)
+        count = taken.sum(dim=1)
+        newest = tokens.masked_fill(~finite, 0).gather(1, (count - 1).clamp(min=0)[:, None])[:, 0]
+        self.verified[rows, :L] = tokens.masked_fill(~finite, NOT_FINITE).masked_fill(~taken, IDLE)
+        ints[TOKEN] = newest
+        ints[EMITTED] += count
+        ints[LENGTH] = (ints[LENGTH] + count).masked_fill(~live | (taken & stops).any(dim=1), 0)
+
+    def _choose(self, logits: Tensor, rows: slice, emitted: Tensor, sampled: bool) -> Tensor:
+        """The next tokens int64 [S] of rows of which each has emitted so many, from logits [S, V]."""
+        if not sampled:
+            return greedy(logits)
+        ints = self.ints[:, rows]
+        temperatures, top_ps, min_ps = self.floats[:, rows]
+        return sample(logits, temperatures, top_ps, ints[TOP_K], min_ps, uniforms(ints[SEED], emitted))

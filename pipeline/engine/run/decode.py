@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 
 from kernels.decode_attention import Prefixes
+from kernels.prompt_lookup import find_drafts
 from pipeline.engine.kv.arena import Arena
 from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.run.batch import (
     BOUND,
+    DRAFTS,
+    EMITTED,
     LENGTH,
+    LIMIT,
     PREFIX_LENGTH,
     PREFIX_START,
     START,
@@ -41,8 +45,8 @@ def group_bucket(rows: int) -> int:
 
 @dataclass(frozen=True)
 class StepKey:
-    """What a captured step is specialised to: the rows [0, rows), whether any of them samples, and how many share a
-    prefix at most (0: no document has one).
+    """What a captured step is specialised to: the rows [0, rows), whether any of them samples, how many share a prefix
+    at most (0: no document has one), and the drafts that each row verifies (0 or DRAFTS).
 
     Not the documents' lengths: the decode kernel cuts each document into a fixed number of shares of its own length, so
     the longest length that the engine admits can bound every step, and no result depends on a neighbour's length.
@@ -51,6 +55,7 @@ class StepKey:
     rows: int
     sampled: bool
     shared: int = 0
+    drafts: int = 0
 
 
 class DecodeRunner:
@@ -60,6 +65,7 @@ class DecodeRunner:
     for which it needs the token before, while the device is in the first.
 
     masks: int32 [rows, W + 1], what sample() reads (pipeline.engine.run.masks.TokenMasks); None: no row is ever masked.
+    lookup: whether steps with drafts will come, for prepare().
     """
 
     def __init__(
@@ -70,11 +76,13 @@ class DecodeRunner:
         max_context: int,
         use_graphs: bool,
         masks: Tensor | None = None,
+        lookup: bool = False,
     ) -> None:
         self._runner = runner
         self._arena = arena
         self._batch = batch
         self._max_context = max_context
+        self._lookup = lookup
         self._capturer = Graphs(runner.devices) if use_graphs else None
         self._masks = masks
         # What forward() leaves to sample(), by rows and how many share: a captured one's is always the same tensor.
@@ -119,13 +127,16 @@ class DecodeRunner:
 
     @torch.inference_mode()
     def prepare(self) -> None:
-        """Compile, and capture, every step in which no prefix is shared; the others when they first come.
+        """Compile, and capture, every step in which no prefix is shared and none that samples has drafts; the others
+        when they first come.
 
         All rows must be idle: only the scratch token is written.
         """
         if self._capturer is not None or self._runner.device.type == "cuda":
             buckets = sorted({batch_bucket(rows, self._batch.rows) for rows in range(1, self._batch.rows + 1)})
-            for key in [StepKey(rows, sampled) for sampled in (False, True) for rows in reversed(buckets)]:
+            keys = [StepKey(rows, sampled) for sampled in (False, True) for rows in reversed(buckets)]
+            keys += [StepKey(rows, False, drafts=DRAFTS) for rows in reversed(buckets) if self._lookup]
+            for key in keys:
                 self.run(key)
                 if self._capturer is not None:
                     self.run(key)
@@ -137,7 +148,10 @@ class DecodeRunner:
                     self.sample(key)
 
     def _step(self, key: StepKey) -> None:
-        self._batch.advance(self._decode(key), 0, key.sampled)
+        if key.drafts:
+            self._verify(key)
+        else:
+            self._batch.advance(self._decode(key), 0, key.sampled)
 
     def _forward(self, key: StepKey) -> None:
         self._logits[key.rows, key.shared] = self._decode(key)
@@ -149,16 +163,46 @@ class DecodeRunner:
     def _decode(self, key: StepKey) -> Tensor:
         """Logits [rows, V] behind the rows' newest tokens."""
         ints = self._batch.ints[:, : key.rows]
-        prefixes = None
-        if key.shared:
-            prefixes = Prefixes(
-                starts=ints[PREFIX_START],
-                lengths=ints[PREFIX_LENGTH].to(torch.int32),
-                members=self._batch.members[: key.rows, : key.shared],
-                max_length=self._max_context,
-            )
-        return self._runner.decode(
-            ints[TOKEN], ints[START], ints[LENGTH], ints[BOUND], self._arena, self._max_context, prefixes
+        where = ints[START], ints[LENGTH], ints[BOUND], self._arena, self._max_context, self._prefixes(key)
+        return self._runner.decode(ints[TOKEN], *where)
+
+    def _verify(self, key: StepKey) -> None:
+        """A step in which every row verifies drafts."""
+        ints = self._batch.ints[:, : key.rows]
+        where = ints[START], ints[LENGTH], ints[BOUND], self._arena, self._max_context, self._prefixes(key)
+        drafts, counts = self._find_drafts(key)
+        logits = self._runner.verify(torch.cat([ints[TOKEN][:, None], drafts], dim=1), counts, *where)
+        self._batch.advance_verified(logits, drafts, counts, key.sampled)
+
+    def _find_drafts(self, key: StepKey) -> tuple[Tensor, Tensor]:
+        """Drafts int64 [rows, key.drafts] and how many of them each row verifies, which it may all emit."""
+        ints = self._batch.ints[:, : key.rows]
+        lengths = ints[LENGTH]
+        before = ints[PREFIX_LENGTH] if key.shared else torch.zeros_like(lengths)
+        # The newest token lies with the others from here on; its keys and values come in this step, too.
+        slots = (ints[START] + lengths - 1 - before).masked_fill(lengths == 0, self._arena.scratch)
+        self._arena.ids.index_copy_(0, slots, ints[TOKEN].to(torch.int32))
+        drafts, counts = find_drafts(
+            self._arena.ids,
+            ints[START],
+            lengths,
+            drafts=key.drafts,
+            max_length=self._max_context,
+            prefix_starts=ints[PREFIX_START] if key.shared else None,
+            prefix_lengths=before if key.shared else None,
+        )
+        return drafts, counts.minimum(ints[LIMIT] - ints[EMITTED] - 1).clamp(min=0)
+
+    def _prefixes(self, key: StepKey) -> Prefixes | None:
+        """What rows of a step share; None for nothing."""
+        if not key.shared:
+            return None
+        ints = self._batch.ints[:, : key.rows]
+        return Prefixes(
+            starts=ints[PREFIX_START],
+            lengths=ints[PREFIX_LENGTH].to(torch.int32),
+            members=self._batch.members[: key.rows, : key.shared],
+            max_length=self._max_context,
         )
 
     def _capture(self, capturer: Graphs, part: Hashable, work: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
@@ -176,37 +220,38 @@ class DecodeRunner:
 class Readback(Generic[Tag]):
     """Brings each step's report to the host without stalling the device.
 
-    push() starts a copy, pop() waits for the oldest one. On a GPU a copy lands in pinned memory, followed by an event.
+    values: of a report at most. push() starts a copy, pop() waits for the oldest one. On a GPU a copy lands in pinned
+    memory, followed by an event.
     """
 
-    def __init__(self, rows: int, depth: int, device: torch.device) -> None:
+    def __init__(self, values: int, depth: int, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         # A slot is used again only after its report was popped.
-        self._slots = [torch.empty(rows, dtype=torch.int64, pin_memory=self._on_gpu) for _ in range(depth)]
+        self._slots = [torch.empty(values, dtype=torch.int64, pin_memory=self._on_gpu) for _ in range(depth)]
         self._events = [torch.cuda.Event() for _ in range(depth)] if self._on_gpu else []
-        self._pending: deque[tuple[int, int, Tag]] = deque()
+        self._pending: deque[tuple[int, torch.Size, Tag]] = deque()
         self._next = 0
 
     def __len__(self) -> int:
         return len(self._pending)
 
     def push(self, report: Tensor, tag: Tag) -> None:
-        """Queue a copy of report int64 [S]; `tag` comes back with it."""
+        """Queue a copy of a contiguous report, int64 [S, L]; `tag` comes back with it."""
         if len(self._pending) == len(self._slots):
             raise RuntimeError(f"{len(self._slots)} reports are pending already: pop one first")
         slot = self._next
         self._next = (slot + 1) % len(self._slots)
-        self._slots[slot][: report.shape[0]].copy_(report, non_blocking=True)
+        self._slots[slot][: report.numel()].copy_(report.view(-1), non_blocking=True)
         if self._on_gpu:
             self._events[slot].record()
-        self._pending.append((slot, report.shape[0], tag))
+        self._pending.append((slot, report.shape, tag))
 
-    def pop(self) -> tuple[list[int], Tag]:
+    def pop(self) -> tuple[list[list[int]], Tag]:
         """The oldest report, waited for."""
-        slot, rows, tag = self._pending.popleft()
+        slot, shape, tag = self._pending.popleft()
         if self._on_gpu:
             self._events[slot].synchronize()
-        return self._slots[slot][:rows].tolist(), tag
+        return self._slots[slot][: shape.numel()].view(shape).tolist(), tag
 
     def clear(self) -> None:
         """Forget what is pending; the caller has synchronised with the device."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -59,6 +61,32 @@ def test_writing(
     length: int, dtype: torch.dtype, head_dim: int, impl: str, poisoned: None, rounding_to_nearest: None
 ) -> None:
     cases.check_writing(length, dtype, head_dim, impl, "cpu")
+
+
+def test_writing_runs(rounding_to_nearest: None) -> None:
+    cases.check_runs("triton", "cpu")
+
+
+def test_programs_of_a_run_write_different_places(rounding_to_nearest: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here they come one after the other, on a GPU at once: the last one first must give the same."""
+    from kernels.fp8_heads import triton
+
+    class Backwards:
+        """Launches the programs of each token alone, the last token's first."""
+
+        def __getitem__(self, grid: tuple[int, int]) -> Any:
+            def launch(k: Any, v: Any, *others: Any, **options: Any) -> None:
+                arenas, scales, slots, tokens = others[:2], others[2:4], others[4], others[5]
+                for s in reversed(range(grid[1])):
+                    # The program's number is 0: what stands before it is cut off.
+                    rest = slots[s:].clone(), tokens - s
+                    kernel[grid[0], 1](k[s:], v[s:], *arenas, *scales, *rest, *others[6:], **options)
+
+            return launch
+
+    kernel = triton.append_kernel
+    monkeypatch.setattr(triton, "append_kernel", Backwards())
+    cases.check_runs("triton", "cpu")
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])

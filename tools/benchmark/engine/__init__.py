@@ -31,12 +31,25 @@ from tools.benchmark.engine.agreement import MODEL, check_agreement
 from tools.benchmark.engine.baseline import Baseline, BaselinePoint, job_baseline
 from tools.benchmark.engine.breakdown import profile_prefill
 from tools.benchmark.engine.errors import measure_errors, real_prompt
+from tools.benchmark.engine.lookup import lookup, lookup_of_trained
 from tools.benchmark.engine.phases import decode_by_batch, gpu_busy, job, latency, random_prompts, warm_up
 from tools.benchmark.engine.questions import ask, prompts_of
 from tools.benchmark.engine.report import plot, show
 from tools.benchmark.engine.run import Run
 
-PHASES = ("agreement", "baseline", "latency", "profile", "job", "questions", "decode", "busy", "vllm", "error")
+PHASES = (
+    "agreement",
+    "baseline",
+    "latency",
+    "profile",
+    "job",
+    "questions",
+    "decode",
+    "lookup",
+    "busy",
+    "vllm",
+    "error",
+)
 # generate and vLLM run on one GPU, and what a profile says of idle time holds for one.
 ONE_GPU = ("baseline", "profile", "busy", "vllm")
 ATTENTIONS = ("stem", "dense")
@@ -118,6 +131,8 @@ def main(arguments: argparse.Namespace) -> int:
             + max(arguments.new_tokens, 64)
             + ("questions" in arguments.phases) * arguments.question_tokens,
             fp8_fast_accumulation=not arguments.precise,
+            # Random weights repeat themselves, and drafts would guess it: of this, the phase lookup alone tells.
+            prompt_lookup="off",
         )
         config.torch_devices()  # are they there?
         stem = _stem(arguments)
@@ -129,6 +144,7 @@ def main(arguments: argparse.Namespace) -> int:
             print("engine and generate do not write the same tokens: nothing was timed")
             return 2
         run.phase("questions: agreement", lambda: _questions_agree(run, config))
+        run.phase("lookup: trained model", lambda: _lookup_of_trained(run, config))
         run.phase("baseline", lambda: _baseline(run, config))
         vocabulary = load_config(config).get_text_config().vocab_size
         for arm in arms:
@@ -198,6 +214,13 @@ def _questions_agree(run: Run, config: EngineConfig) -> None:
         raise JobError("requests that share a prefix do not write generate's tokens: their times mean nothing")
 
 
+def _lookup_of_trained(run: Run, config: EngineConfig) -> None:
+    found = run.results["lookup_of_trained"] = {}
+    for asked in run.arguments.precision:
+        made = replace(config, precision=asked)
+        found[load_precision(made).name] = lookup_of_trained(config.device, asked)
+
+
 def _baseline(run: Run, config: EngineConfig) -> None:
     arguments = run.arguments
     points: dict[int, BaselinePoint] = {}
@@ -246,10 +269,11 @@ def _one_document(run: Run, arm: Arm, vocabulary: int) -> None:
 def _many_documents(run: Run, arm: Arm, vocabulary: int, with_decode: bool) -> None:
     """The job, decode steps by batch (once for each precision: they do not depend on the prefill), busy share."""
     arguments = run.arguments
-    wanted = {"busy"} | ({"decode"} if with_decode else set())
+    wanted = {"busy"} | ({"decode", "lookup"} if with_decode else set())
     if arm.name in arguments.main_arms:
         wanted |= {"job", "questions"}
-    phases = [name for name in ("job", "questions", "decode", "busy") if name in wanted and name in arguments.phases]
+    order = ("job", "questions", "decode", "busy", "lookup")
+    phases = [name for name in order if name in wanted and name in arguments.phases]
     if not phases:
         return
     new = arguments.new_tokens
@@ -272,6 +296,7 @@ def _many_documents(run: Run, arm: Arm, vocabulary: int, with_decode: bool) -> N
                 "job": lambda: job(engine, _job_lengths(arguments), new, vocabulary),
                 "questions": questions,
                 "decode": lambda: decode_by_batch(engine, ends, arguments.batches),
+                "lookup": lambda: lookup(engine, ends, sorted({1, arguments.max_live}), new, vocabulary),
                 "busy": lambda: gpu_busy(engine, busy, min(new, 24), vocabulary),
             }
             found[phases[0]] = units[phases[0]]()

@@ -106,6 +106,21 @@ def _all_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
         add(f"questions: {figure}", [_text(found.get(figure), "{:.2f}x") for found in asked])
     for figure in ("step_of_one_ms", "step_of_all_ms", "step_of_one_whole_prompt_ms"):
         add(f"questions: {figure}", [_text(found.get(figure), "{:.2f} ms") for found in asked])
+    looked = [arm.get("lookup") or {} for arm in arms]
+    places = dict.fromkeys((p["documents"], p["prompt_tokens"]) for found in looked for p in found.get("steps", []))
+    for documents, length in places:
+        points = [next((p for p in found.get("steps", []) if _same(p, documents, length)), {}) for found in looked]
+        add(
+            f"lookup, {documents} x {length:,}: step with drafts over plain",
+            [_text(point.get("cost"), "{:.3f}x") for point in points],
+        )
+    trained = results.get("lookup_of_trained", {})
+    by_arm = [trained.get(name.rsplit("-", 1)[1], {}) for name in results["engine"]]
+    for model, runs in (("random", [found.get("random", {}) for found in looked]), ("trained", by_arm)):
+        per_step = [each.get("auto", {}).get("tokens_per_step") for each in runs]
+        add(f"lookup, {model}: tokens of a step", [_text(tokens, "{:.2f}") for tokens in per_step])
+        gains = [each["off"]["decode_seconds"] / each["auto"]["decode_seconds"] if each else None for each in runs]
+        add(f"lookup, {model}: decode, times as fast", [_text(gain, "{:.2f}x") for gain in gains])
     busy = [arm.get("busy") or {} for arm in arms]
     add("GPU busy (profiler)", [_text(b.get("busy_share"), "{:.1%}") for b in busy])
     profiles = [arm.get("profile") or {} for arm in arms]
