@@ -51,9 +51,8 @@ def latency_chart(runs: Sequence[Run], measures: Sequence[Measures]) -> Chart | 
     _length_axis(figure, runs, shown)
     values = np.concatenate([run.numbers("time_to_first_token")[rows] for run, rows in zip(runs, shown, strict=True)])
     seconds_axis(figure, values, "time to first token")
-    note = (
-        "A point is a document. In each range of lengths half of the documents are below the line p50, 95% below p95."
-    )
+    one, many = ("an answer", "answers") if any(run.questions > 1 for run in runs) else ("a document", "documents")
+    note = f"A point is {one}. In each range of lengths half of the {many} are below the line p50, 95% below p95."
     return Chart("Time to first token by prompt length", figure, note + _sampled(runs, shown), 360)
 
 
@@ -91,8 +90,12 @@ def memory_chart(runs: Sequence[Run]) -> Chart | None:
     return Chart("GPU memory by prompt length", figure, note + _sampled(runs, shown), 280)
 
 
-def phases_chart(bars: Sequence[tuple[str, dict[str, float] | None, int]]) -> Chart:
-    """Mean seconds of a document by phase. bars: (label, seconds of its documents by phase, how many those are)."""
+def phases_chart(bars: Sequence[tuple[str, dict[str, float] | None, int]], *, answers: bool = False) -> Chart:
+    """Mean seconds of a document by phase. bars: (label, seconds of its documents by phase, how many those are).
+
+    answers: what is counted are answers, of which documents have several.
+    """
+    one, many = ("an answer", "answers") if answers else ("a document", "documents")
     figure = graph_objects().Figure()
     labels = [label for label, _, _ in bars]
     for phase in (*PHASES, "other"):
@@ -104,13 +107,13 @@ def phases_chart(bars: Sequence[tuple[str, dict[str, float] | None, int]]) -> Ch
                 customdata=told, hovertemplate="%{fullData.name}: %{customdata}<extra></extra>",
             )  # fmt: skip
     figure.update_layout(barmode="stack", legend_traceorder="normal")
-    figure.update_xaxes(title_text="mean seconds a document", rangemode="tozero")
+    figure.update_xaxes(title_text=f"mean seconds {one}", rangemode="tozero")
     figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
     note = (
-        "From a worker's taking a document to its result, over the documents that are ok. Those that a worker holds "
+        f"From a worker's taking a document to its result, over the {many} that are ok. Those that a worker holds "
         "take turns: a decode step counts for all that it serves; the rest of the time is other documents' steps."
     )
-    return Chart("Where a document's time goes", figure, note, 120 + 34 * len(labels))
+    return Chart(f"Where {one}'s time goes", figure, note, 120 + 34 * len(labels))
 
 
 def throughput_chart(runs: Sequence[Run]) -> Chart | None:
@@ -151,6 +154,9 @@ def _scatter(
 ) -> None:
     tokens = run.numbers("prompt_tokens")[rows]
     names = [(run.rows["document_id"][int(row)].as_py() or "")[:60] for row in rows]
+    if run.questions > 1:
+        asked = run.texts("question_id")
+        names = [f"{name}, {asked[row][:40]}" for name, row in zip(names, rows, strict=True)]
     about = [f"{name}: {count:,.0f} tokens, {text}" for name, count, text in zip(names, tokens, told, strict=True)]
     figure.add_scatter(
         x=tokens, y=values[rows], mode="markers", name=run.name, customdata=about, showlegend=bool(run.name),

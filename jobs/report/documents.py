@@ -10,6 +10,7 @@ from typing import Any
 from jobs.page.outputs import Excerpt, wide_characters
 from jobs.report.results import Run
 from pipeline.errors import DocumentError, JobError
+from pipeline.prompts.prompt import template_columns
 from pipeline.settings.config import JobConfig
 from pipeline.settings.shared import ReadSettings
 from pipeline.source import Catalogue, Document, DocumentReader, find_files, input_hash, list_documents
@@ -89,15 +90,23 @@ def _listed(run: Run, inputs: Sequence[str]) -> tuple[Catalogue, DocumentReader]
     reading = ReadSettings(**{name: value for name, value in config.items() if name in known})
     text_column, id_column = config.get("text_column") or "text", config.get("id_column")
     try:
+        columns = _prompt_columns(run.manifest or {})
         shard = JobConfig(input=("-",), output="-", model="-", shard=config.get("shard")).shard_pair()
         catalogue = list_documents(
             find_files(inputs)[0], text_column=text_column, id_column=id_column,
             keep_columns=tuple(config.get("keep_columns") or ()), shard=shard,
-            settings=reading,
+            settings=reading, prompt_columns=columns,
         )  # fmt: skip
     except JobError as error:
         raise JobError(f"{error}; if they are elsewhere now, give --input") from None
-    return catalogue, DocumentReader(text_column, catalogue.kept, reading)
+    return catalogue, DocumentReader(text_column, catalogue.kept, reading, tuple(columns))
+
+
+def _prompt_columns(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Columns in the job's prompts, on which a document's hash depends, with the flags that asked for them."""
+    template = (manifest.get("prompt") or {}).get("template") or ""
+    own = (manifest.get("config") or {}).get("questions_column")
+    return dict.fromkeys(template_columns(template), "--prompt-file") | ({own: "--questions-column"} if own else {})
 
 
 def _read(reader: DocumentReader, document: Document, item: Wanted, share: int | None) -> Found:

@@ -141,7 +141,7 @@ def _time(runs: Sequence[Run], measures: Sequence[Measures], with_charts: bool) 
             (charts.length_label(item["from_tokens"], item["to_tokens"]), item["phase_seconds"], item["documents"])
             for item in ranges
         ]
-    split = charts.phases_chart(bars) if bars else None
+    split = charts.phases_chart(bars, answers=_what(measures) == "answers") if bars else None
     over_time = charts.throughput_chart(runs)
     return [block for block in (split, table, over_time) if block]
 

@@ -29,6 +29,7 @@ from pipeline.job import manifest
 from pipeline.results.rows import result_schema, to_table
 from pipeline.results.store import Store
 from pipeline.settings.config import JobConfig
+from pipeline.source import DocumentReader, find_files, input_hash, list_documents
 
 HOSTILE = (
     """</script><script>document.title = "taken"</script><img src=x onerror="alert(1)">'"\u202e\u05d0 &lt;{{ 7*7 }}"""
@@ -351,6 +352,26 @@ def test_documents_that_changed_or_went_are_told(folder: Path, monkeypatch: pyte
     (folder.parent / "out.jsonl").unlink()
     (missing, _) = read_documents(run, wanted, how="passages")
     assert "give --input" in missing.note
+
+
+def test_columns_in_prompts_are_of_the_document(tmp_path: Path) -> None:
+    """They are of its hash: without them a document that was only copied would count as changed."""
+    source = tmp_path / "docs.jsonl"
+    source.write_text(json.dumps({"id": "a", "text": "Some text.", "year": 1999, "ask": ["Why?"]}) + "\n")
+    template = "{{ year }} {{ document }} {{ question }}"
+    config = JobConfig(input=str(source), output=str(tmp_path / "out"), model="m", questions_column="ask")
+    columns = {"year": "--prompt-file", "ask": "--questions-column"}
+    catalogue = list_documents(find_files([str(source)])[0], prompt_columns=columns)
+    made_from = input_hash(*DocumentReader("text", [], config, tuple(columns)).read(catalogue.document(0)))
+    store = Store(config.output)
+    store.create()
+    manifest.save(store, config, {"config": "c"}, state="finished", documents=1, prompt={"template": template})
+    (run,) = load_runs([config.output])
+    (same,) = read_documents(run, [Wanted("a", "another stamp", made_from, [])], how="full")
+    assert same.note == ""
+    source.write_text(source.read_text().replace("1999", "2000"))
+    (changed,) = read_documents(run, [Wanted("a", "another stamp", made_from, [])], how="full")
+    assert "has changed" in changed.note
 
 
 def test_documents_that_were_moved_are_found(folder: Path, report: Report, visit: Callable[..., Any]) -> None:

@@ -165,6 +165,10 @@ def test_answers_are_not_taken_for_documents_nor_read_tokens_for_prompts(tmp_pat
     _, out, _ = report(folder, "--format", "table")
     for text in ("of 3 answers about 2 documents", "answers not there yet", "2,100 read", "Slowest answers", "cost"):
         assert text in out, text
+    report(folder)
+    page = (folder / "report.html").read_text()
+    for text in ("A point is an answer", "mean seconds an answer", "a, cause: 1,000 tokens"):
+        assert text in page, text
 
 
 @pytest.mark.parametrize("width", [PHONE, DESKTOP])
