@@ -122,7 +122,8 @@ class SharedPrompt:
 
     The prefix is read once, as its own length asks for (budgets, reasons, frequencies of LongRoPE), so that nothing
     depends on what is asked or how often; what stands behind it is read densely. All requests see one copy of its keys
-    and values. A request alone is cut and read in the same way: its output is the same with others and without.
+    and values. A request alone is cut and read in the same way: its output is the same with others and without, on a
+    GPU up to the rounding of sums in another order.
     """
 
     prefix_ids: Sequence[int] | np.ndarray

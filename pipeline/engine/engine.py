@@ -354,6 +354,9 @@ class Engine:
     def _start_decoding(self, document: Document, logits: Tensor) -> None:
         """Give the document a row and its first token, and wait for that token."""
         row = min(set(range(self.config.max_live)) - set(self._live))
+        # From here on _release() clears the row, whatever fails: one that went on would write where others are by then.
+        self._prefilling = None
+        self._live[row] = document
         self._batch.begin(row, document.row_start())
         masks = None
         if document.request.grammar is not None:
@@ -366,8 +369,6 @@ class Engine:
         document.launched = 1
         if self._lookup is not None:
             document.gain = self._lookup.new_gain()
-        self._prefilling = None
-        self._live[row] = document
         self._readback.push(self._batch.report[row : row + 1, None], [(0, document)])
         self._collect_all()
 
@@ -405,7 +406,7 @@ class Engine:
         """
         if self._lookup is None or any(document.constraint is not None for document in running):
             return 0
-        if len({document.prefix is None for document in running}) > 1:
+        if len({document.prefix is None or document.prefix.in_one_piece for document in running}) > 1:
             return 0
         return self._lookup.drafts([document.gain for document in running])
 

@@ -15,7 +15,7 @@ from test_engine_hybrids import HYBRIDS, config
 
 from pipeline.engine import Completion, Engine, EngineConfig, Request, Sampling, SharedPrompt
 from pipeline.engine.kv.arena import Extent
-from pipeline.engine.run.batch import DecodeBatch, RowStart
+from pipeline.engine.run.batch import LENGTH, DecodeBatch, RowStart
 from pipeline.engine.run.decode import DecodeRunner
 from stem_core import StemConfig
 
@@ -322,6 +322,30 @@ def test_failures(folder: Path) -> None:
     }  # fmt: skip
     assert [c.prefix_tokens for n, c in done.items() if n.startswith("1")] == [0, 33, 33]
     assert all(done[name].token_ids == expected[name] for name in ("0.0", "0.2"))
+    assert everything_is_free(engine)
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_document_that_fails_as_it_begins_to_decode_leaves_its_row(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, shares: bool
+) -> None:
+    """Its row would decode on, and write into an extent that is another document's by then."""
+    engine = make(folder)
+    advance = DecodeBatch.advance
+
+    def fail(self: DecodeBatch, *args: Any, **kwargs: Any) -> None:
+        monkeypatch.setattr(DecodeBatch, "advance", advance)
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(DecodeBatch, "advance", fail)
+    [question] = ask(prefixes=[300], tails=[5])
+    if shares:
+        engine.add_shared(question)
+    else:
+        engine.add(Request("0.0", question.prefix_ids, NEW))
+    assert [completion.status for completion in finish(engine).values()] == ["oom"]
+    assert not engine._batch.ints[LENGTH].any()
+    assert engine._batch.largest_group == 0
     assert everything_is_free(engine)
 
 
