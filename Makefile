@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: demo compare test lint audit clean
+.PHONY: demo compare test lint docs-site audit clean
 
 demo: $(READY)
 	$(VENV)/bin/python -m jobs.demo
@@ -20,6 +20,10 @@ lint: $(READY)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# The pages of docs/ as a site, in site/; a warning is an error.
+docs-site: $(READY)
+	$(VENV)/bin/python -m mkdocs build --strict
+
 # Known vulnerabilities of the pinned versions; needs a network that reaches PyPI's advisories.
 audit: $(READY)
 	$(VENV)/bin/python -m pip install --quiet pip-audit
@@ -31,4 +35,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_output
+	rm -rf $(VENV) demo_output site

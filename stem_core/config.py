@@ -141,7 +141,7 @@ DEFAULT_PRESET = "sampled"
 
 # "sampled" scores blocks by single queries, an eighth of all, and lets the heads of a row share its blocks: what loses
 # least on real models. Its end, where the question usually stands, sees everything. "paper" and "release" are Stem as
-# published: they lose needles on real models. docs/benchmarks.md has the figures.
+# published: they lose needles on real models. docs/quality.md has the figures.
 PRESETS: dict[str, StemConfig] = {
     "sampled": StemConfig(schedule="growing", decay=1.0, estimator="sample", dense_tail=1, dense_below=DENSE_BELOW),
     "paper": StemConfig(schedule="paper", dense_below=DENSE_BELOW),

@@ -39,6 +39,7 @@ WORK = {
     "jobs.audit": ("jobs.audit.__main__.run",),
     "tools.benchmark accumulation": ("tools.benchmark.accumulation.linear_rows",),
     "tools.benchmark attention": ("tools.benchmark.attention._at_length",),
+    "tools.benchmark elementwise": ("tools.benchmark.elementwise.torch.cuda.is_available",),
     "tools.benchmark engine": ("tools.benchmark.engine.Run",),
     "tools.benchmark schema": ("tools.benchmark.schema.answers",),
     "tools.benchmark scaling": ("tools.benchmark.scaling.prepare",),
@@ -69,6 +70,7 @@ RUN_BY = {
     "tools": "tests/test_commands.py: test_the_list_of_commands_names_each",
     "tools.benchmark accumulation": "tests/tools/test_benchmark_accumulation.py: test_sums_and_logits_are_measured",
     "tools.benchmark attention": "tests/tools/test_benchmark_attention.py: test_every_case_of_ours",
+    "tools.benchmark elementwise": "tests/tools/test_benchmark_elementwise.py: test_every_case_passes_its_check",
     "tools.benchmark engine": "tests/tools/test_benchmark_engine.py: test_every_precision_has_its_arms_and_its_errors",
     "tools.benchmark schema": "tests/tools/test_benchmark_schema.py: test_answers_and_steps_are_measured",
     "tools.benchmark scaling": "tests/tools/test_benchmark_scaling.py: test_real_jobs_of_one_and_two_workers",
@@ -95,6 +97,7 @@ RUN_BY = {
     "tools.train_demo_model": "tests/tools/test_train_demo_model.py: test_training_lowers_the_loss",
     "make compare": "tests/quality/test_findings.py: test_demo_settings_keep_the_findings",
     "make demo": "tests/quality/test_findings.py: test_demo_settings_keep_the_findings",
+    "make docs-site": "tests/test_docs_pages.py: test_the_site_builds_without_a_warning",
     "make lint": ".ci/run: make --no-print-directory lint",
     "make test": ".ci/run: make --no-print-directory test",
     "prometheus": "tests/pipeline/test_prometheus.py: test_all_panels_show_a_running_job",
@@ -154,6 +157,7 @@ def stood_in(words: Sequence[str]) -> list[str]:
     """Arguments with what is here for what a reader has."""
     model = str(ROOT / "models/tiny-reader")
     here = {"Qwen/Qwen3-8B": model, "/models/Qwen3-8B": model, "PATH": model, "FOLDER": "trained"}
+    here["Qwen/Qwen2.5-Coder-1.5B-Instruct"] = model
     here["TEXT.txt"] = str(ROOT / "examples/documents/report-01.txt")
     return [here.get(word, word) for word in words]
 
@@ -193,7 +197,7 @@ def begin(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_pages_are_found() -> None:
     pages = {command.page for command in COMMANDS}
-    assert {"README.md", "docs/operations.md", "docs/benchmarks.md", "CONTRIBUTING.md"} <= pages
+    assert {"README.md", "docs/operations.md", "docs/speed.md", "docs/quality.md", "CONTRIBUTING.md"} <= pages
     assert len(OURS) > 15
     assert SUMMARIZE in {command.words for command in COMMANDS}
     assert documented.languages() <= {"", "sh", "python", "yaml"}, "commands may hide in blocks of other kinds"
@@ -346,7 +350,7 @@ def test_they_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main_of(SUMMARIZE[0])(bundled.words[1:]) == 0, "the README's command for the bundled model, as it stands"
     found = pipeline.read_results("findings/").to_pylist()
     assert [row["output"] for row in found] == ["1. The mill lost 14 pallets to damp in June."] * 2
-    for copy in ("dense", "shard-0", "shard-1"):
+    for copy in ("answers", "dense", "shard-0", "shard-1"):
         shutil.copytree(place / "results", place / copy)
     reports = [command for command in OURS if command.words[0] == "jobs.report"]
     assert len(reports) > 2

@@ -7,6 +7,9 @@ import ast
 import json
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -35,12 +38,12 @@ PAGES = (
     "docs/answers.md",
     "CONTRIBUTING.md",
 )
-BENCHMARKS = "docs/benchmarks.md"  # whose commands have flags of their own
+MEASURED = ("docs/speed.md", "docs/quality.md", "docs/faults.md")  # whose commands have flags of their own
 PACKAGES = ("jobs", "kernels", "pipeline", "stem_core", "tools")
 # Flags of other programs, and of our own that are not settings of the job.
 OTHER_FLAGS = {
     "--address", "--config", "--dashboard-host", "--documents", "--driver-ms", "--dtype", "--failures", "--format",
-    "--from-file", "--head", "--help", "--no-resume", "--no-wait", "--ray-overhead", "--rows", "--working-dir",
+    "--from-file", "--head", "--help", "--no-resume", "--no-wait", "--ray-overhead", "--rows", "--web", "--working-dir",
 }  # fmt: skip
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "head_dim": 128}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -113,7 +116,7 @@ def test_flags_exist(page: str) -> None:
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text(page))) <= known
 
 
-@pytest.mark.parametrize("page", [*PAGES, BENCHMARKS, "README.md"])
+@pytest.mark.parametrize("page", [*PAGES, *MEASURED, "README.md"])
 def test_files_and_links_exist(page: str) -> None:
     links = re.findall(r"\]\(([^)#]+)\)", text(page))
     for link in links:
@@ -124,15 +127,71 @@ def test_files_and_links_exist(page: str) -> None:
         assert list(ROOT.glob(module.replace(".", "/") + "*")), module
 
 
-@pytest.mark.parametrize("page", [*PAGES, BENCHMARKS])
+@pytest.mark.parametrize("page", [*PAGES, *MEASURED])
 def test_pages_are_linked_from_the_readme(page: str) -> None:
     assert f"]({page})" in text("README.md")
 
 
-def test_measured_peaks_are_those_of_the_benchmarks() -> None:
+def site_pages(entries: list[Any]) -> list[str]:
+    """The pages that the menu of the site lists, in folders, too."""
+    found = []
+    for entry in entries:
+        (page,) = entry.values()
+        found += [page] if isinstance(page, str) else site_pages(page)
+    return found
+
+
+def test_the_site_has_every_page_once() -> None:
+    pages = site_pages(yaml.safe_load(text("mkdocs.yml"))["nav"])
+    assert sorted(pages) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+
+
+def build_site(config: Path, output: Path) -> subprocess.CompletedProcess[str]:
+    words = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--config-file",
+        str(config),
+        "--site-dir",
+        str(output),
+    ]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    """Links and their anchors lead somewhere. A broken link is a warning, and that ends the build."""
+    pytest.importorskip("mkdocs")
+    done = build_site(ROOT / "mkdocs.yml", tmp_path / "site")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "site/glossary/index.html").is_file()
+    loaded = re.findall(
+        r"""<(?:script|link|img)[^>]* (?:src|href)="?(https?:)""", (tmp_path / "site/index.html").read_text()
+    )
+    assert not loaded, "the site asks the network for something"
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    (tmp_path / "docs/index.md").write_text("[nowhere](glossary.md#nowhere)\n", encoding="utf-8")
+    (tmp_path / "mkdocs.yml").write_text(text("mkdocs.yml"), encoding="utf-8")
+    broken = build_site(tmp_path / "mkdocs.yml", tmp_path / "broken")
+    assert broken.returncode != 0
+    assert "nowhere" in broken.stderr
+
+
+def test_the_readme_links_to_anchors_that_are_there() -> None:
+    links = re.findall(r"\]\((docs/[^)#]+)?#([^)]+)\)", text("README.md"))
+    assert links
+    for page, anchor in links:
+        lines = text(page or "README.md").splitlines()
+        headings = [re.sub(r"[^\w -]", "", line.lstrip("# ")).lower() for line in lines if line[:1] == "#"]
+        assert anchor in [heading.replace(" ", "-") for heading in headings], f"{page}#{anchor}"
+
+
+def test_measured_peaks_are_those_of_the_speed_page() -> None:
     peaks = re.findall(r"= [\d.]+ GiB \| ([\d.]+ GiB) \|", text("docs/operations.md"))
     assert peaks == ["33.0 GiB", "18.3 GiB", "19.2 GiB"]
-    assert all(peak in text(BENCHMARKS) for peak in peaks)
+    assert all(peak in text("docs/speed.md") for peak in peaks)
 
 
 ROWS = [

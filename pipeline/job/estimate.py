@@ -51,7 +51,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A table of docs/benchmarks.md: one GPU, its name as CUDA has it; one model, dense, of `weights` GiB.
+    """A table of docs/speed.md: one GPU, its name as CUDA has it; one model, dense, of `weights` GiB.
 
     first_token: seconds by tokens of the prompt, alone. job_seconds: of 16 documents, four of each of JOB_LENGTHS, with
     256 tokens generated for each.
@@ -75,7 +75,7 @@ class Benchmark:
         return Speed(lengths, seconds, rest / JOB_OUTPUTS, None, source + " tokens, 256 new ones each")
 
 
-PAGE = "docs/benchmarks.md"
+PAGE = "docs/speed.md"
 JOB_LENGTHS = (32768, 65536, 98304, 131072)
 JOB_OUTPUTS = 16 * 256
 _H100, _H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"

@@ -308,7 +308,7 @@ def test_a_model_with_states_runs_without(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_models, "ARCHITECTURES", HYBRIDS)
         save_model(tmp_path, "qwen3_5")
-    engine = Engine(EngineConfig(str(tmp_path), device="cpu", arena_tokens=1024))
+    engine = Engine(EngineConfig(str(tmp_path), device="cpu", arena_tokens=1024, prompt_lookup="auto"))
     assert engine._lookup is None
     assert any("prompt lookup is off" in note for note in engine.describe()["notes"])
     assert engine.describe()["prompt_lookup"] == "off"

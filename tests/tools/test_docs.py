@@ -65,7 +65,7 @@ def test_stars_mark_what_must_stay_as_it_was() -> None:
     rows = [line.split(" | ") for line in lines_with(pages()["configuration.md"], "| `--")]
     starred = {cells[1].strip("`") for cells in rows if cells[0].endswith(" *")}
     fingerprinted = {item.name for item in fields(JobConfig) if item.metadata["changes_output"]}
-    assert starred == fingerprinted | set(manifest.READING) | {"prompt_file"}
+    assert starred == fingerprinted | set(manifest.READING) | {"prompt_file", "system"}
 
 
 def test_presets_stand_with_their_values() -> None:

@@ -37,8 +37,9 @@ class EngineCost:
         return float((prefill + (new_tokens - 1) * (self.step / self.max_live + self.step_token * n)).sum())
 
 
-# Measured on an H100 (docs/benchmarks.md: Stem, fp8, the shape of Llama-3.1-8B). Prefill: 0.50, 1.20 and 3.11 s at
-# 32,768, 65,536 and 131,072 tokens. Decode: a step of one document of 131,072 tokens takes 8.0 ms; its parts are such
+# Measured on an H100 (Stem at a budget of 0.25, fp8, the shape of Llama-3.1-8B, before the fp8 kernels were repaired on
+# 2026-11-28; docs/speed.md has what the preset `sampled` takes today). Prefill: 0.50, 1.20 and 3.11 s at 32,768, 65,536
+# and 131,072 tokens. Decode: a step of one document of 131,072 tokens takes 8.0 ms; its parts are such
 # that the job of 16 documents takes its 38.4 s (a test holds all of these).
 H100 = EngineCost(linear=1.25e-5, quadratic=8.65e-11, step=4.6e-3, step_token=2.6e-8)
 
