@@ -31,8 +31,11 @@ class Typed:
 
 
 def json_text(value: Any) -> str:
-    """A value as JSON text."""
-    return valid_text(json.dumps(value, ensure_ascii=False))
+    """A value as JSON text. Raises MisfitError."""
+    try:
+        return valid_text(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    except ValueError:
+        raise MisfitError("it holds a number beyond 64-bit floats; give the schema a minimum and a maximum") from None
 
 
 def _whole(value: Any) -> int:

@@ -62,7 +62,7 @@ class Task:
     def asked_as(self) -> dict[str, Any]:
         """What is this question's alone besides its text."""
         values = {"max_new_tokens": self.max_new_tokens, "sampling": dict(self.sampling), "schema": self.schema}
-        return {name: value for name, value in values.items() if value}
+        return {name: value for name, value in values.items() if value or (name == "schema" and value is not None)}
 
     def shown(self) -> str:
         """The question for people; where the template has no question, the user message with the document's place."""

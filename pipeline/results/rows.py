@@ -130,13 +130,13 @@ class Outcome:
     )  # fmt: skip
     flags: tuple[str, ...] | None = column(
         "what is suspicious about the output: " + ", ".join(FLAGS) + "; empty if nothing is (docs/evidence.md)",
-        null=NOT_OK, arrow=pa.list_(pa.string()), origin="worker", default=None,
+        null=f"{NOT_OK}, or the review failed", arrow=pa.list_(pa.string()), origin="worker", default=None,
     )  # fmt: skip
     evidence: tuple[Passage, ...] | None = column(
         "for sentences of the output, or fields of a JSON answer, from character `output_start` to before "
         "`output_end`: passages of the document's text, from `start` to before `end`, that say the like, with a "
         "score of 0 to 1; a sentence without support has none (docs/evidence.md)",
-        null=f"{NOT_OK}, or `--evidence off`", arrow=PASSAGES, origin="worker", default=None,
+        null=f"{NOT_OK}, `--evidence off`, or the review failed", arrow=PASSAGES, origin="worker", default=None,
     )  # fmt: skip
     answer: object | None = column(
         "the output as a value, by `--schema`: struct, list, text, number or true and false, as the schema has it; "

@@ -39,7 +39,7 @@ _NAME_PARTS = re.compile(r"[_\-.]+|(?<=[a-z])(?=[A-Z])")
 def units_of(output: str) -> list[Unit]:
     """Sentences of an output in order; of one that is a JSON object or array the leaves, long texts by sentences."""
     begin, text = 0, output
-    if output.lstrip().startswith("```") and output.rstrip().endswith("```") and "\n" in output:
+    if output.lstrip().startswith("```") and output.rstrip().endswith("```") and "\n" in output.strip():
         begin = output.index("\n", output.index("```"))
         text = output[begin : output.rindex("```")]
     if text.lstrip()[:1] in ("{", "["):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import os
 import socket
@@ -27,7 +28,7 @@ from pipeline.prompts.tokens import Tokens, load_tokens
 from pipeline.results.columns import utc_now
 from pipeline.results.kept_columns import Kept, prompt_text
 from pipeline.results.rows import EngineFields, Outcome, Row, WorkerFields
-from pipeline.review.evidence import find_evidence
+from pipeline.review.evidence import Passage, find_evidence
 from pipeline.review.flags import find_flags
 from pipeline.settings.shared import ReadSettings
 from pipeline.source import Asked, Document, DocumentReader, input_hash
@@ -184,7 +185,7 @@ class Worker:
         config = self._config
         loop = asyncio.get_running_loop()
         laps = Laps()
-        await loop.run_in_executor(self._reader, _import_engine, config)
+        await loop.run_in_executor(self._reader, _import_engine)
         laps.end("imports")
         # Before the engine: what is wrong there shows in a second. Not beside it: transformers' lazy imports
         # are not safe in two threads at once.
@@ -568,8 +569,12 @@ class Worker:
             return outcome
 
         def review() -> Outcome:
-            flags = tuple(find_flags(work.text, output, outcome.finish_reason))
-            passages = tuple(find_evidence(work.text, output, ask.unread)) if self._config.evidence else None
+            flags: tuple[str, ...] | None = None
+            passages: tuple[Passage, ...] | None = None
+            with contextlib.suppress(Exception):  # the output stands, whatever comes of its review
+                flags = tuple(find_flags(work.text, output, outcome.finish_reason))
+            with contextlib.suppress(Exception):
+                passages = tuple(find_evidence(work.text, output, ask.unread)) if self._config.evidence else None
             return replace(outcome, flags=flags, evidence=passages)
 
         reviewed, seconds = await self._in_reader(work, review)
@@ -669,12 +674,10 @@ def _load_tokens(config: EngineConfig) -> tuple[Any, Tokens]:
     return own, load_tokens(config.model, config.revision, config.trust_remote_code)
 
 
-def _import_engine(config: WorkerConfig) -> None:
+def _import_engine() -> None:
     """Import what a worker needs and its driver does not: torch, transformers, the engine."""
+    from pipeline.engine import engine  # noqa: F401
     from pipeline.engine.model import loading  # noqa: F401
-
-    module, _, name = config.engine_factory.partition(":")
-    getattr(importlib.import_module(module), name)
 
 
 def _start_seconds(laps: Laps, about: Mapping[str, Any]) -> dict[str, float]:

@@ -166,7 +166,8 @@ def test_stages_on_one_cpu_give_what_one_stage_gives(architecture: str, precisio
     runner = load_runner(config, [CPU, CPU, CPU])
     engine = Engine(config, runner)
     assert runner.devices == (CPU,)
-    assert engine.describe() == expected.describe()
+    about, wanted = engine.describe(), expected.describe()
+    assert {**about, "start_seconds": None} == {**wanted, "start_seconds": None}
     assert engine.plan().devices == ()
     assert sum(len(module._forward_pre_hooks) for module in runner.model.modules()) > 3
     assert figures(run(engine, requests())) == figures(run(expected, requests()))

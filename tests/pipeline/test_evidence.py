@@ -191,3 +191,8 @@ def test_white_space_costs_no_time() -> None:
     begun = time.process_time()
     units_of(" " * 100_000 + "a." + "\n " * 50_000 + "```json\n" + " " * 50_000 + "```")
     assert time.process_time() - begun < 2
+
+
+@pytest.mark.parametrize("output", ["\n```", '\n\n```json {"a": 1}```', "```", "``` ```", "\n```\n```\n"])
+def test_fences_without_a_line_of_their_own(output: str) -> None:
+    assert isinstance(find_evidence("A text. It says a: 1.", output), list | tuple)

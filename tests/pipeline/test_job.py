@@ -133,6 +133,7 @@ def test_every_document_has_a_full_row(tmp_path: Path, out: Path, model: Path) -
         "page_starts",
         "answer",
         "answer_error",
+        "tokens_per_step",
     }
     assert not [name for name in filled if row[name] is None]
     assert row["prompt_hash"] == json.loads((out / "manifest.json").read_text())["questions"]["summary"]["fingerprint"]

@@ -18,7 +18,7 @@ from pipeline.errors import JobError
 from pipeline.job.plan import check_columns
 from pipeline.results import sink as sinks
 from pipeline.results.columns import utc_now
-from pipeline.results.rows import COLUMNS, Row, result_schema
+from pipeline.results.rows import COLUMNS, SUMMARY, Row, result_schema
 from pipeline.results.sink import Sink, compact, done_rows, part_names, read_results, recover
 from pipeline.results.store import Store
 
@@ -134,7 +134,7 @@ def test_new_rows_take_the_places_of_old_ones(tmp_path: Path) -> None:
         sink.add(row(name, status=status))
     sink.flush()
     before = part_names(store)
-    sink = make(tmp_path, 3, replaces=["b", "c", "d", "never written"])[1]
+    sink = make(tmp_path, 3, replaces=[(name, SUMMARY) for name in ("b", "c", "d", "never written")])[1]
     assert sink.rows_to_replace == 3
     for name in "bxc":
         sink.add(row(name, output="anew"))
@@ -159,7 +159,14 @@ def test_a_slow_replacement_is_followed_by_a_rest(tmp_path: Path) -> None:
         write(name, data)
 
     write, store.write = store.write, slow  # type: ignore[method-assign]
-    sink = Sink(store, result_schema(), flush_documents=1, flush_seconds=1, replaces=["a", "b"], clock=clock)
+    sink = Sink(
+        store,
+        result_schema(),
+        flush_documents=1,
+        flush_seconds=1,
+        replaces=[("a", SUMMARY), ("b", SUMMARY)],
+        clock=clock,
+    )
     sink.add(row("a", output="anew"))
     assert sink.rows_written == 1
     sink.add(row("b", output="anew"))
