@@ -67,13 +67,8 @@ def _against_time(pyplot: Any, rows: Sequence[Row], counted: Sequence[Row], fold
             panel.set_xlim(left=0)
             panel.grid(alpha=0.3)
         axes[y][0].set_ylabel(title)
-    handles = {label: line for line, label in zip(*_legend(axes), strict=True)}
-    figure.legend(handles.values(), handles, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
-    figure.tight_layout()
-    path = folder / "frontier.png"
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
-    return path
+    _add_legend(figure, axes)
+    return _save(pyplot, figure, folder / "frontier.png")
 
 
 def by_time(rows: Sequence[Row], value: str) -> dict[tuple[str, str], tuple[float, float]]:
@@ -105,22 +100,24 @@ def _against_density(pyplot: Any, rows: Sequence[Row], folder: Path) -> Path:
             panel.set_ylim(-0.03, 1.03)
             panel.grid(alpha=0.3)
         axes[y][0].set_ylabel("recall")
-    handles = {label: line for line, label in zip(*_legend(axes), strict=True)}
+    _add_legend(figure, axes)
+    return _save(pyplot, figure, folder / "recall-by-density.png")
+
+
+def _add_legend(figure: Any, axes: Any) -> None:
+    """One legend for all panels, beside them."""
+    handles: dict[str, Any] = {}
+    for panel in axes.flat:
+        lines, labels = panel.get_legend_handles_labels()
+        handles |= dict(zip(labels, lines, strict=True))
     figure.legend(handles.values(), handles, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
     figure.tight_layout()
-    path = folder / "recall-by-density.png"
+
+
+def _save(pyplot: Any, figure: Any, path: Path) -> Path:
     figure.savefig(path, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
     return path
-
-
-def _legend(axes: Any) -> tuple[list[Any], list[str]]:
-    lines, labels = [], []
-    for panel in axes.flat:
-        more = panel.get_legend_handles_labels()
-        lines += more[0]
-        labels += more[1]
-    return lines, labels
 
 
 def _lines(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
@@ -161,7 +158,5 @@ def _by_depth(pyplot: Any, rows: Sequence[Row], arm: str, folder: Path) -> Path 
     panel.set_ylabel("depth of the needle")
     panel.set_title(arm, fontsize=10)
     figure.colorbar(image, label="recall")
-    path = folder / f"recall-by-depth-{''.join(c if c.isalnum() else '-' for c in arm)}.png"
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
-    return path
+    name = "".join(c if c.isalnum() else "-" for c in arm)
+    return _save(pyplot, figure, folder / f"recall-by-depth-{name}.png")

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from pipeline.errors import JobError, nearest, one_line
 from pipeline.prompts.thinking import THINKING
@@ -20,9 +20,6 @@ from pipeline.settings.options import check_flags, flag, flag_error, short
 from pipeline.settings.shared import EngineSettings, ReadSettings, Sampling
 from stem_core.config import DEFAULT_PRESET, PRESETS, REMOVED_PRESETS, StemConfig
 from stem_core.settings import SettingError, setting
-
-if TYPE_CHECKING:
-    from pipeline.answers.schema import Schema
 
 Config = TypeVar("Config")
 # Headings of --help and of docs/configuration.md, in their order.
@@ -266,12 +263,6 @@ class JobConfig(Sampling, EngineSettings, ReadSettings):
             raise flag_error(error) from None
         except ValueError as error:
             raise JobError(f"attention settings: {error}") from None
-
-    def answers(self) -> Schema | None:
-        """What every answer is held to, or None."""
-        from pipeline.answers.schema import compile_schema
-
-        return None if self.schema is None else compile_schema(self.schema, flag("schema"))
 
     def shard_pair(self) -> tuple[int, int]:
         """(i, n) of --shard; (0, 1) for all."""

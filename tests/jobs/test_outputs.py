@@ -374,6 +374,22 @@ def test_columns_in_prompts_are_of_the_document(tmp_path: Path) -> None:
     assert "has changed" in changed.note
 
 
+def test_documents_are_read_in_the_encoding_of_their_job(tmp_path: Path) -> None:
+    source = tmp_path / "a.txt"
+    source.write_bytes("A caf\xe9.".encode("cp1252"))
+    config = JobConfig(input=str(source), output=str(tmp_path / "out"), model="m", encoding="cp1252")
+    document = list_documents(find_files([str(source)])[0], settings=config).document(0)
+    made_from = input_hash(*DocumentReader("text", [], config).read(document))
+    store = Store(config.output)
+    store.create()
+    manifest.save(store, config, {"config": "c"}, state="finished", documents=1)
+    (run,) = load_runs([config.output])
+    (found,) = read_documents(run, [Wanted(document.document_id, document.stamp, made_from, [])], how="full")
+    assert found.note == ""
+    assert found.excerpt is not None
+    assert found.excerpt.passages == [(0, "A caf\xe9.")]
+
+
 def test_documents_that_were_moved_are_found(folder: Path, report: Report, visit: Callable[..., Any]) -> None:
     moved = (folder.parent / "out.jsonl").rename(folder.parent / "moved.jsonl")
     assert report(folder, "--input", moved)[0] == 0

@@ -251,6 +251,14 @@ def test_questions_may_have_schemas_of_their_own() -> None:
         summarize(["A text."], questions=asked[:1], thinking="on", **HERE)
 
 
+def test_json_text_holds_no_infinity() -> None:
+    """Of questions with different types, too, where an answer is not put into a type."""
+    for as_type in (True, False):
+        wrong = compile_schema({"type": "number"}).parse("1e999", as_type)
+        assert isinstance(wrong, AnswerError)
+        assert "beyond 64-bit floats" in wrong.reason
+
+
 def test_an_answer_that_is_cut_is_an_error_that_keeps_its_text() -> None:
     for name, new in (("nested", 5), ("number", 1)):
         (row,) = summarize(["A text."], schema=SCHEMAS[name], max_new_tokens=new, **HERE).to_pylist()

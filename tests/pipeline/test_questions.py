@@ -232,6 +232,26 @@ def test_questions_from_a_file_with_settings_of_their_own(tmp_path: Path, model:
         questions_of(config)
 
 
+def test_a_schema_that_allows_everything_is_part_of_a_question() -> None:
+    """Its answers are JSON, so a job that goes on must not take them for those of a question without one."""
+    plain, anything = Task("q", "t", "q"), Task("q", "t", "q", schema={})
+    assert plain.fingerprint() != anything.fingerprint()
+
+
+def test_a_review_that_fails_costs_no_answer(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither its own nor that of another question; the row says that nobody looked."""
+
+    def fail(*args: Any) -> Any:
+        raise ValueError("cannot")
+
+    monkeypatch.setattr("pipeline.workers.worker.find_evidence", fail)
+    monkeypatch.setattr("pipeline.workers.worker.find_flags", fail)
+    rows = summarize(["A text."], model=model, device="cpu", question=["One?", "Two?"], max_new_tokens=4).to_pylist()
+    assert [row["status"] for row in rows] == ["ok", "ok"]
+    assert all(row["output"] is not None for row in rows)
+    assert [(row["flags"], row["evidence"]) for row in rows] == [(None, None)] * 2
+
+
 def test_names_made_of_words_do_not_depend_on_other_questions() -> None:
     assert slug("What went wrong?") == "what-went-wrong"
     assert slug("Was ist früher geschehen?") == "was-ist-früher-geschehen"
