@@ -29,7 +29,7 @@ from pipeline.engine.laps import Laps
 from pipeline.engine.memory.measure import allocate_arena, load_and_plan
 from pipeline.engine.memory.plan import MemoryPlan
 from pipeline.engine.model.loading import stop_token_ids
-from pipeline.engine.model.precision import wide_note
+from pipeline.engine.model.precision import wide_notes
 from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.model.text_part import media_tokens
 from pipeline.engine.prefix import Prefix
@@ -127,7 +127,7 @@ class Engine:
         """What runs here: device, precision, attention, kernels, decode mode, versions. dtype: of activations; kernels
         and slower (sentences): for the longest prompts. notes: sentences on what is not as one might expect.
         start_seconds: of the parts of its start, in their order; those of the model only where it was not given."""
-        notes = [wide_note(self._runner.precision, self._runner.calibration)]
+        notes = wide_notes(self._runner.precision, self._runner.calibration)
         if self._lookup is None and self.config.prompt_lookup == "auto":
             notes.append(
                 "prompt lookup is off: the model keeps recurrent states, which cannot go back on a wrong draft"
@@ -136,7 +136,7 @@ class Engine:
             "chunk_tokens": self._chunk,
             "kernels": describe_kernels(self._runner, self.max_context),
             "slower": slower_paths(self._runner, self.max_context),
-            "notes": [note for note in notes if note],
+            "notes": notes,
             "prompt_lookup": "off" if self._lookup is None else f"{DRAFTS} drafts a step while they pay",
             "decode": self._decode.mode,
             "start_seconds": {name: round(seconds, 3) for name, seconds in self._start_seconds.items()},

@@ -117,9 +117,9 @@ def test_windows_that_the_attention_is_not_told_of_are_named(
         check_windows(model, windows)
 
 
-@pytest.mark.parametrize(("head_dim", "value_dim"), [(257, 257), (512, 512), (192, 320)])
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(513, 513), (576, 512), (192, 640)])
 def test_heads_that_no_gpu_kernel_holds_are_refused(head_dim: int, value_dim: int) -> None:
-    shapes = {0: LayerShape(2, 256, 256), 1: LayerShape(2, head_dim, value_dim)}
+    shapes = {0: LayerShape(2, 512, 512), 1: LayerShape(2, head_dim, value_dim)}
     gpu = torch.device("cuda", 0)
     with pytest.raises(UnsupportedModelError, match=rf"layer 1 has heads of {max(head_dim, value_dim)} \(head_dim\)"):
         check_head_sizes(shapes, {0: gpu, 1: gpu})
