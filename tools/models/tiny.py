@@ -71,7 +71,7 @@ STRUCTURE: dict[str, dict[str, Any]] = {
     "gemma4_text": {
         "num_hidden_layers": 6, "num_kv_shared_layers": 2,
         "layer_types": [SLIDING, SLIDING, FULL, SLIDING, SLIDING, FULL],
-        "per_layer_config": {"2": {"head_dim": 32}, "5": {"head_dim": 32}},
+        "per_layer_config": {"2": {"head_dim": 512}, "5": {"head_dim": 512}},
     },
     "qwen3_moe": {"decoder_sparse_step": 1},
     "gpt_oss": {"layer_types": [SLIDING, FULL, SLIDING, FULL]},
