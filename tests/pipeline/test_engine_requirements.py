@@ -216,6 +216,23 @@ def test_documents_that_change_each_other_are_noticed(
         load_runner(EngineConfig(str(folder), device="cpu", precision=precision, fuse=False))
 
 
+class Chaotic(Qwen3MLP):
+    """A rounding decides what it gives, as where experts are about equally good."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1 + (30 * x.double().sum(-1, keepdim=True)).sin()).to(x)
+
+
+def test_what_a_rounding_turns_over_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_model(tmp_path, "qwen3", initializer_range=0.1)
+    monkeypatch.setattr(modeling_qwen3, "Qwen3MLP", Chaotic)
+    monkeypatch.setattr(self_check, "TESTED_TYPES", frozenset())
+    load_runner(EngineConfig(str(folder), device="cpu", fuse=False))
+    monkeypatch.setattr(self_check, "CHAOS", 0.0)
+    with pytest.raises(EngineError, match="other logits"):
+        load_runner(EngineConfig(str(folder), device="cpu", fuse=False))
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_model_that_counts_positions_in_its_own_way_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str

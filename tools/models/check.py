@@ -51,8 +51,8 @@ class Checked:
 def check_type(model_type: str, device: str = "cpu") -> Checked:
     """Build, save, run and compare; raises nothing that the model is the cause of.
 
-    device: that the engine runs on, in float32; transformers stays on the CPU. On another than the CPU, a decode step
-    that is not captured in CUDA graphs is wrong, too.
+    device: that the engine runs on, in float32; transformers stays on the CPU. On a GPU the reason tells where decode
+    steps are not captured (experts in float32, say, whose products torch makes on the host's word).
     """
     with tempfile.TemporaryDirectory(prefix="stemline-model-") as folder:
         try:
@@ -117,16 +117,14 @@ def _compare(model_type: str, folder: str, expected: list[list[int]], device: st
             return Checked(model_type, "wrong", f"{name}: {failed.error}")
         if name == "dense" and [each.token_ids for each in found[name]] != expected:
             return Checked(model_type, "wrong", f"{name}: other tokens than transformers'")
-        mode = engine.describe()["decode"]
-        if device != "cpu" and mode != "cuda graphs":
-            return Checked(model_type, "wrong", f"{name}: decodes {mode}")
     longest = found["sparse"][0]
     budgets = [policy.budget(LENGTHS[0], window).budgets for policy, window in runner.layers]
     sparse = f"{sum(budget is not None for budget in budgets)} of {len(budgets)} layers"
     if longest.attention == "stem" and (longest.density or 1.0) >= 1.0:
         return Checked(model_type, "wrong", "sparse: nothing was left out")
     status = "stem" if longest.attention == "stem" else "dense"
-    return Checked(model_type, status, longest.attention_reason or "", sparse, _fp8(runner))
+    mode = "" if device == "cpu" else f"; decode: {engine.describe()['decode']}"
+    return Checked(model_type, status, (longest.attention_reason or "") + mode, sparse, _fp8(runner))
 
 
 def _fp8(runner: ModelRunner) -> str:
