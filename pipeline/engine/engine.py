@@ -403,7 +403,8 @@ class Engine:
         """How many drafts of each document the next step verifies.
 
         None where an output follows a grammar, whose masks the host makes token by token, or has a repetition penalty,
-        by which every token changes the scores of the next; and where some documents share a prefix and others do not: these would read their keys once for every draft.
+        by which every token changes the scores of the next; and where some documents share a prefix and others do not:
+        these would read their keys once for every draft.
         """
         by_token = (doc.constraint is not None or doc.request.sampling.repetition_penalty != 1 for doc in running)
         if self._lookup is None or any(by_token):

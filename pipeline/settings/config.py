@@ -142,8 +142,8 @@ class JobConfig(Sampling, EngineSettings, ReadSettings):
     stop: tuple[str, ...] = setting(
         (),
         "a text that ends the output before it; give it again for more",
-        more="in an answer only, not in the thinking before it; `finish_reason` is stop_string then. Not with a schema, "
-        "whose answers end by themselves",
+        more="in an answer only, not in the thinking before it; `finish_reason` is stop_string then. Not with a "
+        "schema, whose answers end by themselves",
         kind="stops",
         group="generation",
         changes_output=True,

@@ -154,8 +154,8 @@ class Sampling:
     repetition_penalty: float = setting(
         1.0,
         "divides the scores of tokens that stand in the prompt or the output already; 1 is off",
-        more="as in transformers: a score below 0 is multiplied, and the whole document counts, so that a model is kept "
-        "from quoting, too",
+        more="as in transformers: a score below 0 is multiplied, and the whole document counts, so that a model is "
+        "kept from quoting, too",
         above=0,
         group="generation",
         changes_output=True,

@@ -60,7 +60,11 @@ def test_budgets_for_each_head(poisoned: None) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        *(Decode((0, 1, 129, 5000), head_dim=dim, dtype=dtype) for dim in (64, 96, 128, 256, 512) for dtype in (BF16, FP32)),
+        *(
+            Decode((0, 1, 129, 5000), head_dim=dim, dtype=dtype)
+            for dim in (64, 96, 128, 256, 512)
+            for dtype in (BF16, FP32)
+        ),
         Decode((127, 128, 1000), heads=6, head_dim=96, dtype=FP16, window=130, token_major=True),
         Decode((40_000, 3), heads=32, kv_heads=8, dtype=BF16, window=4096),
         Decode((9000, 17_123), heads=32, kv_heads=1, dtype=BF16),

@@ -15,6 +15,7 @@ from engine_models import generate, prompts, run, save_model
 from pipeline.engine import Engine, EngineConfig, EngineError, Request, describe
 from pipeline.engine.config import Completion
 from pipeline.engine.kv.arena import ALIGNMENT, ID_BYTES, Extent
+from pipeline.engine.kv.cache import EngineCache, UnsupportedCacheError
 from pipeline.engine.kv.states import CONV, RECURRENT, StateKey, StateShape, StateSlots
 from pipeline.engine.memory.plan import estimate_plan
 from pipeline.engine.model.loading import load_runner
@@ -278,3 +279,23 @@ def test_libraries_that_would_be_faster_are_named(qwen: Path, monkeypatch: pytes
     assert "causal-conv1d and flash-linear-attention not installed" in sentence
     monkeypatch.setattr(describe, "find_spec", lambda package: object())
     assert describe._plain_linear_attention(runner) == []
+
+
+def test_states_are_where_transformers_5_17_reads_them() -> None:
+    """Later versions ask for them by methods; what else a layer of its caches has is named."""
+
+    class Named(EngineCache):
+        def _keeps(self, key: StateKey) -> bool:
+            return True
+
+        def _place(self, key: StateKey) -> Any:
+            return key
+
+    layer = Named(seen=5).layers[3]
+    assert layer.conv_states[1] == StateKey(CONV, 3, 1)
+    assert layer.recurrent_states[0] == StateKey(RECURRENT, 3, 0)
+    assert layer.record_past is False
+    assert Named(seen=0).layers[3].conv_states[0] is None, "nothing was read yet"
+    assert not hasattr(layer, "keys")
+    with pytest.raises(UnsupportedCacheError, match=r"its cache's 'layers\[\]\.keys'"):
+        layer.keys()

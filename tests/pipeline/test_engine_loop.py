@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from engine_models import VOCABULARY, generate, prompts, run, save_model
-
 from transformers import AutoModelForCausalLM
 
 from pipeline.engine import Completion, Engine, EngineConfig, Request, Sampling, SharedPrompt
@@ -130,7 +129,11 @@ def test_sampling_depends_on_seed_and_id_alone(folder: Path) -> None:
     hot = Sampling(temperature=1.5, top_p=0.95, seed=3)
     request = Request("a", text[0], NEW, hot)
     alone = run(make(folder), [request])["a"].token_ids
-    others = [Request("b", text[1], NEW, replace(hot, repetition_penalty=1.5)), Request("c", text[2], 3), Request("d", text[0], NEW, hot)]
+    others = [
+        Request("b", text[1], NEW, replace(hot, repetition_penalty=1.5)),
+        Request("c", text[2], 3),
+        Request("d", text[0], NEW, hot),
+    ]
     together = run(make(folder, decode_lag=2), [*others, request])
     assert together["a"].token_ids == alone
     assert together["d"].token_ids != alone, "another id draws other numbers"

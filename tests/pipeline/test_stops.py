@@ -77,5 +77,7 @@ def test_answers_by_a_schema_have_no_stop_strings() -> None:
     own = [{"question": "How many?", "name": "many", "schema": SCHEMA}, "Why?"]
     for settings, name in (({"schema": SCHEMA}, "summary"), ({"questions": own}, "many")):
         config = JobConfig(**needed, **settings)
-        with pytest.raises(JobError, match=f"question {name}: a schema with --stop '}}': its answers end by themselves"):
+        with pytest.raises(
+            JobError, match=f"question {name}: a schema with --stop '}}': its answers end by themselves"
+        ):
             answers_of(config, questions_of(config))

@@ -31,8 +31,8 @@ STEPS = 3
 ROUNDING = {"fp32": 0.01}
 COARSE = 0.1
 NEIGHBOUR = 0.02
-# Where roundings turn over which experts a mixture takes, logits differ by more. What a rounding of the embeddings alone
-# does tells by how much: differences up to twice that are no fault, up to half of the logits.
+# Where roundings turn over which experts a mixture takes, logits differ by more. What a rounding of the embeddings
+# alone does tells by how much: differences up to twice that are no fault, up to half of the logits.
 CHAOS, MOST = 2.0, 0.5
 
 

@@ -61,8 +61,9 @@ class DecodeBatch:
         the newest one counted (0: idle), tokens generated, their limit, RowStart.bound, the seed, top_k (0: all), the
         start of the shared prefix's extent and the tokens there (0: none), and the stop ids (-1 where fewer).
     floats: float32 [4, rows]: temperature, top_p, min_p, repetition_penalty. seen: int32 [rows, ceil(vocabulary / 32)]:
-        the tokens of prompt and output of rows with a penalty (pipeline.engine.run.sampling.penalise). report: int64 [rows]: what the last step gave. verified: int64
-        [rows, 1 + DRAFTS]: what the last step with drafts gave, IDLE behind a row's last token.
+        the tokens of prompt and output of rows with a penalty (pipeline.engine.run.sampling.penalise).
+    report: int64 [rows]: what the last step gave. verified: int64 [rows, 1 + DRAFTS]: what the last step with drafts
+        gave, IDLE behind a row's last token.
     members: int32 [rows, rows]: the rows that share a prefix, in ascending order, and -1 behind them; groups in the
         order of their first rows, so that those of the first n rows are among the first n. largest_group: rows of the
         largest one, 0 if there is none.
