@@ -74,6 +74,11 @@ def count_shares(kv_heads: int, longest: int, device: torch.device) -> int:
     return max(1, min(fill, ceil_div(longest, MIN_SHARE)))
 
 
+def share_programs(q: Tensor, kv_heads: int, shares: int) -> int:
+    """Programs that take the shares of q [S, H, D] in turns: as many as run at once."""
+    return min(q.shape[0] * kv_heads * shares, PROGRAMS_PER_MULTIPROCESSOR * kernels_device.multiprocessors(q.device))
+
+
 @triton.jit
 def group_rows(
     members, prefix_starts, prefix_lengths, lengths, rows, first, window,
@@ -97,10 +102,10 @@ def group_rows(
 
 @triton.jit
 def group_share(begin, end, window, share, SHARES: tl.constexpr, BN: tl.constexpr, ALIGN: tl.constexpr):
-    """The keys [first, last) of a share of a prefix: it is cut by its own length, whatever stands behind it, and whole
-    steps that no window reaches are left out.
+    """The keys [first, last) of a share of a prefix, and `clear`: whole steps up to there are seen by every query.
 
-    begin, end: what each query sees.
+    A prefix is cut by its own length, whatever stands behind it, and whole steps that no window reaches are left out.
+    begin, end: what each query sees. All three are multiples of ALIGN, but for `last`.
     """
     longest = tl.max(end, axis=0)
     # The first key that anybody could see: rows may see stretches of different lengths (drafts).
@@ -110,7 +115,10 @@ def group_share(begin, end, window, share, SHARES: tl.constexpr, BN: tl.constexp
     first = origin + share * per_share
     last = tl.minimum(first + per_share, longest)
     seen = tl.min(tl.where(end > 0, begin, longest), axis=0)
-    return first + tl.maximum(seen - first, 0) // BN * BN, last
+    first += tl.maximum(seen - first, 0) // BN * BN
+    all_begun = tl.max(tl.where(end > 0, begin, 0), axis=0)
+    clear = first + tl.where(all_begun > first, 0, tl.maximum(tl.minimum(shortest, last) - first, 0) // BN * BN)
+    return first, clear, last
 
 
 @dataclass(frozen=True)
