@@ -200,8 +200,9 @@ def consume(
             for at in range(first, last, 128):
                 mbarrier.wait(full.index(stage), phase)
                 key = k_s.index(stage).reshape([128, D]).permute((1, 0))
-                s = warpgroup_mma(hi_s, key, gl.zeros([64, 128], gl.float32, s_layout), use_acc=False, is_async=True)
-                s = warpgroup_mma(lo_s, key, s, is_async=True)
+                # The small parts first, while the sum is small: it loses less of them.
+                s = warpgroup_mma(lo_s, key, gl.zeros([64, 128], gl.float32, s_layout), use_acc=False, is_async=True)
+                s = warpgroup_mma(hi_s, key, s, is_async=True)
                 s = warpgroup_mma_wait(0, deps=[s])
                 if at + 128 > shortest:
                     s = gl.where((at + column)[None, :] < end[:, None], s, -float("inf"))
@@ -220,8 +221,8 @@ def consume(
                     clear_behind(value, (longest + 15) // 16 * 16 - at, D)
                 value = value.permute((1, 0))
                 zero = gl.zeros([64, D], gl.float32, o_layout)
-                more = warpgroup_mma(weights_operand(hi_a, hi_b, o_layout), value, zero, use_acc=False, is_async=True)
-                more = warpgroup_mma(weights_operand(lo_a, lo_b, o_layout), value, more, is_async=True)
+                more = warpgroup_mma(weights_operand(lo_a, lo_b, o_layout), value, zero, use_acc=False, is_async=True)
+                more = warpgroup_mma(weights_operand(hi_a, hi_b, o_layout), value, more, is_async=True)
                 more = warpgroup_mma_wait(0, deps=[more])
                 mbarrier.arrive(empty.index(stage))
                 stage, phase = advance(stage, phase, STAGES)

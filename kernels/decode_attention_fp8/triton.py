@@ -197,7 +197,7 @@ def _group_tile(height: int, head_dim: int) -> dict[str, Any]:
     size = power_of_2(head_dim)
     if height <= 16 and size <= 128:
         return {"BN": 128, "STAGES": 3, "num_warps": 4}
-    return {"BN": 64 if size <= 64 or height * size <= 4096 else 32, "STAGES": 3, "num_warps": 8}
+    return {"BN": 64 if height * size <= 8192 else 32, "STAGES": 3, "num_warps": 8}
 
 
 def _attend_to_prefixes(
