@@ -13,25 +13,30 @@ from kernels._common.tma import tma_obstacle
 from kernels.dispatch import Choice, hopper_unavailable, implementation, on_its_gpu
 
 
-def choose_decode_attention_fp8(q: Tensor, impl: str = "auto") -> Choice:
-    """The implementation that `decode_attention_fp8` uses for queries like `q` without prefixes."""
-    return choose_row_kernel("decode_attention_fp8", q.device, impl, fp8=True)
+def choose_decode_attention_fp8(
+    q: Tensor,
+    impl: str = "auto",
+    *,
+    prefixes: bool = False,
+    window: int | None = None,
+    arenas: tuple[Tensor, ...] = (),
+) -> Choice:
+    """The implementation that `decode_attention_fp8` uses for queries like `q`.
 
-
-def _choose_with_prefixes(q: Tensor, k: Tensor, vt: Tensor, window: int | None, impl: str) -> Choice:
-    """Prefixes alone have a Hopper path: there many queries meet each key."""
+    prefixes: whether rows have some. For them alone there is a Hopper path: there many queries meet each key. It takes
+    what `window` and `arenas`, k and vt, are.
+    """
+    if not prefixes:
+        return choose_row_kernel("decode_attention_fp8", q.device, impl, fp8=True)
 
     def obstacle() -> str:
         if missing := hopper_unavailable(q.device):
             return missing
         if q.dtype != torch.bfloat16 or q.shape[-1] not in HOPPER_DIMS:
             return f"the Hopper path takes bfloat16 queries of D in {HOPPER_DIMS}, got {q.dtype}, D={q.shape[-1]}"
-        if window is not None:
-            return "the Hopper path has no sliding window"
-        return tma_obstacle(k, vt)
+        return "the Hopper path has no sliding window" if window is not None else tma_obstacle(*arenas)
 
-    missing = fp8_obstacle(q.device)
-    return choose_prefill("decode_attention_fp8", q.device, impl, obstacle, missing)
+    return choose_prefill("decode_attention_fp8", q.device, impl, obstacle, fp8_obstacle(q.device))
 
 
 @on_its_gpu
@@ -76,7 +81,7 @@ def decode_attention_fp8(
     check_decode(q, starts, lengths, max_length, window, sinks, prefixes)
     scales.check(None, k.shape[0], k.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    choice = choose_decode_attention_fp8(q, impl) if prefixes is None else _choose_with_prefixes(q, k, vt, window, impl)
+    choice = choose_decode_attention_fp8(q, impl, prefixes=prefixes is not None, window=window, arenas=(k, vt))
     chosen: Tensor = implementation("decode_attention_fp8", choice).decode_attention_fp8(
         q, k, vt, scales, starts, lengths, max_length, scale, window, sinks, prefixes
     )
