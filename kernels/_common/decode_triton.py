@@ -74,11 +74,6 @@ def count_shares(kv_heads: int, longest: int, device: torch.device) -> int:
     return max(1, min(fill, ceil_div(longest, MIN_SHARE)))
 
 
-def share_programs(q: Tensor, kv_heads: int, shares: int) -> int:
-    """Programs that take the shares of q [S, H, D] in turns: as many as run at once."""
-    return min(q.shape[0] * kv_heads * shares, PROGRAMS_PER_MULTIPROCESSOR * kernels_device.multiprocessors(q.device))
-
-
 @triton.jit
 def group_rows(
     members, prefix_starts, prefix_lengths, lengths, rows, first, window,

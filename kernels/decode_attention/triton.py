@@ -111,7 +111,13 @@ def group_step(
     shrink = tl.exp2(top - level)
     total = total * shrink + tl.sum(weights, axis=1)
     values = tl.load(v + place * v_stride_t + d[None, :], mask=mask, other=0.0)
-    acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
+    if values.dtype == tl.float32:
+        # The tensor cores cut off what does not fit when they add: a sum of its own for each step loses less. (A
+        # multiply-add by name: Triton would make an addition to a product part of the product again.)
+        products = tl.dot(weights, values, input_precision=PRECISION)
+        acc = tl.fma(acc, shrink[:, None].broadcast_to(acc.shape), products)
+    else:
+        acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
     return new_top, total, acc
 
 
