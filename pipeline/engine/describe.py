@@ -132,6 +132,10 @@ def _choices(runner: ModelRunner, prompt_tokens: int, dense: bool) -> dict[str, 
             other: [choose_decode_attention(q[0])] if wide else [],
         },
     }
+    if fp8:
+        windows = dict.fromkeys(window for _, window in fp8)
+        shared = [choose_decode_attention_fp8(q[0], prefixes=True, window=window) for window in windows]
+        choices["shared decode"] = {"fp8 ": list(dict.fromkeys(shared))}
     if stem is not None:
         choices["scores"] = {f"{stem.estimator} ": [ESTIMATORS[stem.estimator].choose(q, stem)]}
         choices["selection"] = {"": [selection_rule(stem).choose(runner.device)]}
