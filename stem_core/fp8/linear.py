@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.quantize import FP8, QuantizedRows, quantize_rows
+from kernels.skinny_linear import MAX_ROWS, skinny_linear
 
 
 def scaled_linear(
@@ -27,8 +28,14 @@ def scaled_linear(
         product = sums * rows.scales.view(-1, 1) * scale
         product = (product if bias is None else product + bias.float()).to(rows.dtype)
         return product.view(*rows.values.shape[:-1], weight.shape[0])
+    values = rows.values.view(-1, K)
+    if len(values) <= MAX_ROWS:
+        out = skinny_linear(
+            weight, scale.view(-1), QuantizedRows(values, rows.scales.view(-1, 1), rows.dtype), bias=bias
+        )
+        return out.view(*rows.values.shape[:-1], weight.shape[0])
     out = torch._scaled_mm(
-        rows.values.view(-1, K),
+        values,
         weight.t(),
         scale_a=rows.scales.view(-1, 1),
         scale_b=scale,
