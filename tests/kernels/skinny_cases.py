@@ -55,8 +55,9 @@ def check(case: Case, impl: str, device: str) -> None:
     assert got.shape == true.shape
     assert got.dtype == case.dtype
     assert got.isfinite().all()
-    # Hopper's tensor cores keep 14 bits of sums of up to 128 products; on a CPU all is float32.
-    lost = 2e-4 if got.is_cuda else 1e-6
+    # Hopper's tensor cores keep about 14 bits in sums of up to 128 products (2.3e-4 where all are positive, as in
+    # cuBLAS's precise accumulation); on a CPU all is float32.
+    lost = 4e-4 if got.is_cuda else 1e-6
     error = (got.double() - true).norm(dim=1)
     assert (error <= true.norm(dim=1) * max(torch.finfo(case.dtype).eps, lost)).all()
 
