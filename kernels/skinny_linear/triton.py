@@ -85,9 +85,7 @@ def add_parts_kernel(
     tl.store(out + m * N + n, acc, mask=inside)
 
 
-def skinny_linear(
-    weight: Tensor, scale: Tensor, rows: QuantizedRows, bias: Tensor | None, **shape: Any
-) -> Tensor:
+def skinny_linear(weight: Tensor, scale: Tensor, rows: QuantizedRows, bias: Tensor | None, **shape: Any) -> Tensor:
     """See kernels.skinny_linear.skinny_linear. shape: channels, warps, stages, parts, where others than the usual."""
     N, K = weight.shape
     M = len(rows.values)

@@ -15,7 +15,8 @@ def scaled_linear(
     """rows @ weight.T, both in fp8, the scales applied to the sums.
 
     rows: values [..., K]. weight: float8_e4m3fn [N, K], contiguous. scale: float32 [1, N]. bias: [N] or None.
-    fast_accumulation: Hopper sums in its tensor cores' reduced precision instead of promoting to float32 as it goes.
+    fast_accumulation: Hopper sums in its tensor cores' reduced precision instead of promoting to float32 as it goes;
+    not of few rows on a GPU, as decode steps have: `kernels.skinny_linear` is precise.
     Returns [..., N] in rows.dtype; on a GPU that must be bfloat16. Raises ValueError otherwise.
     """
     if rows.values.is_cuda and rows.dtype != torch.bfloat16:
