@@ -34,7 +34,7 @@ from pipeline.review.flags import find_flags
 from pipeline.settings.shared import ReadSettings
 from pipeline.source import Asked, Document, DocumentReader, input_hash
 from pipeline.source.processes import TOGETHER
-from pipeline.workers.gpu import open_gpu
+from pipeline.workers.gpu import warm_up
 from pipeline.workers.loop import EngineBrokenError, EngineLike, EngineLoop
 from pipeline.workers.metrics import report_arena
 
@@ -188,7 +188,7 @@ class Worker:
         loop = asyncio.get_running_loop()
         laps = Laps()
         if config.engine.device.startswith("cuda"):
-            Thread(target=open_gpu, name="gpu", daemon=True).start()  # while Python imports
+            Thread(target=warm_up, name="warm-up", daemon=True).start()
         await loop.run_in_executor(self._reader, _import_engine)
         laps.end("imports")
         # Before the engine: what is wrong there shows in a second. Not beside it: transformers' lazy imports
