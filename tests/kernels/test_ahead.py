@@ -53,10 +53,9 @@ def test_kernels_compile_together_and_do_not_run(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("os.sched_getaffinity", lambda process: range(3))
     monkeypatch.setattr(triton.compiler, "compile", compiled)
     run = JITFunction.run
-    with offline.compiling(), counting() as first:
-        with compiling_ahead():
-            assert fill(16, 32, 64).eq(0).all()
-            fill(16)  # is on its way already
+    with offline.compiling(), counting() as first, compiling_ahead():
+        assert fill(16, 32, 64).eq(0).all()
+        fill(16)  # is on its way already
     assert JITFunction.run is run
     assert (first.made, first.found) == (3, 0)
     assert all(name.startswith("compiling") for name in names)

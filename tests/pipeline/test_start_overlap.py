@@ -129,19 +129,19 @@ def test_rehearsals_of_shorter_documents_read_a_block(folder: Path, monkeypatch:
 def test_the_gpu_opens_while_python_imports(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = threading.Event()
 
-    class Imported(Exception):
+    class ImportedError(Exception):
         pass
 
     def import_engine() -> None:
         assert opened.wait(patient(20)), "nobody opens the GPU before the imports are done"
-        raise Imported
+        raise ImportedError
 
     monkeypatch.setattr(worker, "warm_up", opened.set)
     monkeypatch.setattr(worker, "_import_engine", import_engine)
     starting: Any = SimpleNamespace(
         _config=SimpleNamespace(engine=SimpleNamespace(device="cuda")), _reader=ThreadPoolExecutor(1)
     )
-    with pytest.raises(Imported):
+    with pytest.raises(ImportedError):
         asyncio.run(worker.Worker.load(starting))
 
 
@@ -166,7 +166,9 @@ def test_what_is_asked_of_the_driver(
 
 def test_triton_reads_itself_without_torch() -> None:
     code = "import sys; from pipeline.workers.gpu import key_compiler; key_compiler()"
-    code += "; from triton.runtime.cache import triton_key; print(triton_key.cache_info().currsize, 'torch' in sys.modules)"
+    code += (
+        "; from triton.runtime.cache import triton_key as key; print(key.cache_info().currsize, 'torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=patient(60))
     assert done.stdout.split() == ["1", "False"], done.stderr
 
