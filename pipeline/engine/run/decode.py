@@ -148,7 +148,9 @@ class DecodeRunner:
 
         The tokens are given, since what kernels find means nothing then. All rows must be idle.
         """
-        for rows in sorted({batch_bucket(rows, self._batch.rows) for rows in range(1, self._batch.rows + 1)}):
+        buckets = sorted({batch_bucket(rows, self._batch.rows) for rows in range(1, self._batch.rows + 1)})
+        # Triton compiles apart for 1, for multiples of 16, and for other numbers.
+        for rows in {(rows == 1, rows % 16 == 0): rows for rows in buckets}.values():
             self._decode(StepKey(rows, sampled=False))
             if self._lookup:
                 key = StepKey(rows, sampled=False, drafts=DRAFTS)
