@@ -23,6 +23,7 @@ from pipeline.engine.model import runner as runners
 from pipeline.engine.model.loading import load_model, load_runner
 from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.run import ahead
+from pipeline.engine.run.batch import DRAFTS
 from pipeline.engine.run.decode import DecodeRunner
 from pipeline.workers import gpu, worker
 from stem_core import StemConfig
@@ -30,7 +31,7 @@ from stem_core.kv_scales import Calibration
 from tests.patience import patient
 
 STEM = StemConfig(
-    schedule="density", density=0.5, block_size=16, stride=8, sink_blocks=1, local_blocks=2, dense_layers=0
+    schedule="density", density=0.5, block_size=32, stride=8, sink_blocks=1, local_blocks=2, dense_layers=0
 )
 
 
@@ -82,7 +83,7 @@ def test_what_compiles_ahead_reaches_all_steps_and_leaves_nothing(
     found = dict(runner.calibration.scales)
     launched.clear()
     ahead.compile_kernels(runner, 128, rows=5, lookup=True)
-    steps = [step for rows in (1, 5) for step in (("decode", rows), ("verify", rows, 5))]
+    steps = [step for rows in (1, 5) for step in (("decode", rows), ("verify", rows, 1 + DRAFTS))]
     assert launched == [("uncached", 1, 512), ("prefill", 1, 128), *steps]
     assert not runner.calibration.scales, "scales of ones are no calibration"
     runner.calibration = Calibration(found)
@@ -123,7 +124,7 @@ def test_rehearsals_of_shorter_documents_read_a_block(folder: Path, monkeypatch:
 
     monkeypatch.setattr(ModelRunner, "prefill", note)
     measure.rehearse(runner, arena, plan, 128)
-    assert read == [(640, 700), (112, 128), (240, 256), (496, 512)]
+    assert read == [(640, 700), (96, 128), (224, 256), (480, 512)]
 
 
 def test_the_gpu_opens_while_python_imports(monkeypatch: pytest.MonkeyPatch) -> None:
