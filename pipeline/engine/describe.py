@@ -138,6 +138,12 @@ def _choices(runner: ModelRunner, prompt_tokens: int, dense: bool) -> dict[str, 
             other: [choose_decode_attention(queries[size][0]) for size, _, _ in wide],
         },
     }
+    if fp8:
+        found["shared decode"] = {
+            "fp8 ": [
+                choose_decode_attention_fp8(queries[size][0], prefixes=True, window=window) for size, _, window in fp8
+            ]
+        }
     if sparse:
         stem = next(iter(sparse.values()))
         estimator = ESTIMATORS[stem.estimator]

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import date
+from threading import Thread
 from typing import Any, TypeVar, cast
 
 import pyarrow as pa
@@ -34,6 +35,7 @@ from pipeline.review.flags import find_flags
 from pipeline.settings.shared import ReadSettings
 from pipeline.source import Asked, Document, DocumentReader, input_hash
 from pipeline.source.processes import TOGETHER
+from pipeline.workers.gpu import warm_up
 from pipeline.workers.loop import EngineBrokenError, EngineLike, EngineLoop
 from pipeline.workers.metrics import report_arena
 
@@ -187,6 +189,8 @@ class Worker:
         config = self._config
         loop = asyncio.get_running_loop()
         laps = Laps()
+        if config.engine.device.startswith("cuda"):
+            Thread(target=warm_up, name="warm-up", daemon=True).start()
         await loop.run_in_executor(self._reader, _import_engine)
         laps.end("imports")
         # Before the engine: what is wrong there shows in a second. Not beside it: transformers' lazy imports
