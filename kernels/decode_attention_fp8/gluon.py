@@ -2,8 +2,8 @@
 """Hopper path of fp8 decode attention behind shared prefixes, written in Gluon: D 64 or 128, queries in bfloat16.
 
 A program takes one share of every prefix, for one KV head and up to 128 queries of the rows behind it: a warp streams
-blocks of 128 keys and values through a ring by TMA, and each warpgroup multiplies them with 64 queries while the other
-one computes exponentials. Both products run on the fp8 tensor cores, so that nothing is widened and stored again:
+blocks of 128 keys and values through a ring by TMA, and each of one or two warpgroups multiplies them with 64 queries.
+Both products run on the fp8 tensor cores, so that nothing is widened and stored again:
 
 - a bfloat16 query is the sum of two e4m3 numbers, exactly (8 bits of significand: 4 and 4), and so are scores: Q K^T
   is summed over both parts, with the same keys;
@@ -157,70 +157,13 @@ def clear_behind(value, columns, D: gl.constexpr):
 
 
 @gluon.jit
-def issue_scores(hi_s, lo_s, k_s, stage, D: gl.constexpr, S_LAYOUT: gl.constexpr):
-    """Q K^T of the block in a stage, in flight. The small parts first: while a sum is small, it loses less of them."""
-    key = k_s.index(stage).reshape([128, D]).permute((1, 0))
-    s = warpgroup_mma(lo_s, key, gl.zeros([64, 128], gl.float32, S_LAYOUT), use_acc=False, is_async=True)
-    return warpgroup_mma(hi_s, key, s, is_async=True)
-
-
-@gluon.jit
-def step(
-    hi_s, lo_s, k_s, v_s, full, empty, turn, stage, phase, turn_phase, s, m, total, o, at, end, factor,
-    shortest, longest, WARPGROUP: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
-    S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, MORE: gl.constexpr,
-):  # fmt: skip
-    """The block of keys [at, at + 128), whose products are s. MORE: there is a next block whose products to compute."""
-    row_layout: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    out_layout: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
-    if at + 128 > shortest:
-        key = at + gl.arange(0, 128, gl.SliceLayout(0, S_LAYOUT))
-        s = gl.where(key[None, :] < end[:, None], s, -float("inf"))
-    top = gl.maximum(row_max(s, row_layout) * factor, FLOOR)
-    m_next = gl.maximum(m, top)
-    p = gl.exp2(s * factor[:, None] - (top - WEIGHT_BITS)[:, None])
-    gain = gl.exp2(top - m_next)
-    shrink = gl.exp2(m - m_next)
-    total = total * shrink + row_sum(p, row_layout) * gain
-    p_a, p_b = halves(p)
-    hi_a, lo_a = pack_split(p_a)
-    hi_b, lo_b = pack_split(p_b)
-    value = v_s.index(stage).reshape([D, 128])
-    if not MORE:  # noqa: SIM102 (known when compiled; the other condition is not)
-        if at + 128 > longest:
-            clear_behind(value, (longest + 15) // 16 * 16 - at, D)
-    value = value.permute((1, 0))
-    if WARPGROUPS == 2:
-        mbarrier.wait(turn.index(WARPGROUP), turn_phase)
-        turn_phase ^= 1
-    zero = gl.zeros([64, D], gl.float32, O_LAYOUT)
-    more = warpgroup_mma(weights_operand(lo_a, lo_b, O_LAYOUT), value, zero, use_acc=False, is_async=True)
-    more = warpgroup_mma(weights_operand(hi_a, hi_b, O_LAYOUT), value, more, is_async=True)
-    more = warpgroup_mma_wait(0, deps=[more])
-    mbarrier.arrive(empty.index(stage))
-    stage, phase = advance(stage, phase, STAGES)
-    if MORE:
-        mbarrier.wait(full.index(stage), phase)
-        s = issue_scores(hi_s, lo_s, k_s, stage, D, S_LAYOUT)
-    shrink_rows = gl.convert_layout(shrink, out_layout)[:, None].broadcast_to([64, D])
-    o = gl.fma(o, shrink_rows, more * gl.convert_layout(gain, out_layout)[:, None])
-    if MORE:
-        s = warpgroup_mma_wait(0, deps=[s])
-    if WARPGROUPS == 2:
-        mbarrier.arrive(turn.index(1 - WARPGROUP))
-    return stage, phase, turn_phase, s, m_next, total, o
-
-
-@gluon.jit
 def consume(
     WARPGROUP: gl.constexpr, q, k_scale, v_scale, members, prefix_starts, prefix_lengths, partial, partial_lse,
-    q_s, k_s, v_s, full, empty, turn, scale_log2, rows, groups, q_stride_s, q_stride_h, members_stride,
+    q_s, k_s, v_s, full, empty, scale_log2, rows, groups, q_stride_s, q_stride_h, members_stride,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, SHARES: gl.constexpr, STRIDE: gl.constexpr,
     MEMBERS: gl.constexpr, SIZE: gl.constexpr, TILES: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: 64 queries of every group. Of two, one has its turn on the tensor cores, P V of a block and Q K^T
-    of the next, while the other one computes exponentials; left to themselves they would do the same at the same time.
-    """
+    """One warpgroup: 64 queries of every group."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
@@ -232,9 +175,9 @@ def consume(
     head = kv_head * GROUP + query % GROUP
     hi_s = q_s.index(2 * WARPGROUP)
     lo_s = q_s.index(2 * WARPGROUP + 1)
+    column = gl.arange(0, 128, gl.SliceLayout(0, s_layout))
     stage = 0
     phase = 0
-    turn_phase = 1 - WARPGROUP  # the first one begins
     group = 0
     while gl.load(members, mask=group < groups, other=-1) >= 0:
         _, shortest, longest, first, last = prefix_of(
@@ -254,23 +197,37 @@ def consume(
             m = gl.full([64], FLOOR, gl.float32, row_layout)
             total = gl.zeros([64], gl.float32, row_layout)
             o = gl.zeros([64, D], gl.float32, o_layout)
-            if WARPGROUPS == 2:
-                mbarrier.wait(turn.index(WARPGROUP), turn_phase)
-                turn_phase ^= 1
-            mbarrier.wait(full.index(stage), phase)
-            s = warpgroup_mma_wait(0, deps=[issue_scores(hi_s, lo_s, k_s, stage, D, s_layout)])
-            if WARPGROUPS == 2:
-                mbarrier.arrive(turn.index(1 - WARPGROUP))
-            for at in range(first, last - 128, 128):
-                stage, phase, turn_phase, s, m, total, o = step(
-                    hi_s, lo_s, k_s, v_s, full, empty, turn, stage, phase, turn_phase, s, m, total, o, at, end, factor,
-                    shortest, longest, WARPGROUP, WARPGROUPS, STAGES, D, s_layout, o_layout, True,
-                )  # fmt: skip
-            at = first + (last - 1 - first) // 128 * 128
-            stage, phase, turn_phase, s, m, total, o = step(
-                hi_s, lo_s, k_s, v_s, full, empty, turn, stage, phase, turn_phase, s, m, total, o, at, end, factor,
-                shortest, longest, WARPGROUP, WARPGROUPS, STAGES, D, s_layout, o_layout, False,
-            )  # fmt: skip
+            for at in range(first, last, 128):
+                mbarrier.wait(full.index(stage), phase)
+                key = k_s.index(stage).reshape([128, D]).permute((1, 0))
+                # The small parts first, while the sum is small: it loses less of them.
+                s = warpgroup_mma(lo_s, key, gl.zeros([64, 128], gl.float32, s_layout), use_acc=False, is_async=True)
+                s = warpgroup_mma(hi_s, key, s, is_async=True)
+                s = warpgroup_mma_wait(0, deps=[s])
+                if at + 128 > shortest:
+                    s = gl.where((at + column)[None, :] < end[:, None], s, -float("inf"))
+                top = gl.maximum(row_max(s, row_layout) * factor, FLOOR)
+                m_next = gl.maximum(m, top)
+                p = gl.exp2(s * factor[:, None] - (top - WEIGHT_BITS)[:, None])
+                gain = gl.exp2(top - m_next)
+                shrink = gl.exp2(m - m_next)
+                m = m_next
+                total = total * shrink + row_sum(p, row_layout) * gain
+                p_a, p_b = halves(p)
+                hi_a, lo_a = pack_split(p_a)
+                hi_b, lo_b = pack_split(p_b)
+                value = v_s.index(stage).reshape([D, 128])
+                if at + 128 > longest:
+                    clear_behind(value, (longest + 15) // 16 * 16 - at, D)
+                value = value.permute((1, 0))
+                zero = gl.zeros([64, D], gl.float32, o_layout)
+                more = warpgroup_mma(weights_operand(lo_a, lo_b, o_layout), value, zero, use_acc=False, is_async=True)
+                more = warpgroup_mma(weights_operand(hi_a, hi_b, o_layout), value, more, is_async=True)
+                more = warpgroup_mma_wait(0, deps=[more])
+                mbarrier.arrive(empty.index(stage))
+                stage, phase = advance(stage, phase, STAGES)
+                shrink_rows = gl.convert_layout(shrink, out_layout)[:, None].broadcast_to([64, D])
+                o = gl.fma(o, shrink_rows, more * gl.convert_layout(gain, out_layout)[:, None])
             inverse = gl.load(v_scale + kv_head) / gl.where(total > 0.0, total, 1.0)
             o = o * gl.convert_layout(inverse, out_layout)[:, None]
             d = gl.arange(0, D, gl.SliceLayout(0, o_layout))
@@ -295,9 +252,6 @@ def group_kernel(
     v_s = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)  # noqa: RUF005
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for warpgroup in gl.static_range(2):
-        mbarrier.init(turn.index(warpgroup), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=WARPGROUPS)
@@ -305,19 +259,19 @@ def group_kernel(
     if WARPGROUPS == 2:
         gl.warp_specialize([
             (consume, (0, q, k_scale, v_scale, members, prefix_starts, prefix_lengths, partial, partial_lse,
-                       q_s, k_s, v_s, full, empty, turn, scale_log2, rows, groups, q_stride_s, q_stride_h,
-                       members_stride, KV_HEADS, GROUP, D, SHARES, STRIDE, MEMBERS, SIZE, TILES, WARPGROUPS, STAGES)),
+                       q_s, k_s, v_s, full, empty, scale_log2, rows, groups, q_stride_s, q_stride_h, members_stride,
+                       KV_HEADS, GROUP, D, SHARES, STRIDE, MEMBERS, SIZE, TILES, WARPGROUPS, STAGES)),
             (consume, (1, q, k_scale, v_scale, members, prefix_starts, prefix_lengths, partial, partial_lse,
-                       q_s, k_s, v_s, full, empty, turn, scale_log2, rows, groups, q_stride_s, q_stride_h,
-                       members_stride, KV_HEADS, GROUP, D, SHARES, STRIDE, MEMBERS, SIZE, TILES, WARPGROUPS, STAGES)),
+                       q_s, k_s, v_s, full, empty, scale_log2, rows, groups, q_stride_s, q_stride_h, members_stride,
+                       KV_HEADS, GROUP, D, SHARES, STRIDE, MEMBERS, SIZE, TILES, WARPGROUPS, STAGES)),
             (produce, (k_desc, v_desc, members, prefix_starts, prefix_lengths, k_s, v_s, full, empty, rows, groups,
                        members_stride, SHARES, MEMBERS, SIZE, TILES, STAGES)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (consume, (0, q, k_scale, v_scale, members, prefix_starts, prefix_lengths, partial, partial_lse,
-                       q_s, k_s, v_s, full, empty, turn, scale_log2, rows, groups, q_stride_s, q_stride_h,
-                       members_stride, KV_HEADS, GROUP, D, SHARES, STRIDE, MEMBERS, SIZE, TILES, WARPGROUPS, STAGES)),
+                       q_s, k_s, v_s, full, empty, scale_log2, rows, groups, q_stride_s, q_stride_h, members_stride,
+                       KV_HEADS, GROUP, D, SHARES, STRIDE, MEMBERS, SIZE, TILES, WARPGROUPS, STAGES)),
             (produce, (k_desc, v_desc, members, prefix_starts, prefix_lengths, k_s, v_s, full, empty, rows, groups,
                        members_stride, SHARES, MEMBERS, SIZE, TILES, STAGES)),
         ], [1], [24])  # fmt: skip

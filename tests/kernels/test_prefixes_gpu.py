@@ -109,14 +109,13 @@ def test_small_weights_count_beside_a_large_one(poisoned: None) -> None:
 
 
 @hopper
-@pytest.mark.parametrize("spread", [1.0, 3.0])
-def test_sums_of_a_long_prefix_lose_nothing(spread: float, poisoned: None) -> None:
+def test_sums_of_a_long_prefix_lose_nothing(poisoned: None) -> None:
     """Values that do not cancel: what the tensor cores cut off of sums would be missing in the mean."""
     generator = torch.Generator("cuda").manual_seed(0)
     length = 100_000
     keys = torch.randn(2, length + 96, 64, device="cuda", generator=generator)
     values = torch.rand(2, length + 96, 64, device="cuda", generator=generator) + 0.5
-    q = (spread * torch.randn(8, 8, 64, device="cuda", generator=generator)).to(BF16)
+    q = torch.randn(8, 8, 64, device="cuda", generator=generator).to(BF16)
     got, exact = long_prefix(length, q, keys, values, 64**-0.5)
     assert abs(float(((got - exact) / exact).mean())) <= BIAS_LIMIT
 
