@@ -166,6 +166,6 @@ def merge(
     part = min(power_of_2(shares), 8192 // power_of_2(D))
     merge_kernel[(H, S)](
         partial, partial_lse, sinks, None if prefixes is None else prefixes.lengths, out, *out.stride()[:2],
-        D=D, SHARES=shares, PREFIX_SHARES=prefix_shares, PART=part, num_warps=4,
+        D=D, SHARES=shares, PREFIX_SHARES=prefix_shares, PART=part, num_warps=4 if D <= 256 else 8,
     )  # fmt: skip
     return out

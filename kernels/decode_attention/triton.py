@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.attention import LOG2E
+from kernels._common.attention import LOG2E, dot_precision
 from kernels._common.decode_triton import (
     NO_WINDOW,
     GroupTiles,
@@ -202,7 +202,7 @@ def _attend_to_prefixes(
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], members.stride(0),
         KV_HEADS=kv_heads, GROUP=H // kv_heads, D=D, SHARES=tiles.shares, STRIDE=partial.shape[2],
         MEMBERS=members.shape[1], TILES=tiles.count, BM=tiles.BM,
-        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
+        PRECISION=dot_precision(q),
         **_group_tile(tiles.BM, q.element_size(), D),
     )  # fmt: skip
 
@@ -210,7 +210,7 @@ def _attend_to_prefixes(
 def _tile(element_size: int, head_dim: int) -> dict[str, Any]:
     """16 KiB of keys a step: three stages of keys and values leave room for two programs on a multiprocessor."""
     row = element_size * power_of_2(head_dim)
-    return {"BN": max(16, min(128, 16384 // row)), "STAGES": 3, "num_warps": 4}
+    return {"BN": max(16, min(128, 16384 // row)), "STAGES": 3 if row <= 1024 else 1, "num_warps": 4}
 
 
 def decode_attention(
@@ -241,7 +241,7 @@ def decode_attention(
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         KV_HEADS=kv_heads, GROUP=H // kv_heads, D=D, SHARES=shares - before, STRIDE=shares,
         BG=max(16, power_of_2(H // kv_heads)),
-        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", **_tile(q.element_size(), D),
+        PRECISION=dot_precision(q), **_tile(q.element_size(), D),
     )  # fmt: skip
     if prefixes is not None and tiles is not None:
         _attend_to_prefixes(q, k, v, lengths, prefixes, tiles, partial, partial_lse, scale, window)

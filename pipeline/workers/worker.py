@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import date
+from threading import Thread
 from typing import Any, TypeVar, cast
 
 import pyarrow as pa
@@ -24,6 +25,7 @@ from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.imports import check_kernels
 from pipeline.prompts.prompt import Prompt, PromptBuilder, Task
 from pipeline.prompts.questions import OWN, Questions
+from pipeline.prompts.stops import STOP_STRING, StopStrings, before_stop
 from pipeline.prompts.tokens import Tokens, load_tokens
 from pipeline.results.columns import utc_now
 from pipeline.results.kept_columns import Kept, prompt_text
@@ -33,6 +35,7 @@ from pipeline.review.flags import find_flags
 from pipeline.settings.shared import ReadSettings
 from pipeline.source import Asked, Document, DocumentReader, input_hash
 from pipeline.source.processes import TOGETHER
+from pipeline.workers.gpu import warm_up
 from pipeline.workers.loop import EngineBrokenError, EngineLike, EngineLoop
 from pipeline.workers.metrics import report_arena
 
@@ -63,6 +66,7 @@ class WorkerConfig:
     too_long: str
     max_new_tokens: int
     sampling: Sampling
+    stop: tuple[str, ...]
     text_column: str
     model_name: str
     config_hash: str
@@ -185,6 +189,8 @@ class Worker:
         config = self._config
         loop = asyncio.get_running_loop()
         laps = Laps()
+        if config.engine.device.startswith("cuda"):
+            Thread(target=warm_up, name="warm-up", daemon=True).start()
         await loop.run_in_executor(self._reader, _import_engine)
         laps.end("imports")
         # Before the engine: what is wrong there shows in a second. Not beside it: transformers' lazy imports
@@ -517,10 +523,11 @@ class Worker:
             sampling = replace(config.sampling, **ask.task.sampling)
             name = request_id(work.document.document_id, ask.task.name, place.name)
             answers = self._answers_of(ask.task)
+            until = StopStrings(config.stop, self._tokens, ask.builder.opens_thinking) if config.stop else None
             requests.append(
                 Request(
                     name, cast(Sequence[int], prompt.tail), self._most(ask.task), sampling, self._tokens.eos_ids,
-                    work.chunk_tokens, None if answers is None else answers.grammar,
+                    work.chunk_tokens, None if answers is None else answers.grammar, until,
                 )
             )  # fmt: skip
         work.requests += [request.request_id for request in requests]
@@ -554,9 +561,11 @@ class Worker:
         if answer.text is None:
             why = _no_answer(completion, request.max_new_tokens, self._config.thinking)
             return Outcome(status="error", error=why, reasoning=answer.reasoning)
-        outcome = Outcome(
-            status="ok", output=answer.text, finish_reason=completion.finish_reason, reasoning=answer.reasoning
-        )
+        output, reason = answer.text, completion.finish_reason
+        stopped = before_stop(output, self._config.stop)
+        if stopped is not None:
+            output, reason = stopped, STOP_STRING
+        outcome = Outcome(status="ok", output=output, finish_reason=reason, reasoning=answer.reasoning)
         answers = self._answers_of(ask.task)
         if answers is None:
             return outcome

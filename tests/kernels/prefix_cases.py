@@ -53,6 +53,7 @@ CASES = [
     Shared((((301, 0), (302, 0), (303, 0), (304, 0)), ((90, 0), (91, 0))), window=40, sinks=True, dtype=FP16),
     # More queries than a tile.
     Shared((questions(200, *range(1, 37)), questions(70, 9)), spare=0, head_dim=32),
+    Shared((questions(90, 3, 40),), heads=4, kv_heads=1, head_dim=512),
     Shared((questions(150, *range(1, 12)),), heads=28, kv_heads=2, head_dim=128, dtype=FP16, spare=5),
 ]
 
