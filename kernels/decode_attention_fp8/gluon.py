@@ -2,8 +2,8 @@
 """Hopper path of fp8 decode attention behind shared prefixes, written in Gluon: D 64 or 128, queries in bfloat16.
 
 A program takes one share of every prefix, for one KV head and up to 128 queries of the rows behind it: a warp streams
-blocks of 128 keys and values through a ring by TMA, and each warpgroup multiplies them with 64 queries while the other
-one computes exponentials. Both products run on the fp8 tensor cores, so that nothing is widened and stored again:
+blocks of 128 keys and values through a ring by TMA, and each of one or two warpgroups multiplies them with 64 queries.
+Both products run on the fp8 tensor cores, so that nothing is widened and stored again:
 
 - a bfloat16 query is the sum of two e4m3 numbers, exactly (8 bits of significand: 4 and 4), and so are scores: Q K^T
   is summed over both parts, with the same keys;

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from kernels._common.fp8 import HeadScales, quantize, store_order
 from kernels.decode_attention import Prefixes, decode_attention
@@ -15,6 +16,7 @@ from kernels.dispatch import hopper_unavailable
 from tests.kernels import prefix_cases as cases
 from tests.kernels.prefix_cases import Shared, questions
 from tests.kernels.selection_cases import BF16, FP16, FP32
+from tools.benchmark._row_errors import BIAS_LIMIT
 
 pytestmark = [
     pytest.mark.gpu,
@@ -77,28 +79,45 @@ def test_company_changes_nothing_on_hopper(poisoned: None) -> None:
     cases.check_company("gluon", "cuda", fp8=True, dtype=BF16, windows=(None,))
 
 
+def long_prefix(length: int, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Outputs of the Hopper path and of the reference, q [S, 8, 64] behind keys and values [2, T, 64]."""
+    rows = q.shape[0]
+    scales = HeadScales(*(torch.full((n,), 2.0**-6, device="cuda") for n in (8, 2, 2)))
+    k8 = quantize(keys, scales.k[:, None, None])
+    vt8 = store_order(quantize(values, scales.v[:, None, None]).mT.contiguous())
+    number = torch.arange(rows, device="cuda")
+    before = torch.full((rows,), length, dtype=torch.int32, device="cuda")
+    prefixes = Prefixes(torch.zeros_like(number), before, number.to(torch.int32)[None], length)
+    options: dict[str, Any] = {"max_length": 1, "scale": scale, "prefixes": prefixes}
+    nothing = torch.zeros_like(number), torch.zeros_like(before)
+    got, exact = (
+        decode_attention_fp8(q, k8, vt8, scales, *nothing, impl=impl, **options) for impl in ("gluon", "reference")
+    )
+    return got.double(), exact.double()
+
+
 @hopper
 def test_small_weights_count_beside_a_large_one(poisoned: None) -> None:
     """One key that outweighs each of 100,000 others 2^24 times, and all of them together not: e4m3 beside the largest
     would be zero.
     """
     length, scale = 100_000, 2.0**-3
-    q = torch.full((1, 8, 64), 1.0, device="cuda", dtype=BF16)
     keys, values = torch.zeros(2, 2, length + 96, 64, device="cuda")
-    keys[:, 5], values[:, 5], values[:, 6:length] = 24 * 0.6931 / (64 * scale), 0.0, 1.0
-    scales = HeadScales(*(torch.full((n,), 2.0**-6, device="cuda") for n in (8, 2, 2)))
-    k8 = quantize(keys, scales.k[:, None, None])
-    vt8 = store_order(quantize(values, scales.v[:, None, None]).mT.contiguous())
-    prefixes = Prefixes(
-        torch.zeros(1, dtype=torch.int64, device="cuda"), torch.tensor([length], dtype=torch.int32, device="cuda"),
-        torch.zeros(1, 1, dtype=torch.int32, device="cuda"), length,
-    )  # fmt: skip
-    nothing = torch.zeros(1, dtype=torch.int64, device="cuda"), torch.zeros(1, dtype=torch.int32, device="cuda")
-    options: dict[str, Any] = {"max_length": 1, "scale": scale, "prefixes": prefixes}
-    got, exact = (
-        decode_attention_fp8(q, k8, vt8, scales, *nothing, impl=impl, **options) for impl in ("gluon", "reference")
-    )
-    torch.testing.assert_close(got, exact, rtol=2.0**-7, atol=0.0)
+    keys[:, 5], values[:, 6:length] = 24 * 0.6931 / (64 * scale), 1.0
+    q = torch.full((1, 8, 64), 1.0, device="cuda", dtype=BF16)
+    torch.testing.assert_close(*long_prefix(length, q, keys, values, scale), rtol=2.0**-7, atol=0.0)
+
+
+@hopper
+def test_sums_of_a_long_prefix_lose_nothing(poisoned: None) -> None:
+    """Values that do not cancel: what the tensor cores cut off of sums would be missing in the mean."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    length = 100_000
+    keys = torch.randn(2, length + 96, 64, device="cuda", generator=generator)
+    values = torch.rand(2, length + 96, 64, device="cuda", generator=generator) + 0.5
+    q = torch.randn(8, 8, 64, device="cuda", generator=generator).to(BF16)
+    got, exact = long_prefix(length, q, keys, values, 64**-0.5)
+    assert abs(float(((got - exact) / exact).mean())) <= BIAS_LIMIT
 
 
 def test_hopper_needs_bfloat16() -> None:
