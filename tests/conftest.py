@@ -76,7 +76,8 @@ def ray_here() -> Iterator[RayHere]:
     with pytest.MonkeyPatch.context() as patch:  # one that a test does not undo
         patch.syspath_prepend(str(ROOT / "tests" / "pipeline"))  # for the fake engine
         here = RayHere()
-        patch.setattr("pipeline.workers.ray_pool.ray", here)
+        for module in ("heartbeat", "ray_pool"):
+            patch.setattr(f"pipeline.workers.{module}.ray", here)
         yield here
 
 

@@ -19,7 +19,7 @@ from pipeline.workers.worker import Worker
 
 
 class RayHere:
-    """Stands in for the module `ray` in pipeline.workers.ray_pool.
+    """Stands in for the module `ray` in pipeline.workers.
 
     What goes to a worker and what comes back is pickled, as it is on the way through Ray.
     """

@@ -28,13 +28,13 @@ FINDINGS = {
     row["document_id"]: row["findings"]
     for row in map(json.loads, (ROOT / "examples/findings.jsonl").read_text(encoding="utf-8").splitlines())
 }
-# Of these documents the second halves, of 4,000 tokens: the whole ones take three times as long.
-HALVES = {
-    name: text[len(text) // 2 :]
+# Of these documents the last four fifths: the shorter the quicker, and below 6,144 tokens all is dense.
+PARTS = {
+    name: text[len(text) // 5 :]
     for name in ("newton-opticks-planted.txt", "jargon-file-planted.txt")
     for text in [(ROOT / "examples/documents" / name).read_text(encoding="utf-8")]
 }
-OPTICKS, JARGON = ([line for line in FINDINGS[name] if line in text] for name, text in HALVES.items())
+OPTICKS, JARGON = ([line for line in FINDINGS[name] if line in text] for name, text in PARTS.items())
 
 
 Run = Callable[..., str]
@@ -42,11 +42,11 @@ Run = Callable[..., str]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """run(name, *arguments): what an example prints in a checkout with HALVES, started in `tmp_path`."""
+    """run(name, *arguments): what an example prints in a checkout with PARTS, started in `tmp_path`."""
     checkout = tmp_path / "checkout"
     (checkout / "examples" / "documents").mkdir(parents=True)
     (checkout / "models").symlink_to(ROOT / "models")
-    for name, text in HALVES.items():
+    for name, text in PARTS.items():
         (checkout / "examples" / "documents" / name).write_text(text, encoding="utf-8")
 
     def call(name: str, *arguments: str) -> str:
@@ -80,14 +80,15 @@ def test_patch_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_notebook(run: Run, tmp_path: Path) -> None:
     cells = re.findall(r"^# %%", (ROOT / "examples/notebook.py").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(cells) > 8
+    (tmp_path / "checkout/examples/documents/newton-opticks-planted.txt").unlink()  # the other examples read it
     told = run("notebook.py")
-    assert all(finding in told for finding in OPTICKS + JARGON)
+    assert all(finding in told for finding in JARGON)
     assert "nothing: error its text is empty" in told
-    assert len(re.findall(r"tokens  #{12} +0\.300", told)) == 2, "densities of the two documents"
+    assert len(re.findall(r"tokens  #{12} +0\.300", told)) == 1, "the document's density"
     [release] = re.findall(r"^release +(.*)$", told, re.MULTILINE)
     assert [float(value) for value in release.split()] == [0.808, 0.596, 0.329, 0.25, 0.207]
     [folder] = tmp_path.glob("summaries-*")
-    assert pq.read_table(folder).num_rows == 3
+    assert pq.read_table(folder).num_rows == 2
 
 
 @pytest.mark.ray
