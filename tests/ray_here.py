@@ -1,7 +1,8 @@
 """As much of Ray as a job needs, in the test's own process: a worker there starts in milliseconds instead of seconds.
 
 For tests of what jobs do with documents, rows and workers. What a worker does to its process (it ends, is killed,
-freezes), and what Ray does, needs a real cluster: the fixture `ray_cluster`.
+freezes), and what Ray does, needs a real cluster: the fixture `ray_cluster`. So do several workers with real models:
+transformers sets torch's defaults of the whole process while it loads one.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def test_every_document_has_a_full_row(tmp_path: Path, out: Path, model: Path) -
     with (docs / "docs.jsonl").open("ab") as file:
         file.write(b"{broken\n")
     (docs / "binary.txt").write_bytes(b"abc\xff")
-    report = job(docs, out, model, keep_columns=["n"], workers=2)
+    report = job(docs, out, model, keep_columns=["n"])
     assert report.exit_code == 2
     assert report.counts == {"ok": 13, "error": 3}
     found = rows(out)

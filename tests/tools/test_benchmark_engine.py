@@ -22,7 +22,7 @@ TINY = str(Path(__file__).parents[2] / "models" / "tiny-reader")
 FLAGS = (
     f"engine --shape {TINY} --device cpu --lengths 200 100 --latency-lengths 150 --documents 3 --new-tokens 4 "
     "--block-size 16 --dense-layers 1 --chunk-tokens 64 --batches 1 2 --baseline-steps 2 "
-    "--agreement-tokens 600"
+    "--agreement-tokens 1000"
 ).split()
 
 

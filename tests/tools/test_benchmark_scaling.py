@@ -172,7 +172,8 @@ def test_what_was_measured_is_kept_when_a_later_run_fails(tmp_path: Path, monkey
     assert [r["workers"] for r in json.loads((tmp_path / "out.json").read_text())["runs"]] == [1]
 
 
-@pytest.mark.usefixtures("ray_here")
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
 def test_real_jobs_of_one_and_two_workers(tmp_path: Path) -> None:
     assert main([*SMALL, "--workers", "1", "2", "--output", str(tmp_path / "out.json")]) == 0
     content = json.loads((tmp_path / "out.json").read_text())

@@ -20,7 +20,7 @@ TINY = str(Path(__file__).parents[2] / "models" / "tiny-reader")
 FLAGS = (
     f"engine --shape {TINY} --device cpu --precision bf16 --arms dense --lengths 200 100 --latency-lengths 150 300 "
     "--documents 3 --new-tokens 4 --block-size 16 --chunk-tokens 64 --phases latency job vllm "
-    "--agreement-tokens 600"
+    "--agreement-tokens 1000"
 ).split()
 # Slow enough to be seen, and told what it was called with.
 FAKE = """
