@@ -1,44 +1,84 @@
-"""What tests of all folders share: one small Ray cluster for the whole session, and the bundled model."""
+"""What tests of all folders share: a small Ray cluster, a stand-in for it in this process, and the bundled model."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from ray_here import RayHere
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models" / "tiny-reader"
 
 
-@pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """Two cores of this machine. Workers find the checkout and the tests' fake engine."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the shared Ray cluster first, so that of several processes of tests one has it; then others with Ray."""
+    items.sort(key=lambda item: (not _on_cluster(item), item.get_closest_marker("ray") is None))
+
+
+@pytest.hookimpl(trylast=True)  # behind the fixtures of `item`
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """End the cluster behind the last test that needs it: an idle one costs a twentieth of a core."""
+    if nextitem is None or not _on_cluster(nextitem):
+        _running.close()
+
+
+def _on_cluster(item: pytest.Item) -> bool:
+    return "ray_cluster" in getattr(item, "fixturenames", ())
+
+
+_running = contextlib.ExitStack()
+
+
+@pytest.fixture
+def ray_cluster() -> None:
+    """A Ray cluster of two cores of this machine, shared by the tests that ask for it."""
     import ray
 
-    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "RAY_AUTH_TOKEN", "OMP_NUM_THREADS")}
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        [str(ROOT), str(ROOT / "tests" / "pipeline"), str(ROOT / "tests" / "faults")]
-    )
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # otherwise Ray leaves a token file in the home directory
-    os.environ["OMP_NUM_THREADS"] = "1"
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=100 << 20,
-        log_to_driver=False,
-        logging_level="error",
-    )
-    yield
-    ray.shutdown()
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+    if not ray.is_initialized():
+        _running.enter_context(_cluster())
+
+
+@contextlib.contextmanager
+def _cluster() -> Iterator[None]:
+    """Workers find the checkout and the tests' fake engine."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        paths = [str(ROOT), str(ROOT / "tests" / "pipeline"), str(ROOT / "tests" / "faults")]
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # otherwise Ray leaves a token file in the home directory
+        patch.setenv("OMP_NUM_THREADS", "1")
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            object_store_memory=100 << 20,
+            log_to_driver=False,
+            logging_level="error",
+        )
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture
+def ray_here() -> Iterator[RayHere]:
+    """Jobs of this test run their workers in this process."""
+    from ray_here import RayHere  # it imports Ray
+
+    with pytest.MonkeyPatch.context() as patch:  # one that a test does not undo
+        patch.syspath_prepend(str(ROOT / "tests" / "pipeline"))  # for the fake engine
+        here = RayHere()
+        for module in ("heartbeat", "ray_pool"):
+            patch.setattr(f"pipeline.workers.{module}.ray", here)
+        yield here
 
 
 @pytest.fixture(scope="session")

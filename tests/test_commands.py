@@ -85,9 +85,9 @@ RUN_BY = {
     "tools.faults bucket": "tests/faults/test_bucket.py: test_a_job_from_and_to_a_bucket_is_killed_and_resumed",
     "tools.faults determinism": "tests/faults/test_table.py: test_shares_of_a_real_engine",
     "tools.faults flips": "tests/faults/test_flips.py: test_no_flipped_bit_is_silent",
-    "tools.faults kills": "tests/faults/test_driver.py: test_a_driver_killed_at_random_moments",
-    "tools.faults restarts": "tests/faults/test_driver.py: test_a_driver_killed_at_random_moments",
-    "tools.faults soak": "tests/faults/test_driver.py: test_a_driver_killed_at_random_moments",
+    "tools.faults kills": "tests/faults/test_driver.py: test_a_driver_killed_at_a_random_moment",
+    "tools.faults restarts": "tests/faults/test_driver.py: test_a_driver_killed_at_a_random_moment",
+    "tools.faults soak": "tests/faults/test_driver.py: test_a_driver_killed_at_a_random_moment",
     "tools.faults table": "tests/faults/test_table.py: test_a_fault_is_tried_on_a_real_job",
     "jobs.inspect": "tests/jobs/test_inspect.py: test_the_page_in_a_browser",
     "jobs.report": "here",
@@ -337,8 +337,7 @@ def run_block(block: documented.Block) -> None:
     assert all(len(one) for one in made)
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("ray_here")
 def test_they_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The first commands of the README, what looks at their results, and all Python blocks."""
     import pipeline

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels._common.attention_reference import attend_to_blocks
-from kernels._common.fp8 import FP8, HeadScales, restore_keys
+from kernels._common.fp8 import FP8, HeadScales, restore_keys, widen
 from kernels._common.selection import BlockSelection
 
 # Probabilities are at most 1: times 2^8 they use e4m3 down to 2^-17 of the row's largest.
@@ -15,7 +15,7 @@ WEIGHT_SCALE = 256.0
 
 def round_weights(weights: Tensor) -> Tensor:
     """Unnormalised probabilities in 0..1 as e4m3 keeps them."""
-    return (weights * WEIGHT_SCALE).to(FP8).to(weights.dtype) / WEIGHT_SCALE
+    return widen((weights * WEIGHT_SCALE).to(FP8)).to(weights.dtype) / WEIGHT_SCALE
 
 
 def block_sparse_attention_fp8(
@@ -39,9 +39,9 @@ def block_sparse_attention_fp8(
     known = query_start + q.shape[2]
     v = restore_keys(vt[..., : -(-known // 16) * 16])[..., :known].mT
     out, lse = attend_to_blocks(
-        q.float() * scales.q[:, None, None],
-        k[:, :, :known].float() * scales.k[:, None, None],
-        v.float() * scales.v[:, None, None],
+        widen(q) * scales.q[:, None, None],
+        widen(k[:, :, :known]) * scales.k[:, None, None],
+        widen(v) * scales.v[:, None, None],
         selection,
         query_start,
         block_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._common.fp8 import KEY_GROUP, HeadScales, restore_keys
+from kernels._common.fp8 import KEY_GROUP, HeadScales, restore_keys, widen
 from kernels._common.prefixes import Prefixes
 from kernels.decode_attention import decode_attention
 
@@ -51,6 +51,6 @@ def decode_attention_fp8(
 def _dequantised(k: Tensor, vt: Tensor, scales: HeadScales, start: int, length: int) -> tuple[Tensor, Tensor]:
     """Keys and values float32 [Hkv, length, D] of arena rows [start, start + length)."""
     end = start + -(-length // KEY_GROUP) * KEY_GROUP
-    keys = k[:, start : start + length].float() * scales.k[:, None, None]
-    values = restore_keys(vt[..., start:end])[..., :length].mT.float() * scales.v[:, None, None]
+    keys = widen(k[:, start : start + length]) * scales.k[:, None, None]
+    values = widen(restore_keys(vt[..., start:end])[..., :length].mT) * scales.v[:, None, None]
     return keys, values

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels._common.fp8 import widen
 from kernels._common.rows import QuantizedRows
 from kernels.grouped_linear.api import Groups
 
@@ -29,7 +30,7 @@ def grouped_linear(
     for expert in range(groups.experts):
         mine = (ids == expert).nonzero()[:, 0]
         source = mine // max(1, repeat)
-        y = rows.values[source].float() @ weight[expert].float().t() * rows.scales[source] * scale[expert]
+        y = widen(rows.values[source]) @ widen(weight[expert]).t() * rows.scales[source] * scale[expert]
         y = y if bias is None else y + bias[expert].float()
         y = y if factors is None else y * factors[mine, None].float()
         out[mine] = y.to(out.dtype)

@@ -20,7 +20,7 @@ CLOSE_SECONDS = 60.0
 
 
 class LocalWorker(Worker):
-    """A worker that can be given another reader, and closed."""
+    """A worker that can be given another reader."""
 
     def __init__(self, config: WorkerConfig, reader: DocumentReader) -> None:
         super().__init__(config)
@@ -29,13 +29,6 @@ class LocalWorker(Worker):
     def read_with(self, reader: DocumentReader) -> None:
         """Read the documents of the next run with `reader`."""
         self._documents = reader
-
-    def close(self, wait: float) -> None:
-        """Let the engine end after its current step; waits up to `wait` seconds until its memory is free."""
-        self._reader.shutdown(wait=False, cancel_futures=True)
-        self._converting.shutdown(wait=False, cancel_futures=True)
-        if hasattr(self, "_loop"):
-            self._loop.close(wait)
 
 
 class LocalPool:

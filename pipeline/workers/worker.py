@@ -159,7 +159,7 @@ class Work:
 
 
 class Worker:
-    """Reads, tokenises and completes documents, several at a time. Runs as a Ray actor; all its methods are coroutines.
+    """Reads, tokenises and completes documents, several at a time. Runs as a Ray actor: its methods are coroutines.
 
     The engine has a thread, reading and tokenising have another, so that the next prompts are ready when it asks.
     """
@@ -228,6 +228,16 @@ class Worker:
         """Seconds: engine busy, reader busy, and from the first document to the last row."""
         span = self._last - self._first
         return {"engine_seconds": self._loop.busy_seconds, "reader_seconds": self._busy_read, "span_seconds": span}
+
+    def close(self, wait: float) -> None:
+        """Let the engine end after its current step; waits up to `wait` seconds until its memory is free.
+
+        An actor needs none of this: it ends with its process.
+        """
+        self._reader.shutdown(wait=False, cancel_futures=True)
+        self._converting.shutdown(wait=False, cancel_futures=True)
+        if hasattr(self, "_loop"):
+            self._loop.close(wait)
 
     async def process(self, document: Document, careful: bool = False) -> list[Row]:
         """The rows of a document, one for each question; whatever is wrong with it is in the rows.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kernels.quantize import FP8, QuantizedRows, quantize_rows
+from kernels.quantize import FP8, QuantizedRows, quantize_rows, widen
 from kernels.skinny_linear import MAX_ROWS, skinny_linear
 
 
@@ -25,7 +25,7 @@ def scaled_linear(
     if not rows.values.is_cuda:
         # A float32 product of the same values: `torch._scaled_mm` depends on the CPU's instructions (with AMX one call
         # took seconds), and some builds (torch 2.11) scale whole tensors only.
-        sums = rows.values.view(-1, K).float() @ weight.float().t()
+        sums = widen(rows.values.view(-1, K)) @ widen(weight).t()
         product = sums * rows.scales.view(-1, 1) * scale
         product = (product if bias is None else product + bias.float()).to(rows.dtype)
         return product.view(*rows.values.shape[:-1], weight.shape[0])

@@ -1,4 +1,4 @@
-"""A cluster of four raylets on this machine: one is killed in the middle of a job, another joins. argv: folder, model.
+"""A cluster of three raylets on this machine: one is killed in the middle of a job, another joins. argv: folder, model.
 
 Run as a process of its own (tests/faults/test_nodes.py): the tests' own cluster is in theirs. The model is a small
 random one unless a folder is named.
@@ -26,18 +26,18 @@ from tools.faults import processes
 from tools.faults.processes import LOG
 from tools.faults.runs import prepare
 
-DOCUMENTS = 400
+DOCUMENTS = 300
 # The head notices a killed raylet by its silence; usually after 15 s.
 SOON = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
 
 
 def main(folder: Path, model: Path | None = None) -> None:
-    """Run a job on a head and three nodes, kill one, add one; print what became of it as JSON."""
+    """Run a job on a head and two nodes, kill one, add one; print what became of it as JSON."""
     os.environ[LOG] = str(folder / "engine.log")  # the nodes' workers inherit it
     store = {"object_store_memory": 80 << 20}
     head = {"num_cpus": 0, "include_dashboard": False, "_system_config": SOON}
     cluster = Cluster(initialize_head=True, connect=False, head_node_args=head | store)
-    nodes = [cluster.add_node(num_cpus=1, **store) for _ in range(3)]
+    nodes = [cluster.add_node(num_cpus=1, **store) for _ in range(2)]
     place = prepare(
         folder, DOCUMENTS, "auto", model=model, ray_address=cluster.address, max_new_tokens=16, engine="WaitsForNode"
     )
@@ -51,7 +51,7 @@ def main(folder: Path, model: Path | None = None) -> None:
                 time.sleep(0.1)
 
         wait_for("100 documents", lambda: place.documents_taken >= 100)
-        wait_for("three workers", lambda: len(list((folder / "model").glob("works-*"))) == 3)
+        wait_for("two workers", lambda: len(list((folder / "model").glob("works-*"))) == 2)
         (folder / "model" / "left").touch()
         os.kill(nodes[0].all_processes["raylet"][0].process.pid, signal.SIGKILL)
         wait_for("its loss", lambda: "the cluster has shrunk" in place.log.read_text(errors="replace"))

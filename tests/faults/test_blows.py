@@ -14,10 +14,10 @@ ERROR = "error: Ray failed: its node manager (raylet) is gone; what is finished 
 
 @pytest.mark.ray
 def test_ray_and_workers_are_killed_in_turn(tmp_path: Path) -> None:
-    struck, count = blows(tmp_path / "run", ["worker", "gcs"], documents=900, workers=1)
+    struck, count = blows(tmp_path / "run", ["worker", "gcs"], documents=400, workers=1, seed=309)  # soon
     assert [blow.problem for blow in struck] == ["", ""]
     assert count.exact
-    assert count.statuses == {"ok": 900}
+    assert count.statuses == {"ok": 400}
 
 
 @pytest.mark.parametrize(

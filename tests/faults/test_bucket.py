@@ -19,13 +19,13 @@ from pipeline.settings.config import JobConfig
 from pipeline.source import DocumentReader, find_files, list_documents
 
 pytest.importorskip("moto.server", reason="needs moto[server]")
-from tools.faults.bucket import credentials, server, upload
+from tools.faults.bucket import KEYS, credentials, server, upload
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = pytest.mark.usefixtures("ray_here")
 
 
 @pytest.fixture(scope="module")
-def endpoint(ray_cluster: None) -> Iterator[str]:
+def endpoint() -> Iterator[str]:
     with credentials(), server() as address:
         yield address
 
@@ -47,8 +47,10 @@ def test_a_job_from_and_to_a_bucket_is_killed_and_resumed(
     (tmp_path / "docs" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "docs" / "plain.txt").write_text("a file of its own")
     source, output = upload(tmp_path / "docs", endpoint, "faults")
-    # The shared cluster was started without keys in its environment, so they stand in the URIs here.
+    # Workers on a cluster do not have this process's environment, so keys stand in the URIs here.
     source, place = (uri.replace("s3://", f"s3://nobody:{SECRET}@") for uri in (source, output))
+    for name in KEYS:
+        monkeypatch.delenv(name)
 
     def job(**settings: Any) -> Any:
         values = {"input": source, "output": place, "model": str(model), "device": "cpu", "workers": 1}
@@ -65,14 +67,12 @@ def test_a_job_from_and_to_a_bucket_is_killed_and_resumed(
             written.append(name)
         real(store, name, data)
 
-    monkeypatch.setattr(Store, "put", dies)
-    # A killed process does not give its claim back either.
-    monkeypatch.setattr(lock.ClaimLock, "release", lambda self: self._stop.set())
-    with pytest.raises(KilledError):
-        job()
-    monkeypatch.undo()
-    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.5)
-    monkeypatch.setattr(lock, "LEASE_SECONDS", 8.0)
+    with monkeypatch.context() as dying:
+        dying.setattr(Store, "put", dies)
+        # A killed process does not give its claim back either.
+        dying.setattr(lock.ClaimLock, "release", lambda self: self._stop.set())
+        with pytest.raises(KilledError):
+            job()
     before = {row["document_id"]: row for row in read_results(place).to_pylist()}
     assert len(before) == 8
     report = job()

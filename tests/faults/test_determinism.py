@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ray_here import RayHere
 
 from pipeline import read_results
 from pipeline.engine import Engine, EngineConfig, Request
@@ -72,7 +73,9 @@ def test_outputs_do_not_depend_on_company_order_or_interruptions(
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_jobs_give_the_same_outputs_whatever_their_workers_and_deaths(tmp_path: Path, tiny: Path) -> None:
+def test_jobs_give_the_same_outputs_whatever_their_workers_and_deaths(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Drawn outputs, which differ with any difference in logits or seeds, where greedy ones need a large one."""
     rows = [{"id": f"d{i}", "text": "the harbour committee reviewed the budget " * (3 + i)} for i in range(14)]
     rows.append({"id": "victim", "text": "the winter storm " * 70})
@@ -88,7 +91,11 @@ def test_jobs_give_the_same_outputs_whatever_their_workers_and_deaths(tmp_path: 
         return {row["document_id"]: row["output"] for row in read_results(tmp_path / name).to_pylist()}
 
     (tiny / "prefill.once").unlink(missing_ok=True)
-    first = job("one", rows, "pipeline.engine:Engine", workers=1, max_live=1)
+    with monkeypatch.context() as patch:  # the worker is in this process
+        patch.setattr("pipeline.workers.ray_pool.ray", RayHere())
+        first = job("one", rows, "pipeline.engine:Engine", workers=1, max_live=1)
     assert len(first) == 15
     assert job("two", rows[::-1], "tools.faults.engines:DiesInPrefill", workers=2, max_live=5) == first
     assert (tiny / "prefill.once").exists(), "one of its workers was killed"
+    attempts = {row["document_id"]: row["attempts"] for row in read_results(tmp_path / "two").to_pylist()}
+    assert attempts["victim"] == max(attempts.values()) == 2

@@ -181,8 +181,7 @@ def test_failed_rows_stay_until_their_retry_is_done(tmp_path: Path, model: Path)
     assert outputs(settings) == TEXTS
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("ray_here")
 def test_a_job_whose_engine_does_not_start_costs_no_row(tmp_path: Path, model: Path) -> None:
     settings = config(tmp_path, model, device="cpu", workers=1)
     write(tmp_path / "docs", "jsonl", TEXTS)

@@ -42,8 +42,7 @@ def sink_of(store: Store, flush_documents: int = 1) -> Sink:
     return Sink(store, result_schema(), flush_documents=flush_documents, flush_seconds=10)
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("ray_here")
 def test_a_full_disk_ends_the_job_in_one_line_and_the_next_run_goes_on(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

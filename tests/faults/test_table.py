@@ -13,6 +13,7 @@ import pytest
 from patience import patient
 from result_rows import make_row
 
+from pipeline import read_results
 from pipeline.engine.config import Completion, EngineConfig, Request
 from pipeline.errors import JobError
 from pipeline.results.rows import result_schema
@@ -91,6 +92,9 @@ def test_a_fault_is_tried_on_a_real_job(tmp_path: Path, monkeypatch: pytest.Monk
     assert (tried.count.documents, tried.count.lost, tried.count.doubled) == (9, 0, 0)
     assert tried.count.statuses == {"ok": 9}
     assert 1 <= tried.count.again <= 9
+    attempts = read_results(tmp_path / "decode" / "out", ["document_id", "attempts"]).to_pylist()
+    assert {row["document_id"]: row["attempts"] for row in attempts}[VICTIM] == 2
+    assert max(row["attempts"] for row in attempts) == 2
     log = (tmp_path / "decode" / "driver.log").read_text()
     assert "lost with" in log, "a worker was killed"
 

@@ -1,4 +1,7 @@
-"""Workers that die, hang or cannot do one document: on a real Ray cluster, with a real model of two narrow layers."""
+"""Workers that die, hang or cannot do one document, with a real model of two narrow layers.
+
+More deaths of workers: in prefill in test_determinism, in decode in test_table.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ from patience import patient
 from pipeline import read_results
 from pipeline.errors import JobError
 from pipeline.job.job import run
+from pipeline.prompts.tokens import Tokens
 from pipeline.results.summary import JobReport
 from pipeline.settings.config import JobConfig
 from tools.faults.corpus import write_model
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 WORDS = "the harbour committee reviewed the winter budget "
 TEXTS = {"victim": WORDS * 60, **{f"d{i}": WORDS * (40 + i) for i in range(5)}}
 
@@ -41,17 +44,8 @@ def rows(tmp_path: Path) -> dict[str, dict[str, Any]]:
     return {row["document_id"]: row for row in found}
 
 
-@pytest.mark.parametrize("moment", ["Prefill", "Decode"])
-def test_a_worker_killed_at_work_loses_nothing(tmp_path: Path, tiny: Path, moment: str) -> None:
-    report = job(tmp_path, tiny, f"tools.faults.engines:DiesIn{moment}")
-    assert (tiny / f"{moment.lower()}.once").exists(), "the worker was killed"
-    assert report.counts == {"ok": len(TEXTS)}
-    found = rows(tmp_path)
-    assert sorted(found) == sorted(TEXTS)
-    assert found["victim"]["attempts"] == 2
-    assert max(row["attempts"] for row in found.values()) == 2
-
-
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
 def test_results_that_wait_to_be_written_survive_their_worker(tmp_path: Path, tiny: Path) -> None:
     report = job(tmp_path, tiny, "tools.faults.engines:DiesAfterResults", flush_documents=1000, flush_seconds=1000)
     assert (tiny / "results.once").exists(), "the worker was killed"
@@ -61,18 +55,24 @@ def test_results_that_wait_to_be_written_survive_their_worker(tmp_path: Path, ti
     assert attempts.count(2) >= 1
 
 
-def test_a_tokenizer_that_raises_costs_one_document(tmp_path: Path, tiny: Path) -> None:
+@pytest.mark.usefixtures("ray_here")
+def test_a_tokenizer_that_raises_costs_one_document(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tokens, "encode_data", Tokens.encode_data)  # the engine puts another in its place
     report = job(tmp_path, tiny, "tools.faults.engines:BadTokenizer", TEXTS | {"bad": "BADTOKEN here"})
     assert report.counts == {"ok": len(TEXTS), "error": 1}
     assert rows(tmp_path)["bad"]["error"] == "OverflowError: the tokenizer has a fault"
 
 
+@pytest.mark.usefixtures("ray_here")
 def test_a_chat_template_that_raises_ends_the_job_with_its_message(tmp_path: Path, tiny: Path) -> None:
     (tiny / "chat_template.jinja").write_text("{{ raise_exception('only for assistants') }}")
     with pytest.raises(JobError, match=r"no worker could start in 3 tries.*only for assistants"):
         job(tmp_path, tiny, "pipeline.engine:Engine")
 
 
+@pytest.mark.usefixtures("ray_here")
 def test_out_of_memory_is_tried_once_more_in_smaller_chunks(tmp_path: Path, tiny: Path) -> None:
     report = job(tmp_path, tiny, "tools.faults.engines:ShortOfMemory", chunk_tokens=512)
     assert report.counts == {"ok": len(TEXTS)}
@@ -81,6 +81,7 @@ def test_out_of_memory_is_tried_once_more_in_smaller_chunks(tmp_path: Path, tiny
     assert {row["attempts"] for name, row in found.items() if name != "victim"} == {1}
 
 
+@pytest.mark.usefixtures("ray_here")
 def test_out_of_memory_in_the_smallest_chunks_is_a_row(tmp_path: Path, tiny: Path) -> None:
     report = job(tmp_path, tiny, "tools.faults.engines:ShortOfMemory", chunk_tokens=4096)
     assert report.counts == {"ok": len(TEXTS) - 1, "oom": 1}
@@ -89,6 +90,8 @@ def test_out_of_memory_in_the_smallest_chunks_is_a_row(tmp_path: Path, tiny: Pat
     assert "out of memory" in row["error"]
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_document_that_freezes_the_whole_process_times_out_alone(tmp_path: Path, model: Path) -> None:
     texts = {"a": "text", "frozen": "FREEZE " * 9, "b": "more text"}
     report = job(tmp_path, model, "fake_engine:FakeEngine", texts, deadline=patient(1.0))
@@ -96,6 +99,7 @@ def test_a_document_that_freezes_the_whole_process_times_out_alone(tmp_path: Pat
     assert rows(tmp_path)["frozen"]["attempts"] == 2
 
 
+@pytest.mark.usefixtures("ray_here")
 def test_a_model_that_is_not_there_for_the_workers_ends_the_job(tmp_path: Path, tiny: Path) -> None:
     (tiny / "model.safetensors").write_bytes(b"not tensors")
     with pytest.raises(JobError, match=r"no worker could start in 3 tries; the last reason: .*cannot load model"):

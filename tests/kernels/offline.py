@@ -11,23 +11,28 @@ code takes capability and multiprocessor count from `kernels.device`. Not possib
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from kernels import device as device_module
 
+# What ptxas said, among a kernel's metadata.
+LOG = "ptxas_log"
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
 
@@ -65,10 +70,19 @@ def compiling(capability: tuple[int, int] = (9, 0), multiprocessors: int = 132) 
         compiled.append(kernel)
         return kernel
 
+    def make_cubin(self: CUDABackend, source: str, metadata: dict[str, Any], *options: Any) -> bytes:
+        with redirect_stdout(io.StringIO()) as said, knobs.nvidia.scope():
+            knobs.nvidia.dump_ptxas_log = True
+            cubin = assemble(self, source, metadata, *options)
+        metadata[LOG] = said.getvalue()  # Triton keeps it with the kernel, in its cache too
+        return cubin
+
+    assemble = CUDABackend.make_cubin
     previous = driver._active
     patched = (device_module.capability, device_module.multiprocessors)
     driver.set_active(_AbsentGpu(capability))
     JITFunction.run = compile_only
+    CUDABackend.make_cubin = make_cubin
     device_module.capability = lambda device: capability
     device_module.multiprocessors = lambda device: multiprocessors
     try:
@@ -76,6 +90,7 @@ def compiling(capability: tuple[int, int] = (9, 0), multiprocessors: int = 132) 
     finally:
         driver._active = previous
         JITFunction.run = run
+        CUDABackend.make_cubin = assemble
         device_module.capability, device_module.multiprocessors = patched
 
 
@@ -97,20 +112,26 @@ class Report:
 
 
 def report(kernel: Any) -> Report:
-    """Assemble the kernel's PTX once more with -v and read registers, spills and warnings."""
-    target = re.search(r"^\.target (sm_\w+)", kernel.asm["ptx"], re.M)
+    """Registers, spills and warnings of a kernel."""
+    log = getattr(kernel.metadata, LOG, None) or _assembled(kernel.asm["ptx"])
+    registers = max(int(n) for n in re.findall(r"Used (\d+) registers", log))
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
+    warnings = tuple(line for line in log.splitlines() if "warning" in line.lower() or "C75" in line)
+    return Report(kernel.metadata.name, registers, spills, kernel.metadata.shared, warnings, log)
+
+
+def _assembled(ptx: str) -> str:
+    """What ptxas says of a kernel that Triton's cache holds from elsewhere."""
+    target = re.search(r"^\.target (sm_\w+)", ptx, re.M)
     assert target, "no .target in the PTX"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
-        source.write_text(kernel.asm["ptx"])
+        source.write_text(ptx)
         output = source.with_suffix(".o")
         command = [str(PTXAS), "-v", f"--gpu-name={target[1]}", str(source), "-o", str(output)]
         done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    registers = max(int(n) for n in re.findall(r"Used (\d+) registers", done.stderr))
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr))
-    warnings = tuple(line for line in done.stderr.splitlines() if "warning" in line.lower() or "C75" in line)
-    return Report(kernel.metadata.name, registers, spills, kernel.metadata.shared, warnings, done.stderr)
+    return done.stderr
 
 
 def compile_reports(launch: Callable[[], object], capability: tuple[int, int]) -> list[Report]:

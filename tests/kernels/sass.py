@@ -10,6 +10,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from tests.kernels.offline import PTXAS
@@ -33,6 +34,7 @@ class Instruction:
         return self.text.split()[0]
 
 
+@cache
 def disassemble(cubin: bytes) -> tuple[list[Instruction], dict[str, int]]:
     """Instructions in order, and the index that each label stands before."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -57,9 +59,10 @@ def disassemble(cubin: bytes) -> tuple[list[Instruction], dict[str, int]]:
 def undefined_reads(cubin: bytes) -> list[str]:
     """Instructions that read a register which some path to them has not written."""
     instructions, labels = disassemble(cubin)
-    effects = [_effects(instruction.text) for instruction in instructions]
-    defined: list[frozenset[int] | None] = [None] * len(instructions)
-    defined[0] = frozenset()
+    # Sets of registers as the bits of an integer.
+    effects = [tuple(map(_bits, _effects(instruction.text))) for instruction in instructions]
+    defined: list[int | None] = [None] * len(instructions)
+    defined[0] = 0
     work = [0]
     while work:
         index = work.pop()
@@ -75,7 +78,7 @@ def undefined_reads(cubin: bytes) -> list[str]:
     return [
         instruction.text
         for instruction, (_, used), known in zip(instructions, effects, defined, strict=True)
-        if known is not None and used - known
+        if known is not None and used & ~known
     ]
 
 
@@ -85,6 +88,10 @@ def clears_one_bit(text: str) -> bool:
     """
     found = re.fullmatch(r"LOP3\.LUT (R\d+), \1, 0x([0-9a-f]{1,8}), RZ, 0xc0, !PT", text)
     return found is not None and (0xFFFFFFFF ^ int(found[2], 16)).bit_count() == 1
+
+
+def _bits(registers: set[int]) -> int:
+    return sum(1 << number for number in registers)
 
 
 def _registers(text: str) -> set[int]:

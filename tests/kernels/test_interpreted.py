@@ -1,4 +1,4 @@
-"""Runs the tests in interpreted/ in processes of their own, with Triton's interpreter on the CPU."""
+"""Runs the tests in interpreted/ in two processes of their own, with Triton's interpreter on the CPU."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import pytest
 from patience import patient
 
 FOLDER = Path(__file__).parent / "interpreted"
+FILES = sorted(map(str, FOLDER.glob("test_*.py")))
 
 
-@pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("test_*.py")))
-def test_interpreted(file: str) -> None:
+@pytest.mark.parametrize("files", [FILES[::2], FILES[1::2]], ids=["even", "odd"])
+def test_interpreted(files: list[str]) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(FOLDER / file)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files]
     done = subprocess.run(
         command, env=environment, cwd=FOLDER.parents[2], capture_output=True, text=True, timeout=patient(300)
     )

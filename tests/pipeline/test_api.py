@@ -41,8 +41,7 @@ def sentences(first: int, last: int) -> str:
     return " ".join(re.split(r"(?<=[.])\s+", REPORT)[first:last])
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("ray_here")
 def test_rows_are_those_of_the_job(tmp_path: Path, model: Path) -> None:
     """Same prompts, outputs, statuses, densities and configuration, with the real engine."""
     texts = {"finding": sentences(55, 110), "short": "A storm.", "blank": "  ", "long": REPORT[:9000]}

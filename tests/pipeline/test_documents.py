@@ -341,7 +341,7 @@ def test_a_file_that_hangs_holds_up_no_other_document(
     )  # fmt: skip
     monkeypatch.setitem(FORMATS, "fake", fake)
     monkeypatch.setitem(SUFFIXES, ".fake", fake)
-    (tmp_path / "a.fake").write_text("spin")
+    (tmp_path / "a.fake").write_text("sleep 3600")
     for number in range(3):
         (tmp_path / f"{number}.txt").write_text(f"text {number}")
         (tmp_path / f"{number}.pdf").write_bytes(pdf([f"page {number}", None, "more"]))

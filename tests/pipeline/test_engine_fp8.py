@@ -305,8 +305,7 @@ def test_blocks_are_refused_before_a_job_starts() -> None:
     assert JobConfig(**settings).precision == "fp8"
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("ray_here")
 def test_job_in_fp8(tmp_path: Path) -> None:
     """Document in, row out: what ran is in the row, and going on with another precision is refused."""
     tokenizer: Any = AutoTokenizer.from_pretrained(TINY_READER)

@@ -6,11 +6,13 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from engine_models import save_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -180,9 +182,14 @@ def test_experts_in_bf16_beside_linears_in_fp8_are_read(tmp_path: Path) -> None:
     assert load(folder, "fp8 checkpoint") is not None
 
 
+@pytest.mark.parametrize("quiet", [False, True])
 @pytest.mark.parametrize("part", ["experts.3.gate_proj", "experts.3.", "experts."])
-def test_missing_experts_are_named(tmp_path: Path, part: str) -> None:
+def test_missing_experts_are_named(tmp_path: Path, part: str, quiet: bool, request: pytest.FixtureRequest) -> None:
+    """Also where transformers was told to log errors alone."""
     folder = save_model(tmp_path, "qwen3_moe")
+    request.addfinalizer(partial(transformers.logging.set_verbosity, transformers.logging.get_verbosity()))
+    if quiet:
+        transformers.logging.set_verbosity_error()
     with pytest.raises(ModelLoadError, match=r"model\.layers\.1\.mlp\.experts\."):
         load(rewrite(folder, without(f"layers.1.mlp.{part}")))
 

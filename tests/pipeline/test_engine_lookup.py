@@ -109,8 +109,14 @@ CONFIGURATIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("options", CONFIGURATIONS, ids=str)
+@pytest.mark.parametrize(
+    ("options", "sampled"),
+    [
+        *((options, False) for options in CONFIGURATIONS),
+        *((options, True) for options in ({}, {"attention": STEM, "precision": "fp8"}, {"decode_lag": 2})),
+    ],
+    ids=str,
+)
 def test_outputs_are_those_of_single_steps(folder: Path, options: dict[str, Any], sampled: bool) -> None:
     """Documents of different lengths and limits together, over borders of groups and blocks, drafts right and wrong."""
     sampling = Sampling(temperature=0.8, top_p=0.95, seed=5) if sampled else Sampling()

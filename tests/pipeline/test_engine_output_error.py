@@ -239,8 +239,7 @@ def test_a_document_in_parts_has_the_largest_error_and_says_if_some_are_dense() 
     assert EngineFields.of_parts([fallen]).attention_reason == "too far"
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("ray_here")
 def test_rows_of_a_job_tell_it_and_older_rows_go_on(tmp_path: Path) -> None:
     """Rows of a version without the column are those of a job without max_output_error, and of no job with one."""
     docs, out = tmp_path / "docs", tmp_path / "out"

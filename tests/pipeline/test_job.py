@@ -1,4 +1,4 @@
-"""Whole jobs on a real Ray cluster with an engine that answers at once: rows, resume, faults."""
+"""Whole jobs with an engine that answers at once: rows, resume, faults. On a real Ray cluster where that matters."""
 
 from __future__ import annotations
 
@@ -24,8 +24,14 @@ from pipeline.results.rows import NAMES
 from pipeline.results.summary import JobReport
 from pipeline.settings.config import JobConfig
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 FAKE = "fake_engine:FakeEngine"
+
+
+@pytest.fixture(autouse=True)
+def place(request: pytest.FixtureRequest) -> None:
+    """Where workers run: in this process, unless the test asks for the cluster."""
+    if "ray_cluster" not in request.fixturenames:
+        request.getfixturevalue("ray_here")
 
 
 def write(folder: Path, texts: dict[str, str]) -> Path:
@@ -111,7 +117,7 @@ def test_every_document_has_a_full_row(tmp_path: Path, out: Path, model: Path) -
     with (docs / "docs.jsonl").open("ab") as file:
         file.write(b"{broken\n")
     (docs / "binary.txt").write_bytes(b"abc\xff")
-    report = job(docs, out, model, keep_columns=["n"], workers=2)
+    report = job(docs, out, model, keep_columns=["n"])
     assert report.exit_code == 2
     assert report.counts == {"ok": 13, "error": 3}
     found = rows(out)
@@ -210,9 +216,11 @@ def test_a_failed_row_whose_document_is_gone_is_kept_with_force(tmp_path: Path, 
     assert {name: row["status"] for name, row in rows(out).items()} == {"a": "ok", "b": "ok", "c": "oom"}
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_document_that_kills_its_worker_is_found(tmp_path: Path, out: Path, model: Path) -> None:
     docs = write(tmp_path / "docs", TEXTS | {"killer": "please CRASH now " * 8})
-    report = job(docs, out, model, workers=2)
+    report = job(docs, out, model)
     found = rows(out)
     assert report.counts == {"ok": 12, "worker_died": 1}
     assert found["killer"]["status"] == "worker_died"
@@ -307,12 +315,12 @@ def test_a_stop_keeps_what_is_finished_and_the_next_run_goes_on(tmp_path: Path, 
     assert all(after[name] == row for name, row in first.items())
 
 
-def test_ten_megabytes_of_text_and_a_parquet_input(tmp_path: Path, out: Path, model: Path) -> None:
-    texts = ["The report was mapped last winter. " * 300_000, "short"]
+def test_megabytes_of_text_and_a_parquet_input(tmp_path: Path, out: Path, model: Path) -> None:
+    texts = ["The report was mapped last winter. " * 100_000, "short"]
     pq.write_table(pa.table({"document_id": [1, 2], "text": texts}), tmp_path / "docs.parquet")
     report = job(tmp_path / "docs.parquet", out, model, too_long="truncate")
     assert report.counts == {"ok": 2}
-    assert rows(out)["1"]["truncated_tokens"] > 1_000_000
+    assert rows(out)["1"]["truncated_tokens"] > 400_000
 
 
 def test_the_python_interface_takes_settings_and_refuses_unknown_ones(tmp_path: Path, out: Path, model: Path) -> None:

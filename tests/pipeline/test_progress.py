@@ -9,15 +9,18 @@ import os
 import re
 import struct
 import termios
+import time
 from pathlib import Path
 from typing import TextIO
 
 import pytest
+from fake_engine import FakeEngine
 from result_rows import make_row
 
+from pipeline.engine.config import EngineConfig
 from pipeline.errors import JobError
 from pipeline.job.job import run
-from pipeline.job.progress import Progress
+from pipeline.job.progress import TERMINAL_EVERY, Progress
 from pipeline.results.rows import Row
 from pipeline.settings.config import JobConfig
 
@@ -189,8 +192,15 @@ def test_a_terminal_that_is_gone_does_not_end_the_job(clock: Clock) -> None:
         screen.stream.flush()  # so it was written to
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
+class LateEngine(FakeEngine):
+    """Starts so slowly that one sees it."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        time.sleep(2 * TERMINAL_EVERY)
+        super().__init__(config)
+
+
+@pytest.mark.usefixtures("ray_here")
 def test_a_job_on_a_terminal_whose_disk_is_full_at_the_end(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,7 +214,7 @@ def test_a_job_on_a_terminal_whose_disk_is_full_at_the_end(
     monkeypatch.setattr("pipeline.results.sink.Sink._write", full)
     config = JobConfig(input=str(tmp_path), output=str(tmp_path / "out"), model=str(model), device="cpu", workers=1)  # type: ignore[arg-type]
     with pytest.raises(JobError, match="the disk is full"):
-        run(config, engine_factory="fake_engine:FakeEngine", progress=Progress(3, 120, stream=screen.stream))
+        run(config, engine_factory=f"{__name__}:LateEngine", progress=Progress(3, 120, stream=screen.stream))
     lines = redrawn(screen.read())
     assert all(len(line) < 50 for line in lines if not line.endswith("\r\n"))
     assert any(line.startswith("0/3 documents · starting 1 worker for 0:0") for line in lines)

@@ -17,7 +17,7 @@ from pipeline.engine import EngineConfig
 
 MODEL = str(Path(__file__).parents[2] / "models/tiny-reader")
 TASKS = ("report_facts", "lookup", "niah_essay", "multikey_4")
-LENGTH = 4096  # 256 blocks of 16
+LENGTH = 2048  # 128 blocks of 16
 # (arm, lowest, highest): questions at the end of the document and values that are said twice, together.
 FLOORS = [
     ("sampled:density=0.3", 0.95, 1.0),  # examples/demo.yaml

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import tools.benchmark.engine as benchmark
 from pipeline.errors import JobError
 from tools.benchmark.__main__ import main
-from tools.benchmark.engine.agreement import check_agreement
+from tools.benchmark.engine.agreement import check_agreement, report_prompts
 from tools.benchmark.engine.baseline import BaselinePoint, job_baseline
 from tools.benchmark.engine.breakdown import breakdown, group_of, own_kernels
 from tools.benchmark.engine.phases import union_length
@@ -20,7 +21,8 @@ from tools.benchmark.engine.report import rows
 TINY = str(Path(__file__).parents[2] / "models" / "tiny-reader")
 FLAGS = (
     f"engine --shape {TINY} --device cpu --lengths 200 100 --latency-lengths 150 --documents 3 --new-tokens 4 "
-    "--block-size 16 --dense-layers 1 --chunk-tokens 64 --batches 1 2 --baseline-steps 2"
+    "--block-size 16 --dense-layers 1 --chunk-tokens 64 --batches 1 2 --baseline-steps 2 "
+    "--agreement-tokens 1000"
 ).split()
 
 
@@ -47,8 +49,10 @@ def test_phases_end_in_a_file_and_a_table(tmp_path: Path) -> None:
     assert results["ratios"]["dense-fp32"]["job_vs_own_dense"] == 1.0
 
 
-def test_prompt_lookup_is_timed(tmp_path: Path) -> None:
+def test_prompt_lookup_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its cost by length and documents, and what it gives a model that quotes; other phases run without."""
+    module = importlib.import_module("tools.benchmark.engine.lookup")
+    monkeypatch.setattr(module, "report_prompts", lambda lengths: report_prompts([1200, 600]))
     flags = ["--phases", "decode", "lookup", "--arms", "dense", "--max-live", "2", "--output", str(tmp_path)]
     assert main([*FLAGS, *flags]) == 0
     results = json.loads((tmp_path / "engine.json").read_text())
@@ -196,9 +200,7 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
         main([*FLAGS, "--density", "2", "--phases", "job", "--output", str(tmp_path)])
 
 
-QUESTIONS = (
-    "--phases questions --questions 4 --questions-each 2 --question-tokens 20 --max-live 4 --agreement-tokens 1000"
-)
+QUESTIONS = "--phases questions --questions 4 --questions-each 2 --question-tokens 20 --max-live 4"
 
 
 def test_questions(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ TINY = str(Path(__file__).parents[2] / "models" / "tiny-reader")
 # bf16 on a CPU: the arms and vLLM must share a precision.
 FLAGS = (
     f"engine --shape {TINY} --device cpu --precision bf16 --arms dense --lengths 200 100 --latency-lengths 150 300 "
-    "--documents 3 --new-tokens 4 --block-size 16 --chunk-tokens 64 --phases latency job vllm"
+    "--documents 3 --new-tokens 4 --block-size 16 --chunk-tokens 64 --phases latency job vllm "
+    "--agreement-tokens 1000"
 ).split()
 # Slow enough to be seen, and told what it was called with.
 FAKE = """
@@ -149,7 +150,7 @@ def test_the_time_limit_skips(tmp_path: Path) -> None:
 def test_questions_with_a_prefix_cache(tmp_path: Path) -> None:
     """The engine's own lists, sorted by document, in an engine that caches; the other phases in one that does not."""
     flags = "--phases latency questions vllm --questions 4 --questions-each 2 --question-tokens 20 --max-live 4"
-    code, results, calls = run(tmp_path, *flags.split(), "--agreement-tokens", "1000")
+    code, results, calls = run(tmp_path, *flags.split())
     assert code == 0, results["failed"]
     assert [call["enable_prefix_caching"] for call in calls if "enable_prefix_caching" in call] == [False, True]
     prompts = prompts_of(

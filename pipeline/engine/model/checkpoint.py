@@ -113,22 +113,28 @@ def _remedy(missing: list[str], extra: list[str]) -> str:
 
 @contextmanager
 def load_report() -> Iterator[list[str]]:
-    """Inside, transformers' table of keys goes into the list instead of the log: our error says it in one line."""
+    """Inside, transformers' table of keys goes into the list instead of the log: our error says it in one line.
+
+    Also where transformers was told to be quiet.
+    """
     found: list[str] = []
 
     def keep(record: logging.LogRecord) -> bool:
         text = record.getMessage()
         if "LOAD REPORT" not in text:
-            return True
+            return record.levelno >= shown
         found.append(text)
         return False
 
     logger = logging.getLogger("transformers.modeling_utils")
+    level, shown = logger.level, logger.getEffectiveLevel()
+    logger.setLevel(min(shown, logging.WARNING))
     logger.addFilter(keep)
     try:
         yield found
     finally:
         logger.removeFilter(keep)
+        logger.setLevel(level)
 
 
 def conversion_problem(report: list[str]) -> str:
