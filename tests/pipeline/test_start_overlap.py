@@ -94,9 +94,7 @@ def test_what_compiles_ahead_reaches_all_steps_and_leaves_nothing(
 def test_models_that_go_by_what_kernels_compute_compile_as_they_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        rehearsal, "compiling_ahead", lambda: pytest.fail("experts would be chosen by values nobody wrote")
-    )
+    monkeypatch.setattr(rehearsal, "compiling_ahead", lambda: pytest.fail("values that nobody wrote choose experts"))
     runner = ModelRunner(load_model(EngineConfig(str(save_model(tmp_path, "qwen3_moe")), device="cpu")), None)
     rehearsal.compile_kernels(runner, 300, 128, rows=2, lookup=False)
 
