@@ -4,30 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.util
-from pathlib import Path
-
-# Torch's own libraries, each after those it needs: between them, libraries of what is imported meanwhile have a turn.
-LIBRARIES = ("libc10.so", "libtorch_cpu.so", "libc10_cuda.so", "libtorch_cuda.so", "libtorch_python.so")
 
 
 def warm_up() -> None:
-    """Load torch's libraries, open the GPU, have Triton read itself.
-
-    Whatever is wrong here is met again, and said, when it is needed.
-    """
-    load_libraries()
+    """Open the GPU, and have Triton read itself. Whatever is wrong here is met again, and said, when it is needed."""
     open_gpu()
     key_compiler()
-
-
-def load_libraries() -> None:
-    """Load the libraries of torch, gigabytes, that its import will need."""
-    torch = importlib.util.find_spec("torch")
-    if torch is not None and torch.origin is not None:
-        for name in LIBRARIES:
-            with contextlib.suppress(OSError):
-                ctypes.CDLL(str(Path(torch.origin).parent / "lib" / name))
 
 
 def open_gpu() -> None:

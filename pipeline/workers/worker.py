@@ -679,13 +679,7 @@ def _load_tokens(config: EngineConfig) -> tuple[Any, Tokens]:
 
 
 def _import_engine() -> None:
-    """Import what a worker needs and its driver does not: torch, transformers, the engine.
-
-    What needs no torch comes first, while torch's libraries load (pipeline.workers.gpu).
-    """
-    import sympy  # type: ignore[import-untyped] # noqa: F401
-    import transformers  # noqa: F401
-
+    """Import what a worker needs and its driver does not: torch, transformers, the engine."""
     from pipeline.engine import engine  # noqa: F401
     from pipeline.engine.model import loading  # noqa: F401
 

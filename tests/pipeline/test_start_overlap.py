@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from engine_models import prompts, run, save_model
 
 from kernels.ahead import Compiled
@@ -180,19 +179,3 @@ def test_without_a_driver_torch_is_left_to_say_so(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
     gpu.open_gpu()
-
-
-def test_torchs_libraries_load_each_after_what_it_needs_and_missing_ones_are_passed_over(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    loaded: list[str] = []
-
-    def load(path: str) -> None:
-        loaded.append(Path(path).name)
-        assert Path(path).parent == Path(torch.__file__).parent / "lib"
-        if "cuda" in path:
-            raise OSError(path)
-
-    monkeypatch.setattr(ctypes, "CDLL", load)
-    gpu.load_libraries()
-    assert tuple(loaded) == gpu.LIBRARIES

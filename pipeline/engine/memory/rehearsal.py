@@ -12,7 +12,7 @@ from torch import nn
 from kernels.ahead import compiling_ahead
 from kernels.fp8_heads import HeadScales
 from pipeline.engine.devices import device_memory, tensor_bytes
-from pipeline.engine.kv.arena import Arena, Extent
+from pipeline.engine.kv.arena import Arena, Extent, aligned
 from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.run.batch import DecodeBatch
 from pipeline.engine.run.decode import DecodeRunner
@@ -55,7 +55,7 @@ def _launch(runner: ModelRunner, context: int, chunk_tokens: int, rows: int, loo
         scales = {layer: HeadScales(*map(torch.ones_like, found)) for layer, found in peaks.items()}
         runner.calibration = Calibration(scales)
     room = min(device_memory(device)[0] // 2 // max(1, runner.bytes_per_token(device)) for device in runner.devices)
-    arena = runner.new_arena(max(chunk_tokens, min(context, room)), rows)
+    arena = runner.new_arena(max(chunk_tokens, min(aligned(context), room)), rows)
     Prefill(runner, arena, Extent(0, chunk_tokens), np.zeros(chunk_tokens, dtype=np.int64), 0, chunk_tokens).step()
     longest = min(context, arena.capacity)
     read_ends(runner, arena, [longest, *_whole_chunks(chunk_tokens, longest)], _block(runner))
