@@ -25,6 +25,7 @@ from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.imports import check_kernels
 from pipeline.prompts.prompt import Prompt, PromptBuilder, Task
 from pipeline.prompts.questions import OWN, Questions
+from pipeline.prompts.stops import STOP_STRING, StopStrings, before_stop
 from pipeline.prompts.tokens import Tokens, load_tokens
 from pipeline.results.columns import utc_now
 from pipeline.results.kept_columns import Kept, prompt_text
@@ -65,6 +66,7 @@ class WorkerConfig:
     too_long: str
     max_new_tokens: int
     sampling: Sampling
+    stop: tuple[str, ...]
     text_column: str
     model_name: str
     config_hash: str
@@ -521,10 +523,11 @@ class Worker:
             sampling = replace(config.sampling, **ask.task.sampling)
             name = request_id(work.document.document_id, ask.task.name, place.name)
             answers = self._answers_of(ask.task)
+            until = StopStrings(config.stop, self._tokens, ask.builder.opens_thinking) if config.stop else None
             requests.append(
                 Request(
                     name, cast(Sequence[int], prompt.tail), self._most(ask.task), sampling, self._tokens.eos_ids,
-                    work.chunk_tokens, None if answers is None else answers.grammar,
+                    work.chunk_tokens, None if answers is None else answers.grammar, until,
                 )
             )  # fmt: skip
         work.requests += [request.request_id for request in requests]
@@ -558,9 +561,11 @@ class Worker:
         if answer.text is None:
             why = _no_answer(completion, request.max_new_tokens, self._config.thinking)
             return Outcome(status="error", error=why, reasoning=answer.reasoning)
-        outcome = Outcome(
-            status="ok", output=answer.text, finish_reason=completion.finish_reason, reasoning=answer.reasoning
-        )
+        output, reason = answer.text, completion.finish_reason
+        stopped = before_stop(output, self._config.stop)
+        if stopped is not None:
+            output, reason = stopped, STOP_STRING
+        outcome = Outcome(status="ok", output=output, finish_reason=reason, reasoning=answer.reasoning)
         answers = self._answers_of(ask.task)
         if answers is None:
             return outcome

@@ -231,3 +231,4 @@ def test_a_failed_capture_tells_why_and_leaves_nothing_behind(
     assert [devices.current[device].name for device in ("A", "B")] == ["default A", "default B"]
     graphs.replay(graphs.capture(lambda: None))
     assert devices.log[-2] == "replay"
+    assert devices.used[0] != devices.used[1], "torch drops a pool with its last graph"

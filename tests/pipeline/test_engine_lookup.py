@@ -79,7 +79,7 @@ class Oracle:
                 spoilt = length % 3 == 0 and place >= self._wrong
                 tokens[row, place] = (token + 1) % VOCABULARY if spoilt else token
             counts[row] = len(going_on)
-        return tokens, counts
+        return tokens.to(ids.device), counts.to(ids.device)
 
 
 @contextmanager
@@ -236,7 +236,7 @@ def test_the_arena_holds_the_tokens_themselves(folder: Path) -> None:
 
 
 def test_rows_take_as_many_drafts_as_are_right() -> None:
-    batch = DecodeBatch(6, torch.device("cpu"))
+    batch = DecodeBatch(6, torch.device("cpu"), 8)
     for row in (0, 1, 2, 3, 5):
         batch.begin(row, row_start(max_new_tokens=9, stop_ids=(4,)))
     batch.begin(3, row_start(max_new_tokens=2, stop_ids=(4,)))

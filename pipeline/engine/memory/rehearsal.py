@@ -59,7 +59,7 @@ def _launch(runner: ModelRunner, context: int, chunk_tokens: int, rows: int, loo
     Prefill(runner, arena, Extent(0, chunk_tokens), np.zeros(chunk_tokens, dtype=np.int64), 0, chunk_tokens).step()
     longest = min(context, arena.capacity)
     read_ends(runner, arena, [longest, *_whole_chunks(chunk_tokens, longest)], _block(runner))
-    batch = DecodeBatch(rows, runner.device)
+    batch = DecodeBatch(rows, runner.device, runner.vocabulary)
     DecodeRunner(runner, arena, batch, longest, use_graphs=False, lookup=lookup).launch_kernels()
 
 

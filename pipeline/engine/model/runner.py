@@ -30,7 +30,7 @@ from pipeline.engine.model.rope import prepare_rope
 from stem_core.config import StemConfig
 from stem_core.context import DecodeContext, PrefillContext, StemContext
 from stem_core.fuse import fuse_model
-from stem_core.kv_scales import Calibration, calibrate
+from stem_core.kv_scales import MOST_FP8_HEAD, Calibration, calibrate
 from stem_core.patch import UnsupportedModelError, keep_dense, layer_policies, patch_model
 from stem_core.policy import LayerPolicy
 
@@ -356,7 +356,8 @@ class ModelRunner:
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
         prompts = calibration_prompts(self.vocabulary, getattr(config, "bos_token_id", None), limit)
         self._rope.rows = torch.full((1,), max(map(len, prompts)), device=self.device)
-        return calibrate(self.model, prompts)
+        large = [layer for layer, shape in self.shapes.items() if shape.head_dim > MOST_FP8_HEAD]
+        return calibrate(self.model, prompts, wide=large)
 
     def _probe(self) -> None:
         """Set `shapes`, `states`, `sources`, `layers` and `layer_devices`, as seen by running a prompt of two tokens.
