@@ -18,7 +18,7 @@ from torch import Tensor
 from kernels.block_selection import BlockSelection, choose_block_selection
 from kernels.dispatch import Choice
 from pipeline.engine import Engine, EngineConfig, Request
-from pipeline.engine.memory.measure import key_state_bytes
+from pipeline.engine.memory.rehearsal import key_state_bytes
 from pipeline.settings.config import STEM_OVERRIDES
 from stem_core import PromptBudget, StemConfig, patch_model
 from stem_core.attention import stem_prefill

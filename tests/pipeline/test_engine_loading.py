@@ -28,8 +28,9 @@ from pipeline.engine import (
 from pipeline.engine.devices import host_memory, weight_bytes
 from pipeline.engine.kv.arena import Arena, KVArena, LayerShape
 from pipeline.engine.memory import measure as memory
-from pipeline.engine.memory.measure import allocate_arena, key_state_bytes, plan_memory, rehearse
+from pipeline.engine.memory.measure import allocate_arena, plan_memory
 from pipeline.engine.memory.plan import fit_arena
+from pipeline.engine.memory.rehearsal import key_state_bytes, rehearse
 from pipeline.engine.model.loading import context_limit, load_config, load_model, stop_token_ids
 from pipeline.engine.model.runner import ModelRunner
 from stem_core import StemConfig
@@ -313,7 +314,7 @@ def test_rehearsal_runs_the_last_chunk(folder: Path, tokens: int) -> None:
     assert same == plan
     for tensor in arena.tensors():
         tensor.zero_()
-    rehearse(runner, arena, plan, 128)
+    rehearse(runner, arena, plan.max_context, 128)
     # Two sparse layers of 2 KV heads: 44 (40) blocks of 8 float32 sums of 16, and 2 float32 norms.
     assert key_state_bytes(runner, tokens) == 2 * 2 * -(-tokens // 16) * (8 * 16 + 2) * 4
     assert key_state_bytes(ModelRunner(load_model(config), None), tokens) == 0

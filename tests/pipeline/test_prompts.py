@@ -17,6 +17,7 @@ from transformers.utils import chat_template_utils
 from pipeline import Summarizer
 from pipeline.errors import DocumentError, JobError
 from pipeline.job.plan import describe_plan
+from pipeline.prompts import tokens as prompts_tokens
 from pipeline.prompts.prompt import PromptBuilder, Task, make_task, user_message
 from pipeline.prompts.tokens import Tokens, load_tokens
 from pipeline.settings.config import JobConfig
@@ -104,6 +105,22 @@ def test_added_words_and_white_space_remain_part_of_the_language() -> None:
     )
     tokens = Tokens(PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>"))
     assert tokens.encode_data("hello\n\ncovid19 <x>").tolist() == [1, 2, 3, 0]
+
+
+def test_the_copy_for_data_keeps_the_vocabulary_unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where words and added tokens look like the JSON around them; parsing it would take seconds."""
+    words = {"<unk>": 0, "model": 1, ',"model":{': 2, "ünïcode": 3}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.add_tokens([AddedToken('"model":{', special=False), AddedToken("<x>", special=True)])
+    parsed: list[str] = []
+    loads = json.loads
+    monkeypatch.setattr(prompts_tokens.json, "loads", lambda text: parsed.append(text) or loads(text))
+    tokens = Tokens(PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>"))
+    assert tokens._data.get_vocab() == core.get_vocab()
+    assert tokens.encode_data('model "model":{ ünïcode <x>').tolist() == [1, 4, 3, 0]
+    assert parsed
+    assert not any("nïcode" in text or "\\u00efcode" in text for text in parsed)
 
 
 def test_metaspace_first_gives_the_ids_of_the_whole() -> None:

@@ -18,11 +18,10 @@ from engine_models import prompts, run, save_model
 
 from kernels.ahead import Compiled
 from pipeline.engine import Engine, EngineConfig, Request
-from pipeline.engine.memory import measure
+from pipeline.engine.memory import measure, rehearsal
 from pipeline.engine.model import runner as runners
 from pipeline.engine.model.loading import load_model, load_runner
 from pipeline.engine.model.runner import ModelRunner
-from pipeline.engine.run import ahead
 from pipeline.engine.run.batch import DRAFTS
 from pipeline.engine.run.decode import DecodeRunner
 from pipeline.workers import gpu, worker
@@ -68,7 +67,7 @@ def test_what_compiles_ahead_reaches_all_steps_and_leaves_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Everything runs here, by references, instead of compiling."""
-    monkeypatch.setattr(ahead, "compiling_ahead", nullcontext)
+    monkeypatch.setattr(rehearsal, "compiling_ahead", nullcontext)
     launched: list[Any] = []
     for name in ("prefill", "decode", "verify", "uncached"):
         real = getattr(ModelRunner, name)
@@ -82,9 +81,9 @@ def test_what_compiles_ahead_reaches_all_steps_and_leaves_nothing(
     runner = load_runner(given)
     found = dict(runner.calibration.scales)
     launched.clear()
-    ahead.compile_kernels(runner, 128, rows=5, lookup=True)
+    rehearsal.compile_kernels(runner, 300, 128, rows=5, lookup=True)
     steps = [step for rows in (1, 5) for step in (("decode", rows), ("verify", rows, 1 + DRAFTS))]
-    assert launched == [("uncached", 1, 512), ("prefill", 1, 128), *steps]
+    assert launched == [("uncached", 1, 512), *(("prefill", 1, tokens) for tokens in (128, 12, 32, 32)), *steps]
     assert not runner.calibration.scales, "scales of ones are no calibration"
     runner.calibration = Calibration(found)
     requests = [Request(str(i), prompt, 6) for i, prompt in enumerate(prompts([300, 40]))]
@@ -95,17 +94,17 @@ def test_what_compiles_ahead_reaches_all_steps_and_leaves_nothing(
 def test_models_that_go_by_what_kernels_compute_compile_as_they_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ahead, "compiling_ahead", lambda: pytest.fail("experts would be chosen by values nobody wrote"))
+    monkeypatch.setattr(rehearsal, "compiling_ahead", lambda: pytest.fail("values that nobody wrote choose experts"))
     runner = ModelRunner(load_model(EngineConfig(str(save_model(tmp_path, "qwen3_moe")), device="cpu")), None)
-    ahead.compile_kernels(runner, 128, rows=2, lookup=False)
+    rehearsal.compile_kernels(runner, 300, 128, rows=2, lookup=False)
 
 
 def test_a_pass_that_fails_costs_time_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ahead, "compiling_ahead", nullcontext)
+    monkeypatch.setattr(rehearsal, "compiling_ahead", nullcontext)
     monkeypatch.setattr(DecodeRunner, "launch_kernels", lambda self: 1 // 0)
     runner = load_runner(config(folder))
     with pytest.warns(RuntimeWarning, match="one after the other: .*division"):
-        ahead.compile_kernels(runner, 128, rows=2, lookup=False)
+        rehearsal.compile_kernels(runner, 300, 128, rows=2, lookup=False)
 
 
 def test_rehearsals_of_shorter_documents_read_a_block(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +122,7 @@ def test_rehearsals_of_shorter_documents_read_a_block(folder: Path, monkeypatch:
         return prefill(self, ids, arena, extent, context, bound)
 
     monkeypatch.setattr(ModelRunner, "prefill", note)
-    measure.rehearse(runner, arena, plan, 128)
+    rehearsal.rehearse(runner, arena, plan.max_context, 128)
     assert read == [(640, 700), (96, 128), (224, 256), (480, 512)]
 
 

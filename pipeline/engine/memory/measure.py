@@ -10,18 +10,14 @@ import numpy as np
 import torch
 
 from pipeline.engine.config import EngineConfig, EngineError
-from pipeline.engine.devices import GIB, device_memory, release_memory, tensor_bytes, weight_bytes
+from pipeline.engine.devices import GIB, device_memory, release_memory, weight_bytes
 from pipeline.engine.kv.arena import ALIGNMENT, Arena, Extent
 from pipeline.engine.memory.plan import HOST_SHARE, RESERVE_FACTOR, DevicePlan, MemoryPlan, build_plan
+from pipeline.engine.memory.rehearsal import compile_kernels, key_state_bytes, rehearse
 from pipeline.engine.model.loading import context_limit, load_runner
 from pipeline.engine.model.meta_model import SLACK_BYTES
 from pipeline.engine.model.runner import ModelRunner
-from pipeline.engine.run.ahead import compile_kernels
-from pipeline.engine.run.prefill import Prefill, chunk_size
-from pipeline.engine.run.readings import probe_readings
-from stem_core.context import PrefillContext
-from stem_core.estimators import KeyState
-from stem_core.selection import new_key_state
+from pipeline.engine.run.prefill import Prefill
 
 # The sort of top-p sampling holds about this many float64 copies of the logits of the whole batch.
 SAMPLING_COPIES = 6
@@ -37,10 +33,8 @@ def load_and_plan(
     """The model of `config`, or the given one switched to its attention, and its plan. Raises EngineError."""
     try:
         if runner is None:
-            rows, lookup = config.max_live, config.prompt_lookup == "auto"
-            compile_all = partial(compile_kernels, chunk_tokens=chunk_tokens, rows=rows, lookup=lookup)
             on_gpu = config.torch_device().type == "cuda"
-            runner = load_runner(config, compile_kernels=compile_all if on_gpu else None)
+            runner = load_runner(config, compile_kernels=partial(_compile, config, chunk_tokens) if on_gpu else None)
         else:
             runner.attend(config.attention)
         return runner, plan_memory(runner, config, chunk_tokens)
@@ -52,6 +46,11 @@ def load_and_plan(
         ) from error
     except (ValueError, AttributeError) as error:
         raise EngineError(f"model {config.model!r} cannot run here: {error}") from error
+
+
+def _compile(config: EngineConfig, chunk_tokens: int, runner: ModelRunner) -> None:
+    context = config.max_context or context_limit(runner.model.config)
+    compile_kernels(runner, context, chunk_tokens, rows=config.max_live, lookup=config.prompt_lookup == "auto")
 
 
 def plan_memory(runner: ModelRunner, config: EngineConfig, chunk_tokens: int) -> MemoryPlan:
@@ -125,69 +124,6 @@ def measure_chunk(runner: ModelRunner, chunk_tokens: int) -> dict[torch.device, 
     return peaks
 
 
-@torch.inference_mode()
-def rehearse(runner: ModelRunner, arena: Arena, plan: MemoryPlan, chunk_tokens: int) -> None:
-    """Run the last chunk of the longest document that the plan admits. Raises torch.OutOfMemoryError.
-
-    The last blocks of documents of 1, 2, 4, ... whole chunks follow: some kernels are compiled for powers of two of a
-    prompt's blocks, whatever the chunk, and none should be while a document waits.
-    """
-    lengths = [plan.max_context]
-    while (whole := chunk_tokens << (len(lengths) - 1)) < plan.max_context:
-        lengths.append(whole)
-    block = chunk_size(1, runner.layers[-1][0].config)
-    for length in lengths:
-        step = chunk_tokens if length == plan.max_context else block
-        start = (length - 1) // step * step
-        extent = Extent(0, length)
-        readings = probe_readings(runner, length)
-        context = PrefillContext(prompt_length=length, start=start, quantized=arena.quantized(extent))
-        context.probe = None if readings is None else readings.probe
-        _past_keys(runner, context)
-        ids = torch.zeros(1, length - start, dtype=torch.int64, device=runner.device)
-        runner.prefill(ids, arena, extent, context, torch.full_like(ids[:, 0], length))
-        arena.forget(extent)
-
-
-def key_states(
-    runner: ModelRunner, prompt_tokens: int, device: torch.device | None = None, on: torch.device | None = None
-) -> dict[int, KeyState]:
-    """What the attention keeps of a whole prompt's keys while it is prefilled, by layer.
-
-    device: where they are allocated; None: each on its layer's device. on: of the layers on this device alone.
-    """
-    states = {}
-    for policy, window in runner.layers:
-        place = runner.layer_devices[policy.layer]
-        if policy.config is None or policy.budget(prompt_tokens, window).budgets is None:
-            continue
-        if on is not None and place != on:
-            continue
-        shape = runner.shapes[runner.sources.get(policy.layer, policy.layer)]
-        keys = torch.empty(1, shape.kv_heads, 1, shape.head_dim, dtype=runner.dtype, device=place)
-        state = new_key_state(policy.config, keys, prompt_tokens, place if device is None else device)
-        if state is not None:
-            states[policy.layer] = state
-    return states
-
-
-def key_state_bytes(runner: ModelRunner, prompt_tokens: int, on: torch.device | None = None) -> int:
-    """Bytes of key_states(), of which nothing is allocated."""
-    states = key_states(runner, prompt_tokens, torch.device("meta"), on).values()
-    return tensor_bytes(tensor for state in states for tensor in state.tensors)
-
-
-def _past_keys(runner: ModelRunner, context: PrefillContext) -> None:
-    """Key states as earlier chunks of zeros would have left them."""
-    context.keys.update(key_states(runner, context.prompt_length))
-    for layer, state in context.keys.items():
-        for tensor in state.tensors:
-            tensor.zero_()
-        policy = next(policy for policy, _ in runner.layers if policy.layer == layer)
-        assert policy.config is not None
-        state.blocks = context.start // policy.config.block_size
-
-
 def allocate_arena(
     runner: ModelRunner, config: EngineConfig, plan: MemoryPlan, chunk_tokens: int
 ) -> tuple[Arena, MemoryPlan]:
@@ -214,7 +150,7 @@ def _rehearsed_arena(runner: ModelRunner, plan: MemoryPlan, chunk_tokens: int) -
     try:
         arena = runner.new_arena(plan.arena_tokens, plan.max_live)
         if runner.device.type == "cuda":
-            rehearse(runner, arena, plan, chunk_tokens)
+            rehearse(runner, arena, plan.max_context, chunk_tokens)
             for device in runner.devices:
                 torch.cuda.synchronize(device)
         return arena

@@ -144,7 +144,7 @@ class DecodeRunner:
                 self.sample(StepKey(rows, sampled=True))
 
     def launch_kernels(self) -> None:
-        """Launch the kernels of steps of every number of rows, to compile them (pipeline.engine.run.ahead).
+        """Launch the kernels of steps of every number of rows, to compile them (pipeline.engine.memory.rehearsal).
 
         The tokens are given, since what kernels find means nothing then. All rows must be idle.
         """
