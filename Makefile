@@ -3,10 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: demo compare test lint docs-site audit clean
+.PHONY: demo demo-real compare test lint docs-site audit clean
 
 demo: $(READY)
 	$(VENV)/bin/python -m jobs.demo
+
+# A real model, a small one: five questions to three short PDF files. MODEL: a folder, or an id on the hub.
+MODEL ?= Qwen/Qwen2.5-0.5B-Instruct
+REAL := demo_output/real-$(notdir $(patsubst %/,%,$(MODEL)))
+demo-real: $(READY)
+	$(VENV)/bin/python -m jobs.summarize --config examples/demo-real.yaml --model $(MODEL) --output $(REAL)
+	$(VENV)/bin/python -m jobs.report $(REAL)
 
 compare: $(READY)
 	$(VENV)/bin/python -m jobs.demo --arms stem dense published

@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 FIRST_OUTPUTS = 3
 SHORT_OUTPUT = 1200
 QUIET_ABOVE = 20
+BUNDLED_HINT = (
+    "this model is for trying things out. It lists sentences that begin with 'Key finding:', and answers questions such as "
+    "'What was the Calder bridge repair budget?' where the text says so in as many words; otherwise it answers 'No key "
+    "findings.' or invents something. For texts of your own take a real one (--model)"
+)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -52,6 +57,8 @@ def main(arguments: Sequence[str]) -> int:
     report = run(config)
     with unheard():  # what became of the documents is in the rows, and in the exit code
         show(report)
+        if Path(config.model).name == "tiny-reader":
+            print(f"{config.model}: {BUNDLED_HINT}")
         sys.stdout.flush()
     return report.exit_code
 

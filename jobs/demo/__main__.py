@@ -1,8 +1,9 @@
 """Summarise examples/documents with the bundled model and count the known findings that it keeps: python -m jobs.demo
 
-`python -m jobs.demo` runs jobs.summarize, reads the Parquet back and prints what was found. With more arms it runs the
-job once for each; `--save` keeps their totals, and a run of fewer arms prints those beside its own. Exit code 0 if the
-first arm found enough, 2 if it did not, 1 if a job failed.
+`python -m jobs.demo` runs jobs.summarize, reads the Parquet back and prints what was found; then it asks questions of
+one report, prints the answers with their evidence, and writes the result page. With more arms it runs the job once for
+each; `--save` keeps their totals, and a run of fewer arms prints those beside its own. Exit code 0 if the first arm
+found enough, 2 if it did not, 1 if a job failed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from pathlib import Path
 
 from jobs.cli import Parser, command, run_main
 from jobs.demo.outcome import Outcome, judge, print_comparison, print_outcomes, save_comparison
+from jobs.demo.questions import ask
 from jobs.demo.scoring import read_findings
+from jobs.report.__main__ import main as report
 from pipeline import read_results
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +70,10 @@ def main(arguments: Sequence[str]) -> int:
         save_comparison(COMPARISON, outcomes, f"python -m jobs.demo --arms {' '.join(args.arms)} --save")
     else:
         print_comparison(COMPARISON, without={outcome.arm for outcome in outcomes})
-    print(f"\nResults: {output / args.arms[0]}; the demo took {time.monotonic() - started:.0f} s")
+    ask(ROOT / "examples/documents/report-02.txt", ROOT / "examples/demo.yaml")
+    print("\nThe result page, every output beside its document; open it in a browser:")
+    report([str(output / args.arms[0])])
+    print(f"Results: {output / args.arms[0]}; the demo took {time.monotonic() - started:.0f} s")
     print("This model only lists sentences that are marked as key findings; for other documents take another one, say:")
     print(f"{command('summarize')} --input reports/ --output results/ --model Qwen/Qwen3-8B")
     if outcomes[0].total.recall < args.floor:

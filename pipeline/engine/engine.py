@@ -120,6 +120,15 @@ class Engine:
         extents = self._arena.extents
         return extents.capacity - extents.free_tokens, extents.capacity
 
+    @property
+    def tokens_read(self) -> int:
+        """Tokens of prompts and outputs, of the documents that are in here, which are read and written so far."""
+        begun = self._prefilling.prefill if self._prefilling else None
+        tokens = begun.start if isinstance(begun, Prefill) else 0
+        for prefix in self._prefixes:
+            tokens += prefix.prefill.start if prefix.prefill else prefix.is_read * prefix.tokens
+        return tokens + sum(len(document.prompt_ids) + len(document.tokens) for document in self._live.values())
+
     def plan(self) -> MemoryPlan:
         """How the device's memory is divided."""
         return self._plan

@@ -16,9 +16,9 @@ TERMINAL_EVERY = 0.5
 
 
 class Progress:
-    """Counts finished documents and tells about them. The time left follows from tokens, not from documents.
+    """Counts finished documents and tells about them. The time left follows from what is read, not from documents.
 
-    total_bytes: of the texts still to do; tokens left follow from bytes left and what a byte gave so far.
+    total_bytes: of the texts still to do. Time left is that of the bytes that are not read, at the pace so far.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class Progress:
         self._begun = self._shown_at = clock()
         self._done = self._answers = self._failed = self._cut = self._tokens = 0
         self._live = self._starting = self._held = 0
+        self._tokens_read = self._bytes_read = 0
         self._ready = self._shown = False
 
     def add(self, rows: Sequence[Row], size_bytes: int) -> None:
@@ -46,14 +47,21 @@ class Progress:
         self._failed += sum(row.outcome.status != "ok" for row in rows)
         self._cut += sum(row.outcome.is_cut for row in rows)
         self._bytes_left -= size_bytes
+        self._bytes_read = max(0, self._bytes_read - size_bytes)
         measured = [row.from_engine for row in rows if row.from_engine is not None and row.from_engine.prompt_tokens]
-        self._tokens += sum(each.prompt_tokens - each.prefix_tokens + each.output_tokens for each in measured)
+        tokens = sum(each.prompt_tokens - each.prefix_tokens + each.output_tokens for each in measured)
+        self._tokens += tokens
+        self._tokens_read = max(0, self._tokens_read - tokens)  # until workers are heard again
         if measured:
             self._bytes_worked += size_bytes
 
     def workers(self, live: int, starting: int, held: int) -> None:
         """How many workers take documents, how many do not yet, and how many documents they hold."""
         self._live, self._starting, self._held = live, starting, held
+
+    def reading(self, tokens: int, size_bytes: int) -> None:
+        """What is read so far of the documents that workers hold, in tokens and in bytes of their texts."""
+        self._tokens_read, self._bytes_read = tokens, min(size_bytes, self._bytes_left)
 
     def start_clock(self) -> None:
         """Rates count from now on: workers are ready. Only the first call does anything."""
@@ -90,10 +98,11 @@ class Progress:
         parts = [(0, f"{self._done:,}/{self._documents:,} documents")]  # the larger the number, the sooner left out
         if self._answers > self._done:
             parts.append((2, f"{self._answers:,} answers"))
-        if not self._tokens and self._held:
+        tokens = self._tokens + self._tokens_read
+        if not tokens and self._held:
             parts.append((3, f"{self._held:,} in work for {duration(seconds)}"))
         elif self._ready or not self._starting:
-            parts += [(5, f"{self._tokens:,} tokens"), (4, f"{self._tokens / seconds:,.0f} tokens/s")]
+            parts += [(5, f"{tokens:,} tokens"), (4, f"{tokens / seconds:,.0f} tokens/s")]
         if self._failed:
             parts.append((1, f"{self._failed:,} failed"))
         if self._cut:
@@ -104,8 +113,9 @@ class Progress:
             workers = "1 worker" if self._starting == 1 else f"{self._starting} workers"
             parts.append((3, f"starting {workers} for {duration(seconds)}"))
             parts.append((5, "a large model takes minutes"))
-        if self._bytes_worked and self._done < self._documents:
-            parts.append((2, f"about {duration(seconds * self._bytes_left / self._bytes_worked)} left"))
+        worked = self._bytes_worked + self._bytes_read
+        if worked and self._done < self._documents:
+            parts.append((2, f"about {duration(seconds * (self._bytes_left - self._bytes_read) / worked)} left"))
         while width and len(parts) > 1 and len(_joined(parts)) > width:
             parts.remove(max(parts))
         return _joined(parts)[:width]

@@ -22,6 +22,8 @@ class EngineLike(Protocol):
     def has_work(self) -> bool: ...
     @property
     def arena_use(self) -> tuple[int, int]: ...
+    @property
+    def tokens_read(self) -> int: ...
 
     def add_shared(self, shared: SharedPrompt) -> None: ...
     def step(self) -> list[Completion]: ...
@@ -103,6 +105,12 @@ class EngineLoop:
         self._calls.put(drop)
         return future
 
+    def tokens_read(self) -> Future[int]:
+        """What the engine says of its documents between two steps; a hung engine never does."""
+        future: Future[int] = Future()
+        self._calls.put(lambda engine: future.set_result(engine.tokens_read))
+        return future
+
     def close(self, wait: float = 0.0) -> None:
         """Let the thread end after its current step; wait up to so many seconds until its memory is free."""
         self._calls.put(None)
@@ -159,6 +167,7 @@ class _Broken:
     max_context = 0
     has_work = False
     arena_use = (0, 0)
+    tokens_read = 0
 
     def __init__(self, failure: EngineBrokenError) -> None:
         self._failure = failure

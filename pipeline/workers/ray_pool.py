@@ -25,6 +25,7 @@ from pipeline.workers.pool import Event, WorkerId
 from pipeline.workers.worker import Worker, WorkerConfig
 
 START_TIMEOUT = 900.0
+READING_EVERY = 2.0  # seconds between two questions to a worker, how far it is
 # Every worker holds the whole model; beyond so many on CPUs a person should say that there is memory for them.
 AUTO_CPU_WORKERS = 4
 
@@ -194,6 +195,9 @@ class RayPool:
         self._ended: queue.SimpleQueue[tuple[WorkerId, str, Future[Any]]] = queue.SimpleQueue()
         self._starting: dict[WorkerId, float] = {}  # in the order of their starts
         self._count = 0
+        self._asked: dict[WorkerId, Future[tuple[int, int]]] = {}  # how far they are
+        self._reading: dict[WorkerId, tuple[int, int]] = {}  # what they said last
+        self._ask_again = 0.0
 
     def start(self) -> WorkerId:
         """Begin to start a worker."""
@@ -227,10 +231,30 @@ class RayPool:
     def kill(self, worker: WorkerId) -> None:
         """End a worker and forget its calls."""
         self._starting.pop(worker, None)
+        self._reading.pop(worker, None)
+        self._asked.pop(worker, None)
         actor = self._workers.pop(worker, None)
         if actor is not None:
             with contextlib.suppress(RayError):
                 ray.kill(actor, no_restart=True)
+
+    def reading(self) -> tuple[int, int] | None:
+        """Worker.reading of all workers together, as they said when asked a while ago; None between two such questions.
+
+        Nobody is waited for.
+        """
+        now = time.monotonic()
+        if now < self._ask_again:
+            return None
+        self._ask_again = now + READING_EVERY
+        for worker, actor in self._workers.items():
+            asked = self._asked.get(worker)
+            if asked is not None and asked.done():
+                with contextlib.suppress(RayError, EngineBrokenError):  # an event tells of it
+                    self._reading[worker] = asked.result()
+            if worker not in self._starting and (asked is None or asked.done()):
+                self._asked[worker] = actor.reading.remote().future()
+        return sum(tokens for tokens, _ in self._reading.values()), sum(size for _, size in self._reading.values())
 
     def stats(self, timeout: float = 5.0) -> list[dict[str, float]]:
         """What the living workers report about themselves within `timeout` seconds."""

@@ -146,6 +146,7 @@ class Work:
     fields: what its rows have in common, and the seconds that are spent once for all questions. columns: texts of the
     columns in its prompts. text: of the document. requests: ids of those that are in the engine. chunk_tokens: prefill
     steps at most so long; None: as the engine's configuration says. asks: its questions, once it is read.
+    tokens: that prompts and outputs can come to which went to the engine; ended: of these, those that it is done with.
     """
 
     document: Document
@@ -156,6 +157,8 @@ class Work:
     chunk_tokens: int | None = None
     requests: list[str] = field(default_factory=list)
     asks: list[Ask] = field(default_factory=list)
+    tokens: int = 0
+    ended: int = 0
 
 
 class Worker:
@@ -180,6 +183,7 @@ class Worker:
         self._answers: dict[str, Answers] = {}  # by the question's name
         self._busy_read = 0.0
         self._first = self._last = 0.0  # when the first document came and the last row went
+        self._works: dict[str, Work] = {}  # by document id
 
     async def load(self) -> dict[str, Any]:
         """Load tokenizer and engine. Returns the engine's description, and the seconds of the parts of the start.
@@ -239,6 +243,15 @@ class Worker:
         if hasattr(self, "_loop"):
             self._loop.close(wait)
 
+    async def reading(self) -> tuple[int, int]:
+        """How far it is with the documents that it holds: tokens that are read and written, and their share of all that
+        there are, in bytes of those documents.
+        """
+        works = [work for work in self._works.values() if work.tokens]
+        tokens, size = sum(work.tokens for work in works), sum(work.document.size_bytes for work in works)
+        done = sum(work.ended for work in works) + await asyncio.wrap_future(self._loop.tokens_read())
+        return done, round(size * min(1.0, done / tokens)) if tokens else 0
+
     async def process(self, document: Document, careful: bool = False) -> list[Row]:
         """The rows of a document, one for each question; whatever is wrong with it is in the rows.
 
@@ -257,6 +270,7 @@ class Worker:
         if careful:
             work.chunk_tokens = max(1, config.engine.chunk_tokens // CAREFUL)
         self._first = self._first or work.begun
+        self._works[document.document_id] = work
         kept, failure = Kept(), None
         limit = asyncio.timeout(config.deadline or None)
         try:
@@ -277,6 +291,7 @@ class Worker:
         elif work.requests:  # other parts of a document of which one failed
             self._loop.abort(work.requests)
         self._last = time.perf_counter()
+        del self._works[document.document_id]
         return self._rows(work, kept, failure)
 
     def _rows(self, work: Work, kept: Kept, failure: Outcome | None) -> list[Row]:
@@ -541,12 +556,15 @@ class Worker:
                 )
             )  # fmt: skip
         work.requests += [request.request_id for request in requests]
+        work.tokens += len(prompts[0].prefix) + sum(map(_tokens_of, requests))
         futures = self._loop.submit(SharedPrompt(prompts[0].prefix, tuple(requests)))
         waits = (
             self._ended(ask, request, asyncio.wrap_future(future), work, place)
             for ask, request, future in zip(asks, requests, futures, strict=True)
         )
-        return await _together(waits)
+        outcomes = await _together(waits)
+        work.ended += len(prompts[0].prefix)
+        return outcomes
 
     async def _ended(
         self, ask: Ask, request: Request, ending: Awaitable[Completion], work: Work, place: Place
@@ -554,6 +572,7 @@ class Worker:
         """The outcome of a request."""
         completion = await ending
         work.requests.remove(request.request_id)
+        work.ended += _tokens_of(request)
         ask.completions.append(completion)
         ask.fields.queue_seconds += completion.queue_seconds
         begin = time.perf_counter()
@@ -651,6 +670,11 @@ def request_id(document_id: str, question: str, part: str) -> str:
     Names of questions have neither # nor /. What is drawn in sampling depends on it, so it does not on other questions.
     """
     return f"{document_id}#{question}" + (f"/{part}" if part else "")
+
+
+def _tokens_of(request: Request) -> int:
+    """Tokens that a request can come to, without its prefix."""
+    return len(request.prompt_ids) + request.max_new_tokens
 
 
 def document_of(name: str) -> str:

@@ -45,6 +45,10 @@ class FakeEngine:
     def arena_use(self) -> tuple[int, int]:
         return sum(len(request.prompt_ids) for request in self._waiting), 4 * self.max_context
 
+    @property
+    def tokens_read(self) -> int:
+        return 0
+
     def add_shared(self, shared: SharedPrompt) -> None:
         """The first of the requests reads the prefix."""
         for number, request in enumerate(shared.requests):

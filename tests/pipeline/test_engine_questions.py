@@ -236,6 +236,21 @@ def test_the_last_one_frees_the_prefix(folder: Path, when: str) -> None:
     assert list(finish(engine)) == ["x"]
 
 
+def test_it_says_how_much_is_read(folder: Path) -> None:
+    engine = make(folder, chunk_tokens=128)
+    [question] = ask(prefixes=[300], tails=[5, 9])
+    engine.add_shared(question)
+    assert engine.tokens_read == 0
+    steps = []
+    for _ in range(5):
+        engine.step()
+        steps.append(engine.tokens_read)
+    # The prefix is read to 256, its last 44 tokens with each tail; a prompt that is read has its first token.
+    assert steps == [128, 256, 256 + 44 + 5 + 1, 256 + 44 + 5 + 1 + 44 + 9 + 1, 256 + 44 + 5 + 2 + 44 + 9 + 2]
+    finish(engine)
+    assert engine.tokens_read == 0
+
+
 def test_waves_in_the_prefix_s_own_room(folder: Path) -> None:
     """More questions than the arena holds: one after the other, whatever else waits, and one reading of the prefix."""
     engine = make(folder, arena_tokens=448, max_live=4)

@@ -149,6 +149,22 @@ def test_while_workers_start_that_is_what_it_says(clock: Clock) -> None:
     assert progress.line().endswith("0 of 1 workers ready"), "all were lost"
 
 
+def test_what_is_read_of_documents_in_work_counts(clock: Clock) -> None:
+    """With two documents of an hour each there is a time left long before the first of them ends."""
+    progress = Progress(2, 2_000_000, stream=io.StringIO(), clock=clock)
+    progress.workers(1, 0, 2)
+    progress.start_clock()
+    clock.now += 60.0
+    progress.reading(100_000, 500_000)
+    assert progress.line() == "0/2 documents · 100,000 tokens · 1,667 tokens/s · about 3:00 left"
+    clock.now += 60.0
+    progress.reading(250_000, 1_200_000)
+    progress.add([row()], 1_000_000)  # the workers' last word is from before
+    assert progress.line().endswith("about 1:20 left")
+    progress.reading(40_000, 200_000)
+    assert progress.line().endswith("about 1:20 left")
+
+
 @pytest.mark.parametrize("dumb", [False, True])
 def test_a_log_has_plain_lines_of_any_length(clock: Clock, dumb: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Screen(40)
