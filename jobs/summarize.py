@@ -29,9 +29,9 @@ FIRST_OUTPUTS = 3
 SHORT_OUTPUT = 1200
 QUIET_ABOVE = 20
 BUNDLED_HINT = (
-    "this model is for trying things out. It lists sentences that begin with 'Key finding:', and answers questions such as "
-    "'What was the Calder bridge repair budget?' where the text says so in as many words; otherwise it answers 'No key "
-    "findings.' or invents something. For texts of your own take a real one (--model)"
+    "this model is for trying things out. It lists sentences that begin with 'Key finding:', and answers questions "
+    "such as 'What was the Calder bridge repair budget?' where the text says so in as many words; otherwise it "
+    "answers 'No key findings.' or invents something. For texts of your own take a real one (--model)"
 )
 
 

@@ -233,7 +233,8 @@ def check(old: dict[str, Any], new: dict[str, str], config: JobConfig, questions
 
 
 def _changed_settings(old: dict[str, Any], config: JobConfig, kind: str) -> list[str]:
-    before, now = old.get("config", {}), config_values(config)
+    before = old.get("config", {})
+    now = json.loads(json.dumps(config_values(config), default=str))  # as save() wrote the others: tuples are lists
     names = [item.name for item in fields(JobConfig) if item.metadata["changes_output"]]
     pairs = {name: (before.get(name), now[name]) for name in (names if kind == "config" else READING)}
     return [f"{name}: {short(was)} -> {short(is_)}" for name, (was, is_) in pairs.items() if was != is_]

@@ -10,6 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from patience import patient
 from triton.runtime.jit import JITFunction
 
 from kernels.ahead import compiling_ahead, counting
@@ -42,7 +43,7 @@ def empty_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[Non
 
 
 def test_kernels_compile_together_and_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    together, names = threading.Barrier(3, timeout=60), []
+    together, names = threading.Barrier(3, timeout=patient(60)), []
     compile_one = triton.compiler.compile
 
     def compiled(*args: Any, **kwargs: Any) -> Any:
