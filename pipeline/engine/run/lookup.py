@@ -17,9 +17,9 @@ from pipeline.engine.run.batch import DRAFTS
 EXPECTED, WEIGHT = 1.25, 0.1
 # Tokens per step and row from which on drafts pay, by device: what a step with drafts costs over a plain one. Measured
 # on a CPU: 1.15 (four rows) and 1.31 (one) for the bundled reader at 4,000 tokens, 1.73 for Qwen2.5-Coder-0.5B, whose
-# products of four rows take longer than those of one. On an H200 a step whose keys are read for a group of rows took
-# 1.47 times a plain one (fp8, one document of 131,072 tokens); tools.benchmark engine, phase lookup, measures it.
-PAYS = {"cuda": 1.6, "cpu": 1.6}
+# products of four rows take longer than those of one. On an H200 (fp8, Llama-3.1-8B shape) 1.10 for one document of
+# 32,768 or 131,072 tokens and 1.19 for 16 of 32,768; tools.benchmark engine, phase lookup, measures it.
+PAYS = {"cuda": 1.25, "cpu": 1.6}
 # Plain steps before drafts are tried again: doubled by every trial that does not pay.
 FIRST_PAUSE, LONGEST_PAUSE = 4, 64
 
