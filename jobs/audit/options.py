@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cli import Parser, add_job_flags
-from jobs.evaluate.options import read_essay
-from jobs.evaluate.results import BY_EXACTNESS
+from jobs.known.report import read_essay
+from jobs.known.results import BY_EXACTNESS
 from jobs.shapes import SHAPES, shape_folder
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.model.loading import context_limit, load_config, load_precision

@@ -1,4 +1,4 @@
-"""jobs.evaluate: its documents, its arms, its reader against the engine, its figures."""
+"""tools.evaluate: its documents, its arms, its reader against the engine, its figures."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from jobs.evaluate.__main__ import main
-from jobs.evaluate.arms import CONTROLS, Arm, attention_mass, make_arms, random_scores, window_scores
-from jobs.evaluate.documents import Fact, weave
-from jobs.evaluate.estimates import estimate, mean, paired, wilson
-from jobs.evaluate.haystacks import KINDS, TASKS
-from jobs.evaluate.options import options_of, parser
-from jobs.evaluate.plots import by_time
-from jobs.evaluate.prompts import Reading, Tokenizer, make_document, make_texts, read_prompts
-from jobs.evaluate.reader import Answer, Reader, Reference, comparison, likelihood
-from jobs.evaluate.results import SCHEMA, Row, ordered_recall, read_rows, recall_of
-from jobs.evaluate.run import load_readers
-from jobs.evaluate.summary import summarise
-from jobs.evaluate.wording import REPORT, RULER, pick_style
+from jobs.known.documents import Fact, weave
+from jobs.known.estimates import estimate, mean, paired, wilson
+from jobs.known.prompts import Reading, Tokenizer, make_document, read_prompts
+from jobs.known.reader import Answer, Arm, Reader, Reference, comparison, likelihood
+from jobs.known.results import Row, ordered_recall, recall_of
+from jobs.known.wording import REPORT, RULER, pick_style
 from pipeline.engine import Engine, EngineConfig, Request
 from pipeline.engine.model.loading import context_limit, load_config, load_model
 from pipeline.errors import JobError
+from tools.evaluate.__main__ import main
+from tools.evaluate.arms import CONTROLS, attention_mass, make_arms, random_scores, window_scores
+from tools.evaluate.haystacks import KINDS, TASKS
+from tools.evaluate.options import options_of, parser
+from tools.evaluate.plots import by_time
+from tools.evaluate.rows import SCHEMA, read_rows
+from tools.evaluate.run import load_readers
+from tools.evaluate.summary import summarise
+from tools.evaluate.texts import make_texts, read_text
 
 MODEL = str(Path(__file__).parents[2] / "models/tiny-reader")
 
@@ -48,7 +50,7 @@ def reader(precision: str = "fp32", chunk_tokens: int = 256) -> Reader:
 
 @cache
 def reading(kind: str = "report", length: int = 700, questions: int = 2) -> Reading:
-    document = make_document(kind, length, 0, REPORT, tokenizer(), questions, seed=1)
+    document = make_document(KINDS[kind], length, 0, REPORT, tokenizer(), questions, seed=1)
     return read_prompts(document, REPORT, tokenizer())
 
 
@@ -66,9 +68,9 @@ def read(chosen: Arm, precision: str = "fp32", reference: Reference | None = Non
 def test_documents(kind: str, style: object) -> None:
     """Prompts fill their length and no more, repeat by seed, and hold each needle where they say."""
     length = 3000 if style is RULER else 1500
-    document = make_document(kind, length, 3, style, tokenizer(), 2, seed=5)  # type: ignore[arg-type]
-    assert document == make_document(kind, length, 3, style, tokenizer(), 2, seed=5)  # type: ignore[arg-type]
-    assert document.text != make_document(kind, length, 3, style, tokenizer(), 2, seed=6).text  # type: ignore[arg-type]
+    document = make_document(KINDS[kind], length, 3, style, tokenizer(), 2, seed=5)  # type: ignore[arg-type]
+    assert document == make_document(KINDS[kind], length, 3, style, tokenizer(), 2, seed=5)  # type: ignore[arg-type]
+    assert document.text != make_document(KINDS[kind], length, 3, style, tokenizer(), 2, seed=6).text  # type: ignore[arg-type]
     made = read_prompts(document, style, tokenizer())  # type: ignore[arg-type]
     assert document.name == f"{kind}-{length}-3-seed5"  # reports of several seeds may be put together
     assert {question.task for question in document.questions} | {item.task for item in document.lookups} <= set(TASKS)
@@ -95,7 +97,7 @@ def test_weave_puts_facts_behind_sentences() -> None:
 
 def test_too_short_a_document_is_refused() -> None:
     with pytest.raises(JobError, match="too few for a document of kind 'essay'"):
-        make_document("essay", 300, 0, REPORT, tokenizer(), 4, seed=0)
+        make_document(KINDS["essay"], 300, 0, REPORT, tokenizer(), 4, seed=0)
 
 
 def test_texts() -> None:
@@ -132,6 +134,7 @@ def test_controls_keep_as_much_and_do_not_depend_on_chunks(spec: str) -> None:
     budget = next(policy.budget(500, None) for policy, _ in reader()._runner.layers if not policy.leading)
 
     def select(start: int, end: int) -> torch.Tensor:
+        assert chosen.select
         part = chosen.select(
             3, q[:, :, start:end], k[:, :, :end], v[:, :, :end], chosen.config, budget, start=start, scale=None
         )  # type: ignore[arg-type]
@@ -267,7 +270,7 @@ def test_predictions_along_text() -> None:
     (text,) = make_texts(768, 1, tokenizer(), 0, "")
     reference: Reference = {}
     reader().use(arm("dense"))
-    inside, behind = reader().read_text(text, reference)
+    inside, behind = read_text(reader(), text, reference)
     model = load_model(EngineConfig(MODEL, device="cpu"))
     ids = torch.from_numpy(text.ids)
     with torch.inference_mode():
@@ -280,7 +283,7 @@ def test_predictions_along_text() -> None:
     )
     assert (inside.kl, behind.kl, inside.top1, behind.top1) == (0.0, 0.0, 1.0, 1.0)
     reader().use(arm("window:density=0.2"))
-    cut = reader().read_text(text, reference)
+    cut = read_text(reader(), text, reference)
     assert all((answer.kl or 0.0) > 1e-5 for answer in cut)
     assert cut[0].top1 is not None
     assert cut[0].top1 < 1.0
@@ -387,7 +390,7 @@ def test_job_writes_rows_and_report(
     assert {row["kl"] for row in rows if (row["arm"], row["precision"]) == ("dense", "fp32")} == {0.0}
     assert max(row["kl"] for row in rows if (row["arm"], row["precision"]) == ("dense", "fp8")) > 0
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["run"]["command"].startswith("python -m jobs.evaluate --model")
+    assert summary["run"]["command"].startswith("python -m tools.evaluate --model")
     assert [(setting["arm"], setting["precision"]) for setting in summary["settings"]] == [
         ("dense", "fp32"), ("sampled", "fp32"), ("dense", "fp8"), ("sampled", "fp8"),
     ]  # fmt: skip
@@ -478,7 +481,7 @@ def test_it_runs_without_ray() -> None:
     """A machine with a GPU needs torch, triton and transformers for an evaluation, and no cluster."""
     import subprocess
 
-    code = "import sys; sys.modules['ray'] = None; import jobs.evaluate.__main__, jobs.evaluate.run"
+    code = "import sys; sys.modules['ray'] = None; import tools.evaluate.__main__, tools.evaluate.run"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
