@@ -59,7 +59,7 @@ WORK = {
     "tools.models": ("tools.models.__main__.checked",),
     "tools.simulate": ("tools.simulate.__main__.measure", "tools.simulate.__main__.run_apart"),
     "jobs.submit": ("jobs.submit.connect",),
-    "jobs.summarize": ("pipeline.job.job.run", "pipeline.job.plan.describe_plan"),
+    "jobs.summarize": ("pipeline.job.job.run", "pipeline.job.dry_run.describe_plan"),
     "tools.train_demo_model": ("tools.train_demo_model.__main__.train",),
 }
 # The test, or the script of continuous integration, that runs it to its end; `here` is test_they_run below.

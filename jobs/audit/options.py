@@ -14,7 +14,7 @@ from jobs.shapes import SHAPES, shape_folder
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.model.loading import context_limit, load_config, load_precision
 from pipeline.errors import JobError
-from pipeline.job.plan import make_engine_config
+from pipeline.job.configs import make_engine_config
 from pipeline.settings.config import JobConfig, read_job_file
 from pipeline.settings.shared import PRECISIONS, Sampling
 from stem_core.config import DEFAULT_PRESET, PRESETS

@@ -13,7 +13,8 @@ from pipeline.inputs import TextReader
 from pipeline.source import Document, DocumentReader
 from pipeline.workers.loop import EngineBrokenError, describe_error
 from pipeline.workers.pool import Event, WorkerId
-from pipeline.workers.worker import Worker, WorkerConfig
+from pipeline.workers.work import WorkerConfig
+from pipeline.workers.worker import Worker
 
 # How long a closed engine may take to end its current step and give its memory back.
 CLOSE_SECONDS = 60.0
@@ -32,8 +33,7 @@ class LocalWorker(Worker):
 
     def close(self, wait: float) -> None:
         """Let the engine end after its current step; waits up to `wait` seconds until its memory is free."""
-        self._reader.shutdown(wait=False, cancel_futures=True)
-        self._converting.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
         if hasattr(self, "_loop"):
             self._loop.close(wait)
 

@@ -22,7 +22,8 @@ from pipeline.imports import ROOT
 from pipeline.source import Document
 from pipeline.workers.loop import EngineBrokenError, describe_error
 from pipeline.workers.pool import Event, WorkerId
-from pipeline.workers.worker import Worker, WorkerConfig
+from pipeline.workers.work import WorkerConfig
+from pipeline.workers.worker import Worker
 
 START_TIMEOUT = 900.0
 # Every worker holds the whole model; beyond so many on CPUs a person should say that there is memory for them.

@@ -12,7 +12,7 @@ import torch
 from jobs.shapes import shape_folder
 from pipeline.engine import EngineConfig, EngineError, estimate_plan
 from pipeline.errors import JobError
-from pipeline.job.plan import make_engine_config
+from pipeline.job.configs import make_engine_config
 from pipeline.settings.config import STEM_OVERRIDES, JobConfig
 from pipeline.workers.ray_pool import Cluster, Share, divide
 

@@ -20,7 +20,7 @@ from pipeline import Summarizer
 from pipeline.engine.config import EngineConfig
 from pipeline.errors import JobError
 from pipeline.job import manifest
-from pipeline.job.plan import make_engine_config
+from pipeline.job.configs import make_engine_config
 from pipeline.job.progress import Progress
 from pipeline.location import open_filesystem, safe_name
 from pipeline.prompts.prompt import make_task
