@@ -58,6 +58,7 @@ WORK = {
     "jobs.inspect": ("jobs.inspect.__main__.capture",),
     "tools.models": ("tools.models.__main__.checked",),
     "tools.simulate": ("tools.simulate.__main__.measure", "tools.simulate.__main__.run_apart"),
+    "tools.shapes": ("tools.shapes.dummy_folder",),
     "jobs.submit": ("jobs.submit.connect",),
     "jobs.summarize": ("pipeline.job.job.run", "pipeline.job.dry_run.describe_plan"),
     "tools.train_demo_model": ("tools.train_demo_model.__main__.train",),
@@ -91,6 +92,7 @@ RUN_BY = {
     "tools.faults table": "tests/faults/test_table.py: test_a_fault_is_tried_on_a_real_job",
     "jobs.inspect": "tests/jobs/test_inspect.py: test_the_page_in_a_browser",
     "jobs.report": "here",
+    "tools.shapes": "tests/tools/test_shapes.py: test_the_command_writes_a_config",
     "tools.simulate": "tests/tools/test_simulate.py: test_the_command",
     "jobs.submit": "tests/jobs/test_submit.py: test_both_ways_of_submitting",
     "jobs.summarize": "here",
@@ -158,6 +160,7 @@ def stood_in(words: Sequence[str]) -> list[str]:
     model = str(ROOT / "models/tiny-reader")
     here = {"Qwen/Qwen3-8B": model, "/models/Qwen3-8B": model, "PATH": model, "FOLDER": "trained"}
     here["Qwen/Qwen2.5-Coder-1.5B-Instruct"] = model
+    here["shapes/llama-3.1-8b"] = model
     here["TEXT.txt"] = str(ROOT / "examples/documents/report-01.txt")
     return [here.get(word, word) for word in words]
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from random import Random
-from typing import Any
 
 import numpy as np
 
 from jobs.known.documents import Document, Kind, Lookup, Question, Span, finish, take, weave
 from jobs.known.wording import Style
-from pipeline.errors import JobError, one_line
-from pipeline.model_files import source
-from pipeline.prompts.thinking import template_switches
+from pipeline.errors import JobError
+from pipeline.prompts.tokens import load_tokens
 
 
 @dataclass(frozen=True)
@@ -59,19 +58,10 @@ class Tokenizer:
     """A fast tokenizer with its chat template. Raises JobError for one that cannot tell tokens' places in the text."""
 
     def __init__(self, model: str, revision: str | None = None) -> None:
-        from transformers import AutoTokenizer
-
-        try:
-            place, more = source(model)
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(place, revision=revision, **more)
-        except Exception as error:  # transformers raises many kinds for a missing or damaged tokenizer
-            raise JobError(f"--tokenizer {model}: it cannot be loaded: {one_line(error)}") from None
+        self._tokens = load_tokens(model, revision)
+        self._tokenizer = self._tokens.tokenizer
         if not self._tokenizer.is_fast:
             raise JobError(f"--tokenizer {model}: a fast tokenizer (tokenizer.json) is needed to find needles by place")
-        template = getattr(self._tokenizer, "chat_template", None)
-        self.chat = bool(template)
-        # As a job asks: an answer that is cut inside its thinking would count as one that was not found.
-        self._switches = template_switches(template, "off") if isinstance(template, str) else {}
         self.vocabulary = len(self._tokenizer)
 
     def count(self, texts: Sequence[str]) -> list[int]:
@@ -84,21 +74,19 @@ class Tokenizer:
 
     def prompt(self, message: str, prefix: str) -> tuple[np.ndarray, np.ndarray, int]:
         """int64 ids, the end of each token in the rendered text, and where in it the message begins."""
-        text = message
-        if self.chat:
-            said = [{"role": "user", "content": message}]
-            text = self._tokenizer.apply_chat_template(
-                said, tokenize=False, add_generation_prompt=True, **self._switches
-            )
+        chat = self._tokens.has_chat_template
+        # As a job asks: an answer that is cut inside its thinking would count as one that was not found.
+        text = self._tokens.render_chat(message, {}, date.today(), thinking="off")
         begins = text.index(message)
         if prefix:
-            text += ("" if self.chat else "\n") + prefix
-        encoded = self._tokenizer(text, add_special_tokens=not self.chat, return_offsets_mapping=True)
+            text += ("" if chat else "\n") + prefix
+        encoded = self._tokenizer(text, add_special_tokens=not chat, return_offsets_mapping=True)
         ends = np.array([last for _, last in encoded["offset_mapping"]])
         return np.array(encoded["input_ids"], dtype=np.int64), ends, begins
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        """The text of ids without control tokens."""
+        return self._tokens.decode(list(ids))
 
 
 def tokens_of(span: Span, ends: np.ndarray) -> Span:

@@ -11,7 +11,6 @@ from jobs.known.prompts import MOST_ANSWER_TOKENS, Reading, Tokenizer, make_docu
 from jobs.known.reader import Arm, Reader, Reference
 from jobs.known.results import Row, reading_rows
 from jobs.known.wording import Style, pick_style
-from jobs.shapes import shape_folder
 from pipeline.engine import EngineConfig
 from pipeline.errors import JobError
 from tools.evaluate.arms import make_arms
@@ -19,6 +18,7 @@ from tools.evaluate.haystacks import KINDS
 from tools.evaluate.options import TEXT, Options
 from tools.evaluate.rows import write_rows
 from tools.evaluate.texts import Text, make_texts, text_rows
+from tools.shapes import shape_folder
 
 # Seconds between two lines that tell how far an evaluation is.
 TELL_EVERY = 20.0

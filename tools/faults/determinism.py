@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from jobs.shapes import ALIASES, SHAPES, shape_folder
 from pipeline.engine.config import EngineConfig, Request, Sampling
 from pipeline.errors import JobError
 from pipeline.imports import ROOT
 from stem_core.config import StemConfig
 from tools.faults.corpus import READER
+from tools.shapes import ALIASES, SHAPES, shape_folder
 
 SAMPLINGS = {"greedy": Sampling(), "seeded": Sampling(temperature=0.8, top_p=0.95, seed=5)}
 # Every layer sparse, in blocks small enough for prompts of a few thousand tokens.

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from jobs.measurement import stamp
-from jobs.shapes import ALIASES, SHAPES
 from pipeline.engine.config import EngineConfig
 from pipeline.errors import JobError
 from pipeline.job.job import run
@@ -27,6 +26,7 @@ from stem_core.config import DEFAULT_PRESET, PRESETS
 from tools.benchmark._measure import write_json
 from tools.benchmark.scaling.documents import model_folder, write_documents
 from tools.benchmark.scaling.figures import COLUMNS, check_rows, figures, join, read, show
+from tools.shapes import ALIASES, SHAPES
 
 # What runs must have in common to stand in one table.
 SETTINGS = (
