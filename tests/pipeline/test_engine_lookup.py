@@ -79,7 +79,7 @@ class Oracle:
                 spoilt = length % 3 == 0 and place >= self._wrong
                 tokens[row, place] = (token + 1) % VOCABULARY if spoilt else token
             counts[row] = len(going_on)
-        return tokens, counts
+        return tokens.to(ids.device), counts.to(ids.device)
 
 
 @contextmanager
