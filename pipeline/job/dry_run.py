@@ -14,10 +14,11 @@ from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.job.configs import make_engine_config, model_label
 from pipeline.job.estimate import Work, dense_line, estimate_lines, machine_of
 from pipeline.job.plan import JobPlan, make_plan, survey_input
-from pipeline.prompts.prompt import PromptBuilder, asks_first
+from pipeline.prompts.prompt import PromptBuilder
 from pipeline.prompts.questions import OWN, Questions
+from pipeline.prompts.task import asks_first
 from pipeline.results.kept_columns import prompt_text
-from pipeline.results.sink import part_names
+from pipeline.results.parts import part_names
 from pipeline.results.store import Store
 from pipeline.settings.config import JobConfig
 from pipeline.source import Catalogue, DocumentReader

@@ -19,8 +19,9 @@ from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.job import manifest
 from pipeline.prompts.questions import OWN, Questions, is_own
 from pipeline.results.kept_columns import PROMOTE
+from pipeline.results.parts import PART, done_rows, part_names
 from pipeline.results.rows import ANSWER, NAMES, result_schema
-from pipeline.results.sink import PART, Key, done_rows, part_names
+from pipeline.results.sink import Key
 from pipeline.results.store import Store
 from pipeline.settings.config import JobConfig
 from pipeline.settings.questions import answers_of, questions_of

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.errors import DocumentError
-from pipeline.prompts.prompt import Task, template_columns
+from pipeline.prompts.task import Task, template_columns
 
 # Stands for all questions that a document brings along, which nobody knows before it is read: own-1, own-2 and so on.
 OWN = "own"

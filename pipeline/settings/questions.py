@@ -11,8 +11,8 @@ from typing import Any
 
 from pipeline.answers.schema import Schema, compile_schema
 from pipeline.errors import JobError, nearest, one_line
-from pipeline.prompts.prompt import Task, asks, make_task, user_message
 from pipeline.prompts.questions import OWN, Questions, is_own
+from pipeline.prompts.task import Task, asks, make_task, user_message
 from pipeline.settings.config import JobConfig
 from pipeline.settings.options import read_yaml, short
 from pipeline.settings.shared import Sampling

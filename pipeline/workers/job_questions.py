@@ -9,8 +9,9 @@ from pipeline.answers.grammar import Grammar
 from pipeline.answers.schema import AnswerError, Schema, compile_schema
 from pipeline.engine.config import Completion, EngineConfig, Request
 from pipeline.errors import DocumentError, JobError, one_line
-from pipeline.prompts.prompt import PromptBuilder, Task
+from pipeline.prompts.prompt import PromptBuilder
 from pipeline.prompts.questions import OWN
+from pipeline.prompts.task import Task
 from pipeline.prompts.tokens import Tokens, load_tokens
 from pipeline.results.kept_columns import Kept, prompt_text
 from pipeline.results.rows import Outcome

@@ -10,8 +10,9 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.engine.config import Completion, EngineConfig, Sampling
-from pipeline.prompts.prompt import PromptBuilder, Task
+from pipeline.prompts.prompt import PromptBuilder
 from pipeline.prompts.questions import Questions
+from pipeline.prompts.task import Task
 from pipeline.results.rows import Outcome, WorkerFields
 from pipeline.settings.shared import ReadSettings
 from pipeline.source import Document

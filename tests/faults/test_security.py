@@ -19,7 +19,8 @@ from pipeline.job import manifest
 from pipeline.job.configs import make_worker_config
 from pipeline.job.plan import survey_input
 from pipeline.location import safe_name
-from pipeline.prompts.prompt import PromptBuilder, Task
+from pipeline.prompts.prompt import PromptBuilder
+from pipeline.prompts.task import Task
 from pipeline.prompts.tokens import Tokens, load_tokens
 from pipeline.results.rows import result_schema
 from pipeline.results.sink import Sink

@@ -25,7 +25,8 @@ from jobs.inspect.pictures import DARK, LIGHT, map_colours, maps_picture, mostly
 from jobs.page.numbers import stretches
 from kernels.block_selection import BlockSelection, select_blocks
 from pipeline.errors import JobError
-from pipeline.prompts.prompt import PromptBuilder, make_task
+from pipeline.prompts.prompt import PromptBuilder
+from pipeline.prompts.task import make_task
 from pipeline.prompts.tokens import load_tokens
 from pipeline.settings.config import JobConfig
 from stem_core import StemConfig, patch_model

@@ -19,7 +19,8 @@ from pipeline.answers.schema import AnswerError, answer_type, compile_schema, re
 from pipeline.errors import JobError
 from pipeline.job.dry_run import describe_plan
 from pipeline.job.job import run
-from pipeline.prompts.prompt import PromptBuilder, make_task
+from pipeline.prompts.prompt import PromptBuilder
+from pipeline.prompts.task import make_task
 from pipeline.prompts.tokens import load_tokens
 from pipeline.settings.config import JobConfig
 

@@ -14,7 +14,8 @@ from pipeline import StemlineStage, read_results, summarize
 from pipeline.errors import JobError
 from pipeline.job import job as job_module
 from pipeline.job.dry_run import describe_plan
-from pipeline.prompts.prompt import PromptBuilder, Task
+from pipeline.prompts.prompt import PromptBuilder
+from pipeline.prompts.task import Task
 from pipeline.prompts.tokens import load_tokens
 from pipeline.settings.config import JobConfig
 from pipeline.settings.questions import questions_of, slug

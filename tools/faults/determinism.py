@@ -146,7 +146,8 @@ def make_prompts(model: str, documents: int, longest: int, texts: bool) -> dict[
 
 def text_prompt(model: str, index: int, tokens: int) -> np.ndarray:
     """A piece of an example document behind the model's chat template, at most `tokens` tokens."""
-    from pipeline.prompts.prompt import PromptBuilder, make_task
+    from pipeline.prompts.prompt import PromptBuilder
+    from pipeline.prompts.task import make_task
     from pipeline.prompts.tokens import load_tokens
 
     builder = PromptBuilder(load_tokens(model), make_task("summarize", QUESTION, None))

@@ -19,7 +19,7 @@ from pipeline.engine.config import EngineConfig
 from pipeline.errors import JobError
 from pipeline.job.job import run
 from pipeline.results.columns import utc_now
-from pipeline.results.sink import read_results
+from pipeline.results.parts import read_results
 from pipeline.settings.config import JobConfig
 from pipeline.settings.shared import PRECISIONS
 from stem_core.config import DEFAULT_PRESET, PRESETS
