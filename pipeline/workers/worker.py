@@ -28,7 +28,7 @@ CAREFUL = 4
 
 
 class Worker:
-    """Reads, tokenises and completes documents, several at a time. Runs as a Ray actor; all its methods are coroutines.
+    """Reads, tokenises and completes documents, several at a time. Runs as a Ray actor by its coroutines.
 
     The engine has a thread, reading and tokenising have another, so that the next prompts are ready when it asks.
     """
@@ -82,6 +82,19 @@ class Worker:
             "reader_seconds": self._threads.busy_seconds,
             "span_seconds": span,
         }
+
+    def read_with(self, reader: DocumentReader) -> None:
+        """Read documents with another reader from now on."""
+        self._documents = reader
+
+    def close(self, wait: float) -> None:
+        """Let the engine end after its current step; waits up to `wait` seconds until its memory is free.
+
+        An actor needs none of this: it ends with its process.
+        """
+        self._threads.close()
+        if hasattr(self, "_loop"):
+            self._loop.close(wait)
 
     async def process(self, document: Document, careful: bool = False) -> list[Row]:
         """The rows of a document, one for each question; whatever is wrong with it is in the rows.
