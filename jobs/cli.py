@@ -103,7 +103,7 @@ def _argument(item: Field[Any]) -> dict[str, Any]:
         return about | {"action": argparse.BooleanOptionalAction}
     if kind in ("list", "columns"):
         return about | {"nargs": "+", "metavar": "NAME"}
-    if kind == "texts":
+    if kind in ("texts", "stops"):
         return about | {"action": "append", "metavar": "TEXT"}
     placeholder = "{" + ",".join(map(str, choices)) + "}" if choices else _PLACEHOLDERS.get(kind, "TEXT")
     return about | {"type": _converter(kind), "metavar": placeholder}

@@ -31,6 +31,11 @@ def is_current(device: torch.device) -> bool:
     return device.index == torch.cuda.current_device()
 
 
+def current_device() -> torch.device | None:
+    """The GPU on which Triton launches now; None where no GPU is in use."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_initialized() else None
+
+
 def current(device: torch.device) -> AbstractContextManager[None]:
     """Inside, Triton launches on `device`, a GPU."""
     return torch.cuda.device(device)

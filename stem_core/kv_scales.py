@@ -5,13 +5,14 @@ room costs no precision (kernels.fp8_heads has the measurement), and a power of 
 
 No scale helps a layer whose keys have a few channels that dwarf all others: 3% of such a channel, times the query, is
 noise of several units in the logits. So calibration also measures what rounding does to each layer's output; a layer
-that it harms (WIDE_ERROR) gets no scales: it is wide, its queries, keys and values stay in the model's own type.
+that it harms (WIDE_ERROR) gets no scales: it is wide, its queries, keys and values stay in the model's own type. So do
+those of layers whose heads the fp8 kernels do not hold (MOST_FP8_HEAD).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +33,8 @@ HEADROOM = 16.0
 # alone ruins the model, at most 17% in others; Qwen2.5-0.5B 41 and 37% in layer 0, 29 and 30% in layer 4, at most 19%
 # in others; tiny-reader at most 6%. The limit is halfway, as factors, between 17 and 36%.
 WIDE_ERROR = 0.25
+# D of the largest heads that the fp8 kernels take.
+MOST_FP8_HEAD = 256
 # Tokens of each prompt, its first ones, on which the errors are measured; attention is causal.
 ERROR_TOKENS = 512
 
@@ -56,13 +59,21 @@ class Calibration:
         """The errors of the wide layers."""
         return {layer: self.errors[layer] for layer, scales in self.scales.items() if scales is None}
 
+    @property
+    def harmed(self) -> dict[int, float]:
+        """The errors of the layers that are wide because of them, not of their heads."""
+        return {layer: error for layer, error in self.wide.items() if error > WIDE_ERROR}
 
-def calibrate(model: nn.Module, prompts: Sequence[Sequence[int]], *, headroom: float = HEADROOM) -> Calibration:
+
+def calibrate(
+    model: nn.Module, prompts: Sequence[Sequence[int]], *, headroom: float = HEADROOM, wide: Collection[int] = ()
+) -> Calibration:
     """Scales of every attention layer of a patched model (`patch_model`), by layer index, on the layers' devices.
 
     prompts: token ids, each run by itself, without a cache, twice. They should look like the production's own prompts,
         the first token included: models put their largest keys on it. A few thousand tokens do.
     headroom: how much larger than any value seen a value may be before it saturates; at least 1.
+    wide: layers that are wide whatever their errors.
     Raises ValueError without prompts, for an empty one, for values that are not finite, or where no attention layer of
     the model ran through Stem.
     """
@@ -76,7 +87,8 @@ def calibrate(model: nn.Module, prompts: Sequence[Sequence[int]], *, headroom: f
         raise ValueError(f"no attention layer of {type(model).__name__} ran through Stem: call patch_model first")
     scales = {layer: _scales(layer, *found, headroom) for layer, found in sorted(peaks.items())}
     errors = rounding_errors(model, prompts, scales)
-    return Calibration({i: None if errors[i] > WIDE_ERROR else found for i, found in scales.items()}, errors)
+    kept = {i: None if i in wide or errors[i] > WIDE_ERROR else found for i, found in scales.items()}
+    return Calibration(kept, errors)
 
 
 def rounding_errors(

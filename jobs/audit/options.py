@@ -24,7 +24,7 @@ from stem_core.config import DEFAULT_PRESET, PRESETS
 OWN = ("output", "attention", "preset", "budget", "precision", "seed")
 UNUSED = (
     *(item.name for item in fields(Sampling)),
-    "keep_columns", "schema", "workers", "deadline", "max_attempts", "flush_documents", "flush_seconds", "compact",
+    "keep_columns", "stop", "schema", "workers", "deadline", "max_attempts", "flush_documents", "flush_seconds", "compact",
     "resume", "retry_failed", "force", "dry_run", "ray_address",
 )  # fmt: skip
 DEFAULT_PRESETS = (DEFAULT_PRESET, "release")

@@ -25,7 +25,7 @@ PAGE = "inspect.html"
 SHOWN = 4
 # Settings of the job that a single prefill knows nothing of.
 WITHOUT = {
-    *("input", "output", "keep_columns", "shard", "max_live", "arena_tokens", "schema"),
+    *("input", "output", "keep_columns", "shard", "max_live", "arena_tokens", "stop", "schema"),
     *(item.name for item in fields(Sampling) if item.name != "seed"),  # which is that of dummy weights, too
     *(item.name for item in fields(JobConfig) if item.metadata["group"] == "run"),
 }

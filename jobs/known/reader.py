@@ -131,7 +131,7 @@ class Reader:
         self._arena = self._runner.new_arena((rows + 1) * tokens, documents=rows + 1)
         extents = [self._arena.extents.allocate(tokens) for _ in range(rows + 1)]
         self._extents = [extent for extent in extents if extent is not None]
-        self._batch = DecodeBatch(rows, self.device)
+        self._batch = DecodeBatch(rows, self.device, self._runner.vocabulary)
         on_gpu = self.device.type == "cuda"
         self._decode = DecodeRunner(self._runner, self._arena, self._batch, self._longest, on_gpu)
         self._decode.prepare()

@@ -100,6 +100,12 @@ def allocate_output(q: Tensor, dtype: torch.dtype, with_lse: bool) -> tuple[Tens
     return out, torch.empty(N, H, Lq, dtype=torch.float32, device=q.device) if with_lse else None
 
 
+def dot_precision(q: Tensor) -> str:
+    """How Triton multiplies with queries q [..., D] in float32; the other types take no notice."""
+    # Three TF32 products reach float32's accuracy on tensor cores, but hold both halves of every operand in registers.
+    return "tf32" if q.dtype != torch.float32 else "tf32x3" if q.shape[-1] <= 256 else "ieee"
+
+
 def check_decode(
     q: Tensor,
     starts: Tensor,

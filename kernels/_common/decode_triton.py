@@ -97,10 +97,10 @@ def group_rows(
 
 @triton.jit
 def group_share(begin, end, window, share, SHARES: tl.constexpr, BN: tl.constexpr, ALIGN: tl.constexpr):
-    """The keys [first, last) of a share of a prefix: it is cut by its own length, whatever stands behind it, and whole
-    steps that no window reaches are left out.
+    """The keys [first, last) of a share of a prefix, and `clear`: whole steps up to there are seen by every query.
 
-    begin, end: what each query sees.
+    A prefix is cut by its own length, whatever stands behind it, and whole steps that no window reaches are left out.
+    begin, end: what each query sees. All three are multiples of ALIGN, but for `last`.
     """
     longest = tl.max(end, axis=0)
     # The first key that anybody could see: rows may see stretches of different lengths (drafts).
@@ -110,7 +110,10 @@ def group_share(begin, end, window, share, SHARES: tl.constexpr, BN: tl.constexp
     first = origin + share * per_share
     last = tl.minimum(first + per_share, longest)
     seen = tl.min(tl.where(end > 0, begin, longest), axis=0)
-    return first + tl.maximum(seen - first, 0) // BN * BN, last
+    first += tl.maximum(seen - first, 0) // BN * BN
+    all_begun = tl.max(tl.where(end > 0, begin, 0), axis=0)
+    clear = first + tl.where(all_begun > first, 0, tl.maximum(tl.minimum(shortest, last) - first, 0) // BN * BN)
+    return first, clear, last
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,6 @@ def merge(
     part = min(power_of_2(shares), 8192 // power_of_2(D))
     merge_kernel[(H, S)](
         partial, partial_lse, sinks, None if prefixes is None else prefixes.lengths, out, *out.stride()[:2],
-        D=D, SHARES=shares, PREFIX_SHARES=prefix_shares, PART=part, num_warps=4,
+        D=D, SHARES=shares, PREFIX_SHARES=prefix_shares, PART=part, num_warps=4 if D <= 256 else 8,
     )  # fmt: skip
     return out

@@ -15,8 +15,9 @@ class Prefixes:
     starts: int64 [S]; lengths: int32 [S]: row s sees arena rows [starts[s], starts[s] + lengths[s]), then its own ones.
         0 for a row without. In an fp8 arena starts are multiples of 16.
     members: int32 [groups, R]: the rows of each group, whose prefixes begin at one place; their keys are read once for
-        all of them. Places without a row hold a number outside [0, S). Lengths may differ within a group. Every row
-        with a prefix is in one group; the reference does not look here.
+        all of them. Places without a row hold a number outside [0, S), behind a group's rows -1; groups without rows
+        are all -1 and come last. Lengths may differ within a group. Every row with a prefix is in one group; the
+        reference does not look here.
     max_length: a bound on `lengths` known on the host, as for the rows' own keys. The tensors are not read there, so
         that a CUDA graph can be captured.
     """

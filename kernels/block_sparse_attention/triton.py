@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import device
-from kernels._common.attention import allocate_output
+from kernels._common.attention import allocate_output, dot_precision
 from kernels._common.attention_triton import Tiling, hide, keys_before, launch, place_of_tile, token_of_step
 from kernels._common.selection import BlockSelection
 from kernels._common.sizes import power_of_2
@@ -145,6 +145,11 @@ def choose_tiling(
     """Tile sizes that fit registers and shared memory. block_size None: dense, the tile is free."""
     limit = 128 if block_size is None else block_size
     large_memory = capability in ((8, 0), (8, 7)) or capability[0] in (9, 10)  # 163 KiB and more, else 99 KiB
+    tma = tma and capability[0] == 9 and limit >= 64
+    if block_d > 256:  # eight warps share a tile's accumulator
+        if dtype == torch.float32:
+            return Tiling(16, 16, 8, 1)
+        return Tiling(64, 32, 8, 2, tma) if tma else Tiling(min(32, limit), min(32, limit), 8, 1 + large_memory)
     if dtype == torch.float32:  # three-pass TF32: for exactness, not speed
         m, n, stages = (32, 32, 2) if block_d <= 128 else (16, 16, 2)
     elif capability >= (9, 0) and large_memory:
@@ -155,7 +160,7 @@ def choose_tiling(
         m, n, stages = 64, 64 if large_memory else 16, 2
     m, n = min(m, limit), min(n, limit)
     warps = 8 if m == 128 or (block_d > 128 and m == n == 64) else 4
-    return Tiling(m, n, warps, stages, tma and capability[0] == 9 and m >= 64 and n >= 64)
+    return Tiling(m, n, warps, stages, tma and m >= 64 and n >= 64)
 
 
 def _descriptor(tensor: Tensor, tokens: int, block_d: int) -> TensorDescriptor:
@@ -196,7 +201,6 @@ def block_sparse_attention(
         block_sparse_attention_kernel, tiling, operands, (q, k, v, out), lse, (),
         selection, query_start, block_size, block_d, scale, window,
         TMA=tiling.tma,
-        # Three TF32 products reach float32's accuracy on tensor cores.
-        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
+        PRECISION=dot_precision(q),
     )  # fmt: skip
     return out, lse

@@ -32,18 +32,10 @@ from kernels._common.attention import HOPPER_BLOCK
 from kernels._common.fp8 import KEY_GROUP, HeadScales
 from kernels._common.hopper import advance, row_max
 from kernels._common.hopper_attention import diagonal_scores, issue_scores, launch, run_roles, send, store_lse
+from kernels._common.hopper_fp8 import halves, pack_fp8, weights_operand
 from kernels._common.selection import BlockSelection
 from kernels._common.sizes import ceil_div
-from kernels.block_sparse_attention_fp8.step import (
-    WEIGHT_BITS,
-    halves,
-    issue_half,
-    issue_total,
-    pack_fp8,
-    rescale,
-    step,
-    weights_operand,
-)
+from kernels.block_sparse_attention_fp8.step import WEIGHT_BITS, issue_half, issue_total, rescale, step
 
 
 @gluon.jit

@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from kernels._common.attention import check_decode
-from kernels._common.fp8 import FP8, HeadScales
+from kernels._common.attention import HOPPER_DIMS, check_decode, choose_prefill
+from kernels._common.fp8 import FP8, HeadScales, fp8_obstacle
 from kernels._common.prefixes import Prefixes
 from kernels._common.rows import FLOATING, choose_row_kernel
-from kernels.dispatch import Choice, on_its_gpu
+from kernels._common.tma import tma_obstacle
+from kernels.dispatch import Choice, hopper_unavailable, implementation, on_its_gpu
 
 
-def choose_decode_attention_fp8(q: Tensor, impl: str = "auto") -> Choice:
-    """The implementation that `decode_attention_fp8` uses for queries like `q`."""
-    return choose_row_kernel("decode_attention_fp8", q.device, impl, fp8=True)
+def choose_decode_attention_fp8(
+    q: Tensor,
+    impl: str = "auto",
+    *,
+    prefixes: bool = False,
+    window: int | None = None,
+    arenas: tuple[Tensor, ...] = (),
+) -> Choice:
+    """The implementation that `decode_attention_fp8` uses for queries like `q`.
+
+    prefixes: whether rows have some. For them alone there is a Hopper path: there many queries meet each key. It takes
+    what `window` and `arenas`, k and vt, are.
+    """
+    if not prefixes:
+        return choose_row_kernel("decode_attention_fp8", q.device, impl, fp8=True)
+
+    def obstacle() -> str:
+        if missing := hopper_unavailable(q.device):
+            return missing
+        if q.dtype != torch.bfloat16 or q.shape[-1] not in HOPPER_DIMS:
+            return f"the Hopper path takes bfloat16 queries of D in {HOPPER_DIMS}, got {q.dtype}, D={q.shape[-1]}"
+        return "the Hopper path has no sliding window" if window is not None else tma_obstacle(*arenas)
+
+    return choose_prefill("decode_attention_fp8", q.device, impl, obstacle, fp8_obstacle(q.device))
 
 
 @on_its_gpu
@@ -32,7 +55,8 @@ def decode_attention_fp8(
     prefixes: Prefixes | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """As `kernels.decode_attention`, with keys and values in e4m3; queries and probabilities stay in 16 bits or more.
+    """As `kernels.decode_attention`, with keys and values in e4m3; queries and probabilities stay in 16 bits or more,
+    and behind prefixes on Hopper in two e4m3 numbers each, which hold as much as bfloat16.
 
     q: [S, H, D] bfloat16, float16 or float32. k: float8_e4m3fn [Hkv, T, D]; vt: float8_e4m3fn [Hkv, D, T], values
         transposed and their keys permuted (kernels.fp8_heads), finite up to the end of the last key's group of 16
@@ -57,11 +81,8 @@ def decode_attention_fp8(
     check_decode(q, starts, lengths, max_length, window, sinks, prefixes)
     scales.check(None, k.shape[0], k.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    choice = choose_decode_attention_fp8(q, impl)
-    if choice.impl == "triton":
-        from kernels.decode_attention_fp8 import triton as implementation
-    else:
-        from kernels.decode_attention_fp8 import reference as implementation  # type: ignore[no-redef]
-    return implementation.decode_attention_fp8(
+    choice = choose_decode_attention_fp8(q, impl, prefixes=prefixes is not None, window=window, arenas=(k, vt))
+    chosen: Tensor = implementation("decode_attention_fp8", choice).decode_attention_fp8(
         q, k, vt, scales, starts, lengths, max_length, scale, window, sinks, prefixes
     )
+    return chosen

@@ -23,6 +23,11 @@ def choose_sample_scores(
         if obstacle:
             raise ValueError(f"sample_scores: impl='gluon' cannot run: {obstacle}")
         return Choice("gluon")
+    if q.dtype == torch.float32 and q.shape[-1] > 256 and q.device.type == "cuda":
+        large = f"blocks of float32 keys with heads of {q.shape[-1]} do not fit a multiprocessor's shared memory"
+        if impl == "triton":
+            raise ValueError(f"sample_scores: impl='triton' cannot run: {large}")
+        return Choice("reference", large)
     choice = choose_portable("sample_scores", q.device, impl)
     if impl != "auto" or choice.impl != "triton":
         return choice

@@ -124,7 +124,8 @@ def choose_tile(element_size: int, head_dim: int, rows_per_block: int, hopper: b
     rows = 64 if element_size == 4 or head_dim > 128 else 128
     key_bytes = head_dim * element_size
     stages = 3 if key_bytes <= 128 else 2 if key_bytes <= 512 else 1
-    tile = {"BM": max(rows_per_block, rows), "num_warps": 8 if rows == 128 else 4, "num_stages": stages}
+    warps = 8 if rows == 128 or head_dim > 256 else 4
+    tile = {"BM": max(rows_per_block, rows), "num_warps": warps, "num_stages": stages}
     return tile | {"maxnreg": 128} if hopper and rows == 128 else tile
 
 

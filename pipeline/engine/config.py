@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -36,7 +36,8 @@ class EngineConfig(EngineSettings):
     gpus: how many GPUs, `device` and those that follow it, hold the model: its layers are spread over them in order.
     attention: sparse prefill; None is dense attention through the same kernels.
     seed: of the dummy weights.
-    fp8_fast_accumulation: let fp8 linears sum in the tensor cores' reduced precision (Hopper): faster, less exact.
+    fp8_fast_accumulation: let fp8 linears sum in the tensor cores' reduced precision (Hopper): faster, less exact. Decode
+        steps of up to 64 rows sum precisely all the same.
     fuse: run norms, MLPs, projections and rotary embeddings through our kernels; None does on a GPU and in fp8.
     cuda_graphs: replay captured decode steps (GPU only).
     decode_lag: decode steps that the host may launch ahead of the tokens that it has read back; steps launched for a
@@ -102,6 +103,8 @@ class Request:
 
     chunk_tokens: prefill steps of this document at most so long; None: as EngineConfig says.
     grammar: what the output is held to, from its first token on; it stops where nothing more can follow, too.
+    until: asked after every token, with all that were generated: True ends the output there. It must depend on them
+        alone; what it raises ends this document with an error.
     """
 
     request_id: str
@@ -111,6 +114,7 @@ class Request:
     stop_ids: tuple[int, ...] = ()
     chunk_tokens: int | None = None
     grammar: Grammar | None = None
+    until: Callable[[list[int]], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -135,8 +139,8 @@ class Completion(EngineFields):
     """What became of a request, with what was measured of it (pipeline.results.rows.EngineFields).
 
     token_ids: generated tokens, the stop token included (as transformers' generate returns them).
-    finish_reason: "stop" (a stop token, or the grammar allows nothing more), "length" (max_new_tokens reached) or
-        "error".
+    finish_reason: "stop" (a stop token, or the grammar allows nothing more), "stop_string" (Request.until), "length"
+        (max_new_tokens reached) or "error".
     attention and what follows from it: None for one that never started.
     output_error: of sparse prefill, in the sampled query block that is furthest from dense attention (see
     stem_core.output_error), mean over its rows and the sparse layers; None if nothing was measured.

@@ -18,6 +18,7 @@ from pipeline.engine.config import EngineConfig
 from pipeline.engine.model.precision import describe_precision
 from pipeline.engine.model.runner import ModelRunner
 from pipeline.versions import versions
+from stem_core.config import StemConfig
 from stem_core.estimators import ESTIMATORS
 from stem_core.fp8 import describe_fp8
 from stem_core.fuse import describe_fusion
@@ -106,33 +107,49 @@ def _choices(runner: ModelRunner, prompt_tokens: int, dense: bool) -> dict[str, 
 
     Windows and budgets are those of stem_core.policy, by which attention itself goes.
     """
-    shape = next(iter(runner.shapes.values()))
-    q = torch.empty(1, 1, 1, shape.head_dim, dtype=runner.dtype, device=runner.device)
-    stem = None
-    fp8: dict[tuple[int, int | None], None] = {}  # block size and window, in the order of the layers
-    wide: dict[tuple[int, int | None], None] = {}
+    queries = {
+        size: torch.empty(1, 1, 1, size, dtype=runner.dtype, device=runner.device)
+        for size in dict.fromkeys(shape.head_dim for shape in runner.shapes.values())
+    }
+    sparse: dict[int, StemConfig] = {}  # by head size
+    fp8: dict[tuple[int, int, int | None], None] = {}  # head and block size and window, in the order of the layers
+    wide: dict[tuple[int, int, int | None], None] = {}
     for policy, window in runner.layers:
+        size = runner.shapes[runner.sources.get(policy.layer, policy.layer)].head_dim
         block_size = DENSE_BLOCK_SIZE
         if not dense and policy.budget(prompt_tokens, window).budgets is not None:
             assert policy.config is not None
-            stem, block_size = policy.config, policy.config.block_size
-        (fp8 if runner.is_fp8(policy.layer) else wide)[block_size, cutting_window(prompt_tokens, window)] = None
+            sparse[size], block_size = policy.config, policy.config.block_size
+        (fp8 if runner.is_fp8(policy.layer) else wide)[size, block_size, cutting_window(prompt_tokens, window)] = None
     other = f"{runner.precision.dtype_name} " if runner.precision.fp8 else ""
-    prefill = {
-        "fp8 ": [
-            choose_block_sparse_attention_fp8(q, block_size, window=window, dtype=runner.dtype)
-            for block_size, window in fp8
-        ],
-        other: [choose_block_sparse_attention(q, block_size, window=window) for block_size, window in wide],
-    }
-    choices = {
-        "prefill": {kind: list(dict.fromkeys(found)) for kind, found in prefill.items()},
+    found: dict[str, dict[str, list[Choice]]] = {
+        "prefill": {
+            "fp8 ": [
+                choose_block_sparse_attention_fp8(queries[size], block_size, window=window, dtype=runner.dtype)
+                for size, block_size, window in fp8
+            ],
+            other: [
+                choose_block_sparse_attention(queries[size], block_size, window=window)
+                for size, block_size, window in wide
+            ],
+        },
         "decode": {
-            "fp8 ": [choose_decode_attention_fp8(q[0])] if fp8 else [],
-            other: [choose_decode_attention(q[0])] if wide else [],
+            "fp8 ": [choose_decode_attention_fp8(queries[size][0]) for size, _, _ in fp8],
+            other: [choose_decode_attention(queries[size][0]) for size, _, _ in wide],
         },
     }
-    if stem is not None:
-        choices["scores"] = {f"{stem.estimator} ": [ESTIMATORS[stem.estimator].choose(q, stem)]}
-        choices["selection"] = {"": [selection_rule(stem).choose(runner.device)]}
-    return choices
+    if fp8:
+        found["shared decode"] = {
+            "fp8 ": [
+                choose_decode_attention_fp8(queries[size][0], prefixes=True, window=window) for size, _, window in fp8
+            ]
+        }
+    if sparse:
+        stem = next(iter(sparse.values()))
+        estimator = ESTIMATORS[stem.estimator]
+        found["scores"] = {f"{stem.estimator} ": [estimator.choose(queries[size], stem) for size in sparse]}
+        found["selection"] = {"": [selection_rule(stem).choose(runner.device)]}
+    return {
+        name: {kind: list(dict.fromkeys(choices)) for kind, choices in by_kind.items()}
+        for name, by_kind in found.items()
+    }

@@ -100,8 +100,14 @@ class Document:
             top_p=sampling.top_p,
             top_k=sampling.top_k or 0,
             min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            prompt_ids=None if sampling.repetition_penalty == 1 else self._all_prompt_ids(),
             **shared,
         )
+
+    def _all_prompt_ids(self) -> np.ndarray:
+        before = [] if self.prefix is None else [self.prefix.ids]
+        return np.concatenate([*before, self.prompt_ids])
 
     def completion(self, status: Status, error: str, finish_reason: str, kernel: str) -> Completion:
         """The document as it stands, with times up to now."""

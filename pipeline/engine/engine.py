@@ -29,7 +29,7 @@ from pipeline.engine.laps import Laps
 from pipeline.engine.memory.measure import allocate_arena, load_and_plan
 from pipeline.engine.memory.plan import MemoryPlan
 from pipeline.engine.model.loading import stop_token_ids
-from pipeline.engine.model.precision import wide_note
+from pipeline.engine.model.precision import wide_notes
 from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.model.text_part import media_tokens
 from pipeline.engine.prefix import Prefix
@@ -39,6 +39,7 @@ from pipeline.engine.run.lookup import PAYS, LookupPolicy
 from pipeline.engine.run.masks import Constraint, TokenMasks
 from pipeline.engine.run.prefill import Prefill, attention_plan, chunk_size
 from pipeline.engine.run.tail import TailPrefill
+from stem_core.errors import first_line
 
 
 class Engine:
@@ -66,7 +67,7 @@ class Engine:
         self._media = media_tokens(self._runner.model.config)
         self._arena, self._plan = allocate_arena(self._runner, config, plan, self._chunk)
         laps.end("arena")
-        self._batch = DecodeBatch(config.max_live, device)
+        self._batch = DecodeBatch(config.max_live, device, self._runner.vocabulary)
         self._lag = config.decode_lag if config.decode_lag is not None else 2 * on_gpu
         use_graphs = on_gpu and config.cuda_graphs
         self._masks = TokenMasks(config.max_live, self._runner.vocabulary, device) if config.grammars else None
@@ -127,7 +128,7 @@ class Engine:
         """What runs here: device, precision, attention, kernels, decode mode, versions. dtype: of activations; kernels
         and slower (sentences): for the longest prompts. notes: sentences on what is not as one might expect.
         start_seconds: of the parts of its start, in their order; those of the model only where it was not given."""
-        notes = [wide_note(self._runner.precision, self._runner.calibration)]
+        notes = wide_notes(self._runner.precision, self._runner.calibration)
         if self._lookup is None and self.config.prompt_lookup == "auto":
             notes.append(
                 "prompt lookup is off: the model keeps recurrent states, which cannot go back on a wrong draft"
@@ -136,7 +137,7 @@ class Engine:
             "chunk_tokens": self._chunk,
             "kernels": describe_kernels(self._runner, self.max_context),
             "slower": slower_paths(self._runner, self.max_context),
-            "notes": [note for note in notes if note],
+            "notes": notes,
             "prompt_lookup": "off" if self._lookup is None else f"{DRAFTS} drafts a step while they pay",
             "decode": self._decode.mode,
             "start_seconds": {name: round(seconds, 3) for name, seconds in self._start_seconds.items()},
@@ -364,7 +365,7 @@ class Engine:
             document.constraint = Constraint(document.request.grammar.matcher(), document.stop_ids)
             self._masks.send({row: document.constraint}, range(row, row + 1))
             masks = self._masks.device[row : row + 1]
-        self._batch.advance(logits, row, document.request.sampling.temperature > 0, masks)
+        self._batch.advance(logits, row, not document.request.sampling.is_plain, masks)
         document.prefill = None
         document.launched = 1
         if self._lookup is not None:
@@ -380,7 +381,7 @@ class Engine:
             if running:
                 key = StepKey(
                     rows=batch_bucket(max(running) + 1, self.config.max_live),
-                    sampled=any(document.request.sampling.temperature > 0 for document in running.values()),
+                    sampled=any(not document.request.sampling.is_plain for document in running.values()),
                     shared=group_bucket(self._batch.largest_group),
                     drafts=self._drafts(list(running.values())),
                 )
@@ -401,10 +402,11 @@ class Engine:
     def _drafts(self, running: list[Document]) -> int:
         """How many drafts of each document the next step verifies.
 
-        None where an output follows a grammar, whose masks the host makes token by token; and where some documents
-        share a prefix and others do not: these would read their keys once for every draft.
+        None where an output follows a grammar, whose masks the host makes token by token, or has a repetition penalty,
+        by which every token changes the scores of the next; and where some documents share a prefix and others do not: these would read their keys once for every draft.
         """
-        if self._lookup is None or any(document.constraint is not None for document in running):
+        by_token = (doc.constraint is not None or doc.request.sampling.repetition_penalty != 1 for doc in running)
+        if self._lookup is None or any(by_token):
             return 0
         if len({document.prefix is None or document.prefix.in_one_piece for document in running}) > 1:
             return 0
@@ -458,8 +460,22 @@ class Engine:
                 self._end(document, "error", f"the output cannot go on by its grammar: {matcher.error}")
             elif matcher is not None and matcher.done:
                 self._end(document, "ok", finish_reason="stop")
+            elif self._reached(document):
+                return  # drafts that were right may lie behind it
             elif len(document.tokens) == document.request.max_new_tokens:
                 self._end(document, "ok", finish_reason="length")
+
+    def _reached(self, document: Document) -> bool:
+        """Whether the newest token ends the output by Request.until, or an error of it does."""
+        until = document.request.until
+        try:
+            if until is None or not until(document.tokens):
+                return False
+        except Exception as error:
+            self._end(document, "error", f"its text cannot be searched for where to stop: {first_line(error)}")
+            return True
+        self._end(document, "ok", finish_reason="stop_string")
+        return True
 
     def _collect_all(self) -> None:
         while len(self._readback):

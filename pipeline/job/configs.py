@@ -29,6 +29,7 @@ def make_worker_config(
         too_long=config.too_long,
         max_new_tokens=config.max_new_tokens,
         sampling=Sampling(**values_of(config, Sampling)),
+        stop=config.stop,
         text_column=config.text_column,
         reading=ReadSettings(**values_of(config, ReadSettings)),
         model_name=model_label(config),

@@ -120,7 +120,8 @@ class Outcome:
         null=f"{NOT_OK}, and `answer_error` is null", origin=ENGINE, default=None,
     )  # fmt: skip
     finish_reason: str | None = column(
-        "stop (end-of-sequence token) or length (cut off at max_new_tokens, or a part was); null unless ok",
+        "stop (end-of-sequence token), stop_string (cut before a text of `--stop`) or length (cut off at max_new_tokens, "
+        "or a part was); null unless ok",
         null=NOT_OK, origin=ENGINE, default=None,
     )  # fmt: skip
     reasoning: str | None = column(

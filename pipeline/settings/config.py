@@ -138,6 +138,16 @@ class JobConfig(Sampling, EngineSettings, ReadSettings):
     )
 
     max_new_tokens: int = setting(256, "most tokens to generate", low=1, group="generation", changes_output=True)
+    stop: tuple[str, ...] = setting(
+        (),
+        "a text that ends the output before it; give it again for more",
+        more="in an answer only, not in the thinking before it; `finish_reason` is stop_string then. Not with a schema, "
+        "whose answers end by themselves",
+        kind="stops",
+        group="generation",
+        changes_output=True,
+        added_later=True,
+    )
     schema: str | None = setting(
         None,
         "JSON Schema that every answer follows: a file, or the schema itself; answers are a typed column then",

@@ -94,6 +94,14 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_text(name, item) for item in items))
 
 
+def _stops(name: str, value: Any) -> tuple[str, ...]:
+    """One text or several, white space as it stands."""
+    items = (value,) if isinstance(value, str) else value
+    if not isinstance(items, list | tuple) or not all(isinstance(item, str) and item for item in items):
+        raise SettingError(name, "a text or a list of texts that are not empty", value)
+    return tuple(dict.fromkeys(_text(name, item) for item in items))
+
+
 def _questions(name: str, value: Any) -> Any:
     """The path of a file, or questions as such a file has them (pipeline.settings.questions looks at each)."""
     if value is None or isinstance(value, str | Path):
@@ -161,6 +169,7 @@ KINDS: dict[str, Callable[[str, Any], Any]] = {
     "map": _map,
     "list": _list,
     "texts": _texts,
+    "stops": _stops,
     "questions": _questions,
     "columns": _columns,
     "auto_int": _whole_or_auto,

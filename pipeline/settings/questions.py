@@ -64,6 +64,11 @@ def answers_of(config: JobConfig, questions: Questions) -> dict[str, Schema]:
                 )
         elif config.schema is not None:
             found[task.name] = compile_schema(config.schema)
+        if config.stop and task.name in found:
+            raise JobError(
+                f"question {task.name}: a schema with --stop {short(config.stop[0])}: its answers end by themselves, and "
+                "a stop could only break them; leave one of them out"
+            )
     return found
 
 

@@ -151,6 +151,16 @@ class Sampling:
         changes_output=True,
         added_later=True,
     )
+    repetition_penalty: float = setting(
+        1.0,
+        "divides the scores of tokens that stand in the prompt or the output already; 1 is off",
+        more="as in transformers: a score below 0 is multiplied, and the whole document counts, so that a model is kept "
+        "from quoting, too",
+        above=0,
+        group="generation",
+        changes_output=True,
+        added_later=True,
+    )
     seed: int = setting(
         0,
         "seed of sampling; what is drawn for a document depends only on this and on the document's id",
@@ -160,3 +170,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check_all(self)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the most likely token is taken as the model has it."""
+        return self.temperature == 0 and self.repetition_penalty == 1

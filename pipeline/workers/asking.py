@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 from pipeline.engine.config import Completion, Request, SharedPrompt
 from pipeline.errors import DocumentError
 from pipeline.prompts.prompt import Prompt
+from pipeline.prompts.stops import StopStrings
 from pipeline.results.rows import Outcome
 from pipeline.review.evidence import Passage, find_evidence
 from pipeline.review.flags import find_flags
@@ -168,10 +169,12 @@ class Asking:
             sampling = replace(self._config.sampling, **ask.task.sampling)
             name = request_id(self._work.document.document_id, ask.task.name, place.name)
             answers = questions.answers_of(ask.task)
+            stop = self._config.stop
+            until = StopStrings(stop, questions.tokens, ask.builder.opens_thinking) if stop else None
             requests.append(
                 Request(
                     name, cast(Sequence[int], prompt.tail), questions.most(ask.task), sampling, eos_ids,
-                    self._work.chunk_tokens, None if answers is None else answers.grammar,
+                    self._work.chunk_tokens, None if answers is None else answers.grammar, until,
                 )
             )  # fmt: skip
         self._work.requests += [request.request_id for request in requests]

@@ -11,6 +11,7 @@ from pipeline.engine.config import Completion, EngineConfig, Request
 from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.prompts.prompt import PromptBuilder
 from pipeline.prompts.questions import OWN
+from pipeline.prompts.stops import STOP_STRING, before_stop
 from pipeline.prompts.task import Task
 from pipeline.prompts.tokens import Tokens, load_tokens
 from pipeline.results.kept_columns import Kept, prompt_text
@@ -141,9 +142,11 @@ class JobQuestions:
         if answer.text is None:
             why = _no_answer(completion, request.max_new_tokens, self._config.thinking)
             return Outcome(status="error", error=why, reasoning=answer.reasoning)
-        outcome = Outcome(
-            status="ok", output=answer.text, finish_reason=completion.finish_reason, reasoning=answer.reasoning
-        )
+        output, reason = answer.text, completion.finish_reason
+        stopped = before_stop(output, self._config.stop)
+        if stopped is not None:
+            output, reason = stopped, STOP_STRING
+        outcome = Outcome(status="ok", output=output, finish_reason=reason, reasoning=answer.reasoning)
         answers = self.answers_of(ask.task)
         if answers is None:
             return outcome

@@ -38,6 +38,7 @@ class WorkerConfig:
     too_long: str
     max_new_tokens: int
     sampling: Sampling
+    stop: tuple[str, ...]
     text_column: str
     model_name: str
     config_hash: str

@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping
+from threading import Thread
 from typing import Any
 
 from pipeline.engine.laps import Laps
@@ -17,6 +18,7 @@ from pipeline.results.kept_columns import Kept
 from pipeline.results.rows import EngineFields, Outcome, Row, WorkerFields
 from pipeline.source import Document, DocumentReader, input_hash
 from pipeline.workers.asking import Asking
+from pipeline.workers.gpu import warm_up
 from pipeline.workers.job_questions import JobQuestions
 from pipeline.workers.loop import EngineBrokenError, EngineLike, EngineLoop
 from pipeline.workers.metrics import report_arena
@@ -52,6 +54,8 @@ class Worker:
         """
         config = self._config
         laps = Laps()
+        if config.engine.device.startswith("cuda"):
+            Thread(target=warm_up, name="warm-up", daemon=True).start()
         await self._threads.run(_import_engine)
         laps.end("imports")
         # Before the engine: what is wrong there shows in a second. Not beside it: transformers' lazy imports

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.quantize import FP8, QuantizedRows, quantize_rows
+from kernels.skinny_linear import MAX_ROWS, skinny_linear
 
 
 def scaled_linear(
@@ -14,7 +15,8 @@ def scaled_linear(
     """rows @ weight.T, both in fp8, the scales applied to the sums.
 
     rows: values [..., K]. weight: float8_e4m3fn [N, K], contiguous. scale: float32 [1, N]. bias: [N] or None.
-    fast_accumulation: Hopper sums in its tensor cores' reduced precision instead of promoting to float32 as it goes.
+    fast_accumulation: Hopper sums in its tensor cores' reduced precision instead of promoting to float32 as it goes;
+    not of few rows on a GPU, as decode steps have: `kernels.skinny_linear` is precise.
     Returns [..., N] in rows.dtype; on a GPU that must be bfloat16. Raises ValueError otherwise.
     """
     if rows.values.is_cuda and rows.dtype != torch.bfloat16:
@@ -27,8 +29,14 @@ def scaled_linear(
         product = sums * rows.scales.view(-1, 1) * scale
         product = (product if bias is None else product + bias.float()).to(rows.dtype)
         return product.view(*rows.values.shape[:-1], weight.shape[0])
+    values = rows.values.view(-1, K)
+    if len(values) <= MAX_ROWS:
+        out = skinny_linear(
+            weight, scale.view(-1), QuantizedRows(values, rows.scales.view(-1, 1), rows.dtype), bias=bias
+        )
+        return out.view(*rows.values.shape[:-1], weight.shape[0])
     out = torch._scaled_mm(
-        rows.values.view(-1, K),
+        values,
         weight.t(),
         scale_a=rows.scales.view(-1, 1),
         scale_b=scale,

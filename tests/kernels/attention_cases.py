@@ -51,17 +51,18 @@ ODD = [1, 127, 128, 129, 1000, random.Random(7).randrange(1001, 2000), random.Ra
 GPU_CASES = [
     *(Case(length, unknown=40) for length in ODD),
     *(Case(length, keep=None, unknown=40, heads=8, kv_heads=1) for length in ODD),
-    *(Case(700, start=1024, head_dim=dim, dtype=dtype) for dim in (64, 96, 128, 256) for dtype in (BF16, FP16)),
-    *(Case(300, start=256, head_dim=dim, dtype=FP32, block_size=64) for dim in (64, 96, 128, 256)),
-    *(Case(300, start=256, head_dim=dim, dtype=FP32, keep=None) for dim in (64, 256)),
+    *(Case(700, start=1024, head_dim=dim, dtype=dtype) for dim in (64, 96, 128, 256, 512) for dtype in (BF16, FP16)),
+    *(Case(300, start=256, head_dim=dim, dtype=FP32, block_size=64) for dim in (64, 96, 128, 256, 512)),
+    *(Case(300, start=256, head_dim=dim, dtype=FP32, keep=None) for dim in (64, 256, 512)),
     *(Case(777, start=512, block_size=block, head_dim=64) for block in (16, 32, 64, 256)),
     *(Case(777, start=512, block_size=block, head_dim=256) for block in (32, 64, 256)),
+    *(Case(777, start=512, block_size=block, head_dim=dim) for dim, block in ((512, 32), (384, 64), (512, 256))),
     Case(500, batch=3, heads=6, kv_heads=6),
     Case(640, batch=2, heads=32, kv_heads=8, keep=0.25, scale=0.2),
     Case(900, start=333, keep=None),
     Case(900, start=128, keep=None, head_dim=64),
     Case(900, start=128, window=300),
-    Case(900, start=77, keep=None, window=129, head_dim=256),
+    *(Case(900, start=77, keep=None, window=129, head_dim=dim) for dim in (256, 512)),
     Case(600, window=1, block_size=64, dtype=FP32),
 ]
 

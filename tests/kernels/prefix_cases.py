@@ -53,6 +53,7 @@ CASES = [
     Shared((((301, 0), (302, 0), (303, 0), (304, 0)), ((90, 0), (91, 0))), window=40, sinks=True, dtype=FP16),
     # More queries than a tile.
     Shared((questions(200, *range(1, 37)), questions(70, 9)), spare=0, head_dim=32),
+    Shared((questions(90, 3, 40),), heads=4, kv_heads=1, head_dim=512),
     Shared((questions(150, *range(1, 12)),), heads=28, kv_heads=2, head_dim=128, dtype=FP16, spare=5),
 ]
 
@@ -140,14 +141,16 @@ def check(case: Shared, impl: str, device: str, fp8: bool) -> None:
         assert error <= (8 if low == FP32 else 1.5) * eager + rounding, (s, error, eager)
 
 
-def check_company(impl: str, device: str, fp8: bool) -> None:
+def check_company(
+    impl: str, device: str, fp8: bool, dtype: torch.dtype = FP32, windows: tuple[int | None, ...] = (None, 200, 100)
+) -> None:
     """Rows of one prefix give the same bits whatever the others of their group hold, and however far a window reaches
     into the prefix for them: in a table of the same width, so that the kernel is the same.
     """
     shape = (2, 1024, 64)
     generator = torch.Generator().manual_seed(0)
     k, v = torch.randn(2, *shape, generator=generator).to(device)
-    q = torch.randn(4, 8, 64, generator=generator).to(device)
+    q = torch.randn(4, 8, 64, generator=generator).to(device, dtype)
     scales = HeadScales(*(torch.ones(n, device=device) for n in (8, 2, 2)))
 
     def run(rows: list[int], tails: list[int], window: int | None) -> Tensor:
@@ -165,7 +168,7 @@ def check_company(impl: str, device: str, fp8: bool) -> None:
             return decode_attention_fp8(q[rows], k.to(FP8), stored, scales, starts, lengths, **options)
         return decode_attention(q[rows], k, v, starts, lengths, **options)
 
-    for window in (None, 200, 100):
+    for window in windows:
         whole = run([0, 1, 2, 3], [5, 128, 60, 1], window)
         for row, tail in enumerate([5, 128, 60, 1]):
             assert torch.equal(run([row], [tail], window)[0], whole[row]), (window, row)

@@ -47,6 +47,9 @@ SUBSET = [
     Build(HOPPER, BF16, 128, None, window=4096),
     Build(HOPPER, FP16, 256, 128),
     Build(HOPPER, BF16, 64, 32),
+    # As Gemma 4's global layers.
+    Build(AMPERE, BF16, 512, 128),
+    Build(HOPPER, BF16, 512, 128),
     # As the layers of gpt-oss, whose sinks ask for the log-sum-exp.
     *(Build(capability, BF16, 64, None, window=128, lse=True) for capability in (AMPERE, HOPPER)),
     Build(AMPERE, BF16, 64, 128, lse=True),
@@ -55,7 +58,7 @@ GRID = [
     Build(capability, dtype, head_dim, block_size)
     for capability in (AMPERE, ADA, HOPPER)
     for dtype in (BF16, FP16, FP32)
-    for head_dim in (64, 96, 128, 256)
+    for head_dim in (64, 96, 128, 256, 512)
     for block_size in (16, 32, 64, 128, 256, None)
 ]
 FULL = os.environ.get("STEMLINE_FULL_COMPILE") == "1"

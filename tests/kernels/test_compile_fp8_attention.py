@@ -6,6 +6,7 @@ A subset by default; STEMLINE_FULL_COMPILE=1 compiles every head size and block 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 
 import pytest
@@ -158,6 +159,33 @@ def test_decode_behind_a_prefix(members: int, dim: int, capability: tuple[int, i
         lambda: triton.decode_attention_fp8(q, *arenas, scales(), starts, lengths, LENGTH, 0.1, None, None, prefixes),
         capability,
     )
+
+
+@pytest.mark.skipif((triton_version() or ())[:2] not in ((3, 6), (3, 7)), reason="Gluon of another Triton")
+@pytest.mark.parametrize("dim", [64, 128] if FULL else [128])
+@pytest.mark.parametrize(("members", "registers"), [(16, 128), (32, 168)])
+def test_hopper_decode_behind_a_prefix(members: int, registers: int, dim: int) -> None:
+    """registers: two programs of one warpgroup fit a multiprocessor, one of two warpgroups does."""
+    from kernels.decode_attention import Prefixes
+    from kernels.decode_attention_fp8 import gluon
+
+    q = empty(32, HEADS, dim, dtype=BF16)
+    arenas = (empty(KV_HEADS, LENGTH, dim), empty(KV_HEADS, dim, LENGTH))
+    starts, lengths = empty(32, dtype=torch.int64), empty(32, dtype=torch.int32)
+    prefixes = Prefixes(starts, lengths, empty(32, members, dtype=torch.int32), LENGTH)
+    with offline.compiling(HOPPER) as compiled:
+        gluon.decode_attention_fp8(q, *arenas, scales(), starts, lengths, LENGTH, 0.1, None, None, prefixes)
+    [kernel] = [
+        each for each in compiled if "QGMMA" in "".join(i.opcode for i in sass.disassemble(each.asm["cubin"])[0])
+    ]
+    report = offline.report(kernel)
+    assert report.spills == 0, str(report)
+    assert report.registers == registers, str(report)
+    assert report.shared + 1024 <= SHARED_LIMIT[HOPPER] // (2 if registers == 128 else 1), str(report)
+    assert not report.warnings, str(report)
+    # PRMT .. 0x7632 and 0x7610 put a half into the lower half of a register; what stays above it is never read.
+    undefined = sass.undefined_reads(kernel.asm["cubin"])
+    assert not [text for text in undefined if not re.search(", 0x76(32|10), ", text) and not sass.clears_one_bit(text)]
 
 
 @pytest.mark.parametrize("capability", [ADA, HOPPER], ids=["sm89", "sm90"])

@@ -27,6 +27,8 @@ SHARED_LIMIT = {AMPERE: 163 * 1024, HOPPER: 227 * 1024}
 SPILLS_ALLOWED = {BF16: 320, FP16: 320, FP32: 4096}
 FULL = os.environ.get("STEMLINE_FULL_COMPILE") == "1"
 TYPES = [(dtype, dim) for dtype in (BF16, FP16, FP32) for dim in (64, 96, 128, 256)] if FULL else [(BF16, 128)]
+# As Gemma 4's global layers. Samples of float32 keys of such heads run on the reference.
+LARGE = [(dtype, 512) for dtype in (BF16, FP16)] if FULL else [(BF16, 512)]
 
 
 def prompt(dtype: torch.dtype, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,6 +95,22 @@ def check(launch: Callable[[], object], capability: tuple[int, int], spills: int
     [(oam, 3), (sample, 1), (decode, 2), (decode_with_sinks, 2), (decode_one_kv_head, 2), (decode_behind_prefix, 5)],
 )
 def test_compiles(
+    launch: Callable[[torch.dtype, int], None],
+    kernels: int,
+    dtype: torch.dtype,
+    head_dim: int,
+    capability: tuple[int, int],
+) -> None:
+    check(lambda: launch(dtype, head_dim), capability, SPILLS_ALLOWED[dtype], kernels)
+
+
+@pytest.mark.parametrize("capability", [AMPERE, HOPPER], ids=["sm80", "sm90"])
+@pytest.mark.parametrize(("dtype", "head_dim"), LARGE, ids=str)
+@pytest.mark.parametrize(
+    ("launch", "kernels"),
+    [(oam, 3), (sample, 1), (decode_one_kv_head, 2), *([(decode_behind_prefix, 5)] if FULL else [])],
+)
+def test_large_heads_compile(
     launch: Callable[[torch.dtype, int], None],
     kernels: int,
     dtype: torch.dtype,

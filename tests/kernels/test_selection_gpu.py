@@ -18,6 +18,7 @@ LARGE = {"heads": 8, "kv_heads": 2, "head_dim": 128, "block_size": 128, "stride"
 SHAPES = [
     *(Scores(length, dtype=BF16, **LARGE) for length in (1, 127, 128, 129, 1000, 1733)),  # type: ignore[arg-type]
     *(Scores(777, head_dim=dim, dtype=dtype) for dim in (64, 96, 128, 256) for dtype in (BF16, FP16, FP32)),
+    *(Scores(777, head_dim=512, dtype=dtype) for dtype in (BF16, FP16)),
     *(Scores(900, block_size=block, stride=8, every=2, dtype=BF16) for block in (16, 32, 64, 128)),
     Scores(1100, batch=3, heads=6, kv_heads=6, block_size=128, every=1, dtype=BF16),
     Scores(1100, heads=7, kv_heads=1, block_size=64, stride=64, every=64, dtype=BF16, contiguous=True),
@@ -59,7 +60,7 @@ def test_budgets_for_each_head(poisoned: None) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        *(Decode((0, 1, 129, 5000), head_dim=dim, dtype=dtype) for dim in (64, 96, 128, 256) for dtype in (BF16, FP32)),
+        *(Decode((0, 1, 129, 5000), head_dim=dim, dtype=dtype) for dim in (64, 96, 128, 256, 512) for dtype in (BF16, FP32)),
         Decode((127, 128, 1000), heads=6, head_dim=96, dtype=FP16, window=130, token_major=True),
         Decode((40_000, 3), heads=32, kv_heads=8, dtype=BF16, window=4096),
         Decode((9000, 17_123), heads=32, kv_heads=1, dtype=BF16),

@@ -13,7 +13,7 @@ import torch
 class GraphDevices:
     """`log` has what was done, in order; `current` the current streams by device; `device` the current one.
 
-    directed: the pool that the first device's allocations go to, None outside of captures.
+    directed: the pool that the first device's allocations go to, None outside of captures. used: of each capture.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,6 +24,7 @@ class GraphDevices:
         self.main: Stream | None = None
         self.forked: set[Stream] = set()
         self.pools = 0
+        self.used: list[Any] = []
         for name, value in {
             "Stream": lambda device: Stream(self, device, "side"),
             "stream": self.stream,
@@ -96,6 +97,7 @@ class Graph:
         devices = self.devices
         if devices.directed is not None:
             raise RuntimeError(f"already recording to pool {devices.directed}")
+        devices.used.append(pool)
         devices.directed, devices.main = pool, devices.current_stream(devices.device)
         devices.log.append("begin")
 

@@ -62,7 +62,7 @@ def runner(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 def test_steps_stay_on_the_device(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     arena = KVArena(runner.shapes, 4096, runner.dtype, runner.layer_devices)
-    batch = DecodeBatch(8, META)
+    batch = DecodeBatch(8, META, runner.vocabulary)
     decode = DecodeRunner(runner, arena, batch, 2048, use_graphs=False)
     prefill = Prefill(runner, arena, Extent(0, 1088), np.zeros(1000, dtype=np.int64), 10, 256)
     with OneDevice(), torch.inference_mode():

@@ -154,14 +154,14 @@ def test_a_vocabulary_larger_than_the_tokenizers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sampled", [False, True])
 def test_no_draw_takes_a_masked_token(sampled: bool) -> None:
     """Rows side by side, of which one is masked down to a few unlikely tokens: only it changes."""
-    batch = DecodeBatch(3, torch.device("cpu"))
+    batch = DecodeBatch(3, torch.device("cpu"), 100)
     for row in range(3):
         batch.begin(row, RowStart(Extent(0, 64), 4, 8, row, (2,), 1.0, 1.0))
     logits = torch.randn(3, 100, generator=torch.Generator().manual_seed(0))
     logits[1, :4] = -40.0
     masks = torch.zeros(3, 5, dtype=torch.int32)
     masks[1] = torch.tensor([0b1011, 0, 0, 0, 1])
-    twin = DecodeBatch(3, torch.device("cpu"))
+    twin = DecodeBatch(3, torch.device("cpu"), 100)
     twin.ints.copy_(batch.ints)
     twin.floats.copy_(batch.floats)
     twin.advance(logits.clone(), 0, sampled)

@@ -79,16 +79,17 @@ def requests() -> list[Request]:
     return [Request(str(i), prompt, NEW + 6 * i) for i, prompt in enumerate(prompts([30, 200, 7]))]
 
 
-def test_every_step_is_captured_once_and_replayed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_are_captured_when_they_come_once_and_replayed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run(Engine(EngineConfig(str(folder), device="cpu", arena_tokens=4096)), requests())
     cuda = Cuda(monkeypatch)
     engine = captured_engine(folder)
-    keys = [StepKey(rows, sampled) for sampled in (False, True) for rows in (5, 4, 2, 1)]
-    assert cuda.captured == keys
+    largest = [StepKey(5, True)]
+    assert cuda.captured == largest, "the first token waits for no other"
     assert gc.isenabled()
     cuda.replayed.clear()
     done = run(engine, requests())
-    assert cuda.captured == keys, "nothing is captured while documents wait"
+    assert set(cuda.captured) == {*largest, *(StepKey(rows, False) for rows in (4, 2, 1))}
+    assert len(cuda.captured) == 4, "each once"
     assert {key.rows for key in cuda.replayed} <= {1, 2, 4}
     assert len(cuda.replayed) >= NEW
     for name, completion in done.items():
@@ -99,12 +100,10 @@ def test_steps_with_drafts_are_captured_too(folder: Path, monkeypatch: pytest.Mo
     expected = run(Engine(EngineConfig(str(folder), device="cpu", arena_tokens=4096)), requests())
     cuda = Cuda(monkeypatch)
     engine = captured_engine(folder, lookup="auto")
-    keys = [StepKey(rows, False, drafts=DRAFTS) for rows in (5, 4, 2, 1)]
-    assert cuda.captured[-4:] == keys
-    captured = list(cuda.captured)
+    assert cuda.captured == [StepKey(5, True), StepKey(5, False, drafts=DRAFTS)]
     cuda.replayed.clear()
     done = run(engine, requests())
-    assert cuda.captured == captured, "nothing is captured while documents wait"
+    assert len(cuda.captured) == len(set(cuda.captured)), "each once"
     assert {key.drafts for key in cuda.replayed} == {0, DRAFTS}
     for name, completion in done.items():
         assert completion.token_ids == expected[name].token_ids
@@ -113,12 +112,12 @@ def test_steps_with_drafts_are_captured_too(folder: Path, monkeypatch: pytest.Mo
 def test_a_step_that_cannot_be_captured_runs_eagerly(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run(Engine(EngineConfig(str(folder), device="cpu", arena_tokens=4096)), requests())
     cuda = Cuda(monkeypatch, failing={StepKey(4, False)})
+    engine = captured_engine(folder)
+    cuda.replayed.clear()
     with pytest.warns(RuntimeWarning, match="not permitted"):
-        engine = captured_engine(folder)
+        done = run(engine, requests())
     assert "eager" in engine.describe()["decode"]
     assert "not permitted" in engine.describe()["decode"]
-    cuda.replayed.clear()
-    done = run(engine, requests())
     assert {key.rows for key in cuda.replayed} == {1, 2}, "the others still replay"
     for name, completion in done.items():
         assert completion.token_ids == expected[name].token_ids
@@ -152,20 +151,11 @@ def test_masked_steps_are_captured_in_two_parts_and_replayed(monkeypatch: pytest
     runner, arena, batch = engine._runner, engine._arena, engine._batch
     engine._decode = DecodeRunner(runner, arena, batch, engine.max_context, use_graphs=True, masks=masks.device)
     engine._decode.prepare()
-    parts = [
-        part
-        for rows in (8, 4, 2, 1)
-        for part in (
-            ("_forward", StepKey(rows, False)),
-            ("_sample", StepKey(rows, False)),
-            ("_sample", StepKey(rows, True)),
-        )
-    ]
-    assert remembered == parts
+    assert remembered == [("_forward", StepKey(8, True)), ("_sample", StepKey(8, True))]
     cuda.replayed.clear()
     replayed.clear()
     done = run(engine, asked())
-    assert remembered == parts, "nothing is captured while documents wait"
+    assert len(remembered) == len(set(remembered)) > 2, "each once"
     assert replayed.count("_forward") == replayed.count("_sample") > 20
     assert replayed[::2] == ["_forward"] * (len(replayed) // 2)
     for name, completion in done.items():
@@ -241,3 +231,4 @@ def test_a_failed_capture_tells_why_and_leaves_nothing_behind(
     assert [devices.current[device].name for device in ("A", "B")] == ["default A", "default B"]
     graphs.replay(graphs.capture(lambda: None))
     assert devices.log[-2] == "replay"
+    assert devices.used[0] != devices.used[1], "torch drops a pool with its last graph"

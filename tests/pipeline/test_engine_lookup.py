@@ -236,7 +236,7 @@ def test_the_arena_holds_the_tokens_themselves(folder: Path) -> None:
 
 
 def test_rows_take_as_many_drafts_as_are_right() -> None:
-    batch = DecodeBatch(6, torch.device("cpu"))
+    batch = DecodeBatch(6, torch.device("cpu"), 8)
     for row in (0, 1, 2, 3, 5):
         batch.begin(row, row_start(max_new_tokens=9, stop_ids=(4,)))
     batch.begin(3, row_start(max_new_tokens=2, stop_ids=(4,)))

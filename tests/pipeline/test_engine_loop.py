@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ import pytest
 import torch
 from engine_models import VOCABULARY, generate, prompts, run, save_model
 
-from pipeline.engine import Completion, Engine, EngineConfig, Request, Sampling
+from transformers import AutoModelForCausalLM
+
+from pipeline.engine import Completion, Engine, EngineConfig, Request, Sampling, SharedPrompt
 from pipeline.engine.run.batch import MAX_STOP_IDS
+from pipeline.engine.run.lookup import LookupPolicy
 from stem_core import StemConfig, patch_model
 
 NEW = 10
@@ -28,6 +32,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make(folder: Path, **options: Any) -> Engine:
     return Engine(EngineConfig(str(folder), device="cpu", **({"chunk_tokens": 128, "arena_tokens": 4096} | options)))
+
+
+def verify_always(engine: Engine) -> None:
+    """Drafts in every step, if there are any at all."""
+    if engine._lookup is not None:
+        engine._lookup = LookupPolicy(pays=0.0)
 
 
 def arena_is_free(engine: Engine) -> bool:
@@ -47,6 +57,51 @@ def test_stops(folder: Path, decode_lag: int) -> None:
         assert done[str(i)].finish_reason == ("stop" if stop in tokens else "length")
         assert done[str(i)].output_tokens == len(expected)
     assert done["0"].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("lookup", ["off", "auto"])
+@pytest.mark.parametrize("decode_lag", [0, 2])
+def test_a_request_may_say_where_it_ends(folder: Path, decode_lag: int, lookup: str) -> None:
+    texts = prompts([40, 90, 20])
+    whole = [generate(folder, prompt, NEW) for prompt in texts]
+
+    def fails(ids: list[int]) -> bool:
+        raise KeyError("no such token")
+
+    untils = [lambda ids: ids[-1] == whole[0][4], lambda ids: len(ids) == NEW, fails]
+    requests = [Request(str(i), texts[i], NEW, until=until) for i, until in enumerate(untils)]
+    engine = make(folder, decode_lag=decode_lag, prompt_lookup=lookup)
+    verify_always(engine)
+    done = run(engine, [*requests, Request("3", texts[2], NEW)])
+    assert done["0"].token_ids == whole[0][: whole[0].index(whole[0][4]) + 1]
+    assert (done["1"].token_ids, done["3"].token_ids) == (whole[1], whole[2])
+    reasons = [done[str(i)].finish_reason for i in range(4)]
+    assert reasons == ["stop_string", "stop_string", "error", "length"]
+    assert done["2"].error == "its text cannot be searched for where to stop: KeyError: 'no such token'"
+    assert arena_is_free(engine)
+
+
+@pytest.mark.parametrize("lookup", ["off", "auto"])
+def test_repetition_penalty_is_that_of_transformers(folder: Path, lookup: str) -> None:
+    """In one batch with other penalties, behind a shared prefix, and where drafts would be verified."""
+    texts, penalties = prompts([150, 60, 60]), [1.3, 1.05, 0.8]
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    expected = [
+        model.generate(torch.as_tensor(text)[None], max_new_tokens=NEW, do_sample=False, repetition_penalty=penalty)
+        for text, penalty in zip(texts, penalties, strict=True)
+    ]
+    tokens = [out[0, len(text) :].tolist() for out, text in zip(expected, texts, strict=True)]
+    plain = [generate(folder, text, NEW) for text in texts]
+    assert all(own != other for own, other in zip(tokens, plain, strict=True))
+    engine = make(folder, prompt_lookup=lookup, decode_lag=2)
+    verify_always(engine)
+    requests = [Request(str(i), texts[i], NEW, Sampling(repetition_penalty=penalties[i])) for i in range(3)]
+    done = run(engine, [*requests, Request("plain", texts[0], NEW)])
+    assert [done[str(i)].token_ids for i in range(3)] == tokens
+    assert done["plain"].token_ids == plain[0]
+    tails = [Request("same", texts[0][70:], NEW, requests[0].sampling), Request("other", texts[0][70:90], NEW)]
+    engine.add_shared(SharedPrompt(texts[0][:70], tuple(tails)))
+    assert run(engine, [])["same"].token_ids == tokens[0]
 
 
 @pytest.mark.parametrize("as_list", [False, True])
@@ -75,7 +130,7 @@ def test_sampling_depends_on_seed_and_id_alone(folder: Path) -> None:
     hot = Sampling(temperature=1.5, top_p=0.95, seed=3)
     request = Request("a", text[0], NEW, hot)
     alone = run(make(folder), [request])["a"].token_ids
-    others = [Request("b", text[1], NEW, hot), Request("c", text[2], 3), Request("d", text[0], NEW, hot)]
+    others = [Request("b", text[1], NEW, replace(hot, repetition_penalty=1.5)), Request("c", text[2], 3), Request("d", text[0], NEW, hot)]
     together = run(make(folder, decode_lag=2), [*others, request])
     assert together["a"].token_ids == alone
     assert together["d"].token_ids != alone, "another id draws other numbers"

@@ -9,7 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from pipeline.engine.config import Request
 from pipeline.engine.document import OVERTAKES, Document, WaitingLine
@@ -17,7 +23,7 @@ from pipeline.engine.kv.arena import ALIGNMENT, Extent, ExtentAllocator, KVArena
 from pipeline.engine.kv.cache import DecodeCache, PrefillCache
 from pipeline.engine.run.batch import IDLE, LENGTH, MAX_STOP_IDS, NOT_FINITE, DecodeBatch, RowStart
 from pipeline.engine.run.decode import Readback, batch_bucket
-from pipeline.engine.run.sampling import document_seed, sample, uniforms
+from pipeline.engine.run.sampling import document_seed, penalise, sample, uniforms
 
 
 @settings(max_examples=60, deadline=None)
@@ -158,6 +164,19 @@ def test_rows_of_one_step_have_their_own_min_p() -> None:
     assert sample(logits, torch.ones(4), torch.ones(4), ks, least, draws).tolist() == [0, 2, 3, 0]
 
 
+def test_penalties_are_those_of_transformers() -> None:
+    logits = torch.randn(3, 70, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    ids = torch.tensor([[0, 31, 32, 63, 64], [69, 5, 5, 31, 30], [1, 2, 3, 4, 5]])
+    batch = DecodeBatch(4, torch.device("cpu"), 70)
+    penalties = [1.3, 0.7, 1.0]
+    for row, penalty in enumerate(penalties):
+        batch.begin(row + 1, row_start(repetition_penalty=penalty, prompt_ids=ids[row].numpy()))
+    got = penalise(logits, batch.seen[1:], batch.floats[3, 1:])
+    for row, penalty in enumerate(penalties):
+        wanted = RepetitionPenaltyLogitsProcessor(penalty)(ids[row : row + 1], logits[row : row + 1].float().clone())
+        assert torch.equal(got[row : row + 1], wanted)
+
+
 def test_rows_of_one_step_have_their_own_top_k() -> None:
     logits = torch.tensor([1.0, 3.0, 2.0, 3.0]).expand(4, 4)
     draws = torch.full((4,), 1 - 2.0**-53, dtype=torch.float64)
@@ -171,7 +190,7 @@ def row_start(**changes: object) -> RowStart:
 
 
 def test_rows_stop_by_themselves() -> None:
-    batch = DecodeBatch(4, torch.device("cpu"))
+    batch = DecodeBatch(4, torch.device("cpu"), 6)
     batch.begin(0, row_start())
     batch.begin(1, row_start(max_new_tokens=1))
     batch.begin(3, row_start())
@@ -192,12 +211,13 @@ def test_rows_stop_by_themselves() -> None:
 
 
 def test_a_moved_row_goes_on() -> None:
-    batch = DecodeBatch(3, torch.device("cpu"))
-    batch.begin(2, row_start(temperature=0.5, min_p=0.25))
+    batch = DecodeBatch(3, torch.device("cpu"), 6)
+    batch.begin(2, row_start(temperature=0.5, min_p=0.25, repetition_penalty=1.5, prompt_ids=np.array([2, 5])))
     expected = batch.ints[:, 2].clone()
     batch.move(2, 0)
     assert torch.equal(batch.ints[:, 0], expected)
-    assert batch.floats[:, 0].tolist() == [0.5, 1.0, 0.25]
+    assert batch.floats[:, 0].tolist() == [0.5, 1.0, 0.25, 1.5]
+    assert batch.seen[0].tolist() == [0b100100]
     assert batch.ints[LENGTH].tolist() == [10, 0, 0]
     with pytest.raises(ValueError, match="stop ids"):
         batch.begin(0, row_start(stop_ids=tuple(range(MAX_STOP_IDS + 1))))

@@ -359,7 +359,7 @@ def test_output_error_is_the_prefix_s(folder: Path) -> None:
 
 
 def test_groups_of_the_decode_batch() -> None:
-    batch = DecodeBatch(5, torch.device("cpu"))
+    batch = DecodeBatch(5, torch.device("cpu"), 64)
 
     def begin(row: int, prefix: int | None) -> None:
         shared = {} if prefix is None else {"prefix_start": prefix, "prefix_tokens": 7}

@@ -117,9 +117,9 @@ def test_windows_that_the_attention_is_not_told_of_are_named(
         check_windows(model, windows)
 
 
-@pytest.mark.parametrize(("head_dim", "value_dim"), [(257, 257), (512, 512), (192, 320)])
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(513, 513), (576, 512), (192, 640)])
 def test_heads_that_no_gpu_kernel_holds_are_refused(head_dim: int, value_dim: int) -> None:
-    shapes = {0: LayerShape(2, 256, 256), 1: LayerShape(2, head_dim, value_dim)}
+    shapes = {0: LayerShape(2, 512, 512), 1: LayerShape(2, head_dim, value_dim)}
     gpu = torch.device("cuda", 0)
     with pytest.raises(UnsupportedModelError, match=rf"layer 1 has heads of {max(head_dim, value_dim)} \(head_dim\)"):
         check_head_sizes(shapes, {0: gpu, 1: gpu})
@@ -214,6 +214,23 @@ def test_documents_that_change_each_other_are_noticed(
     monkeypatch.setattr(self_check, "TESTED_TYPES", frozenset())
     with pytest.raises(EngineError, match=rf"Qwen3ForCausalLM \(model type qwen3\) gives {FAULTS[fault]}"):
         load_runner(EngineConfig(str(folder), device="cpu", precision=precision, fuse=False))
+
+
+class Chaotic(Qwen3MLP):
+    """A rounding decides what it gives, as where experts are about equally good."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1 + (30 * x.double().sum(-1, keepdim=True)).sin()).to(x)
+
+
+def test_what_a_rounding_turns_over_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_model(tmp_path, "qwen3", initializer_range=0.1)
+    monkeypatch.setattr(modeling_qwen3, "Qwen3MLP", Chaotic)
+    monkeypatch.setattr(self_check, "TESTED_TYPES", frozenset())
+    load_runner(EngineConfig(str(folder), device="cpu", fuse=False))
+    monkeypatch.setattr(self_check, "CHAOS", 0.0)
+    with pytest.raises(EngineError, match="other logits"):
+        load_runner(EngineConfig(str(folder), device="cpu", fuse=False))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -81,6 +81,6 @@ def test_weights_that_are_not_the_models_are_named(tmp_path: Path, damage: str, 
 
 
 def test_wide_heads_are_refused(tmp_path: Path) -> None:
-    folder = save_model(tmp_path, "llama", head_dim=512)
-    with pytest.raises(EngineError, match="layer 0 has heads of 512"):
+    folder = save_model(tmp_path, "llama", head_dim=576)
+    with pytest.raises(EngineError, match="layer 0 has heads of 576"):
         load_runner(EngineConfig(str(folder), device="cuda", precision="bf16"))

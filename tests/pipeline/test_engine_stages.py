@@ -95,7 +95,7 @@ def hand_overs(runner: ModelRunner, config: EngineConfig) -> tuple[dict[tuple[in
     """Copies between chips in a chunk that the prompt goes on behind, in a last chunk, and in a decode step."""
     arena = runner.new_arena(512)
     prefill = Prefill(runner, arena, Extent(0, 128), prompts([100])[0], 8, 64)
-    batch = DecodeBatch(2, runner.device)
+    batch = DecodeBatch(2, runner.device, runner.vocabulary)
     decode = DecodeRunner(runner, arena, batch, 512, use_graphs=False)
     found = []
     for step in (prefill.step, prefill.step, lambda: decode.run(StepKey(2, sampled=False))):

@@ -201,6 +201,21 @@ def test_wide_layers_are_named(folder: Path) -> None:
     assert json.dumps(about)
 
 
+def test_heads_that_the_fp8_kernels_do_not_hold_stay_wide(tmp_path: Path) -> None:
+    """Whatever their error; all layers, too."""
+    engine = make(save_model(tmp_path, "qwen2", **(SHAPE | {"head_dim": 288, "num_hidden_layers": 2})))
+    assert not engine._runner.calibration.harmed
+    about = engine.describe()
+    assert about["precision"] == "fp8, layers 0 and 1 in fp32"
+    assert about["notes"] == [
+        "fp8: attention and KV of layers 0 and 1 stay in fp32, since their heads are larger than 256, the most that "
+        "the fp8 kernels hold"
+    ]
+    plan, estimate = engine.plan(), estimate_plan(engine.config)
+    assert plan.bytes_per_token == estimate.bytes_per_token == 2 * 2 * 2 * 288 * 4
+    assert run(engine, [Request("a", prompts([300])[0], 2)])["a"].kernel.startswith("prefill: fp32 reference, ")
+
+
 def test_models_without_such_layers_are_as_they_were(tmp_path: Path) -> None:
     for folder in (TINY_READER, save_model(tmp_path, "qwen2", **SHAPE)):
         engine = make(folder)

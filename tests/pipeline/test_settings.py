@@ -53,6 +53,7 @@ def test_only_settings_that_can_change_an_output_are_fingerprinted() -> None:
     other = [{"max_new_tokens": 9}, {"seed": 1}, {"budget": 0.3}, {"attention": "dense"}, {"too_long": "truncate"}]
     other += [{"preset": "release"}, {"precision": "fp16"}, {"block_size": 64}, {"temperature": 0.5}]
     other += [{"max_output_error": 0.5}, {"top_k": 20}, {"min_p": 0.1}, {"thinking": "on"}]
+    other += [{"repetition_penalty": 1.2}, {"stop": ["x"]}]
     assert {config(**changes).fingerprint() for changes in same} == {config().fingerprint()}
     prints = {config(**changes).fingerprint() for changes in other}
     assert len(prints | {config().fingerprint()}) == len(other) + 1
@@ -132,7 +133,7 @@ def test_wrong_values_are_named(settings: dict[str, Any], message: str) -> None:
 HANDED_ON = {
     "model": "some/model", "revision": "main", "trust_remote_code": True, "precision": "bf16", "chunk_tokens": 64,
     "max_live": 3, "max_context": 500, "arena_tokens": 900, "load_format": "dummy", "temperature": 0.5, "top_p": 0.9,
-    "top_k": 20, "min_p": 0.1, "seed": 4, "adapter": "/an/adapter", "rope_scaling": 2.0, "prompt_lookup": "auto",
+    "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.2, "seed": 4, "adapter": "/an/adapter", "rope_scaling": 2.0, "prompt_lookup": "auto",
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from kernels.quantize import quantize_rows
+from kernels.skinny_linear import MAX_ROWS
 from stem_core.fp8 import Fp8Linear, describe_fp8, quantize_linears, scaled_linear
 from stem_core.fuse import fuse_model, fusions, unfuse_model
 from tests.stem_core.test_fuse import LAYERS, prompt, tiny
@@ -227,3 +228,20 @@ def test_fast_accumulation_is_the_callers_choice(fast):
     linear = model.model.layers[0].mlp.up_proj
     got = scaled_linear(rows, linear.weight, linear.weight_scale, fast_accumulation=fast)
     assert relative(got, rows.dequantize() @ (linear.weight.float() * linear.weight_scale.t()).t()) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("rows", [1, MAX_ROWS, MAX_ROWS + 1])
+@torch.no_grad()
+def test_few_rows_and_many_are_the_same_linear_on_a_gpu(rows):
+    """A few take `skinny_linear`, more take cuBLAS."""
+    torch.manual_seed(0)
+    linear = nn.Linear(1024, 2048, dtype=torch.bfloat16, device="cuda")
+    fp8 = Fp8Linear.from_linear(linear)
+    x = torch.randn(1, rows, 1024, dtype=torch.bfloat16, device="cuda")
+    quantized = quantize_rows(x)
+    exact = quantized.values.double() * quantized.scales @ (fp8.weight.double() * fp8.weight_scale.t()).t()
+    got = fp8(x)
+    assert got.dtype == x.dtype
+    assert relative(got, exact + linear.bias.double()) < torch.finfo(x.dtype).eps

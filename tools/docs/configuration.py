@@ -27,6 +27,7 @@ TYPES = {
     "list": "a name or a list of names",
     "columns": "a name or a list of names",
     "texts": "a text or a list of texts",
+    "stops": "a text or a list of texts",
     "questions": "file, or a list of questions",
     "map": "mapping; JSON after the flag",
     "auto_int": "whole number or `auto`",

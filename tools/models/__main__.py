@@ -29,11 +29,11 @@ def all_types() -> list[str]:
     return sorted({*names, *INSIDE})
 
 
-def checked(model_type: str) -> Checked:
+def checked(model_type: str, device: str = "cpu") -> Checked:
     """check_type() in a process of its own: some models end theirs, or never come to an end."""
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(model_type, there))
+    child = context.Process(target=_child, args=(model_type, device, there))
     child.start()
     there.close()
     try:
@@ -45,11 +45,11 @@ def checked(model_type: str) -> Checked:
     return found
 
 
-def _child(model_type: str, there: Connection) -> None:
+def _child(model_type: str, device: str, there: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
-    there.send(check_type(model_type))
+    there.send(check_type(model_type, device))
 
 
 def read_results() -> tuple[str, list[Checked]]:
@@ -70,7 +70,9 @@ def main(arguments: Sequence[str]) -> int:
     about = "Read and continue tiny random models of every type here and in transformers, and write what was found."
     parser = Parser(prog="python -m tools.models", description=about, allow_abbrev=False)
     parser.add_argument("types", nargs="*", metavar="TYPE", help="model types (default: all); others keep their lines")
-    given = parser.parse_args(arguments).types
+    parser.add_argument("--device", default="cpu", help="the engine's; other than cpu (default), nothing is written")
+    options = parser.parse_args(arguments)
+    given = options.types
     os.environ["HF_HUB_OFFLINE"] = "1"
     import transformers
 
@@ -78,10 +80,11 @@ def main(arguments: Sequence[str]) -> int:
     transformers.logging.disable_progress_bar()
     found = {each.model_type: each for each in (read_results()[1] if given and RESULTS.is_file() else ())}
     for model_type in given or all_types():
-        found[model_type] = checked(model_type)
+        found[model_type] = checked(model_type, options.device)
         each = found[model_type]
         print(f"{each.model_type}: {' '.join(filter(None, (each.status, each.sparse, each.reason)))}", flush=True)
-        write_results(transformers.__version__, found.values())  # an interrupted run loses nothing
+        if options.device == "cpu":
+            write_results(transformers.__version__, found.values())  # an interrupted run loses nothing
     counts = {
         status: sum(each.status == status for each in found.values())
         for status in ("stem", "dense", "refused", "untested", "wrong")

@@ -69,9 +69,9 @@ STRUCTURE: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0, 0.0, 0.0],
     },
     "gemma4_text": {
-        "num_hidden_layers": 6, "num_kv_shared_layers": 2,
+        "num_hidden_layers": 6, "num_kv_shared_layers": 2, "enable_moe_block": True, "num_experts": 4,
         "layer_types": [SLIDING, SLIDING, FULL, SLIDING, SLIDING, FULL],
-        "per_layer_config": {"2": {"head_dim": 32}, "5": {"head_dim": 32}},
+        "per_layer_config": {"2": {"head_dim": 512}, "5": {"head_dim": 512}},
     },
     "qwen3_moe": {"decoder_sparse_step": 1},
     "gpt_oss": {"layer_types": [SLIDING, FULL, SLIDING, FULL]},
@@ -114,12 +114,12 @@ def tiny_config(model_type: str, text_type: str = "") -> Any:
     config_class = CONFIG_MAPPING[model_type]
     parts = getattr(config_class, "sub_configs", None) or {}
     if "text_config" not in parts:
-        return _sized(config_class, SIZES | STRUCTURE.get(model_type, {}))
+        return _sized(config_class, SIZES, STRUCTURE.get(model_type, {}))
     text_class = CONFIG_MAPPING[text_type] if text_type else type(config_class().get_text_config())
     own = STRUCTURE.get(text_class.model_type, {}) | STRUCTURE.get(model_type, {})
-    given = {name: _sized(part, ENCODER).to_dict() for name, part in _encoders(config_class).items()}
-    given["text_config"] = _sized(text_class, SIZES | own).to_dict()
-    return _sized(config_class, {"initializer_range": 0.2} | MEDIA, **given)
+    given = {name: _sized(part, ENCODER, {}).to_dict() for name, part in _encoders(config_class).items()}
+    given["text_config"] = _sized(text_class, SIZES, own).to_dict()
+    return _sized(config_class, {"initializer_range": 0.2} | MEDIA, {}, **given)
 
 
 def _encoders(config_class: Any) -> dict[str, Any]:
@@ -128,14 +128,14 @@ def _encoders(config_class: Any) -> dict[str, Any]:
     return {name: type(part) for name, part in parts.items() if part is not None}
 
 
-def _sized(config_class: Any, sizes: dict[str, Any], **given: Any) -> Any:
-    default = config_class().to_dict()
+def _sized(config_class: Any, sizes: dict[str, Any], own: dict[str, Any], **given: Any) -> Any:
+    default, sizes = config_class().to_dict(), sizes | own
     renamed = getattr(config_class, "attribute_map", None) or {}
     known = {name: renamed.get(name, name) for name in sizes if name in default or renamed.get(name) in default}
     changes = {
         name: sizes[name]
-        for name, own in known.items()
-        if default.get(name, default.get(own)) is not None or name not in ABSENT_STAYS
+        for name, real in known.items()
+        if default.get(name, default.get(real)) is not None or name not in ABSENT_STAYS or name in own
     }
     if "kv_lora_rank" in changes:  # latent attention has as many key heads as heads
         changes["num_key_value_heads"] = changes["num_attention_heads"]

@@ -8,6 +8,10 @@ Checked against transformers 5.17 and 5.23.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
@@ -23,6 +27,40 @@ class UnsupportedCacheError(AttributeError):
 
     An AttributeError, so that a model's hasattr() still gets its answer.
     """
+
+
+def _not_kept(name: str) -> UnsupportedCacheError:
+    return UnsupportedCacheError(
+        f"the model uses its cache's {name!r}, which the engine does not provide: only models can run whose whole "
+        "state is keys and values of attention layers, and what transformers' LinearAttentionLayer keeps"
+    )
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """layers[i].conv_states[j], layers[i].recurrent_states[j] of a cache, and layers[i].record_past; nothing else."""
+
+    cache: EngineCache
+
+    def __getitem__(self, layer: int) -> _Layer:
+        return _Layer(
+            record_past=self.cache.is_recording_past(layer),
+            conv_states=_States(partial(self.cache.get_conv_state, layer)),
+            recurrent_states=_States(partial(self.cache.get_recurrent_state, layer)),
+        )
+
+
+class _Layer(SimpleNamespace):
+    def __getattr__(self, name: str) -> NoReturn:
+        raise _not_kept(f"layers[].{name}")
+
+
+@dataclass(frozen=True)
+class _States:
+    read: Callable[[int], Tensor | None]
+
+    def __getitem__(self, number: int) -> Tensor | None:
+        return self.read(number)
 
 
 class EngineCache:
@@ -47,10 +85,13 @@ class EngineCache:
 
     def __getattr__(self, name: str) -> NoReturn:
         # Only reached for names that are not there.
-        raise UnsupportedCacheError(
-            f"the model uses its cache's {name!r}, which the engine does not provide: only models can run whose whole "
-            "state is keys and values of attention layers, and what transformers' LinearAttentionLayer keeps"
-        )
+        raise _not_kept(name)
+
+    @property
+    def layers(self) -> _Layers:
+        """By layer, its states, as linear attention of transformers 5.17 reads them; later ones call get_conv_state()
+        and the like."""
+        return _Layers(self)
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise NotImplementedError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from pipeline.engine.memory.plan import HOST_SHARE, RESERVE_FACTOR, DevicePlan, 
 from pipeline.engine.model.loading import context_limit, load_runner
 from pipeline.engine.model.meta_model import SLACK_BYTES
 from pipeline.engine.model.runner import ModelRunner
-from pipeline.engine.run.prefill import Prefill
+from pipeline.engine.run.ahead import compile_kernels
+from pipeline.engine.run.prefill import Prefill, chunk_size
 from pipeline.engine.run.readings import probe_readings
 from stem_core.context import PrefillContext
 from stem_core.estimators import KeyState
@@ -35,7 +37,10 @@ def load_and_plan(
     """The model of `config`, or the given one switched to its attention, and its plan. Raises EngineError."""
     try:
         if runner is None:
-            runner = load_runner(config)
+            rows, lookup = config.max_live, config.prompt_lookup == "auto"
+            compile_all = partial(compile_kernels, chunk_tokens=chunk_tokens, rows=rows, lookup=lookup)
+            on_gpu = config.torch_device().type == "cuda"
+            runner = load_runner(config, compile_kernels=compile_all if on_gpu else None)
         else:
             runner.attend(config.attention)
         return runner, plan_memory(runner, config, chunk_tokens)
@@ -103,7 +108,7 @@ def _reserve(
 def measure_chunk(runner: ModelRunner, chunk_tokens: int) -> dict[torch.device, int]:
     """Most bytes that one prefill chunk takes on each GPU beside weights and KV, the allocator's own losses included.
 
-    Also the run in which kernels compile.
+    Also the run in which kernels compile that are not there yet.
     """
     torch.cuda.empty_cache()
     base = {}
@@ -124,14 +129,16 @@ def measure_chunk(runner: ModelRunner, chunk_tokens: int) -> dict[torch.device, 
 def rehearse(runner: ModelRunner, arena: Arena, plan: MemoryPlan, chunk_tokens: int) -> None:
     """Run the last chunk of the longest document that the plan admits. Raises torch.OutOfMemoryError.
 
-    Documents of 1, 2, 4, ... whole chunks follow: some kernels are compiled for powers of two of a prompt's blocks, and
-    none should be while a document waits.
+    The last blocks of documents of 1, 2, 4, ... whole chunks follow: some kernels are compiled for powers of two of a
+    prompt's blocks, whatever the chunk, and none should be while a document waits.
     """
     lengths = [plan.max_context]
     while (whole := chunk_tokens << (len(lengths) - 1)) < plan.max_context:
         lengths.append(whole)
+    block = chunk_size(1, runner.layers[-1][0].config)
     for length in lengths:
-        start = (length - 1) // chunk_tokens * chunk_tokens
+        step = chunk_tokens if length == plan.max_context else block
+        start = (length - 1) // step * step
         extent = Extent(0, length)
         readings = probe_readings(runner, length)
         context = PrefillContext(prompt_length=length, start=start, quantized=arena.quantized(extent))

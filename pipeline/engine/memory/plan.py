@@ -16,6 +16,7 @@ from pipeline.engine.model.loading import context_limit, load_config, stored_wei
 from pipeline.engine.model.meta_model import chunk_bytes, layer_shapes, meta_model, state_shapes
 from pipeline.engine.model.placement import place
 from pipeline.engine.model.precision import DTYPES, Precision, check_fp8_attention, resolve_precision
+from stem_core.kv_scales import MOST_FP8_HEAD
 from stem_core.patch import attention_layers
 
 # On a CPU the arena shares memory with everything else on the machine.
@@ -251,7 +252,11 @@ def _token_bytes(
         shapes = [shapes[layer] for layer in layers]
     if precision.fp8:
         check_fp8_attention(dict(enumerate(shapes)), config.attention)
-    return sum(shape.bytes_per_token(precision.kv_dtype) for shape in shapes)
+    large = [precision.fp8 and shape.head_dim > MOST_FP8_HEAD for shape in shapes]
+    return sum(
+        shape.bytes_per_token(precision.dtype if wide else precision.kv_dtype)
+        for shape, wide in zip(shapes, large, strict=True)
+    )
 
 
 def _precision_unseen(asked: str, hf_config: Any) -> Precision:

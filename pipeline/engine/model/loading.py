@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pickle import UnpicklingError
 from typing import Any
@@ -42,13 +42,20 @@ from stem_core.fp8 import Fp8Linear, prepare_quantized_config, quantize_linears,
 UNBOUNDED = 1 << 40
 
 
-def load_runner(config: EngineConfig, devices: Sequence[torch.device] | None = None) -> ModelRunner:
-    """The model of `config` on its devices, or on the given ones. Raises EngineError (ModelLoadError for its files)."""
+def load_runner(
+    config: EngineConfig,
+    devices: Sequence[torch.device] | None = None,
+    compile_kernels: Callable[[ModelRunner], None] | None = None,
+) -> ModelRunner:
+    """The model of `config` on its devices, or on the given ones; compile_kernels: see ModelRunner.
+
+    Raises EngineError (ModelLoadError for its files).
+    """
     laps = Laps()
     model = load_model(config, devices)
     laps.end("weights")
     try:
-        runner = ModelRunner(model, config.attention, config.fuse, laps)
+        runner = ModelRunner(model, config.attention, config.fuse, laps, compile_kernels)
         runner.weights = stored_weights(config, load_config(config))
         if not is_tested(runner):
             with named_failures(model):

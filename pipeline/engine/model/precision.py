@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from pipeline.engine.kv.arena import LayerShape
 from stem_core.config import StemConfig
 from stem_core.estimators import ESTIMATORS
 from stem_core.fp8 import Fp8Linear, UnsupportedCheckpointError, storage
-from stem_core.kv_scales import WIDE_ERROR, Calibration
+from stem_core.kv_scales import MOST_FP8_HEAD, WIDE_ERROR, Calibration
 
 # Share of a model's layers that may be wide (stem_core.kv_scales) in fp8.
 MOST_WIDE = 1 / 3
@@ -108,18 +109,18 @@ def check_fp8_attention(shapes: dict[int, LayerShape], attention: StemConfig | N
 
 
 def check_wide_layers(calibration: Calibration, precision: Precision) -> None:
-    """Raise EngineError for a model of whose layers more than MOST_WIDE are wide: little of it would be in fp8."""
-    wide, layers = calibration.wide, len(calibration.scales)
-    if len(wide) > MOST_WIDE * layers:
+    """Raise EngineError for a model of whose layers fp8 would harm more than MOST_WIDE."""
+    harmed, layers = calibration.harmed, len(calibration.scales)
+    if len(harmed) > MOST_WIDE * layers:
         raise EngineError(
-            f"precision 'fp8' would change the output of the attention of {len(wide)} of this model's {layers} layers "
-            f"by more than {WIDE_ERROR:.0%} (up to {max(wide.values()):.0%}): use {precision.dtype_name}"
+            f"precision 'fp8' would change the output of the attention of {len(harmed)} of this model's {layers} "
+            f"layers by more than {WIDE_ERROR:.0%} (up to {max(harmed.values()):.0%}): use {precision.dtype_name}"
         )
 
 
-def wide_layers(calibration: Calibration) -> str:
-    """ "layers 0 and 1"; empty if no layer is wide."""
-    names = [str(layer) for layer in calibration.wide]
+def _named(layers: Collection[int]) -> str:
+    """ "layers 0 and 1"; empty if there is none."""
+    names = list(map(str, layers))
     if len(names) < 2:
         return "".join(f"layer {name}" for name in names)
     return f"layers {', '.join(names[:-1])} and {names[-1]}"
@@ -127,17 +128,25 @@ def wide_layers(calibration: Calibration) -> str:
 
 def describe_precision(precision: Precision, calibration: Calibration) -> str:
     """ "bf16", "fp8" or "fp8, layers 0 and 1 in bf16"."""
-    wide = wide_layers(calibration)
+    wide = _named(calibration.wide)
     return f"{precision.name}, {wide} in {precision.dtype_name}" if wide else precision.name
 
 
-def wide_note(precision: Precision, calibration: Calibration) -> str:
-    """A sentence that says which layers are wide, and why; empty if none is."""
-    if not calibration.wide:
-        return ""
-    errors = " and ".join(f"{error:.0%}" for error in calibration.wide.values())
-    return (
-        f"fp8: attention and KV of {wide_layers(calibration)} stay in {precision.dtype_name}, since e4m3 would change "
-        f"the attention's output by {errors} there (limit {WIDE_ERROR:.0%}, the largest other "
-        f"{max(error for layer, error in calibration.errors.items() if layer not in calibration.wide):.1%})"
-    )
+def wide_notes(precision: Precision, calibration: Calibration) -> list[str]:
+    """Sentences that say which layers are wide, and why; none if none is."""
+    harmed = calibration.harmed
+    large = [layer for layer in calibration.wide if layer not in harmed]
+    notes = []
+    if harmed:
+        errors = " and ".join(f"{error:.0%}" for error in harmed.values())
+        others = max(error for layer, error in calibration.errors.items() if layer not in harmed)
+        notes.append(
+            f"fp8: attention and KV of {_named(harmed)} stay in {precision.dtype_name}, since e4m3 would change the "
+            f"attention's output by {errors} there (limit {WIDE_ERROR:.0%}, the largest other {others:.1%})"
+        )
+    if large:
+        notes.append(
+            f"fp8: attention and KV of {_named(large)} stay in {precision.dtype_name}, since their heads are larger "
+            f"than {MOST_FP8_HEAD}, the most that the fp8 kernels hold"
+        )
+    return notes

@@ -17,7 +17,7 @@ from pipeline.engine.kv.arena import LayerShape
 from stem_core.patch import UnsupportedModelError
 
 # The kernels hold whole heads in a multiprocessor's shared memory.
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 
 
 def check_layers(

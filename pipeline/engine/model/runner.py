@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kernels import ahead
 from kernels.decode_attention import Prefixes
 from kernels.fp8_heads import FP8
 from pipeline.engine.config import EngineError
@@ -26,7 +30,7 @@ from pipeline.engine.model.rope import prepare_rope
 from stem_core.config import StemConfig
 from stem_core.context import DecodeContext, PrefillContext, StemContext
 from stem_core.fuse import fuse_model
-from stem_core.kv_scales import Calibration, calibrate
+from stem_core.kv_scales import MOST_FP8_HEAD, Calibration, calibrate
 from stem_core.patch import UnsupportedModelError, keep_dense, layer_policies, patch_model
 from stem_core.policy import LayerPolicy
 
@@ -53,10 +57,17 @@ class ModelRunner:
     weights: what they were dequantised from when they were loaded ("GGUF"); "" if they are as stored.
     calibration: scales of keys, values and queries in fp8, and which layers are wide; empty in other precisions.
     laps: where the seconds went until it could be called.
+    compile_kernels: on a GPU, called with the runner once its layers are known, and before it reads prompts for the
+        scales, if Triton's cache on the disk lacked kernels of this model.
     """
 
     def __init__(
-        self, model: nn.Module, attention: StemConfig | None, fuse: bool | None = None, laps: Laps | None = None
+        self,
+        model: nn.Module,
+        attention: StemConfig | None,
+        fuse: bool | None = None,
+        laps: Laps | None = None,
+        compile_kernels: Callable[[ModelRunner], None] | None = None,
     ) -> None:
         self.laps = laps or Laps()
         embedding = model.get_input_embeddings()  # type: ignore[operator]
@@ -68,7 +79,8 @@ class ModelRunner:
             fuse_model(model)
         self.model = patch_model(model, attention)
         self._rope = prepare_rope(model)
-        self._probe()
+        with ahead.counting() if compile_kernels is not None else nullcontext(ahead.Compiled()) as compiled:
+            self._probe()
         self.laps.end("patch")
         self.devices = tuple(dict.fromkeys([self.device, *self.layer_devices.values()]))
         self.calibration = Calibration()
@@ -79,6 +91,10 @@ class ModelRunner:
             )
         if self.precision.fp8:
             check_fp8_attention(self.shapes, attention)
+        if compile_kernels is not None and compiled.made:
+            compile_kernels(self)
+            self.laps.end("kernels")
+        if self.precision.fp8:
             self.calibration = self._calibrate()
             check_wide_layers(self.calibration, self.precision)
             self.laps.end("calibration")
@@ -340,7 +356,8 @@ class ModelRunner:
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
         prompts = calibration_prompts(self.vocabulary, getattr(config, "bos_token_id", None), limit)
         self._rope.rows = torch.full((1,), max(map(len, prompts)), device=self.device)
-        return calibrate(self.model, prompts)
+        large = [layer for layer, shape in self.shapes.items() if shape.head_dim > MOST_FP8_HEAD]
+        return calibrate(self.model, prompts, wide=large)
 
     def _probe(self) -> None:
         """Set `shapes`, `states`, `sources`, `layers` and `layer_devices`, as seen by running a prompt of two tokens.

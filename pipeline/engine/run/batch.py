@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kernels.token_mask import mask_tokens
 from pipeline.engine.kv.arena import Extent
-from pipeline.engine.run.sampling import greedy, sample, uniforms
+from pipeline.engine.run.sampling import greedy, penalise, sample, uniforms
 
 TOKEN, START, LENGTH, EMITTED, LIMIT, BOUND, SEED, TOP_K, PREFIX_START, PREFIX_LENGTH = range(10)
 FIELDS = 10
@@ -32,7 +33,8 @@ class RowStart:
     """What a document brings into its row once its prompt is in the arena.
 
     prefix_start, prefix_tokens: where the beginning of its prompt lies that it shares, and how many of prompt_tokens
-    that are; `extent` has the others. 0 tokens: it shares nothing. bound: tokens by which a RoPE that goes by a
+    that are; `extent` has the others. 0 tokens: it shares nothing. prompt_ids: int64, all of them, where a
+    repetition_penalty other than 1 asks for them. bound: tokens by which a RoPE that goes by a
     document's length goes; None: by all that it can come to.
     """
 
@@ -45,6 +47,8 @@ class RowStart:
     top_p: float
     top_k: int = 0  # all
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    prompt_ids: np.ndarray | None = None
     prefix_start: int = 0
     prefix_tokens: int = 0
     bound: int | None = None
@@ -56,17 +60,19 @@ class DecodeBatch:
     ints: int64 [FIELDS + MAX_STOP_IDS, rows]; by row: the newest token, the extent's start, tokens in the arena with
         the newest one counted (0: idle), tokens generated, their limit, RowStart.bound, the seed, top_k (0: all), the
         start of the shared prefix's extent and the tokens there (0: none), and the stop ids (-1 where fewer).
-    floats: float32 [3, rows]: temperature, top_p, min_p. report: int64 [rows]: what the last step gave. verified: int64
+    floats: float32 [4, rows]: temperature, top_p, min_p, repetition_penalty. seen: int32 [rows, ceil(vocabulary / 32)]:
+        the tokens of prompt and output of rows with a penalty (pipeline.engine.run.sampling.penalise). report: int64 [rows]: what the last step gave. verified: int64
         [rows, 1 + DRAFTS]: what the last step with drafts gave, IDLE behind a row's last token.
     members: int32 [rows, rows]: the rows that share a prefix, in ascending order, and -1 behind them; groups in the
         order of their first rows, so that those of the first n rows are among the first n. largest_group: rows of the
         largest one, 0 if there is none.
     """
 
-    def __init__(self, rows: int, device: torch.device) -> None:
+    def __init__(self, rows: int, device: torch.device, vocabulary: int) -> None:
         self.rows = rows
         self.ints = torch.zeros(FIELDS + MAX_STOP_IDS, rows, dtype=torch.int64, device=device)
-        self.floats = torch.zeros(3, rows, dtype=torch.float32, device=device)
+        self.floats = torch.zeros(4, rows, dtype=torch.float32, device=device)
+        self.seen = torch.zeros(rows, -(-vocabulary // 32), dtype=torch.int32, device=device)
         self.report = torch.full((rows,), IDLE, dtype=torch.int64, device=device)
         self.verified = torch.full((rows, 1 + DRAFTS), IDLE, dtype=torch.int64, device=device)
         self.members = torch.full((rows, rows), -1, dtype=torch.int32, device=device)
@@ -83,11 +89,17 @@ class DecodeBatch:
         values = [0, start.extent.start, start.prompt_tokens, 0, start.max_new_tokens, bound, start.seed, start.top_k]
         values += [start.prefix_start, start.prefix_tokens, *stops]
         ints = torch.tensor(values, dtype=torch.int64)
-        floats = torch.tensor([start.temperature, start.top_p, start.min_p], dtype=torch.float32)
+        settings = [start.temperature, start.top_p, start.min_p, start.repetition_penalty]
+        floats = torch.tensor(settings, dtype=torch.float32)
         if self.ints.is_cuda:
             ints, floats = ints.pin_memory(), floats.pin_memory()
         self.ints[:, row].copy_(ints, non_blocking=True)
         self.floats[:, row].copy_(floats, non_blocking=True)
+        if start.prompt_ids is not None:
+            there = np.zeros(32 * self.seen.shape[1], dtype=bool)
+            there[start.prompt_ids] = True
+            words = torch.from_numpy(np.packbits(there, bitorder="little").view(np.int32))
+            self.seen[row].copy_(words.pin_memory() if self.seen.is_cuda else words, non_blocking=True)
         self._prefixes.pop(row, None)
         if start.prefix_tokens:
             self._prefixes[row] = start.prefix_start
@@ -103,6 +115,7 @@ class DecodeBatch:
         """Move a document to another row; the old row becomes idle."""
         self.ints[:, target] = self.ints[:, source]
         self.floats[:, target] = self.floats[:, source]
+        self.seen[target] = self.seen[source]
         if source in self._prefixes:
             self._prefixes[target] = self._prefixes[source]
         self.clear(source)
@@ -124,7 +137,7 @@ class DecodeBatch:
     def advance(self, logits: Tensor, first: int, sampled: bool, masks: Tensor | None = None) -> None:
         """Take the next token of rows [first, first + S) from logits [S, V], and stop the rows that are done.
 
-        sampled: whether any of them may have a temperature; False saves the sort.
+        sampled: whether any of them may have a temperature or a repetition penalty; False saves the sort.
         masks: int32 [S, W + 1], what may come next in which of them (pipeline.engine.run.masks.TokenMasks); the logits
         are changed in place. None: anything in all of them.
         """
@@ -135,6 +148,10 @@ class DecodeBatch:
         if masks is not None:
             mask_tokens(logits, masks[:, :-1], masks[:, -1])
         token = self._choose(logits, rows, ints[EMITTED], sampled)
+        if sampled:
+            word = (token // 32)[:, None]
+            bit = (1 << token % 32).to(torch.int32)[:, None]
+            self.seen[rows].scatter_(1, word, self.seen[rows].gather(1, word) | bit)
         emitted = ints[EMITTED] + live
         stopped = (ints[FIELDS:] == token).any(dim=0) | (emitted >= ints[LIMIT]) | ~finite
         self.report[rows] = token.masked_fill(~finite, NOT_FINITE).masked_fill(~live, IDLE)
@@ -148,7 +165,8 @@ class DecodeBatch:
         drafts: int64 [S, L - 1]; counts: int64 [S], how many of them a row has, fewer than it may still emit.
         What comes behind a draft counts if the draft is the very token that was chosen before it, greedily or with the
         draw of its place in the output. So a row gets the tokens that single steps would have given it, as many of them
-        as it guessed and one more.
+        as it guessed and one more. Rows with a repetition penalty must not be among them: each draft would change the
+        scores behind it.
         """
         S, L = logits.shape[:2]
         rows = slice(0, S)
@@ -177,5 +195,6 @@ class DecodeBatch:
         if not sampled:
             return greedy(logits)
         ints = self.ints[:, rows]
-        temperatures, top_ps, min_ps = self.floats[:, rows]
-        return sample(logits, temperatures, top_ps, ints[TOP_K], min_ps, uniforms(ints[SEED], emitted))
+        temperatures, top_ps, min_ps, penalties = self.floats[:, rows]
+        scores = penalise(logits, self.seen[rows], penalties)
+        return sample(scores, temperatures, top_ps, ints[TOP_K], min_ps, uniforms(ints[SEED], emitted))

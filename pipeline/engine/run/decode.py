@@ -65,7 +65,7 @@ class DecodeRunner:
     for which it needs the token before, while the device is in the first.
 
     masks: int32 [rows, W + 1], what sample() reads (pipeline.engine.run.masks.TokenMasks); None: no row is ever masked.
-    lookup: whether steps with drafts will come, for prepare().
+    lookup: whether steps with drafts may come.
     """
 
     def __init__(
@@ -127,25 +127,35 @@ class DecodeRunner:
 
     @torch.inference_mode()
     def prepare(self) -> None:
-        """Compile, and capture, every step in which no prefix is shared and none that samples has drafts; the others
-        when they first come.
+        """Capture the steps that take most memory, those of all rows: the others, when they first come, fit the same.
 
-        All rows must be idle: only the scratch token is written.
+        So the first token waits for few of them, and a job captures those alone that it has. All rows must be idle:
+        only the scratch token is written.
         """
-        if self._capturer is not None or self._runner.device.type == "cuda":
-            buckets = sorted({batch_bucket(rows, self._batch.rows) for rows in range(1, self._batch.rows + 1)})
-            keys = [StepKey(rows, sampled) for sampled in (False, True) for rows in reversed(buckets)]
-            keys += [StepKey(rows, False, drafts=DRAFTS) for rows in reversed(buckets) if self._lookup]
-            for key in keys:
-                self.run(key)
-                if self._capturer is not None:
-                    self.run(key)
-            for rows in reversed(buckets) if self._masks is not None else ():
-                times = range(1 + (self._capturer is not None))
-                for _ in times:
-                    self.forward(StepKey(rows, sampled=False))
-                for key in (StepKey(rows, sampled) for sampled in (False, True) for _ in times):
-                    self.sample(key)
+        if self._capturer is None and self._runner.device.type != "cuda":
+            return
+        rows = self._batch.rows
+        for _ in range(1 if self._capturer is None else 2):
+            self.run(StepKey(rows, sampled=True))
+            if self._lookup:
+                self.run(StepKey(rows, sampled=False, drafts=DRAFTS))
+            if self._masks is not None:
+                self.forward(StepKey(rows, sampled=True))
+                self.sample(StepKey(rows, sampled=True))
+
+    def launch_kernels(self) -> None:
+        """Launch the kernels of steps of every number of rows, to compile them (pipeline.engine.run.ahead).
+
+        The tokens are given, since what kernels find means nothing then. All rows must be idle.
+        """
+        buckets = sorted({batch_bucket(rows, self._batch.rows) for rows in range(1, self._batch.rows + 1)})
+        # Triton compiles apart for 1, for multiples of 16, and for other numbers.
+        for rows in {(rows == 1, rows % 16 == 0): rows for rows in buckets}.values():
+            self._decode(StepKey(rows, sampled=False))
+            if self._lookup:
+                key = StepKey(rows, sampled=False, drafts=DRAFTS)
+                drafts, counts = map(torch.zeros_like, self._find_drafts(key))
+                self._verify_drafts(key, drafts, counts)
 
     def _step(self, key: StepKey) -> None:
         if key.drafts:
@@ -168,11 +178,14 @@ class DecodeRunner:
 
     def _verify(self, key: StepKey) -> None:
         """A step in which every row verifies drafts."""
+        drafts, counts = self._find_drafts(key)
+        self._batch.advance_verified(self._verify_drafts(key, drafts, counts), drafts, counts, key.sampled)
+
+    def _verify_drafts(self, key: StepKey, drafts: Tensor, counts: Tensor) -> Tensor:
+        """Logits [rows, 1 + key.drafts, V] behind the rows' newest tokens and drafts."""
         ints = self._batch.ints[:, : key.rows]
         where = ints[START], ints[LENGTH], ints[BOUND], self._arena, self._max_context, self._prefixes(key)
-        drafts, counts = self._find_drafts(key)
-        logits = self._runner.verify(torch.cat([ints[TOKEN][:, None], drafts], dim=1), counts, *where)
-        self._batch.advance_verified(logits, drafts, counts, key.sampled)
+        return self._runner.verify(torch.cat([ints[TOKEN][:, None], drafts], dim=1), counts, *where)
 
     def _find_drafts(self, key: StepKey) -> tuple[Tensor, Tensor]:
         """Drafts int64 [rows, key.drafts] and how many of them each row verifies, which it may all emit."""

@@ -81,7 +81,8 @@ class Graphs:
             # torch gives up before it directs the device's allocations away from the pool again.
             with suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(main.device.index, self._pool)
-            self._pool = torch.cuda.graph_pool_handle()
+        # A pool is gone with its last graph, and this may have been the only one.
+        self._pool = torch.cuda.graph_pool_handle()
 
     def replay(self, graph: torch.cuda.CUDAGraph) -> None:
         """Launch a graph, behind what the current streams of all devices hold and before what they get next."""

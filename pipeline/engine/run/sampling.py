@@ -38,6 +38,19 @@ def greedy(logits: Tensor) -> Tensor:
     return logits.argmax(dim=-1)
 
 
+def penalise(logits: Tensor, seen: Tensor, penalties: Tensor) -> Tensor:
+    """float32 logits [S, V] in which those of tokens that a row has seen are smaller, as transformers' repetition
+    penalty makes them.
+
+    seen: int32 [S, W] with 32 W >= V, by token a bit (token i is bit i % 32 of word i // 32). penalties: float32 [S],
+    what logits above 0 are divided by and others multiplied with; 1 changes nothing.
+    """
+    rows, factors = logits.float(), penalties[:, None]
+    bits = (seen[..., None] >> torch.arange(32, dtype=torch.int32, device=seen.device)) & 1
+    there = bits.flatten(1)[:, : logits.shape[-1]] > 0
+    return torch.where(there, torch.where(rows > 0, rows / factors, rows * factors), rows)
+
+
 def sample(
     logits: Tensor, temperatures: Tensor, top_ps: Tensor, top_ks: Tensor, min_ps: Tensor, draws: Tensor
 ) -> Tensor:

@@ -21,6 +21,8 @@ CASES = [
     Case(257, block_size=256, head_dim=64, heads=2, kv_heads=1, dtype=HALF),
     Case(70, block_size=32, head_dim=96, heads=2, dtype=HALF),
     Case(130, head_dim=256, heads=2, kv_heads=1, dtype=HALF),
+    Case(70, start=64, block_size=64, head_dim=512, heads=2, kv_heads=1, dtype=HALF),
+    Case(40, start=30, head_dim=320, keep=None, heads=2, kv_heads=1, dtype=SINGLE),
     Case(190, head_dim=64, keep=None, heads=2, batch=2, unknown=5, dtype=HALF),
     Case(99, start=37, head_dim=96, keep=None, heads=2, dtype=HALF),
     Case(70, start=130, head_dim=64, keep=None, heads=2, window=50, dtype=SINGLE),

@@ -18,6 +18,7 @@ SHAPES = [
     Scores(97, batch=2, heads=2, block_size=16, stride=16, every=1),
     Scores(300, head_dim=128, block_size=128, stride=16, every=8, contiguous=True),
     Scores(5, block_size=64, stride=16, dtype=FP16),
+    Scores(70, heads=2, kv_heads=1, head_dim=512, dtype=FP16),
 ]
 
 
@@ -71,6 +72,7 @@ def test_budgets_for_each_head(impl: str, poisoned: None) -> None:
         Decode((127, 128, 1000), head_dim=96, dtype=FP16, window=130, token_major=True),
         Decode((33,), heads=3, kv_heads=3, head_dim=256, window=5),
         Decode((0, 1, 129, 700), head_dim=64, sinks=True),
+        Decode((300, 1), heads=2, kv_heads=1, head_dim=512),
         Decode((700, 3), dtype=FP16, window=128, token_major=True, sinks=True),
     ],
     ids=str,
