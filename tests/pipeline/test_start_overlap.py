@@ -58,7 +58,7 @@ def test_kernels_compile_before_the_scales_need_them_unless_they_are_there(
         count.made = made
 
     monkeypatch.setattr(runners.ahead, "counting", counting)
-    monkeypatch.setattr(runners, "calibrate", lambda *_: events.append("scales") or Calibration())
+    monkeypatch.setattr(runners, "calibrate", lambda *_, **__: events.append("scales") or Calibration())
     runner = load_runner(config(folder), compile_kernels=lambda runner: events.append("kernels"))
     assert events == expected
     assert ("kernels" in runner.laps.seconds) == bool(made)

@@ -49,7 +49,7 @@ def _launch(runner: ModelRunner, chunk_tokens: int, rows: int, lookup: bool) -> 
         runner.calibration = Calibration(scales)
     arena = runner.new_arena(chunk_tokens, rows)
     Prefill(runner, arena, Extent(0, chunk_tokens), np.zeros(chunk_tokens, dtype=np.int64), 0, chunk_tokens).step()
-    batch = DecodeBatch(rows, runner.device)
+    batch = DecodeBatch(rows, runner.device, runner.vocabulary)
     DecodeRunner(runner, arena, batch, chunk_tokens, use_graphs=False, lookup=lookup).launch_kernels()
 
 
