@@ -1,7 +1,8 @@
-"""What measurements share: the stamp (machine, versions, commit, time), and when two tokens are a tie."""
+"""What measurements share: the stamp (machine, versions, commit, time), when two tokens are a tie, random weights."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -16,6 +17,14 @@ from pipeline.versions import versions
 # Logits, by precision: two tokens no further apart may trade places by rounding. Those of bf16 models come in steps of
 # 2^-8 of their size: a few steps at logits around 16 are a tie.
 TIE = {"fp32": 1e-3, "bf16": 0.5, "fp16": 0.1}
+
+
+def dummy_folder(config: dict[str, Any], folder: Path) -> Path:
+    """The folder, with this config.json for load_format "dummy", but for its stop ids: random weights stop anywhere."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stops = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    (folder / "config.json").write_text(json.dumps(config | stops))
+    return folder
 
 
 def stamp(device: torch.device, commit: str = "") -> dict[str, Any]:

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     for number in stop_signals():  # until the job has its own way to stop
         signal.signal(number, _interrupt)
     if config.dry_run:
-        from pipeline.job.plan import describe_plan
+        from pipeline.job.dry_run import describe_plan
 
         for line in describe_plan(config):
             print(visible(line), flush=True)

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from pipeline.api import Summarizer, summarize
     from pipeline.job.job import run_job
     from pipeline.ray_data import StemlineStage
-    from pipeline.results.sink import read_results
+    from pipeline.results.parts import read_results
 
 __all__ = ["StemlineStage", "Summarizer", "read_results", "run_job", "summarize"]
 
 _PLACES = {
     "StemlineStage": ("pipeline.ray_data", "StemlineStage"),
     "Summarizer": ("pipeline.api", "Summarizer"),
-    "read_results": ("pipeline.results.sink", "read_results"),
+    "read_results": ("pipeline.results.parts", "read_results"),
     "run_job": ("pipeline.job.job", "run_job"),
     "summarize": ("pipeline.api", "summarize"),
 }

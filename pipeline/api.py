@@ -14,7 +14,8 @@ import pyarrow as pa
 from pipeline.errors import JobError
 from pipeline.imports import check_kernels
 from pipeline.inputs import Inputs, TextReader, Texts, list_inputs
-from pipeline.job.plan import Survey, make_worker_config
+from pipeline.job.configs import make_worker_config
+from pipeline.job.plan import Survey
 from pipeline.job.progress import Progress
 from pipeline.results.rows import Row, failed_rows, result_schema, to_table
 from pipeline.settings.config import JobConfig, from_mapping

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -204,126 +204,129 @@ def attention_forward(
     if dropout:
         raise ValueError(f"Stem attention is for inference; got dropout={dropout}: call model.eval()")
 
+    call = _Call(policy, query, key, value, scaling, sliding_window, s_aux)
     if isinstance(stem_context, DecodeContext):
-        return _decode_rows(policy, query, key, value, stem_context, scaling, sliding_window, s_aux), None
+        return call.decode_rows(stem_context), None
     if isinstance(stem_context, PrefillContext):
-        out = _prefill_chunk(policy, query, key, value, stem_context, scaling, sliding_window, s_aux)
+        out = call.prefill_chunk(stem_context)
     elif attention_mask is None:
-        out = _whole_cache(policy, query, key, value, scaling, sliding_window, s_aux)
+        out = call.whole_cache()
     else:
-        out = _padded_batch(policy, query, key, value, attention_mask, scaling, sliding_window, s_aux)
+        out = call.padded_batch(attention_mask)
     return out.transpose(1, 2), None
 
 
-def _decode_rows(
-    policy: LayerPolicy,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    context: DecodeContext,
-    scale: float | None,
-    window: int | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """q [N, H, L, D], of which each token is a row -> [N, L, H, D]."""
-    rows = q.transpose(1, 2).flatten(0, 1)
-    if rows.shape[0] == 1 < context.starts.shape[0]:
-        context = context.last_row()
-    documents = context.on(q.device)
-    options: dict[str, Any] = {"max_length": context.max_length, "scale": scale, "window": window, "sinks": sinks}
-    options["prefixes"] = context.prefixes_on(q.device)
-    quantized = context.quantized.get(policy.layer)
-    if quantized is None:
-        out = decode_attention(rows, k[0], v[0], *documents, **options)
-    else:
-        keys, values, scales = quantized.k, quantized.vt, quantized.scales
-        out = decode_attention_fp8(rows, keys, values, scales, *documents, **options)
-    return out.unflatten(0, (q.shape[0], q.shape[2]))
+@dataclass(frozen=True)
+class _Call:
+    """What a layer hands to its attention; see attention_forward."""
 
+    policy: LayerPolicy
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float | None
+    window: int | None
+    sinks: Tensor | None
 
-def _prefill_chunk(
-    policy: LayerPolicy,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    context: PrefillContext,
-    scale: float | None,
-    window: int | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    context.windows[policy.layer], context.queries[policy.layer] = window, q.shape[2]
-    if context.attention_keys is not None:
-        context.attention_keys[policy.layer] = k
-    window = cutting_window(context.prompt_length, window)
-    config = None if context.dense else policy.config
-    budget = LayerPolicy(config, policy.layer).budget(context.prompt_length, window)
-    select = stem_selection if context.select is None else partial(context.select, policy.layer)
-    quantized = context.quantized.get(policy.layer)
-    known = k.shape[2] + (0 if quantized is None else context.start)
-    start = min(known, context.prompt_length) - 1
-    # The last query of the last chunk alone: densely, as in decoding. Gemma 4 hands layers without keys of their own
-    # the queries that logits_to_keep asks for: this is known of a call, by its shapes, not of a layer, by its policy.
-    if q.shape[2] == 1 and start > context.start:
-        dense = LayerPolicy(None, policy.layer).budget(context.prompt_length, window)
-        return stem_prefill(
-            q, k, v, None, dense, start=start, scale=scale, window=window, sinks=sinks, quantized=quantized
-        )
-    keys = None
-    if config is not None and budget.budgets is not None:
-        keys = context.keys.get(policy.layer)
-        if context.start == 0:
-            keys = new_key_state(config, k, context.prompt_length)
-            if keys is not None:
-                context.keys[policy.layer] = keys
-    start, end, probe = context.start, context.start + q.shape[2], context.probe
-    if policy.layer == context.last_layer and end < context.prompt_length:
-        sampled = probe is not None and budget.budgets is not None and bool(probe.within(start, end))
-        if config is not None and (keys is not None or sampled):
-            # The last chunk's scores need the key side of this one's.
-            selection = select(q, k, v, config, budget, start=start, scale=scale, keys=keys, quantized=quantized)
-            if probe is not None and sampled:
-                chunk = _Chunk(q, k, v, quantized, start, config.block_size, scale, window, sinks)
-                chunk.measure_only(probe, selection)
-        raise PromptGoesOn
-    return stem_prefill(
-        q,
-        k,
-        v,
-        config,
-        budget,
-        start=start,
-        scale=scale,
-        window=window,
-        sinks=sinks,
-        keys=keys,
-        quantized=quantized,
-        probe=probe,
-        select=select,
-    )
+    def decode_rows(self, context: DecodeContext) -> Tensor:
+        """Each token of q [N, H, L, D] is a row -> [N, L, H, D]."""
+        rows = self.q.transpose(1, 2).flatten(0, 1)
+        if rows.shape[0] == 1 < context.starts.shape[0]:
+            context = context.last_row()
+        documents = context.on(rows.device)
+        options: dict[str, Any] = {"max_length": context.max_length, "prefixes": context.prefixes_on(rows.device)}
+        options |= {"scale": self.scale, "window": self.window, "sinks": self.sinks}
+        quantized = context.quantized.get(self.policy.layer)
+        if quantized is None:
+            out = decode_attention(rows, self.k[0], self.v[0], *documents, **options)
+        else:
+            keys, values, scales = quantized.k, quantized.vt, quantized.scales
+            out = decode_attention_fp8(rows, keys, values, scales, *documents, **options)
+        return out.unflatten(0, (self.q.shape[0], self.q.shape[2]))
 
+    def prefill_chunk(self, context: PrefillContext) -> Tensor:
+        """The chunk at context.start of a document's prefill."""
+        q, k, v, layer = self.q, self.k, self.v, self.policy.layer
+        context.windows[layer], context.queries[layer] = self.window, q.shape[2]
+        if context.attention_keys is not None:
+            context.attention_keys[layer] = k
+        window = cutting_window(context.prompt_length, self.window)
+        config = None if context.dense else self.policy.config
+        budget = replace(self.policy, config=config).budget(context.prompt_length, window)
+        quantized = context.quantized.get(layer)
+        attend = partial(
+            stem_prefill, q, k, v, scale=self.scale, window=window, sinks=self.sinks, quantized=quantized
+        )  # fmt: skip
+        known = k.shape[2] + (0 if quantized is None else context.start)
+        last = min(known, context.prompt_length) - 1
+        # The last query of the last chunk alone: densely, as in decoding. Gemma 4 hands layers without keys of their
+        # own the queries that logits_to_keep asks for: this is known of a call, by its shapes, not of a layer, whose
+        # every query comes when every row is asked for.
+        if q.shape[2] == 1 and last > context.start:
+            return attend(None, LayerPolicy(None, layer).budget(context.prompt_length, window), start=last)
+        select = stem_selection if context.select is None else partial(context.select, layer)
+        keys = None
+        if config is not None and budget.budgets is not None:
+            keys = context.keys.get(layer)
+            if context.start == 0:
+                keys = new_key_state(config, k, context.prompt_length)
+                if keys is not None:
+                    context.keys[layer] = keys
+        start, end, probe = context.start, context.start + q.shape[2], context.probe
+        if layer == context.last_layer and end < context.prompt_length:
+            sampled = probe is not None and budget.budgets is not None and bool(probe.within(start, end))
+            if config is not None and (keys is not None or sampled):
+                # The last chunk's scores need the key side of this one's.
+                selection = select(
+                    q, k, v, config, budget, start=start, scale=self.scale, keys=keys, quantized=quantized
+                )
+                if probe is not None and sampled:
+                    chunk = _Chunk(q, k, v, quantized, start, config.block_size, self.scale, window, self.sinks)
+                    chunk.measure_only(probe, selection)
+            raise PromptGoesOn
+        return attend(config, budget, start=start, keys=keys, probe=probe, select=select)
 
-def _whole_cache(
-    policy: LayerPolicy,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float | None,
-    window: int | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Plain `model(...)` and `model.generate(...)`: a prompt in one piece, or a few tokens after a cache.
+    def whole_cache(self) -> Tensor:
+        """Plain `model(...)` and `model.generate(...)`: a prompt in one piece, or a few tokens after a cache.
 
-    Only a prompt in one piece is sparse: what continues a cache (decoding, a second turn, assisted decoding) attends
-    densely, since its rows need not begin at a block boundary and the full prompt's length is not known.
-    """
-    if q.shape[2] == k.shape[2]:
-        window = cutting_window(q.shape[2], window)
-        budget = policy.budget(q.shape[2], window)
-        return stem_prefill(q, k, v, policy.config, budget, scale=scale, window=window, sinks=sinks)
-    if sinks is not None:  # torch's attention has none, and does not give the log-sum-exp
-        start = k.shape[2] - q.shape[2]
-        return _Chunk(q, k, v, None, start, DENSE_BLOCK_SIZE, scale, window, sinks).attend(None)
-    return _dense_continuation(q, k, v, scale, window)
+        Only a prompt in one piece is sparse: what continues a cache (decoding, a second turn, assisted decoding)
+        attends densely, since its rows need not begin at a block boundary and the full prompt's length is not known.
+        """
+        q, k, v = self.q, self.k, self.v
+        if q.shape[2] == k.shape[2]:
+            window = cutting_window(q.shape[2], self.window)
+            budget = self.policy.budget(q.shape[2], window)
+            return stem_prefill(q, k, v, self.policy.config, budget, scale=self.scale, window=window, sinks=self.sinks)
+        if self.sinks is not None:  # torch's attention has none, and does not give the log-sum-exp
+            start = k.shape[2] - q.shape[2]
+            return _Chunk(q, k, v, None, start, DENSE_BLOCK_SIZE, self.scale, self.window, self.sinks).attend(None)
+        return _dense_continuation(q, k, v, self.scale, self.window)
+
+    def padded_batch(self, mask: Tensor) -> Tensor:
+        """Each row of a padded batch on its own tokens alone, so that its result does not depend on its neighbours.
+
+        mask: bool [N, Lk]. Padding may stand at either end of a row; outputs at padded queries are zero.
+        """
+        q, k, v = self.q, self.k, self.v
+        out = torch.zeros(q.shape[0], q.shape[2], q.shape[1], q.shape[3], dtype=q.dtype, device=q.device)
+        out = out.transpose(1, 2)
+        offset = k.shape[2] - q.shape[2]
+        for n in range(q.shape[0]):
+            real = mask[n].nonzero()[:, 0]
+            if len(real) == 0:
+                continue
+            first, last = int(real[0]), int(real[-1]) + 1
+            if last - first != len(real):
+                raise ValueError(
+                    f"row {n} of attention_mask has padding between tokens; only padding at its ends is supported"
+                )
+            rows = slice(max(0, first - offset), max(0, last - offset))
+            if rows.start == rows.stop:
+                continue
+            part = slice(n, n + 1)
+            row = replace(self, q=q[part, :, rows], k=k[part, :, first:last], v=v[part, :, first:last])
+            out[part, :, rows] = row.whole_cache()
+        return out
 
 
 def _dense_continuation(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
@@ -338,40 +341,5 @@ def _dense_continuation(q: Tensor, k: Tensor, v: Tensor, scale: float | None, wi
             visible &= positions > rows - window
         out[:, :, begin : begin + 1024] = nn.functional.scaled_dot_product_attention(
             q[:, :, begin : begin + 1024], k, v, attn_mask=visible, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-    return out
-
-
-def _padded_batch(
-    policy: LayerPolicy,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor,
-    scale: float | None,
-    window: int | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Each row of a padded batch on its own tokens alone, so that its result does not depend on its neighbours.
-
-    Padding may stand at either end of a row; outputs at padded queries are zero.
-    """
-    out = torch.zeros(q.shape[0], q.shape[2], q.shape[1], q.shape[3], dtype=q.dtype, device=q.device).transpose(1, 2)
-    offset = k.shape[2] - q.shape[2]
-    for n in range(q.shape[0]):
-        real = mask[n].nonzero()[:, 0]
-        if len(real) == 0:
-            continue
-        first, last = int(real[0]), int(real[-1]) + 1
-        if last - first != len(real):
-            raise ValueError(
-                f"row {n} of attention_mask has padding between tokens; only padding at its ends is supported"
-            )
-        rows = slice(max(0, first - offset), max(0, last - offset))
-        if rows.start == rows.stop:
-            continue
-        part = slice(n, n + 1)
-        out[part, :, rows] = _whole_cache(
-            policy, q[part, :, rows], k[part, :, first:last], v[part, :, first:last], scale, window, sinks
         )
     return out

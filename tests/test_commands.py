@@ -45,7 +45,7 @@ WORK = {
     "tools.benchmark scaling": ("tools.benchmark.scaling.prepare",),
     "tools.benchmark selection": ("tools.benchmark.selection.copy_bandwidth",),
     "jobs.demo": ("jobs.demo.__main__.run_arm",),
-    "jobs.evaluate": ("jobs.evaluate.run.load_readers",),
+    "tools.evaluate": ("tools.evaluate.run.load_readers",),
     "tools.evidence": ("tools.evidence.make_case",),
     "tools.faults blows": ("tools.faults.blows.blows",),
     "tools.faults bucket": ("tools.faults.bucket.bucket",),
@@ -58,8 +58,9 @@ WORK = {
     "jobs.inspect": ("jobs.inspect.__main__.capture",),
     "tools.models": ("tools.models.__main__.checked",),
     "tools.simulate": ("tools.simulate.__main__.measure", "tools.simulate.__main__.run_apart"),
+    "tools.shapes": ("tools.shapes.dummy_folder",),
     "jobs.submit": ("jobs.submit.connect",),
-    "jobs.summarize": ("pipeline.job.job.run", "pipeline.job.plan.describe_plan"),
+    "jobs.summarize": ("pipeline.job.job.run", "pipeline.job.dry_run.describe_plan"),
     "tools.train_demo_model": ("tools.train_demo_model.__main__.train",),
 }
 # The test, or the script of continuous integration, that runs it to its end; `here` is test_they_run below.
@@ -80,7 +81,7 @@ RUN_BY = {
     "tools.docs": "tests/tools/test_docs.py: test_the_command_writes_what_is_missing_or_differs",
     "tools.evidence": "tests/tools/test_evidence_tool.py: test_the_command_prints_a_table",
     "tools.models": "tests/tools/test_models.py: test_types_that_are_named_are_checked_alone",
-    "jobs.evaluate": "tests/jobs/test_evaluate.py: test_job_writes_rows_and_report",
+    "tools.evaluate": "tests/tools/test_evaluate.py: test_job_writes_rows_and_report",
     "tools.faults blows": "tests/faults/test_blows.py: test_ray_and_workers_are_killed_in_turn",
     "tools.faults bucket": "tests/faults/test_bucket.py: test_a_job_from_and_to_a_bucket_is_killed_and_resumed",
     "tools.faults determinism": "tests/faults/test_table.py: test_shares_of_a_real_engine",
@@ -91,6 +92,7 @@ RUN_BY = {
     "tools.faults table": "tests/faults/test_table.py: test_a_fault_is_tried_on_a_real_job",
     "jobs.inspect": "tests/jobs/test_inspect.py: test_the_page_in_a_browser",
     "jobs.report": "here",
+    "tools.shapes": "tests/tools/test_shapes.py: test_the_command_writes_a_config",
     "tools.simulate": "tests/tools/test_simulate.py: test_the_command",
     "jobs.submit": "tests/jobs/test_submit.py: test_both_ways_of_submitting",
     "jobs.summarize": "here",
@@ -158,6 +160,7 @@ def stood_in(words: Sequence[str]) -> list[str]:
     model = str(ROOT / "models/tiny-reader")
     here = {"Qwen/Qwen3-8B": model, "/models/Qwen3-8B": model, "PATH": model, "FOLDER": "trained"}
     here["Qwen/Qwen2.5-Coder-1.5B-Instruct"] = model
+    here["shapes/llama-3.1-8b"] = model
     here["TEXT.txt"] = str(ROOT / "examples/documents/report-01.txt")
     return [here.get(word, word) for word in words]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from jobs.audit.figures import UNSTEADY, unseen, unsteadiness
 from jobs.audit.options import Limits
-from jobs.evaluate.summary import LEARNED
+from jobs.known.results import LEARNED
 
 # An arm that makes so many more documents an hour is faster, if the same work did not take longer by more than that.
 FASTER = 1.03

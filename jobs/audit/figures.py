@@ -10,8 +10,8 @@ from typing import Any
 from jobs.audit.known import known_figures
 from jobs.audit.measure import ArmRun, Point, point_of
 from jobs.audit.results import AUDIT_COLUMNS, AuditRow
-from jobs.evaluate.estimates import Estimate, estimate, wilson
-from jobs.evaluate.estimates import mean as average
+from jobs.known.estimates import Estimate, estimate, wilson
+from jobs.known.estimates import mean as average
 
 # Fewer documents than this have no interval of a mean: resampling them would show less spread than there is.
 FEWEST = 5

@@ -1,8 +1,8 @@
 """Facts woven into real text: what each arm still finds of what dense attention finds of them.
 
 Outputs that are like dense's need not hold what stands in the middle of a document, and a summary that lacks it looks
-as good. So values are stated and stated again in the text of the user's documents, as jobs.evaluate does it: whether
-the arm expects each value where it comes again is read along, and what stands once is asked for at the end.
+as good. So values are stated and stated again in the text of the user's documents: whether the
+arm expects each value where it comes again is read along, and what stands once is asked for at the end.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 
 from jobs.audit.options import Arm, Options
 from jobs.audit.sample import Sampled
-from jobs.evaluate.arms import Arm as KnownArm
-from jobs.evaluate.estimates import paired
-from jobs.evaluate.prompts import BEHIND, Reading, Tokenizer, make_document, read_prompts
-from jobs.evaluate.reader import Reader
-from jobs.evaluate.results import Row, question_key
-from jobs.evaluate.run import read_document
-from jobs.evaluate.wording import pick_style
+from jobs.known.estimates import paired
+from jobs.known.prompts import MOST_ANSWER_TOKENS, Reading, Tokenizer, make_document, read_prompts
+from jobs.known.reader import Arm as KnownArm
+from jobs.known.reader import Reader
+from jobs.known.report import REPORT
+from jobs.known.results import Row, question_key, reading_rows
+from jobs.known.wording import pick_style
 from pipeline.engine.model.runner import ModelRunner
 from pipeline.errors import JobError, one_line
 
@@ -43,13 +43,13 @@ def known_documents(options: Options, documents: Sequence[Sampled]) -> Known:
     """
     if options.random_weights:
         return Known(why_none="the weights are random")
-    length = min(len(documents[0].prompt), options.context - BEHIND)
+    length = min(len(documents[0].prompt), options.context - MOST_ANSWER_TOKENS)
     text = options.essay or "\n\n".join(document.text for document in documents)
     try:
         tokenizer = Tokenizer(options.tokenizer, options.job.revision)
         style = pick_style("auto", tokenizer.vocabulary)
         made = [
-            make_document("report", length, index, style, tokenizer, QUESTIONS, options.seed, text).only([*TASKS])
+            make_document(REPORT, length, index, style, tokenizer, QUESTIONS, options.seed, text).only([*TASKS])
             for index in range(options.known)
         ]
     except JobError as error:
@@ -58,14 +58,15 @@ def known_documents(options: Options, documents: Sequence[Sampled]) -> Known:
 
 
 def read_known(known: Known, runner: ModelRunner, arm: Arm) -> list[Row]:
-    """The rows of jobs.evaluate for all that is known, under one arm."""
+    """The rows of all that is known, under one arm."""
     if not known.readings or known.tokenizer is None:
         return []
-    longest = max(len(prompt.ids) for reading in known.readings for prompt in reading.prompts) + BEHIND
+    longest = max(len(prompt.ids) for reading in known.readings for prompt in reading.prompts) + MOST_ANSWER_TOKENS
     reader = Reader(arm.config, longest, runner)
     reader.allocate(1.0)
-    used = [KnownArm(arm.name, arm.config.attention)]
-    return [row for reading in known.readings for row in read_document(reading, [reader], used, known.tokenizer)]
+    reader.use(KnownArm(arm.name, arm.config.attention))
+    decode = known.tokenizer.decode
+    return [row for reading in known.readings for row in reading_rows(reader, reading, {}, decode)]
 
 
 def known_figures(rows: Sequence[Row], reference: Sequence[Row]) -> dict[str, dict[str, Any]]:

@@ -65,7 +65,7 @@ class ArmRun:
     repeated: seconds of the same work at two times (the reference: all of it; others: the prefill of the shortest
     document); their ratio says how steady the device's times are.
     step: (tokens, milliseconds) of a decode step of one document alone, as long as the longest. curve: timed prompts.
-    known: rows of jobs.evaluate, of documents whose answers are known.
+    known: rows of jobs.known, of documents whose answers are known.
     """
 
     arm: Arm

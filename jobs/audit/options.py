@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from jobs.cli import Parser, add_job_flags
-from jobs.evaluate.options import read_essay
-from jobs.evaluate.results import BY_EXACTNESS
-from jobs.shapes import SHAPES, shape_folder
+from jobs.known.report import read_essay
+from jobs.known.results import BY_EXACTNESS
+from jobs.measurement import dummy_folder
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.model.loading import context_limit, load_config, load_precision
 from pipeline.errors import JobError
-from pipeline.job.plan import make_engine_config
+from pipeline.job.configs import make_engine_config
 from pipeline.settings.config import JobConfig, read_job_file
 from pipeline.settings.shared import PRECISIONS, Sampling
 from stem_core.config import DEFAULT_PRESET, PRESETS
@@ -212,10 +213,12 @@ def _check(flags: argparse.Namespace) -> None:
 
 
 def _dummy_folder(model: str, flags: argparse.Namespace) -> str:
-    """A folder with the config of a shape by name, or of a model without its stop ids: random weights stop anywhere."""
-    if model in SHAPES and flags.tokenizer is None:
-        raise JobError(f"--model {model} is a shape without a tokenizer; name one, --tokenizer models/tiny-reader say")
-    return str(shape_folder(model, flags.output / "shape"))
+    """A folder beside the results with the config of a model folder, without its stop ids."""
+    try:
+        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise JobError(f"--model {model}: --load-format dummy needs a folder with a config.json: {error}") from None
+    return str(dummy_folder(config, flags.output / "shape"))
 
 
 def _arms(jobs: dict[Any, JobConfig], folder: str | None) -> list[Arm]:

@@ -8,7 +8,8 @@ import numpy as np
 
 from jobs.audit.options import Options
 from pipeline.errors import DocumentError, JobError, one_line
-from pipeline.prompts.prompt import PromptBuilder, template_columns
+from pipeline.prompts.prompt import PromptBuilder
+from pipeline.prompts.task import template_columns
 from pipeline.prompts.tokens import Tokens
 from pipeline.results.kept_columns import prompt_text
 from pipeline.settings.questions import first_task

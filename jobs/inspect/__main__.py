@@ -1,20 +1,19 @@
 """Show what sparse prefill keeps of a document: python -m jobs.inspect --document FILE --model PATH_OR_ID
 
-Writes inspect.html and PNG files to --output: which key blocks each head's query blocks keep in chosen layers, the
+Writes inspect.html to --output: which key blocks each head's query blocks keep in chosen layers, the
 budget against position, and the density of each layer, as the engine's own prefill selects them.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
 from jobs.cli import Parser, add_job_flags, job_config, run_main
 from jobs.inspect.capture import Capture, capture
 from jobs.inspect.page import sections
-from jobs.inspect.pictures import OF_A_CELL, layer_picture, map_colours, maps_picture
 from jobs.page import render_page
 from jobs.page.charts import graph_objects
 from pipeline.errors import DocumentError, JobError, nearest, without_secrets
@@ -45,14 +44,11 @@ def main(arguments: Sequence[str]) -> int:
     seen = capture(job, text)
     shown = chosen_layers(seen, flags.layers)
     folder.mkdir(parents=True, exist_ok=True)
-    for path in write_pictures(seen, shown, folder):
-        print(path)
     command = without_secrets(shlex.join(["python", "-m", "jobs.inspect", *arguments]))
     title = f"What sparse prefill keeps of {name}"
     subtitle = f"{job.model}, preset {job.preset}, {len(seen.prompt):,} tokens"
     page = render_page(title, subtitle, sections(seen, shown), command)
     (folder / PAGE).write_text(page, encoding="utf-8")
-    print(folder / PAGE)
     print(f"density {seen.density:.3f} over {len(seen.densities)} layers; open {folder / PAGE} in a browser")
     return 0
 
@@ -66,7 +62,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--layers", nargs="+", metavar="N", help=f"layers to show, or all; unset: up to {SHOWN} that differ"
     )
-    parser.add_argument("--output", metavar="DIR", help="folder for page and pictures; unset: inspect-<name>")
+    parser.add_argument("--output", metavar="DIR", help="folder for the page; unset: inspect-<name>")
     add_job_flags(parser, without=WITHOUT)
     return parser
 
@@ -111,20 +107,6 @@ def chosen_layers(seen: Capture, asked: Sequence[str] | None) -> list[int]:
             raise JobError(f"--layers {text}: must be all, or layers from 0 to {len(seen.densities) - 1}")
         chosen.append(layer)
     return [*dict.fromkeys(chosen)]
-
-
-def write_pictures(seen: Capture, shown: Sequence[int], folder: Path) -> Iterator[Path]:
-    """The maps as PNG files: all sparse layers together, each layer that is shown, and its heads."""
-    every = [(f"layer {layer}", map_colours(seen.grid, cells.shares())) for layer, cells in seen.layers.items()]
-    pictures = {"layers.png": maps_picture("Every sparse layer, its heads together", every)}
-    for layer in shown:
-        cells = seen.layers[layer]
-        heads = [(f"head {head}", map_colours(seen.grid, cells.shares(head))) for head in range(cells.heads)]
-        pictures[f"layer-{layer:02}.png"] = layer_picture(layer, cells, len(seen.prompt))
-        pictures[f"layer-{layer:02}-heads.png"] = maps_picture(f"Layer {layer}: each head", heads, OF_A_CELL)
-    for name, png in pictures.items():
-        (folder / name).write_bytes(png)
-        yield folder / name
 
 
 if __name__ == "__main__":

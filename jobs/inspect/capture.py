@@ -19,7 +19,7 @@ from pipeline.engine.model.precision import describe_precision
 from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.run.prefill import Prefill, attention_plan, chunk_size
 from pipeline.errors import DocumentError, JobError
-from pipeline.job.plan import make_engine_config
+from pipeline.job.configs import make_engine_config
 from pipeline.prompts.prompt import PromptBuilder
 from pipeline.prompts.tokens import Tokens, load_tokens
 from pipeline.settings.config import JobConfig

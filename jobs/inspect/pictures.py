@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from jobs.inspect.cells import Grid, LayerCells
+from jobs.inspect.cells import Grid
 
 Colour = tuple[int, int, int]
 
@@ -36,7 +36,6 @@ DARK = Palette(
     scale=((29, 33, 37), (51, 105, 155), (185, 220, 251)), rule=(214, 125, 48),
 )  # fmt: skip
 RULES = "kept by rule: sink (left), local (diagonal), rows that keep all"
-MAP_PIXELS = 720
 # A page of jobs.page is 1,016 pixels wide; four maps of 240 fit.
 SMALL_PIXELS, COLUMNS, MARGIN = 240, 4, 10
 # Where there are more maps than these, eight of 120 pixels.
@@ -62,23 +61,6 @@ def _blues(shares: np.ndarray, palette: Palette) -> np.ndarray:
 def mostly_rule(grid: Grid) -> np.ndarray:
     """bool [cells, cells]: cells of which every head keeps at least half whatever the scores."""
     return (grid.by_rule * 2 >= grid.causal) & (grid.causal > 0)
-
-
-def layer_picture(layer: int, cells: LayerCells, tokens: int) -> bytes:
-    """PNG: the map of a layer, all heads together; beside it how many blocks each row keeps."""
-    grid = cells.grid
-    scale = max(1, MAP_PIXELS // grid.cells)
-    side = grid.cells * scale
-    left, top, bars = 80, 64, 150
-    picture, draw = _canvas(left + side + 24 + bars + MARGIN, top + side + 108, LIGHT)
-    _write(draw, (left, 12), f"Layer {layer}: share of its {cells.heads} heads that keep a block", LIGHT.ink)
-    _write(draw, (left, 34), f"density {cells.density:.3f}: that share of the causal blocks is kept")
-    _map(picture, draw, (left, top), map_colours(grid, cells.shares()), scale, LIGHT)
-    _write(draw, (left + side - 12, top + 12), "no token sees\na later one", LIGHT.faint, "ra")
-    _axes(picture, draw, left, top, side, tokens)
-    _profile(draw, left + side + 24, top, scale, bars, cells)
-    _key(picture, draw, left, top + side + 56, BY_HEADS, LIGHT)
-    return _png(picture)
 
 
 def maps_picture(
@@ -115,11 +97,8 @@ def _png(picture: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def _write(
-    draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, colour: Colour = LIGHT.muted, anchor: str = "la"
-) -> None:
-    """anchor: which point of the text is `at`, as Pillow names them: left ascender, right, middle."""
-    draw.text(at, text, colour, FONT, anchor, align={"l": "left", "m": "center", "r": "right"}[anchor[0]])
+def _write(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, colour: Colour) -> None:
+    draw.text(at, text, colour, FONT)
 
 
 def _map(
@@ -131,37 +110,6 @@ def _map(
     image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     picture.paste(image, at)
     draw.rectangle((at[0] - 1, at[1] - 1, at[0] + image.width, at[1] + image.height), outline=palette.faint)
-
-
-def _axes(picture: Image.Image, draw: ImageDraw.ImageDraw, left: int, top: int, side: int, tokens: int) -> None:
-    step = next(step for step in (1 << k for k in range(30)) if tokens / step <= 8.5)
-    for at in range(0, tokens + 1, step):
-        place = round(at / tokens * side)
-        draw.line((left - 6, top + place, left - 2, top + place), LIGHT.ink)
-        draw.line((left + place, top + side + 1, left + place, top + side + 5), LIGHT.ink)
-        _write(draw, (left - 10, top + place), _short(at), anchor="rm")
-        _write(draw, (left + place, top + side + 8), _short(at), anchor="ma")
-    _write(draw, (left + side // 2, top + side + 28), "key token", LIGHT.ink, "ma")
-    words = "query token, downwards"
-    upright, on = _canvas(round(FONT.getlength(words)), 20, LIGHT)
-    _write(on, (0, 0), words, LIGHT.ink)
-    picture.paste(upright.rotate(90, expand=True), (8, top + (side - upright.width) // 2))
-
-
-def _profile(draw: ImageDraw.ImageDraw, left: int, top: int, scale: int, width: int, cells: LayerCells) -> None:
-    """Kept blocks of each row as bars, on a faint ground of the causal ones."""
-    grid = cells.grid
-    starts = np.arange(0, grid.blocks, grid.per_cell)
-    rows = np.minimum(grid.per_cell, grid.blocks - starts)
-    kept = np.add.reduceat(cells.kept, starts) / rows / cells.heads
-    causal = np.add.reduceat(np.arange(1, grid.blocks + 1), starts) / rows
-    for row in range(grid.cells):
-        for blocks, colour in ((causal[row], LIGHT.faint), (kept[row], LIGHT.scale[-1])):
-            if long := round(width * blocks / grid.blocks):
-                y = top + row * scale
-                draw.rectangle((left, y, left + long - 1, y + scale - 1), colour)
-    _write(draw, (left, top + grid.cells * scale + 8), "blocks kept", LIGHT.ink)
-    _write(draw, (left, top + grid.cells * scale + 28), f"of up to {grid.blocks:,}")
 
 
 def _key(
@@ -181,7 +129,3 @@ def _key_width(ends: tuple[str, str]) -> int:
     """Pixels that `_key` takes."""
     scale = sum(FONT.getlength(text) for text in (f"chosen by score: {ends[0]}", ends[1])) + 140
     return round(max(scale, FONT.getlength(RULES) + 20))
-
-
-def _short(tokens: int) -> str:
-    return f"{tokens // 1024}K" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)

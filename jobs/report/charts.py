@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -60,34 +60,36 @@ def density_chart(runs: Sequence[Run]) -> Chart | None:
     """Density of each document by its prompt's length; None if nothing ran sparse."""
     if not any((np.array(run.texts("attention"), dtype=object)[run.ok] == "stem").any() for run in runs):
         return None
-    shown = [_drawn(run, "density") for run in runs]
-    if not any(len(rows) for rows in shown):
-        return None
-    figure = graph_objects().Figure()
-    for number, (run, rows) in enumerate(zip(runs, shown, strict=True)):
-        values = run.numbers("density")
-        _scatter(figure, run, rows, values, number, [f"density {value:.3f}" for value in values[rows]])
-    _length_axis(figure, runs, shown)
-    figure.update_yaxes(title_text="density", range=[0, 1.05])
-    figure.update_layout(showlegend=len(runs) > 1)
     note = "Share of the causal key blocks that prefill computed, over layers and heads; 1 is dense."
-    return Chart("Density by prompt length", figure, note + _sampled(runs, shown), 280)
+    axis = {"title_text": "density", "range": [0, 1.05]}
+    return _points_chart(runs, "density", "density {:.3f}", axis, "Density by prompt length", note)
 
 
 def memory_chart(runs: Sequence[Run]) -> Chart | None:
     """Peak GPU memory of each document by its prompt's length; None if nothing ran on a GPU."""
-    shown = [_drawn(run, "peak_gpu_bytes") for run in runs]
+    note = "Most that was allocated while the document was in the engine, whoever else was there; with the KV arena."
+    axis = {"title_text": "GiB", "rangemode": "tozero"}
+    return _points_chart(runs, "peak_gpu_bytes", "{:.1f} GiB", axis, "GPU memory by prompt length", note, unit=2**30)
+
+
+def _points_chart(
+    runs: Sequence[Run], column: str, told: str, axis: dict[str, Any], title: str, note: str, unit: int = 1
+) -> Chart | None:
+    """A column by the prompt's length, a point for each document; None if there are none.
+
+    told: format of a value under the pointer. axis: of the values. unit: what they are divided by.
+    """
+    shown = [_drawn(run, column) for run in runs]
     if not any(len(rows) for rows in shown):
         return None
     figure = graph_objects().Figure()
     for number, (run, rows) in enumerate(zip(runs, shown, strict=True)):
-        values = run.numbers("peak_gpu_bytes") / 2**30
-        _scatter(figure, run, rows, values, number, [f"{value:.1f} GiB" for value in values[rows]])
+        values = run.numbers(column) / unit
+        _scatter(figure, run, rows, values, number, [told.format(value) for value in values[rows]])
     _length_axis(figure, runs, shown)
-    figure.update_yaxes(title_text="GiB", rangemode="tozero")
+    figure.update_yaxes(**axis)
     figure.update_layout(showlegend=len(runs) > 1)
-    note = "Most that was allocated while the document was in the engine, whoever else was there; with the KV arena."
-    return Chart("GPU memory by prompt length", figure, note + _sampled(runs, shown), 280)
+    return Chart(title, figure, note + _sampled(runs, shown), 280)
 
 
 def phases_chart(bars: Sequence[tuple[str, dict[str, float] | None, int]], *, answers: bool = False) -> Chart:

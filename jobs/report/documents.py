@@ -10,7 +10,7 @@ from typing import Any
 from jobs.page.outputs import Excerpt, wide_characters
 from jobs.report.results import Run
 from pipeline.errors import DocumentError, JobError
-from pipeline.prompts.prompt import template_columns
+from pipeline.prompts.task import template_columns
 from pipeline.settings.config import JobConfig
 from pipeline.settings.shared import ReadSettings
 from pipeline.source import Catalogue, Document, DocumentReader, find_files, input_hash, list_documents

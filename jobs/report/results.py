@@ -14,8 +14,8 @@ from pyarrow.fs import FileType
 
 from pipeline.errors import JobError, one_line
 from pipeline.job import manifest
+from pipeline.results.parts import part_names, read_columns
 from pipeline.results.rows import COLUMNS
-from pipeline.results.sink import part_names, read_columns
 from pipeline.results.store import Store
 
 # The figures need none of these: texts are read when the list of outputs is made.

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from kernels._common.fp8 import FP8
 from kernels._common.rows import QuantizedRows, choose_row_kernel
-from kernels.dispatch import on_its_gpu
+from kernels.dispatch import implementation, on_its_gpu
 
 # What the tensor cores ask of inputs and outputs.
 ALIGNMENT = 16
@@ -91,11 +91,9 @@ def grouped_linear(
     """
     choice = choose_row_kernel("grouped_linear", weight.device, impl, fp8=True)
     _check(weight, scale, rows, groups, bias, factors)
-    if choice.impl == "triton":
-        from kernels.grouped_linear import triton as implementation
-    else:
-        from kernels.grouped_linear import reference as implementation  # type: ignore[no-redef]
-    return implementation.grouped_linear(weight, scale, rows, groups, bias, factors, fast_accumulation)
+    return implementation("grouped_linear", choice).grouped_linear(
+        weight, scale, rows, groups, bias, factors, fast_accumulation
+    )
 
 
 def _check(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.dispatch import choose_portable, on_its_gpu
+from kernels.dispatch import choose_portable, implementation, on_its_gpu
 
 # The longest and the shortest run of newest tokens that is looked for. Measured on extractions and summaries of
 # Qwen2.5-Coder-0.5B: with runs down to one token, summaries get 1.6 to 1.7 tokens per step instead of 1.4; longer runs
@@ -59,10 +59,7 @@ def find_drafts(
             f"find_drafts: 1 <= shortest <= longest, and drafts and max_length are at least 1, got {shortest}, "
             f"{longest}, {drafts}, {max_length}"
         )
-    if choose_portable("find_drafts", ids.device, impl).impl == "triton":
-        from kernels.prompt_lookup import triton as implementation
-    else:
-        from kernels.prompt_lookup import reference as implementation  # type: ignore[no-redef]
-    return implementation.find_drafts(
+    choice = choose_portable("find_drafts", ids.device, impl)
+    return implementation("prompt_lookup", choice).find_drafts(
         ids, starts, lengths, drafts, max_length, prefix_starts, prefix_lengths, longest, shortest
     )

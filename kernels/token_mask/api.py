@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels._common.rows import check_floating
-from kernels.dispatch import choose_portable, on_its_gpu
+from kernels.dispatch import choose_portable, implementation, on_its_gpu
 
 BITS = 32
 
@@ -31,8 +31,5 @@ def mask_tokens(logits: Tensor, masks: Tensor, masked: Tensor, *, impl: str = "a
         raise ValueError(f"mask_tokens: masked must be int32 [{S}], got {masked.dtype} {tuple(masked.shape)}")
     if masks.shape[1] > 1 and masks.stride(1) != 1:
         raise ValueError(f"mask_tokens: the words of a row must be contiguous, got strides {masks.stride()}")
-    if choose_portable("mask_tokens", logits.device, impl).impl == "triton":
-        from kernels.token_mask import triton as implementation
-    else:
-        from kernels.token_mask import reference as implementation  # type: ignore[no-redef]
-    implementation.mask_tokens(logits, masks, masked)
+    choice = choose_portable("mask_tokens", logits.device, impl)
+    implementation("token_mask", choice).mask_tokens(logits, masks, masked)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.job.progress import duration
-from pipeline.results.sink import part_names, read_columns
+from pipeline.results.parts import part_names, read_columns
 from pipeline.results.store import Store
 from stem_core.config import StemConfig
 

@@ -20,9 +20,9 @@ from pipeline.job.on_finish import broken_off, finished, notify
 from pipeline.job.plan import JobPlan, make_plan, survey_input
 from pipeline.job.progress import Progress
 from pipeline.location import safe_name
-from pipeline.results.removal import remove_rows
+from pipeline.results.parts import COMPACT_ABOVE, compact, part_names, recover, remove_rows
 from pipeline.results.rows import failed_rows
-from pipeline.results.sink import COMPACT_ABOVE, Sink, compact, part_names, recover
+from pipeline.results.sink import Sink
 from pipeline.results.store import Store
 from pipeline.results.summary import JobReport, summarize_results
 from pipeline.settings.config import JobConfig, from_mapping

@@ -16,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline.errors import JobError, one_line, without_secrets
@@ -27,12 +27,6 @@ COMMAND_SECONDS = 60.0
 POST_SECONDS = 15.0
 PAUSE_SECONDS = 2.0
 _WORDS = {0: "ok", 2: "some_failed", 130: "stopped"}
-
-
-class Notified(Protocol):
-    """The settings that are needed here (pipeline.settings.config.JobConfig)."""
-
-    on_finish: str | None
 
 
 def is_address(on_finish: str) -> bool:

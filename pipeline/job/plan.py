@@ -1,13 +1,12 @@
-"""What a job has to do: the input listed, compared with what the output holds, and in words for a dry run."""
+"""What a job has to do: the input listed, and compared with what the output holds."""
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,21 +17,16 @@ import pyarrow.parquet as pq
 from pipeline.answers.schema import Schema, answer_type
 from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.job import manifest
-from pipeline.job.estimate import Work, dense_line, estimate_lines, machine_of
-from pipeline.location import safe_name
-from pipeline.model_files import is_local
-from pipeline.prompts.prompt import asks_first
 from pipeline.prompts.questions import OWN, Questions, is_own
-from pipeline.results.kept_columns import PROMOTE, prompt_text
+from pipeline.results.kept_columns import PROMOTE
+from pipeline.results.parts import PART, done_rows, part_names
 from pipeline.results.rows import ANSWER, NAMES, result_schema
-from pipeline.results.sink import PART, Key, done_rows, part_names
+from pipeline.results.sink import Key
 from pipeline.results.store import Store
 from pipeline.settings.config import JobConfig
 from pipeline.settings.questions import answers_of, questions_of
-from pipeline.settings.shared import EngineSettings, ReadSettings, Sampling
 from pipeline.source import Catalogue, Document, DocumentReader, find_files, input_hash, list_documents
 from pipeline.source.files import directly_in
-from stem_core.settings import values_of
 
 
 @dataclass(frozen=True)
@@ -277,189 +271,3 @@ def _compare_with_earlier(survey: Survey, store: Store) -> tuple[dict[str, Any] 
             )
         return None, [f"the output has no {manifest.NAME}; going on with --force"]
     return old, manifest.check(old, survey.prints, config, survey.questions, store)
-
-
-def make_worker_config(
-    survey: Survey, device: str, threads: int, engine_factory: str = "", grace: float | None = None
-) -> Any:
-    """The job's settings in the form a worker takes them (pipeline.workers.worker.WorkerConfig)."""
-    from pipeline.workers.worker import GRACE_SECONDS, WorkerConfig
-
-    config = survey.config
-    return WorkerConfig(
-        engine=replace(make_engine_config(config, device), grammars=bool(survey.answers)),
-        questions=survey.questions,
-        too_long=config.too_long,
-        max_new_tokens=config.max_new_tokens,
-        sampling=Sampling(**values_of(config, Sampling)),
-        stop=config.stop,
-        text_column=config.text_column,
-        reading=ReadSettings(**values_of(config, ReadSettings)),
-        model_name=model_label(config),
-        config_hash=config.fingerprint(),
-        today=survey.today,
-        template_args=config.chat_template_args,
-        thinking=config.thinking,
-        evidence=config.evidence == "on",
-        schemas={name: schema.text for name, schema in survey.answers.items()},
-        typed_answers=len({schema.arrow_type for schema in survey.answers.values()}) < 2,
-        kept=tuple(pa.field(field.name, field.type) for field in survey.catalogue.kept),
-        deadline=config.deadline,
-        grace=GRACE_SECONDS if grace is None else grace,
-        threads=threads,
-        engine_factory=engine_factory or "pipeline.engine:Engine",
-    )
-
-
-def make_engine_config(config: JobConfig, device: str) -> Any:
-    """The job's settings in the form the engine takes them (pipeline.engine.EngineConfig)."""
-    from pipeline.engine.config import EngineConfig
-
-    values = values_of(config, EngineSettings)
-    if is_local(config.model):
-        values["model"] = _absolute(config.model)
-    if config.adapter is not None:
-        values["adapter"] = _absolute(config.adapter)
-    return EngineConfig(
-        **values,
-        device=device,
-        gpus=config.gpus_per_worker,
-        attention=config.stem(),
-        seed=config.seed,
-    )
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
-
-
-def model_label(config: JobConfig) -> str:
-    """What rows call the model: its name, the adapter merged into it, and by how much its context was stretched."""
-    label = safe_name(config.model)
-    if config.adapter is not None:
-        label += f" + {safe_name(config.adapter)}"
-    return label if config.rope_scaling is None else f"{label} (YaRN {config.rope_scaling:g})"
-
-
-def describe_plan(config: JobConfig) -> Iterator[str]:
-    """The lines of a dry run: documents, tokens, time, memory. Nothing is written."""
-    store = Store(config.output)
-    survey = survey_input(config)
-    plan = make_plan(survey, store)
-    catalogue, pending = survey.catalogue, plan.pending
-    yield from (*survey.messages, *plan.messages)
-    files = sorted({file.kind for file in catalogue.files})
-    size = f"{catalogue.total_bytes:,} bytes of text in {len(catalogue.files):,} files ({', '.join(files)})"
-    yield f"input: {len(catalogue):,} documents, {size}"
-    yield f"ids: {id_rule(config, catalogue)}"
-    if catalogue.errors:
-        yield f"unreadable: {len(catalogue.errors):,} documents get an error row at once"
-    yield from _question_lines(survey.questions)
-    yield f"to do: {len(pending):,} documents; {plan.already:,} rows are there already"
-    yield from _token_lines(config, plan)
-    stem = config.stem()
-    yield f"attention: {'dense' if stem is None else f'stem, preset {config.preset}: {stem}'}"
-    yield f"output: {store.name}, fingerprints {survey.prints}"
-
-
-def _question_lines(questions: Questions) -> Iterator[str]:
-    """What is asked, and how often a document is read for it."""
-    if len(questions.names) < 2 and not questions.own:
-        return
-    for name, text in questions.asked:
-        what = f"those in a document's column {questions.own_column}" if name == OWN else one_line(text or "", 100)
-        yield f"question {name}: {what}"
-    if asks_first((*questions.tasks, *([questions.own] if questions.own else []))[0].template):
-        yield "questions: the prompt file places {{ question }} before {{ document }}, so each reads the document anew"
-    else:
-        yield "questions: all that are asked of a document share one reading of it"
-
-
-def id_rule(config: JobConfig, catalogue: Catalogue) -> str:
-    """Where ids come from, with an example."""
-    example = catalogue.document(0).document_id if len(catalogue) else "-"
-    unset = "column id or document_id if there is one, else file name and row"
-    rules = {None: unset, "": "file name and row"}
-    rule = rules.get(config.id_column, f"column {config.id_column}")
-    return f"{rule}; e.g. {example!r}"
-
-
-def _token_lines(config: JobConfig, plan: JobPlan) -> Iterator[str]:
-    """Tokens estimated from a sample, and the engine's memory plan."""
-    from pipeline.engine import EngineError, estimate_plan
-    from pipeline.engine.model.loading import load_config
-    from pipeline.engine.model.rope import stretch_hint
-    from pipeline.prompts.prompt import PromptBuilder
-    from pipeline.prompts.tokens import load_tokens
-
-    pending = plan.pending
-    prompts: np.ndarray | None = None
-    try:
-        memory = estimate_plan(make_engine_config(config, config.device))
-    except EngineError as error:
-        raise JobError(str(error)) from None
-    limit = memory.max_context - config.max_new_tokens
-    if len(pending):
-        questions = plan.survey.questions
-        task = questions.tasks[0] if questions.tasks else questions.own
-        assert task is not None, "a job asks something"
-        builder = PromptBuilder(
-            load_tokens(config.model, config.revision, config.trust_remote_code),
-            task,
-            config.chat_template_args,
-            plan.survey.today,
-            config.thinking,
-        )
-        answers = plan.survey.answers
-        if answers:
-            builder.check_answers()
-            for answer in answers.values():
-                answer.grammar(builder.tokens.tokenizer, builder.tokens.eos_ids)
-            yield f"answers: {plan.survey.answer_type}"
-        reader = DocumentReader(config.text_column, [], config, tuple(questions.columns))
-        readable = [position for position in pending.order().tolist() if position not in pending.errors]
-        tokens, sampled = 0, 0.0
-        for position in readable[:: max(1, len(readable) // 8)][:8]:
-            document = pending.document(position)
-            with contextlib.suppress(DocumentError):
-                text, kept = reader.read(document)
-                columns = {name: prompt_text(value) for name, value in kept.prompt.items()}
-                tokens += len(builder.build(text[:200_000], 1 << 40, columns=columns).ids)
-                # In bytes as the listing has them: of a PDF they are its file's, not its text's.
-                sampled += document.size_bytes * min(1.0, 200_000 / len(text))
-        if sampled:
-            ratio = tokens / sampled
-            total, longest = int(pending.total_bytes * ratio), int(pending.columns[:, 3].max() * ratio)
-            prompts = (pending.columns[readable, 3] * ratio).astype(np.int64)
-            yield f"tokens: about {total:,} in prompts (from a sample); the longest document about {longest:,}"
-            if longest > limit:
-                yield f"too long: documents beyond {limit:,} tokens; policy: {config.too_long}"
-                if config.max_context is None:
-                    own = load_config(make_engine_config(replace(config, rope_scaling=None), config.device))
-                    hint = stretch_hint(own, longest + config.max_new_tokens)
-                    if hint:
-                        yield f"longest document: {hint}"
-            dense = dense_line(prompts, config.stem())
-            if dense:
-                yield f"dense: {dense}"
-        most = {task.name: task.max_new_tokens or config.max_new_tokens for task in questions.tasks}
-        asked = Counter(name for which in pending.asked.tolist() for name, _ in pending.questions[which])
-        generated = sum(count * most.get(name, 0) for name, count in asked.items())
-        more = f", and {config.max_new_tokens:,} for each question of a document's own" if questions.own else ""
-        yield f"generated: at most {generated:,} tokens{more}"
-        if prompts is not None:
-            room = max(1, limit)
-            prompts = prompts[prompts <= room] if config.too_long == "error" else prompts
-            prompts = np.minimum(prompts, room) if config.too_long == "truncate" else prompts
-            if asks_first(task.template):
-                prompts = np.repeat(prompts, len(questions.names))
-            own = load_config(make_engine_config(config, config.device))
-            machine = machine_of(config, model_label(config), memory, own, len(pending))
-            store = Store(config.estimate_from or config.output)
-            if config.estimate_from and not part_names(store):
-                raise JobError(f"--estimate-from {store.name}: it holds no results")
-            # Of a document's own questions one is counted: how many there are is known when it is read.
-            outputs = sum(count * most.get(name, config.max_new_tokens) for name, count in asked.items())
-            work = Work(prompts, asked.total(), outputs)
-            yield from estimate_lines(work, machine, store, config.gpu_hour_price, only=bool(config.estimate_from))
-    yield from memory.lines()

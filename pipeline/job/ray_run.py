@@ -9,7 +9,8 @@ from typing import Any
 
 from pipeline.engine.laps import Laps
 from pipeline.errors import JobError
-from pipeline.job.plan import Survey, make_worker_config
+from pipeline.job.configs import make_worker_config
+from pipeline.job.plan import Survey
 from pipeline.job.progress import Progress
 from pipeline.results.rows import Row
 from pipeline.results.sink import Sink

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.errors import DocumentError
-from pipeline.prompts.prompt import Task, template_columns
+from pipeline.prompts.task import Task, template_columns
 
 # Stands for all questions that a document brings along, which nobody knows before it is read: own-1, own-2 and so on.
 OWN = "own"
@@ -33,9 +33,14 @@ class Questions:
     own_column: str | None = None
 
     @property
+    def every(self) -> tuple[Task, ...]:
+        """The tasks, and behind them `own`."""
+        return (*self.tasks, *([self.own] if self.own else []))
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Names of the questions to every document; OWN stands for a document's own."""
-        return (*(task.name for task in self.tasks), *([OWN] if self.own else []))
+        return tuple(task.name for task in self.every)
 
     @property
     def asked(self) -> tuple[tuple[str, str | None], ...]:
@@ -45,24 +50,18 @@ class Questions:
     @property
     def columns(self) -> dict[str, str]:
         """Columns of the input that prompts are made from, besides the text, each with the flag that asks for it."""
-        template = next(iter(self._all())).template
+        template = self.every[0].template
         own = {self.own_column: "--questions-column"} if self.own_column else {}
         return dict.fromkeys(template_columns(template), "--prompt-file: {{ column }}") | own
 
-    def _all(self) -> Iterator[Task]:
-        yield from self.tasks
-        if self.own:
-            yield self.own
-
     def frame(self) -> dict[str, str]:
         """What stands around questions and documents: the template, the system message."""
-        task = next(iter(self._all()))
+        task = self.every[0]
         return {"template": task.template, "system": task.system}
 
     def prints(self) -> dict[str, str]:
         """By name, a fingerprint of what is asked and how."""
-        found = {task.name: task.fingerprint() for task in self.tasks}
-        return found | ({OWN: self.own.fingerprint()} if self.own else {})
+        return {task.name: task.fingerprint() for task in self.every}
 
     def of_document(self, values: Mapping[str, Any]) -> list[Task]:
         """The questions that a document brought along. values: its columns. Raises DocumentError if they are none."""

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.results.parts import part_names, read_columns, read_part
 from pipeline.results.rows import SUMMARY
-from pipeline.results.sink import part_names, read_columns, read_part
 from pipeline.results.store import Store
 
 _COLUMNS = (

@@ -11,12 +11,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from datetime import date
-from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.errors import JobError, nearest, one_line
+from pipeline.errors import JobError, nearest
 from pipeline.prompts.thinking import THINKING
-from pipeline.settings.options import check_flags, flag, flag_error, short
+from pipeline.settings.options import check_flags, flag, flag_error, read_yaml, short
 from pipeline.settings.shared import EngineSettings, ReadSettings, Sampling
 from stem_core.config import DEFAULT_PRESET, PRESETS, REMOVED_PRESETS, StemConfig
 from stem_core.settings import SettingError, setting
@@ -338,16 +337,7 @@ def from_mapping(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
 
 def read_job_file(path: str) -> dict[str, Any]:
     """Settings from a YAML file. Raises JobError if it cannot be read or has unknown keys."""
-    import yaml
-
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise JobError(f"--config {path}: cannot be read: {one_line(error)}") from None
-    try:
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:  # ValueError: a 13th month, say
-        raise JobError(f"--config {path}: not valid YAML: {one_line(error)}") from None
+    values = read_yaml(path, "--config")
     if not isinstance(values, Mapping):
         raise JobError(f"--config {path}: expected `key: value` lines, got {type(values).__name__}")
     return from_mapping(values, f"--config {path}")

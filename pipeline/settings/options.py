@@ -42,6 +42,20 @@ def short(value: Any) -> str:
         return f"a value of type {type(value).__name__}"
 
 
+def read_yaml(path: str, asked: str) -> Any:
+    """What a YAML file holds. asked: the flag that names it. Raises JobError."""
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise JobError(f"{asked} {path}: cannot be read: {one_line(error)}") from None
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:  # ValueError: a 13th month, say
+        raise JobError(f"{asked} {path}: not valid YAML: {one_line(error)}") from None
+
+
 def _text(name: str, value: Any) -> str:
     """Text that a path, a prompt or a file can hold."""
     if isinstance(value, Path):

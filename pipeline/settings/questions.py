@@ -7,15 +7,14 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from pipeline.answers.schema import Schema, compile_schema
 from pipeline.errors import JobError, nearest, one_line
-from pipeline.prompts.prompt import Task, asks, make_task, user_message
 from pipeline.prompts.questions import OWN, Questions, is_own
+from pipeline.prompts.task import Task, asks, make_task, user_message
 from pipeline.settings.config import JobConfig
-from pipeline.settings.options import short
+from pipeline.settings.options import read_yaml, short
 from pipeline.settings.shared import Sampling
 from stem_core.settings import LARGEST, SettingError
 
@@ -55,7 +54,7 @@ def questions_of(config: JobConfig) -> Questions:
 def answers_of(config: JobConfig, questions: Questions) -> dict[str, Schema]:
     """By question, the schema of its answers: its own, else that of --schema; those without one are left out."""
     found = {}
-    for task in (*questions.tasks, *([questions.own] if questions.own else [])):
+    for task in questions.every:
         if task.schema is not None:
             found[task.name] = compile_schema(task.schema, f"question {task.name}: schema")
             if config.thinking == "on":
@@ -96,7 +95,7 @@ def _listed(questions: Any) -> list[tuple[Any, str]]:
         return []
     where, entries = "questions", questions
     if isinstance(questions, str):
-        where, entries = f"--questions {questions}", _read(questions)
+        where, entries = f"--questions {questions}", read_yaml(questions, "--questions")
     if isinstance(entries, Mapping):
         entries = [
             {**(item if isinstance(item, Mapping) else {"question": item}), "name": name}
@@ -108,17 +107,6 @@ def _listed(questions: Any) -> list[tuple[Any, str]]:
         ({"question": item} if isinstance(item, str) else item, f"{where}: question {number}")
         for number, item in enumerate(entries, 1)
     ]
-
-
-def _read(path: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeError) as error:
-        raise JobError(f"--questions {path}: cannot be read: {one_line(error)}") from None
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
-        raise JobError(f"--questions {path}: not valid YAML: {one_line(error)}") from None
 
 
 def _task(item: Any, place: str, plain: Task) -> Task:

@@ -7,15 +7,13 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-import pyarrow as pa
-
 from pipeline.converters.protocol import MOST_BYTES
-from pipeline.errors import DocumentError, JobError, one_line
-from pipeline.location import open_filesystem
+from pipeline.errors import DocumentError, JobError
 from pipeline.settings.shared import ReadSettings
 from pipeline.source.catalogue import CatalogueBuilder
 from pipeline.source.processes import shared_converters
 from pipeline.source.protocol import Format, Locator, SourceFile
+from pipeline.source.streams import whole_file
 
 EXTRA = "documents"
 
@@ -52,11 +50,7 @@ class ConvertingReader:
 
     def read(self, at: Locator) -> dict[str, Any]:
         """What the converter gives back, under the text column's name. Raises DocumentError."""
-        try:
-            with open_filesystem(at.filesystem).open_input_file(at.path) as file:
-                data = file.read(MOST_BYTES + 1)
-        except (OSError, pa.ArrowException) as error:
-            raise DocumentError(f"cannot be read: {one_line(error)}") from None
+        data = whole_file(at, MOST_BYTES)
         if not data:
             raise DocumentError("its file is empty (0 bytes)")
         if len(data) > MOST_BYTES:

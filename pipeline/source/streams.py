@@ -65,6 +65,15 @@ def lines(stream: BinaryIO) -> Iterator[tuple[bytes, int]]:
         yield line, length
 
 
+def whole_file(at: Locator, most: int) -> bytes:
+    """The bytes of a file, up to one more than `most`. Raises DocumentError."""
+    try:
+        with open_filesystem(at.filesystem).open_input_file(at.path) as file:
+            return file.read(most + 1)
+    except (OSError, pa.ArrowException) as error:
+        raise DocumentError(f"cannot be read: {one_line(error)}") from None
+
+
 class StretchReader:
     """Reads stretches of files; a compressed file is read on from where the last one ended, if it can be."""
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import pyarrow as pa
-
-from pipeline.errors import DocumentError, one_line
-from pipeline.location import open_filesystem
+from pipeline.errors import DocumentError
 from pipeline.settings.shared import ReadSettings
 from pipeline.source.catalogue import CatalogueBuilder
 from pipeline.source.protocol import Locator, SourceFile
-from pipeline.source.streams import MOST_BYTES
+from pipeline.source.streams import MOST_BYTES, whole_file
 from pipeline.source.texts import decoded
 
 
@@ -28,11 +25,7 @@ class TextFileReader:
 
     def read(self, at: Locator) -> dict[str, Any]:
         """The text, under the text column's name. Raises DocumentError."""
-        try:
-            with open_filesystem(at.filesystem).open_input_file(at.path) as file:
-                data = file.read(MOST_BYTES + 1)
-        except (OSError, pa.ArrowException) as error:
-            raise DocumentError(f"cannot be read: {one_line(error)}") from None
+        data = whole_file(at, MOST_BYTES)
         if len(data) > MOST_BYTES:
             raise DocumentError(f"its text has more than {MOST_BYTES:,} bytes; no more are read")
         return {self._text_column: decoded(data, self._encoding)}

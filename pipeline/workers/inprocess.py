@@ -12,23 +12,12 @@ from typing import Any
 from pipeline.inputs import TextReader
 from pipeline.source import Document, DocumentReader
 from pipeline.workers.loop import EngineBrokenError, describe_error
-from pipeline.workers.pool import Event, WorkerId
-from pipeline.workers.worker import Worker, WorkerConfig
+from pipeline.workers.pool import Event, WorkerId, drained
+from pipeline.workers.work import WorkerConfig
+from pipeline.workers.worker import Worker
 
 # How long a closed engine may take to end its current step and give its memory back.
 CLOSE_SECONDS = 60.0
-
-
-class LocalWorker(Worker):
-    """A worker that can be given another reader."""
-
-    def __init__(self, config: WorkerConfig, reader: DocumentReader) -> None:
-        super().__init__(config)
-        self._documents = reader
-
-    def read_with(self, reader: DocumentReader) -> None:
-        """Read the documents of the next run with `reader`."""
-        self._documents = reader
 
 
 class LocalPool:
@@ -41,7 +30,7 @@ class LocalPool:
         self._config = config
         self._reader: DocumentReader = TextReader(config.text_column, list(config.kept), config.reading)
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._worker: LocalWorker | None = None
+        self._worker: Worker | None = None
         self._info: dict[str, Any] = {}  # of a worker that is ready
         self._count = 0
         self._hung = False
@@ -104,13 +93,7 @@ class LocalPool:
 
     def wait(self, timeout: float) -> list[Event]:
         """Events since the last call; waits up to `timeout` seconds for the first."""
-        events = []
-        try:
-            events.append(self._events.get(timeout=timeout))
-            while True:
-                events.append(self._events.get_nowait())
-        except queue.Empty:
-            pass
+        events = drained(self._events, timeout)
         # A broken engine fails all its documents: one event is enough. What it had finished before still counts.
         losses = [event for event in events if event.kind not in ("result", "started")]
         return [event for event in events if event.kind in ("result", "started")] + losses[:1]
@@ -132,10 +115,11 @@ class LocalPool:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(CLOSE_SECONDS)
 
-    def _new_worker(self) -> LocalWorker:
+    def _new_worker(self) -> Worker:
         self._count += 1
         self._hung = False
-        self._worker = LocalWorker(self._config, self._reader)
+        self._worker = Worker(self._config)
+        self._worker.read_with(self._reader)
         return self._worker
 
     def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from pipeline.results.rows import Row
 from pipeline.source import Document
 
+T = TypeVar("T")
 WorkerId = int
 EventKind = Literal["started", "start_failed", "result", "failed", "hung", "died"]
 
@@ -47,3 +50,13 @@ class Pool(Protocol):
     def kill(self, worker: WorkerId) -> None:
         """End a worker; no more events come from it."""
         ...
+
+
+def drained(waiting: queue.SimpleQueue[T], timeout: float) -> list[T]:
+    """All that is in a queue; waits up to `timeout` seconds for the first."""
+    found: list[T] = []
+    with contextlib.suppress(queue.Empty):
+        found.append(waiting.get(timeout=timeout))
+        while True:
+            found.append(waiting.get_nowait())
+    return found

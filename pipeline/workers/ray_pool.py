@@ -21,8 +21,9 @@ from pipeline.errors import JobError, one_line, without_secrets
 from pipeline.imports import ROOT
 from pipeline.source import Document
 from pipeline.workers.loop import EngineBrokenError, describe_error
-from pipeline.workers.pool import Event, WorkerId
-from pipeline.workers.worker import Worker, WorkerConfig
+from pipeline.workers.pool import Event, WorkerId, drained
+from pipeline.workers.work import WorkerConfig
+from pipeline.workers.worker import Worker
 
 START_TIMEOUT = 900.0
 READING_EVERY = 2.0  # seconds between two questions to a worker, how far it is
@@ -215,13 +216,7 @@ class RayPool:
 
     def wait(self, timeout: float) -> list[Event]:
         """Events since the last call; waits up to `timeout` seconds for the first."""
-        events = []
-        try:
-            events.append(self._event(*self._ended.get(timeout=timeout)))
-            while True:
-                events.append(self._event(*self._ended.get_nowait()))
-        except queue.Empty:
-            pass
+        events = [self._event(*ended) for ended in drained(self._ended, timeout)]
         # A dead worker fails all its calls: one event is enough. What it had finished before still counts.
         alive = [event for event in events if event.worker in self._workers]
         results = [event for event in alive if event.kind in ("result", "started")]

@@ -12,8 +12,8 @@ import pytest
 from pipeline import read_results
 from pipeline.errors import JobError
 from pipeline.job.job import run
-from pipeline.results import lock, sink
-from pipeline.results.sink import part_names
+from pipeline.results import lock
+from pipeline.results.parts import compact, part_names
 from pipeline.results.store import Store
 from pipeline.settings.config import JobConfig
 from pipeline.source import DocumentReader, find_files, list_documents
@@ -82,7 +82,7 @@ def test_a_job_from_and_to_a_bucket_is_killed_and_resumed(
     assert read_results(place).num_rows == 13
     assert all(after[name] == row for name, row in before.items())
     assert "nothing to do" in job().messages[-1]
-    assert sink.compact(Store(place)) == 1
+    assert compact(Store(place)) == 1
     assert read_results(place).num_rows == 13
 
     store = Store(place)

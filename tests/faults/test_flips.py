@@ -12,8 +12,8 @@ from result_rows import make_row
 
 from pipeline import read_results
 from pipeline.errors import JobError
+from pipeline.results.parts import encode, recover
 from pipeline.results.rows import result_schema, to_table
-from pipeline.results.sink import encode, recover
 from pipeline.results.store import Store
 from tools.faults.flips import flips
 

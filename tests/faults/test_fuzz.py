@@ -25,7 +25,8 @@ from result_rows import kept_columns, make_row
 
 from jobs.cli import Parser, add_job_flags, job_config
 from pipeline.errors import DocumentError, JobError
-from pipeline.job.plan import Survey, make_worker_config
+from pipeline.job.configs import make_worker_config
+from pipeline.job.plan import Survey
 from pipeline.results.rows import result_schema, to_table
 from pipeline.settings.config import JobConfig, read_job_file
 from pipeline.settings.questions import questions_of

@@ -28,8 +28,9 @@ from pipeline.imports import ROOT
 from pipeline.job import manifest
 from pipeline.job.plan import make_plan, survey_input
 from pipeline.location import open_filesystem, printed, split_location
+from pipeline.results.parts import recover
 from pipeline.results.rows import result_schema
-from pipeline.results.sink import Sink, recover
+from pipeline.results.sink import Sink
 from pipeline.results.store import Store
 from pipeline.settings.config import JobConfig
 from pipeline.source import DocumentReader, input_hash

@@ -15,7 +15,7 @@ import zstandard
 
 from pipeline.errors import DocumentError
 from pipeline.imports import ROOT
-from pipeline.job.plan import describe_plan
+from pipeline.job.dry_run import describe_plan
 from pipeline.settings.config import JobConfig
 from pipeline.source import Document, DocumentReader, find_files, list_documents, parquet, streams
 

@@ -18,9 +18,9 @@ from pipeline.job import manifest
 from pipeline.job.job import run
 from pipeline.job.plan import JobPlan, make_plan, survey_input
 from pipeline.results.columns import utc_now
-from pipeline.results.removal import remove_rows
+from pipeline.results.parts import read_results, recover, remove_rows
 from pipeline.results.rows import result_schema
-from pipeline.results.sink import Sink, read_results, recover
+from pipeline.results.sink import Sink
 from pipeline.results.store import Store
 from pipeline.settings.config import JobConfig
 from pipeline.source import DocumentReader, input_hash

@@ -16,16 +16,18 @@ from transformers import PreTrainedTokenizerFast
 from jobs import submit
 from pipeline.errors import JobError, one_line, without_secrets
 from pipeline.job import manifest
-from pipeline.job.plan import make_worker_config, survey_input
+from pipeline.job.configs import make_worker_config
+from pipeline.job.plan import survey_input
 from pipeline.location import safe_name
-from pipeline.prompts.prompt import PromptBuilder, Task
+from pipeline.prompts.prompt import PromptBuilder
+from pipeline.prompts.task import Task
 from pipeline.prompts.tokens import Tokens, load_tokens
 from pipeline.results.rows import result_schema
 from pipeline.results.sink import Sink
 from pipeline.results.store import Store
 from pipeline.settings.config import JobConfig
 from pipeline.source import find_files
-from pipeline.workers.worker import document_of, request_id
+from pipeline.workers.work import document_of, request_id
 from tools.faults.corpus import write_model
 
 ROOT = Path(__file__).parents[2]

@@ -17,8 +17,9 @@ from pipeline.errors import DocumentError, JobError
 from pipeline.job import manifest
 from pipeline.job.plan import make_plan, survey_input
 from pipeline.results.kept_columns import Kept
+from pipeline.results.parts import read_results
 from pipeline.results.rows import result_schema
-from pipeline.results.sink import Sink, read_results
+from pipeline.results.sink import Sink
 from pipeline.results.store import Store
 from pipeline.settings.config import JobConfig
 from pipeline.source import Catalogue, DocumentReader, find_files, input_hash, list_documents

@@ -17,8 +17,9 @@ from result_rows import make_row
 from pipeline import read_results
 from pipeline.errors import JobError
 from pipeline.job.job import run
+from pipeline.results.parts import compact, done_rows, part_names, recover
 from pipeline.results.rows import result_schema
-from pipeline.results.sink import Sink, compact, done_rows, part_names, recover
+from pipeline.results.sink import Sink
 from pipeline.results.store import Store
 from pipeline.settings.config import JobConfig
 

@@ -292,6 +292,6 @@ def test_a_store_that_raises_anything_while_a_document_is_read_costs_that_docume
         raise ZeroDivisionError("the client's own\nmistake")
 
     assert DocumentReader("text", []).read(document)[0] == "fine"
-    monkeypatch.setattr("pipeline.source.text_files.open_filesystem", fails)
+    monkeypatch.setattr("pipeline.source.streams.open_filesystem", fails)
     with pytest.raises(DocumentError, match="cannot be read: the client's own mistake"):
         DocumentReader("text", []).read(document)

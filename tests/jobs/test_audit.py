@@ -261,7 +261,7 @@ def test_a_job_file_is_audited_as_it_is(documents: Path, model: Path, tmp_path: 
         ("--sample 0", "--sample must be at least 1"),
         ("--least-rouge 2", "--least-rouge must lie in 0..1"),
         ("--preset relaese", "invalid choice"),
-        ("--load-format dummy --model llama-3.1-8b", "shape without a tokenizer"),
+        ("--load-format dummy --model llama-3.1-8b", "needs a folder with a config.json: .*No such file"),
         ("--workers 3", "--workers is not a flag"),
         ("--report nowhere", "it holds no audit"),
         ("--block-size 17", "--block-size must be one of 16, 32"),

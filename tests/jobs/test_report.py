@@ -27,8 +27,8 @@ from jobs.report.__main__ import main
 from jobs.report.measures import length_edges
 from jobs.report.results import load_runs, short_names
 from pipeline.job import manifest
+from pipeline.results.parts import REQUIRED
 from pipeline.results.rows import STATUSES, Row, result_schema, to_table
-from pipeline.results.sink import REQUIRED
 from pipeline.results.store import Store
 from pipeline.settings.config import JobConfig
 

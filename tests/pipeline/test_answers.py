@@ -17,9 +17,10 @@ from jobs.submit import split_arguments
 from pipeline import StemlineStage, read_results, summarize
 from pipeline.answers.schema import AnswerError, answer_type, compile_schema, read_schema
 from pipeline.errors import JobError
+from pipeline.job.dry_run import describe_plan
 from pipeline.job.job import run
-from pipeline.job.plan import describe_plan
-from pipeline.prompts.prompt import PromptBuilder, make_task
+from pipeline.prompts.prompt import PromptBuilder
+from pipeline.prompts.task import make_task
 from pipeline.prompts.tokens import load_tokens
 from pipeline.settings.config import JobConfig
 

@@ -304,7 +304,7 @@ def test_the_same_bytes_give_the_same_text(tmp_path: Path, name: str) -> None:
 def test_listing_opens_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a.pdf", "b.docx", "c.html", "d.epub", "e.htm"):
         (tmp_path / name).write_bytes(b"x")
-    monkeypatch.setattr(converted, "open_filesystem", None)
+    monkeypatch.setattr(converted, "whole_file", None)
     monkeypatch.setattr(converted, "shared_converters", None)
     catalogue = list_documents(find_files((str(tmp_path),))[0])
     assert catalogue.ids.to_pylist() == ["a.pdf", "b.docx", "c.html", "d.epub", "e.htm"]

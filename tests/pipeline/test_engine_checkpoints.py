@@ -25,7 +25,8 @@ from pipeline.engine.model.precision import resolve_precision
 from pipeline.engine.model.rope import stretch, stretch_hint
 from pipeline.errors import JobError
 from pipeline.job import manifest
-from pipeline.job.plan import describe_plan, make_engine_config, model_label
+from pipeline.job.configs import make_engine_config, model_label
+from pipeline.job.dry_run import describe_plan
 from pipeline.settings.config import JobConfig
 from stem_core.fp8 import Fp8Experts, Fp8Linear
 

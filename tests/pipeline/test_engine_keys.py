@@ -21,7 +21,7 @@ from pipeline import summarize
 from pipeline.engine import EngineConfig, ModelLoadError, estimate_plan
 from pipeline.engine.model.loading import load_model
 from pipeline.errors import JobError
-from pipeline.job.plan import describe_plan
+from pipeline.job.dry_run import describe_plan
 from pipeline.settings.config import JobConfig
 
 Tensors = dict[str, Tensor]

@@ -13,8 +13,8 @@ import pytest
 from result_rows import make_row
 
 from pipeline.errors import JobError
+from pipeline.job.dry_run import describe_plan
 from pipeline.job.estimate import BENCHMARKS, JOB_LENGTHS, JOB_OUTPUTS, PAGE, Machine, Work, dense_line, estimate_lines
-from pipeline.job.plan import describe_plan
 from pipeline.results.rows import result_schema
 from pipeline.results.sink import Sink
 from pipeline.results.store import Store

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.shapes import shape_folder
 from pipeline.engine import EngineConfig, EngineError, estimate_plan
 from pipeline.errors import JobError
-from pipeline.job.plan import make_engine_config
+from pipeline.job.configs import make_engine_config
 from pipeline.settings.config import STEM_OVERRIDES, JobConfig
 from pipeline.workers.ray_pool import Cluster, Share, divide
+from tools.shapes import shape_folder
 
 TWO_NODES = Cluster(cpus=64, gpus=11, local=False, nodes=3, node_gpus=(8.0, 3.0, 0.0))
 ALONE = replace(TWO_NODES, local=True)

@@ -16,9 +16,10 @@ from transformers.utils import chat_template_utils
 
 from pipeline import Summarizer
 from pipeline.errors import DocumentError, JobError
-from pipeline.job.plan import describe_plan
+from pipeline.job.dry_run import describe_plan
 from pipeline.prompts import tokens as prompts_tokens
-from pipeline.prompts.prompt import PromptBuilder, Task, make_task, user_message
+from pipeline.prompts.prompt import PromptBuilder
+from pipeline.prompts.task import Task, make_task, user_message
 from pipeline.prompts.tokens import Tokens, load_tokens
 from pipeline.settings.config import JobConfig
 

@@ -13,8 +13,9 @@ import pytest
 from pipeline import StemlineStage, read_results, summarize
 from pipeline.errors import JobError
 from pipeline.job import job as job_module
-from pipeline.job.plan import describe_plan
-from pipeline.prompts.prompt import PromptBuilder, Task
+from pipeline.job.dry_run import describe_plan
+from pipeline.prompts.prompt import PromptBuilder
+from pipeline.prompts.task import Task
 from pipeline.prompts.tokens import load_tokens
 from pipeline.settings.config import JobConfig
 from pipeline.settings.questions import questions_of, slug
@@ -244,8 +245,8 @@ def test_a_review_that_fails_costs_no_answer(model: Path, monkeypatch: pytest.Mo
     def fail(*args: Any) -> Any:
         raise ValueError("cannot")
 
-    monkeypatch.setattr("pipeline.workers.worker.find_evidence", fail)
-    monkeypatch.setattr("pipeline.workers.worker.find_flags", fail)
+    monkeypatch.setattr("pipeline.workers.asking.find_evidence", fail)
+    monkeypatch.setattr("pipeline.workers.asking.find_flags", fail)
     rows = summarize(["A text."], model=model, device="cpu", question=["One?", "Two?"], max_new_tokens=4).to_pylist()
     assert [row["status"] for row in rows] == ["ok", "ok"]
     assert all(row["output"] is not None for row in rows)

@@ -20,12 +20,13 @@ from pipeline import Summarizer
 from pipeline.engine.config import EngineConfig
 from pipeline.errors import JobError
 from pipeline.job import manifest
-from pipeline.job.plan import make_engine_config
+from pipeline.job.configs import make_engine_config
 from pipeline.job.progress import Progress
 from pipeline.location import open_filesystem, safe_name
-from pipeline.prompts.prompt import make_task
+from pipeline.prompts.task import make_task
+from pipeline.results.parts import compact, done_rows, part_names, read_results, recover
 from pipeline.results.rows import Outcome, result_schema
-from pipeline.results.sink import Sink, compact, done_rows, part_names, read_results, recover
+from pipeline.results.sink import Sink
 from pipeline.results.store import Store
 from pipeline.settings.config import JobConfig
 from pipeline.settings.shared import EngineSettings, Sampling

@@ -16,10 +16,12 @@ from result_rows import make_row
 
 from pipeline.errors import JobError
 from pipeline.job.plan import check_columns
+from pipeline.results import parts
 from pipeline.results import sink as sinks
 from pipeline.results.columns import utc_now
+from pipeline.results.parts import compact, done_rows, part_names, read_results, recover
 from pipeline.results.rows import COLUMNS, SUMMARY, Row, result_schema
-from pipeline.results.sink import Sink, compact, done_rows, part_names, read_results, recover
+from pipeline.results.sink import Sink
 from pipeline.results.store import Store
 
 
@@ -242,7 +244,7 @@ def test_compaction_bounds_the_size_of_parts(tmp_path: Path, monkeypatch: pytest
     store, sink = make(tmp_path, 1)
     for i in range(7):
         sink.add(row(str(i)))
-    monkeypatch.setattr(sinks, "COMPACT_ROWS", 3)
+    monkeypatch.setattr(parts, "COMPACT_ROWS", 3)
     assert compact(store) == 3
     assert len(ids(tmp_path)) == 7
 

@@ -25,10 +25,10 @@ HEAVY = {
 # A worker's first steps; what comes behind them is the engine.
 WORKER = """
 from pipeline.engine.config import EngineConfig
-from pipeline.workers.worker import _load_tokens
+from pipeline.workers.job_questions import load_prompting
 from pipeline.engine import Engine
 config = EngineConfig(model="{model}", device="cpu", arena_tokens=1024)
-own, tokens = _load_tokens(config)
+own, tokens = load_prompting(config)
 engine = Engine(config)
 """
 SCHEMA = """

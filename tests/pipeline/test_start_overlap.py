@@ -7,7 +7,6 @@ import ctypes
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +24,7 @@ from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.run.batch import DRAFTS
 from pipeline.engine.run.decode import DecodeRunner
 from pipeline.workers import gpu, worker
+from pipeline.workers.threads import ReadingThreads
 from stem_core import StemConfig
 from stem_core.kv_scales import Calibration
 from tests.patience import patient
@@ -139,7 +139,7 @@ def test_the_gpu_opens_while_python_imports(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(worker, "warm_up", opened.set)
     monkeypatch.setattr(worker, "_import_engine", import_engine)
     starting: Any = SimpleNamespace(
-        _config=SimpleNamespace(engine=SimpleNamespace(device="cuda")), _reader=ThreadPoolExecutor(1)
+        _config=SimpleNamespace(engine=SimpleNamespace(device="cuda")), _threads=ReadingThreads()
     )
     with pytest.raises(ImportedError):
         asyncio.run(worker.Worker.load(starting))

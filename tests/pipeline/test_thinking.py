@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 from pipeline import summarize
 from pipeline.engine.config import Request
 from pipeline.errors import DocumentError, JobError
-from pipeline.prompts.prompt import PromptBuilder, make_task
+from pipeline.prompts.prompt import PromptBuilder
+from pipeline.prompts.task import make_task
 from pipeline.prompts.thinking import opens_thinking, template_switches
 from pipeline.prompts.tokens import Tokens
 

@@ -1,4 +1,4 @@
-"""The recall floor: what the tasks of jobs.evaluate find under the presets, and under a window."""
+"""The recall floor: what the tasks of tools.evaluate find under the presets, and under a window."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs.evaluate.arms import make_arms
-from jobs.evaluate.prompts import Tokenizer, make_document, read_prompts
-from jobs.evaluate.reader import Reader
-from jobs.evaluate.run import read_document
-from jobs.evaluate.wording import REPORT
+from jobs.known.prompts import Tokenizer, make_document, read_prompts
+from jobs.known.reader import Reader
+from jobs.known.wording import REPORT
 from pipeline.engine import EngineConfig
+from tools.evaluate.arms import make_arms
+from tools.evaluate.haystacks import KINDS
+from tools.evaluate.run import read_document
 
 MODEL = str(Path(__file__).parents[2] / "models/tiny-reader")
 TASKS = ("report_facts", "lookup", "niah_essay", "multikey_4")
@@ -34,7 +35,7 @@ def recall_by_arm() -> dict[str, float]:
     arms = make_arms([spec for spec, _, _ in FLOORS], 16)
     rows = []
     for kind in ("report", "essay"):
-        made = make_document(kind, LENGTH, 0, REPORT, tokenizer, 4, seed=11).only(TASKS)
+        made = make_document(KINDS[kind], LENGTH, 0, REPORT, tokenizer, 4, seed=11).only(TASKS)
         rows += read_document(read_prompts(made, REPORT, tokenizer), [reader], arms, tokenizer)
     return {arm.name: float(np.mean([row["recall"] for row in rows if row["arm"] == arm.name])) for arm in arms}
 

@@ -12,7 +12,8 @@ import pytest
 
 import tools.benchmark.scaling as benchmark
 from pipeline.errors import JobError
-from pipeline.prompts.prompt import PromptBuilder, make_task
+from pipeline.prompts.prompt import PromptBuilder
+from pipeline.prompts.task import make_task
 from pipeline.prompts.tokens import load_tokens
 from tools.benchmark.__main__ import main
 from tools.benchmark.scaling.documents import model_folder, write_documents

@@ -21,7 +21,8 @@ from pipeline.answers.schema import compile_schema
 from pipeline.api import Summarizer
 from pipeline.engine import Completion, Engine, EngineConfig, Request
 from pipeline.errors import JobError
-from pipeline.prompts.prompt import PromptBuilder, make_task
+from pipeline.prompts.prompt import PromptBuilder
+from pipeline.prompts.task import make_task
 from pipeline.prompts.tokens import load_tokens
 from pipeline.settings.shared import PRECISIONS
 from tools.benchmark._measure import table, write_json

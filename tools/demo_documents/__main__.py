@@ -14,7 +14,7 @@ from random import Random
 from transformers import AutoTokenizer
 
 from jobs.cli import Parser, run_main
-from jobs.evaluate.grammar import NAMES, PLACES
+from jobs.known.grammar import NAMES, PLACES
 from tools.demo_documents.reports import Report, invent_facts, plant, synthetic_report
 
 # Length in tokens of models/tiny-reader's tokenizer, and the number of findings, of each synthetic report.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from jobs.evaluate.grammar import NOTES, Measure, fact, new_measure, sentence
+from jobs.known.grammar import NOTES, Measure, fact, new_measure, sentence
 
 FREE_FORM_SHARE = 0.25  # findings that are a plain sentence instead of a measured fact
 PARAGRAPH_SENTENCES = (4, 12)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 
 from pipeline.job import manifest
-from pipeline.results import lock, sink, store
+from pipeline.results import lock, parts, store
 from pipeline.results.columns import Column
 from pipeline.results.rows import COLUMNS, PASSAGES, STATUSES
 from pipeline.settings.config import JobConfig
@@ -37,7 +37,7 @@ def _column(column: Column) -> tuple[str, ...]:
 
 
 def _files() -> list[tuple[str, str]]:
-    part = f"{sink.PREFIX}NNNNNN-xxxxxxxx{sink.SUFFIX}"
+    part = f"{parts.PREFIX}NNNNNN-xxxxxxxx{parts.SUFFIX}"
     return [
         (f"`{part}`", "the rows: a running number and random digits; zstd, with checksums of pages and a hash of all"),
         (f"`{manifest.NAME}`", "what the rows were made from (below)"),
@@ -50,14 +50,14 @@ def _files() -> list[tuple[str, str]]:
             f"`s3://` and `gs://`: the claim of the job that writes, renewed every {lock.BEAT_SECONDS:g} s; one that "
             f"stays the same for {lock.LEASE_SECONDS:g} s is a crashed job's, and the next job removes it",
         ),
-        (f"`{sink.JOURNAL}`", "there while part files are merged: which ones the merged file replaces"),
+        (f"`{parts.JOURNAL}`", "there while part files are merged: which ones the merged file replaces"),
         (f"`.*{store.TEMPORARY}`", "a write under way, or one that a crash left; the next job removes it"),
-        (f"`*{sink.SUFFIX}.damaged`", "a part whose checksums or hash were wrong; its documents are done again"),
+        (f"`*{parts.SUFFIX}.damaged`", "a part whose checksums or hash were wrong; its documents are done again"),
         ("`report.html`", "the page of `python -m jobs.report`, if it was asked for"),
     ]
 
 
-_COMPACT_MIB = sink.COMPACT_BYTES >> 20
+_COMPACT_MIB = parts.COMPACT_BYTES >> 20
 _INTRO = """\
 # Results
 
@@ -90,7 +90,7 @@ of the run.
 _FILES = f"""
 A part file is complete or not there. Rows are written when {JobConfig.flush_documents} of them wait or the oldest
 has waited {JobConfig.flush_seconds:g} s (`--flush-documents`, `--flush-seconds`). At the end of a job more than
-{sink.COMPACT_ABOVE} parts are merged, into files of up to {sink.COMPACT_ROWS:,} rows or {_COMPACT_MIB} MiB;
+{parts.COMPACT_ABOVE} parts are merged, into files of up to {parts.COMPACT_ROWS:,} rows or {_COMPACT_MIB} MiB;
 `--no-compact` leaves them. Only one job at a time writes to a folder; a second one is refused with the name of the
 first.
 

@@ -18,7 +18,7 @@ from pyarrow.fs import FileSystem
 from pipeline import read_results
 from pipeline.errors import JobError
 from pipeline.imports import ROOT
-from pipeline.results.sink import part_names
+from pipeline.results.parts import part_names
 from pipeline.results.store import Store
 from tools.faults import processes
 from tools.faults.runs import refuse_used

@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from jobs.shapes import ALIASES, SHAPES, shape_folder
 from pipeline.engine.config import EngineConfig, Request, Sampling
 from pipeline.errors import JobError
 from pipeline.imports import ROOT
 from stem_core.config import StemConfig
 from tools.faults.corpus import READER
+from tools.shapes import ALIASES, SHAPES, shape_folder
 
 SAMPLINGS = {"greedy": Sampling(), "seeded": Sampling(temperature=0.8, top_p=0.95, seed=5)}
 # Every layer sparse, in blocks small enough for prompts of a few thousand tokens.
@@ -146,7 +146,8 @@ def make_prompts(model: str, documents: int, longest: int, texts: bool) -> dict[
 
 def text_prompt(model: str, index: int, tokens: int) -> np.ndarray:
     """A piece of an example document behind the model's chat template, at most `tokens` tokens."""
-    from pipeline.prompts.prompt import PromptBuilder, make_task
+    from pipeline.prompts.prompt import PromptBuilder
+    from pipeline.prompts.task import make_task
     from pipeline.prompts.tokens import load_tokens
 
     builder = PromptBuilder(load_tokens(model), make_task("summarize", QUESTION, None))

@@ -19,7 +19,7 @@ from torch import nn
 from pipeline.engine import Engine
 from pipeline.engine.config import Completion, SharedPrompt
 from pipeline.prompts.tokens import Tokens
-from pipeline.workers.worker import document_of
+from pipeline.workers.work import document_of
 from tools.faults.processes import LOG
 
 VICTIM = "victim"

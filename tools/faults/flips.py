@@ -15,8 +15,9 @@ from pipeline.imports import ROOT
 from pipeline.job import manifest
 from pipeline.job.plan import Survey, make_plan, survey_input
 from pipeline.results.lock import FILE
+from pipeline.results.parts import part_names, recover
 from pipeline.results.rows import Outcome, Row, result_schema
-from pipeline.results.sink import Sink, part_names, recover
+from pipeline.results.sink import Sink
 from pipeline.results.store import Store
 from pipeline.settings.config import JobConfig
 from tools.faults.runs import refuse_used

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.errors import JobError
-from pipeline.results.sink import read_results
+from pipeline.results.parts import read_results
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ import pyarrow as pa
 
 from pipeline.errors import JobError
 from pipeline.job.progress import Progress
+from pipeline.results.parts import compact, part_names, read_results
 from pipeline.results.rows import Row, result_schema
-from pipeline.results.sink import Sink, compact, part_names, read_results
+from pipeline.results.sink import Sink
 from pipeline.results.store import Store
 from pipeline.source import FORMATS, Catalogue, Document, SourceFile
 from pipeline.source.catalogue import in_shard

@@ -12,7 +12,7 @@ from random import Random
 
 import numpy as np
 
-from jobs.evaluate.grammar import PLACES
+from jobs.known.grammar import PLACES
 from tools.train_demo_model.facts import Ask, Counts, Needle, make_facts
 from tools.train_demo_model.language import filler, name
 

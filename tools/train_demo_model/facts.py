@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from jobs.evaluate.grammar import ADJECTIVES, NOTES, NOUNS, PLACES, SAYS, number
+from jobs.known.grammar import ADJECTIVES, NOTES, NOUNS, PLACES, SAYS, number
 from tools.train_demo_model.language import BEASTS, COLOURS, MARKS, UNITS, invented, name, sentence, worded
 
 ASK_SUMMARY = [
@@ -156,7 +156,7 @@ def _magic_numbers(facts: Facts, rng: Random, count: int) -> None:
 
 
 def ask_magic(keys: Sequence[str], values: Sequence[str]) -> Ask:
-    """As jobs.evaluate asks."""
+    """As tools.evaluate asks."""
     if len(values) == 1:
         return Ask(
             f"What is the special magic number for {keys[0]} mentioned in the provided text?", values[0], "magic"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from jobs.evaluate.grammar import (
+from jobs.known.grammar import (
     ADJECTIVES,
     NAMES,
     NOUNS,
@@ -15,7 +15,7 @@ from jobs.evaluate.grammar import (
     number,
     words,
 )
-from jobs.evaluate.grammar import sentence as report_sentence
+from jobs.known.grammar import sentence as report_sentence
 
 UNITS = UNIT_OF_MEASURE | {
     "evacuation total": "people",

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from random import Random
 
-from jobs.evaluate.grammar import NAMES
+from jobs.known.grammar import NAMES
 from tools.train_demo_model.facts import Counts, make_facts
 from tools.train_demo_model.language import BEASTS, COLOURS, filler
 

@@ -126,14 +126,14 @@ class Prefill:
     def done(self) -> bool:
         return self.start >= self._context.prompt_length
 
-    def branch(self, prompt_ids: np.ndarray, extent: Extent, dense: bool = False) -> Prefill:
+    def branch(self, prompt_ids: np.ndarray, extent: Extent | None = None, dense: bool = False) -> Prefill:
         """A prefill of another prompt that begins with the tokens prefilled here, which it does not read again.
 
         For a prefill with every_row. Keys and values of these tokens must be in the branch's extent before its first
-        step (Arena.copy), or it goes on in this one's; with a model that keeps states, only one branch can. What
-        follows them attends as in a prefill from the start, if they end at a block's border and both prompts have as
-        many blocks (budgets go by these; ValueError otherwise); with `dense`, densely, whatever was prefilled here.
-        Branches of one prefill run one after the other.
+        step (Arena.copy); without an extent it goes on in this one's. With a model that keeps states, only one branch
+        can. What follows them attends as in a prefill from the start, if they end at a block's border and both prompts
+        have as many blocks (budgets go by these; ValueError otherwise); with `dense`, densely, whatever was prefilled
+        here. Branches of one prefill run one after the other.
         """
         config = self._runner.layers[-1][0].config
         if not dense and config is not None:
@@ -146,13 +146,13 @@ class Prefill:
                     "blocks"
                 )
         branch = copy(self)
-        branch._ids, branch._extent = self._runner.on_device(prompt_ids), extent
+        branch._ids, branch._extent = self._runner.on_device(prompt_ids), extent or self._extent
         branch._bound = self._bound - self._context.prompt_length + len(prompt_ids)
         branch._context = replace(
             self._context,
             prompt_length=len(prompt_ids),
             keys={layer: copy(state) for layer, state in self._context.keys.items()},
-            quantized=self._arena.quantized(extent),
+            quantized=self._arena.quantized(branch._extent),
             dense=dense,
         )
         return branch

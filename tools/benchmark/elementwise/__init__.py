@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from jobs.measurement import stamp
-from jobs.shapes import SHAPES
 from tools.benchmark._measure import table, write_json
 from tools.benchmark.elementwise.case import Case, measure
 from tools.benchmark.elementwise.cases import DEVICE, linear_cases, row_cases
 from tools.benchmark.elementwise.experts import expert_cases
 from tools.benchmark.elementwise.models import model_cases
+from tools.shapes import SHAPES
 
 PARTS = ("rows", "linears", "experts", "model")
 COLUMNS = {

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from jobs.shapes import ALIASES, SHAPES, shape_folder
 from pipeline.engine import Engine, EngineConfig
 from pipeline.engine.model.loading import load_config, load_precision
 from pipeline.errors import JobError
@@ -36,6 +35,7 @@ from tools.benchmark.engine.phases import decode_by_batch, gpu_busy, job, latenc
 from tools.benchmark.engine.questions import ask, prompts_of
 from tools.benchmark.engine.report import plot, show
 from tools.benchmark.engine.run import Run
+from tools.shapes import ALIASES, SHAPES, shape_folder
 
 PHASES = (
     "agreement",

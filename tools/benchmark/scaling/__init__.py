@@ -15,18 +15,18 @@ from typing import Any
 import torch
 
 from jobs.measurement import stamp
-from jobs.shapes import ALIASES, SHAPES
 from pipeline.engine.config import EngineConfig
 from pipeline.errors import JobError
 from pipeline.job.job import run
 from pipeline.results.columns import utc_now
-from pipeline.results.sink import read_results
+from pipeline.results.parts import read_results
 from pipeline.settings.config import JobConfig
 from pipeline.settings.shared import PRECISIONS
 from stem_core.config import DEFAULT_PRESET, PRESETS
 from tools.benchmark._measure import write_json
 from tools.benchmark.scaling.documents import model_folder, write_documents
 from tools.benchmark.scaling.figures import COLUMNS, check_rows, figures, join, read, show
+from tools.shapes import ALIASES, SHAPES
 
 # What runs must have in common to stand in one table.
 SETTINGS = (

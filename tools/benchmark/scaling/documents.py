@@ -7,11 +7,12 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.shapes import shape_folder
 from pipeline.errors import JobError
-from pipeline.prompts.prompt import PromptBuilder, make_task
+from pipeline.prompts.prompt import PromptBuilder
+from pipeline.prompts.task import make_task
 from pipeline.prompts.tokens import load_tokens
 from tools.faults.corpus import READER, WORDS
+from tools.shapes import shape_folder
 
 OPENING, CLOSING = "Report", " end."
 

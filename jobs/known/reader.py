@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jobs.evaluate.arms import AGAIN, Arm
-from jobs.evaluate.prompts import Prompt, Reading, Text, TokenLookup
+from jobs.known.prompts import Prompt, Reading, TokenLookup
 from pipeline.engine import EngineConfig, EngineError
 from pipeline.engine.kv.arena import Extent, aligned
 from pipeline.engine.model.loading import context_limit, load_runner, stop_token_ids
@@ -26,6 +25,8 @@ from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.run.batch import IDLE, NOT_FINITE, DecodeBatch, RowStart
 from pipeline.engine.run.decode import DecodeRunner, StepKey, batch_bucket
 from pipeline.engine.run.prefill import Prefill, attention_plan, chunk_size
+from stem_core.config import StemConfig
+from stem_core.context import Select
 from stem_core.policy import DENSE_BLOCK_SIZE
 
 # Logits [rows, V] that are compared in float32 at once.
@@ -36,11 +37,24 @@ MOST_ROWS = 16
 KV_SHARE = 0.5
 
 
+@dataclass(frozen=True)
+class Arm:
+    """One way to attend. config None: dense. select: what chooses the blocks in place of the config's estimator.
+
+    other_chunks: prefill in shorter chunks, which change nothing but the rounding.
+    """
+
+    name: str
+    config: StemConfig | None
+    select: Select | None = None
+    other_chunks: bool = False
+
+
 @dataclass
 class Answer:
     """What came of one question, lookup or stretch of text under an arm.
 
-    part: "inside" or "behind" of a text. token_ids: the greedy answer to a question. correct: of a lookup, that every
+    reading: None for a text. token_ids: the greedy answer to a question. correct: of a lookup, that every
     token of the value came first. top1: share of a lookup's tokens that came first; along text, share of positions at
     which the arm and dense put the same token first. kl: KL(dense || arm) in nats, mean over a lookup's tokens or a
     text's positions; of a question at the first token. nll: of a lookup's or text's own tokens, mean, in nats.
@@ -49,11 +63,10 @@ class Answer:
     """
 
     arm: Arm
-    document: Reading | Text
+    reading: Reading | None
     prompt_tokens: int
     prompt: Prompt | None = None
     lookup: TokenLookup | None = None
-    part: str = ""
     token_ids: list[int] = field(default_factory=list)
     correct: bool = False
     top1: float | None = None
@@ -142,16 +155,16 @@ class Reader:
             shared = reading.shared // unit * unit
             lookups = [item for item in reading.lookups if item.second[1] <= shared and not index]
             lookups.sort(key=lambda item: item.second)
-            prefill = self._prefill(prompts[0].ids, prompts[0].max_new_tokens)
+            prefill = self.prefill(prompts[0].ids, prompts[0].max_new_tokens)
             places = [place - 1 for item in lookups for place in range(*item.second)]
-            begun = self._now()
-            logits = self._run(prefill, shared, places)
-            seconds = self._now() - begun
+            begun = self.now()
+            logits = self.run(prefill, shared, places)
+            seconds = self.now() - begun
             density = self.density(len(prompts[0].ids))
             values_of = logits.split([item.second[1] - item.second[0] for item in lookups]) if lookups else ()
             for item, mine in zip(lookups, values_of, strict=True):
-                answer = Answer(self._used, reading, len(prompts[0].ids), lookup=item, density=density)
-                answer.kl, _ = self._compare(item, mine, reference, fill)
+                answer = Answer(self.arm, reading, len(prompts[0].ids), lookup=item, density=density)
+                answer.kl, _ = self.compare(item, mine, reference, fill)
                 values = torch.from_numpy(prompts[0].ids[slice(*item.second)]).to(self.device)
                 answer.nll, answer.top1 = likelihood(mine, values)
                 answer.correct = answer.top1 == 1.0
@@ -165,45 +178,21 @@ class Reader:
                 answer.prefill_seconds = answer.prefill_seconds or seconds
         return answers
 
-    @torch.inference_mode()
-    def read_text(self, text: Text, reference: Reference) -> list[Answer]:
-        """What the arm in use predicts along a text: inside the prompt, and behind it, where an answer would be."""
-        fill = not reference
-        length = text.prompt_tokens
-        ids = torch.from_numpy(text.ids).to(self.device)
-        prefill = self._prefill(text.ids[:length], len(text.ids) - length)
-        begun = self._now()
-        inside = self._run(prefill, length, text.places)
-        seconds = self._now() - begun
-        # What is decoded attends densely, to the keys and values that the arm left.
-        branch = prefill.branch(text.ids, self._extents[0], dense=True)
-        behind = self._run(branch, len(text.ids), range(length, len(text.ids) - 1))
-        answers = []
-        for part, logits, places in (
-            ("inside", inside, torch.tensor(text.places, device=self.device)),
-            ("behind", behind, torch.arange(length, len(text.ids) - 1, device=self.device)),
-        ):
-            answer = Answer(self._used, text, length, part=part, prefill_seconds=seconds)
-            answer.density = self.density(length)
-            answer.kl, answer.top1 = self._compare(part, logits, reference, fill)
-            answer.nll, _ = likelihood(logits, ids[places + 1])
-            answers.append(answer)
-        return answers
-
     @property
-    def _used(self) -> Arm:
+    def arm(self) -> Arm:
+        """The arm in use."""
         assert self._arm is not None, "use() an arm first"
         return self._arm
 
     @property
     def _block_size(self) -> int:
-        return DENSE_BLOCK_SIZE if self._used.config is None else self._used.config.block_size
+        return DENSE_BLOCK_SIZE if self.arm.config is None else self.arm.config.block_size
 
     def _by_blocks(self, reading: Reading) -> list[list[Prompt]]:
         """The prompts that may share a prefill: those of as many blocks; all where attention is dense."""
         found: dict[int, list[Prompt]] = {}
         for prompt in reading.prompts:
-            blocks = -(-len(prompt.ids) // self._block_size) if self._used.config is not None else 0
+            blocks = -(-len(prompt.ids) // self._block_size) if self.arm.config is not None else 0
             found.setdefault(blocks, []).append(prompt)
         return list(found.values())
 
@@ -212,15 +201,17 @@ class Reader:
         plan = attention_plan(self._runner, prompt_tokens)
         return min(plan.density_by_layer), plan.density
 
-    def _prefill(self, ids: np.ndarray, more: int) -> Prefill:
+    def prefill(self, ids: np.ndarray, more: int) -> Prefill:
+        """A prefill under the arm in use, of int64 [tokens] with room for `more` behind them."""
         asked = self._config.chunk_tokens
-        if self._used.name == AGAIN:
+        if self.arm.other_chunks:
             asked = min(asked, len(ids)) * 3 // 5
-        chunk = chunk_size(asked, self._used.config)
-        select = None if self._used.score is None else self._used.select
-        return Prefill(self._runner, self._arena, self._extents[0], ids, more, chunk, every_row=True, select=select)
+        chunk = chunk_size(asked, self.arm.config)
+        return Prefill(
+            self._runner, self._arena, self._extents[0], ids, more, chunk, every_row=True, select=self.arm.select
+        )
 
-    def _run(self, prefill: Prefill, end: int, places: Sequence[int]) -> Tensor:
+    def run(self, prefill: Prefill, end: int, places: Sequence[int]) -> Tensor:
         """Prefill up to `end`. Returns logits [len(places), V] at `places`, ascending, in the model's dtype."""
         found: list[Tensor] = []
         waiting = list(places)
@@ -234,7 +225,8 @@ class Reader:
                 found.append(logits)
         return torch.cat(found) if found else torch.empty(0, self._runner.vocabulary, device=self.device)
 
-    def _compare(self, key: object, logits: Tensor, reference: Reference, fill: bool) -> tuple[float, float]:
+    def compare(self, key: object, logits: Tensor, reference: Reference, fill: bool) -> tuple[float, float]:
+        """`comparison` of the logits with the reference's of that key; fill: they are the reference."""
         if fill:
             reference[key] = logits
         return comparison(logits, reference[key].to(logits.device))
@@ -244,14 +236,14 @@ class Reader:
         density: tuple[float, float],
     ) -> list[Answer]:  # fmt: skip
         """Answers to some questions behind a prefill of what they share, decoded together."""
-        begun = self._now()
+        begun = self.now()
         answers = []
         for row, prompt in enumerate(prompts):
             extent = Extent(self._extents[row + 1].start, len(prompt.ids) + prompt.max_new_tokens)
             self._arena.copy(self._extents[0], extent, prefill.start)
-            logits = self._run(prefill.branch(prompt.ids, extent), len(prompt.ids), [len(prompt.ids) - 1])
-            answer = Answer(self._used, reading, len(prompt.ids), prompt, density=density)
-            answer.kl, _ = self._compare(prompt.question, logits, reference, fill)
+            logits = self.run(prefill.branch(prompt.ids, extent), len(prompt.ids), [len(prompt.ids) - 1])
+            answer = Answer(self.arm, reading, len(prompt.ids), prompt, density=density)
+            answer.kl, _ = self.compare(prompt.question, logits, reference, fill)
             answers.append(answer)
             start = RowStart(extent, len(prompt.ids), prompt.max_new_tokens, 0, self._stop_ids, 0.0, 1.0)
             self._batch.begin(row, start)
@@ -259,10 +251,10 @@ class Reader:
         for step in self._steps(len(prompts)):
             for answer, token in zip(answers, step, strict=True):
                 if token == NOT_FINITE:
-                    raise EngineError(f"{self._used.name}, {reading.document.name}: logits that are not finite")
+                    raise EngineError(f"{self.arm.name}, {reading.document.name}: logits that are not finite")
                 answer.token_ids += [] if token == IDLE else [token]
         for answer in answers:
-            answer.answer_seconds = (self._now() - begun) / len(answers)
+            answer.answer_seconds = (self.now() - begun) / len(answers)
         return answers
 
     def _steps(self, rows: int) -> Iterator[list[int]]:
@@ -276,7 +268,8 @@ class Reader:
             self._decode.run(key)
             step = self._batch.report[:rows].tolist()
 
-    def _now(self) -> float:
+    def now(self) -> float:
+        """Seconds, once the device is done."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()

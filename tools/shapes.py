@@ -1,11 +1,14 @@
-"""Model shapes by name, as config.json files: speed needs no trained weights."""
+"""Write the config of a model shape, for --load-format dummy: python -m tools.shapes SHAPE FOLDER"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jobs.cli import Parser, run_main
+from jobs.measurement import dummy_folder
 from pipeline.errors import JobError
 
 # Room for 128K tokens of prompt and the output behind them; positions cost nothing.
@@ -143,21 +146,30 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 ALIASES = {"llama-8b": "llama-3.1-8b"}
-WITHOUT_STOPS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
 def shape_folder(shape: str, folder: Path) -> Path:
-    """A folder with the config.json of a named shape, or of a model folder with its stop ids taken out.
+    """A folder with the config.json of a named shape, or of a model folder, for load_format "dummy".
 
-    The model is then made with load_format "dummy". Raises JobError for a name that is neither.
+    Raises JobError for a name that is neither.
     """
     shape = ALIASES.get(shape, shape)
     if shape in SHAPES:
-        config = SHAPES[shape]
-    elif (Path(shape) / "config.json").is_file():
-        config = json.loads((Path(shape) / "config.json").read_text())
-    else:
-        raise JobError(f"--shape {shape!r} is neither {', '.join(SHAPES)} nor a folder with a config.json")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config | WITHOUT_STOPS))
-    return folder
+        return dummy_folder(SHAPES[shape], folder)
+    if (Path(shape) / "config.json").is_file():
+        return dummy_folder(json.loads((Path(shape) / "config.json").read_text()), folder)
+    raise JobError(f"{shape!r} is neither {', '.join(SHAPES)} nor a folder with a config.json")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the folder; the exit code."""
+    parser = Parser(prog="python -m tools.shapes", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser.add_argument("shape", metavar="SHAPE", help=f"{', '.join((*SHAPES, *ALIASES))}, or a model's folder")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="where its config.json is written")
+    flags = parser.parse_args(arguments)
+    print(shape_folder(flags.shape, flags.folder) / "config.json")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

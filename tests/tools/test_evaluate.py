@@ -1,4 +1,4 @@
-"""jobs.evaluate: its documents, its arms, its reader against the engine, its figures."""
+"""tools.evaluate: its documents, its arms, its reader against the engine, its figures."""
 
 from __future__ import annotations
 
@@ -7,29 +7,27 @@ import sys
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
 
-from jobs.evaluate.__main__ import main
-from jobs.evaluate.arms import CONTROLS, Arm, attention_mass, make_arms, random_scores, window_scores
-from jobs.evaluate.documents import Fact, weave
-from jobs.evaluate.estimates import estimate, mean, paired, wilson
-from jobs.evaluate.haystacks import KINDS, TASKS
-from jobs.evaluate.options import options_of, parser
-from jobs.evaluate.plots import by_time
-from jobs.evaluate.prompts import Reading, Tokenizer, make_document, make_texts, read_prompts
-from jobs.evaluate.reader import Answer, Reader, Reference, comparison, likelihood
-from jobs.evaluate.results import SCHEMA, Row, ordered_recall, read_rows, recall_of
-from jobs.evaluate.run import load_readers
-from jobs.evaluate.summary import summarise
-from jobs.evaluate.wording import REPORT, RULER, pick_style
+from jobs.known.prompts import Reading, Tokenizer, make_document, read_prompts
+from jobs.known.reader import Answer, Arm, Reader, Reference
+from jobs.known.results import Row, recall_of
+from jobs.known.wording import REPORT, RULER
 from pipeline.engine import Engine, EngineConfig, Request
 from pipeline.engine.model.loading import context_limit, load_config, load_model
 from pipeline.errors import JobError
+from tools.evaluate.__main__ import main
+from tools.evaluate.arms import CONTROLS, attention_mass, make_arms, random_scores, window_scores
+from tools.evaluate.haystacks import KINDS, TASKS
+from tools.evaluate.options import options_of, parser
+from tools.evaluate.plots import by_time
+from tools.evaluate.rows import SCHEMA, read_rows
+from tools.evaluate.run import load_readers
+from tools.evaluate.summary import summarise
+from tools.evaluate.texts import make_texts, read_text
 
 MODEL = str(Path(__file__).parents[2] / "models/tiny-reader")
 
@@ -48,7 +46,7 @@ def reader(precision: str = "fp32", chunk_tokens: int = 256) -> Reader:
 
 @cache
 def reading(kind: str = "report", length: int = 700, questions: int = 2) -> Reading:
-    document = make_document(kind, length, 0, REPORT, tokenizer(), questions, seed=1)
+    document = make_document(KINDS[kind], length, 0, REPORT, tokenizer(), questions, seed=1)
     return read_prompts(document, REPORT, tokenizer())
 
 
@@ -66,9 +64,9 @@ def read(chosen: Arm, precision: str = "fp32", reference: Reference | None = Non
 def test_documents(kind: str, style: object) -> None:
     """Prompts fill their length and no more, repeat by seed, and hold each needle where they say."""
     length = 3000 if style is RULER else 1500
-    document = make_document(kind, length, 3, style, tokenizer(), 2, seed=5)  # type: ignore[arg-type]
-    assert document == make_document(kind, length, 3, style, tokenizer(), 2, seed=5)  # type: ignore[arg-type]
-    assert document.text != make_document(kind, length, 3, style, tokenizer(), 2, seed=6).text  # type: ignore[arg-type]
+    document = make_document(KINDS[kind], length, 3, style, tokenizer(), 2, seed=5)  # type: ignore[arg-type]
+    assert document == make_document(KINDS[kind], length, 3, style, tokenizer(), 2, seed=5)  # type: ignore[arg-type]
+    assert document.text != make_document(KINDS[kind], length, 3, style, tokenizer(), 2, seed=6).text  # type: ignore[arg-type]
     made = read_prompts(document, style, tokenizer())  # type: ignore[arg-type]
     assert document.name == f"{kind}-{length}-3-seed5"  # reports of several seeds may be put together
     assert {question.task for question in document.questions} | {item.task for item in document.lookups} <= set(TASKS)
@@ -85,17 +83,9 @@ def test_documents(kind: str, style: object) -> None:
         assert lookup.first[1] <= lookup.second[0]
 
 
-def test_weave_puts_facts_behind_sentences() -> None:
-    filler = [f" Sentence {index}." for index in range(10)]
-    text, spans = weave(filler, [Fact("Last fact.", 1.0), Fact("A fact of 12.", 0.0, "12"), Fact("Half.", 0.5)])
-    assert text.startswith(" Sentence 0. A fact of 12. Sentence 1.")
-    assert [text[first:last] for first, last in spans] == ["Last fact.", "12", "Half."]
-    assert len(text) == sum(map(len, filler)) + len(" Last fact. A fact of 12. Half.")
-
-
 def test_too_short_a_document_is_refused() -> None:
     with pytest.raises(JobError, match="too few for a document of kind 'essay'"):
-        make_document("essay", 300, 0, REPORT, tokenizer(), 4, seed=0)
+        make_document(KINDS["essay"], 300, 0, REPORT, tokenizer(), 4, seed=0)
 
 
 def test_texts() -> None:
@@ -116,12 +106,6 @@ def test_texts() -> None:
     assert len(synthetic.ids) == 1536
 
 
-def test_styles() -> None:
-    assert pick_style("auto", 2048) is REPORT
-    assert pick_style("auto", 128_256) is RULER
-    assert pick_style("ruler", 2048) is RULER
-
-
 @pytest.mark.parametrize("spec", CONTROLS)
 def test_controls_keep_as_much_and_do_not_depend_on_chunks(spec: str) -> None:
     torch.manual_seed(0)
@@ -132,6 +116,7 @@ def test_controls_keep_as_much_and_do_not_depend_on_chunks(spec: str) -> None:
     budget = next(policy.budget(500, None) for policy, _ in reader()._runner.layers if not policy.leading)
 
     def select(start: int, end: int) -> torch.Tensor:
+        assert chosen.select
         part = chosen.select(
             3, q[:, :, start:end], k[:, :, :end], v[:, :, :end], chosen.config, budget, start=start, scale=None
         )  # type: ignore[arg-type]
@@ -267,7 +252,7 @@ def test_predictions_along_text() -> None:
     (text,) = make_texts(768, 1, tokenizer(), 0, "")
     reference: Reference = {}
     reader().use(arm("dense"))
-    inside, behind = reader().read_text(text, reference)
+    inside, behind = read_text(reader(), text, reference)
     model = load_model(EngineConfig(MODEL, device="cpu"))
     ids = torch.from_numpy(text.ids)
     with torch.inference_mode():
@@ -280,78 +265,10 @@ def test_predictions_along_text() -> None:
     )
     assert (inside.kl, behind.kl, inside.top1, behind.top1) == (0.0, 0.0, 1.0, 1.0)
     reader().use(arm("window:density=0.2"))
-    cut = reader().read_text(text, reference)
+    cut = read_text(reader(), text, reference)
     assert all((answer.kl or 0.0) > 1e-5 for answer in cut)
     assert cut[0].top1 is not None
     assert cut[0].top1 < 1.0
-
-
-def test_comparison_by_its_formula() -> None:
-    torch.manual_seed(0)
-    mine, theirs = torch.randn(600, 50), torch.randn(600, 50)
-    p, q = theirs.double().softmax(-1), mine.double().softmax(-1)
-    kl, same = comparison(mine, theirs)
-    assert kl == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-4)
-    assert same == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
-    targets = torch.randint(50, (600,))
-    nll, first = likelihood(mine, targets)
-    assert nll == pytest.approx(float(-q.log().gather(1, targets[:, None]).mean()), rel=1e-4)
-    assert first == pytest.approx(float((q.argmax(-1) == targets).double().mean()))
-
-
-def test_estimates() -> None:
-    rng = Random(0)
-    documents = [f"d{index // 5}" for index in range(100)]
-    values = [float(rng.random() < 0.7) for _ in documents]
-    found = estimate(values, documents)
-    assert found.mean == pytest.approx(sum(values) / 100)
-    assert found.low is not None
-    assert found.high is not None
-    assert found.low < found.mean < found.high
-    assert (found.n, found.documents) == (100, 20)
-    assert found == estimate(values, documents)
-    # Questions of one document are one draw: the same answers in fewer documents tell less.
-    few = estimate([value for value in (0.0, 1.0) for _ in range(50)], [f"d{index // 50}" for index in range(100)])
-    assert (few.low, few.high) == (0.0, 1.0)
-
-
-@pytest.mark.parametrize("n", [1, 4, 40, 200])
-def test_intervals_have_a_width_where_all_answers_are_the_same(n: int) -> None:
-    """A bootstrap has none there, and would call 4 right answers of 4 certain."""
-    documents = [f"d{index // 2}" for index in range(n)]
-    right, wrong = estimate([1.0] * n, documents), estimate([0.0] * n, documents)
-    z2 = 1.959964**2
-    assert (right.low, right.high) == (pytest.approx(n / (n + z2)), 1.0)
-    assert (wrong.low, wrong.high) == (0.0, pytest.approx(z2 / (n + z2)))
-    for value in (0.0, 1.0):
-        same = paired([value] * n, [value] * n, documents)
-        assert (same.mean, same.low, same.high) == (0.0, pytest.approx(-z2 / (n + z2)), pytest.approx(z2 / (n + z2)))
-    lost = paired([0.0] * n, [1.0] * n, documents)
-    assert (lost.mean, lost.low, lost.high) == (-1.0, -1.0, pytest.approx(-n / (n + z2)))
-
-
-def test_intervals_of_one_document_and_of_differences() -> None:
-    assert estimate([1.0, 0.0, 1.0, 1.0], ["a"] * 4).low == pytest.approx(wilson(3, 4)[0])
-    assert wilson(3, 4) == pytest.approx((0.3006, 0.9544), abs=1e-4)
-    assert mean([0.5, 0.7], ["a", "a"]).low is None
-    two = mean([0.5, 0.7], ["a", "b"])
-    assert (two.low, two.high) == (0.5, 0.7)
-    # Paired: what both miss does not widen the interval of the difference.
-    documents = [f"d{index}" for index in range(40)]
-    others = [float(index % 2) for index in range(40)]
-    values = [0.0 if index == 1 else other for index, other in enumerate(others)]
-    gap = paired(values, others, documents)
-    assert gap.mean == pytest.approx(-1 / 40)
-    assert gap.low is not None
-    assert gap.low == pytest.approx(-0.1)
-
-
-def test_recall() -> None:
-    assert recall_of("It is 123 and Ab.", ["123", "AB", "77"]) == pytest.approx(2 / 3)
-    assert ordered_recall("1. 123\n2. 45\n3. 77", ["123", "45", "77"]) == 1.0
-    assert ordered_recall("1. 45\n2. 123\n3. 77", ["123", "45", "77"]) == pytest.approx(2 / 3)
-    assert ordered_recall("77, 45 and 123", ["123", "45", "77"]) == pytest.approx(1 / 3)
-    assert ordered_recall("none", ["123"]) == 0.0
 
 
 def test_stretched_context(tmp_path: Path) -> None:
@@ -387,7 +304,7 @@ def test_job_writes_rows_and_report(
     assert {row["kl"] for row in rows if (row["arm"], row["precision"]) == ("dense", "fp32")} == {0.0}
     assert max(row["kl"] for row in rows if (row["arm"], row["precision"]) == ("dense", "fp8")) > 0
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["run"]["command"].startswith("python -m jobs.evaluate --model")
+    assert summary["run"]["command"].startswith("python -m tools.evaluate --model")
     assert [(setting["arm"], setting["precision"]) for setting in summary["settings"]] == [
         ("dense", "fp32"), ("sampled", "fp32"), ("dense", "fp8"), ("sampled", "fp8"),
     ]  # fmt: skip
@@ -478,19 +395,5 @@ def test_it_runs_without_ray() -> None:
     """A machine with a GPU needs torch, triton and transformers for an evaluation, and no cluster."""
     import subprocess
 
-    code = "import sys; sys.modules['ray'] = None; import jobs.evaluate.__main__, jobs.evaluate.run"
+    code = "import sys; sys.modules['ray'] = None; import tools.evaluate.__main__, tools.evaluate.run"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_prompts_ask_for_an_answer_without_thinking() -> None:
-    """As those of a job: a template in the manner of Qwen 3 then closes the thinking itself."""
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    tokenizer.chat_template = (
-        "{{ messages[0]['content'] }}\n{% if enable_thinking is defined and enable_thinking is false %}"
-        "<think></think>{% endif %}"
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *args, **kwargs: tokenizer)
-        made = Tokenizer(MODEL)
-    ids, _, begins = made.prompt("What is it?", "")
-    assert (tokenizer.decode(ids), begins) == ("What is it?\n<think></think>", 0)

@@ -11,14 +11,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jobs.evaluate.estimates import Estimate, estimate, mean, paired
-from jobs.evaluate.results import BY_EXACTNESS, Row, question_key, setting_key
+from jobs.known.estimates import Estimate, estimate, mean, paired
+from jobs.known.results import BY_EXACTNESS, LEARNED, Row, question_key
+from tools.evaluate.rows import setting_key
 
 # Pooled as "retrieval"; these are told apart, since they ask for more than one place of the prompt, or before its end.
 APART = ("lookup", "summary", "variable_tracking", "common_words", "frequent_words")
 TEXT_TASKS = ("text inside", "text behind")
-# A task that dense attention itself fails more often than this says nothing about a selection.
-LEARNED = 0.5
 
 
 def group(row: Row) -> str:

@@ -6,50 +6,26 @@ document is never easier than RULER's, which holds one question. `questions` = 1
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from itertools import count
 from random import Random
 
-from jobs.evaluate.documents import Fact, Filler, Lookup, Question, depths
-from jobs.evaluate.fillers import essay_filler, noise_filler, record_filler, word_list
-from jobs.evaluate.grammar import (
+from jobs.known.documents import Kind, Question, Recipe, depths
+from jobs.known.grammar import (
     ADJECTIVES,
-    NAMES,
-    NOTES,
     NOUNS,
     PLACES,
-    UNIT_OF_MEASURE,
     VERBS,
-    Measure,
-    new_measure,
     number,
-    sentence,
 )
-from jobs.evaluate.wording import Style
+from jobs.known.report import REPORT, essay_filler
+from jobs.known.wording import Style
+from tools.evaluate.fillers import noise_filler, record_filler, word_list
 
 DISTRACTORS = 4
 MULTI_QUERY_KEYS = 4
-REPEATED = ("As noted above, the {}", "To repeat, the {}", "It was said earlier that the {}")
 COMMON_WORDS = 10
 CODED_WORDS, ZETA = 500, 2.0
 LOTS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
-
-
-@dataclass
-class Recipe:
-    """A document before it has a text. asks: each question and the facts that hold its answer."""
-
-    filler: Filler
-    facts: list[Fact] = field(default_factory=list)
-    asks: list[tuple[Question, list[int]]] = field(default_factory=list)
-    repeats: list[tuple[int, int, str]] = field(default_factory=list)
-    title: str = ""
-
-    def tell(self, text: str, depth: float, mark: str = "") -> int:
-        """Add a fact; returns its index."""
-        self.facts.append(Fact(text, depth, mark))
-        return len(self.facts) - 1
 
 
 class Keys:
@@ -180,46 +156,6 @@ def distractors(rng: Random, style: Style, questions: int, essay: str) -> Recipe
     return recipe
 
 
-def report(rng: Random, style: Style, questions: int, essay: str) -> Recipe:
-    """A report with key findings to list, side notes to ask for, and values that are said twice."""
-    recipe = Recipe(essay_filler(rng, essay), title=f"Report on the {rng.choice(NAMES)} {rng.choice(PLACES)}\n\n")
-    used: list[Measure] = []
-    findings, facts = [], []
-    for at in sorted(depths(rng, rng.randint(3, 8))):
-        said, measure, value = _measured(rng, used)
-        if style.sentences and rng.random() < 0.25:
-            said = value = sentence(rng)
-        findings.append((said, said if style.sentences else value))
-        facts.append(recipe.tell(f"Key finding: {said}", at, said))
-    expected = "\n".join(f"{number}. {said}" for number, (said, _) in enumerate(findings, start=1))
-    asked = Question("summary", style.ask_findings, tuple(value for _, value in findings), (), "", expected)
-    recipe.asks.append((asked, facts))
-    for at in depths(rng, questions):
-        said, measure, value = _measured(rng, used)
-        fact = recipe.tell(rng.choice(NOTES).format(said), at, said)
-        prefix = style.prefix("ask_fact", measure=measure)
-        unit = said[:-1].rsplit(" ", 1)[1]
-        text = style.ask_fact.format(measure=measure)
-        recipe.asks.append((Question("report_facts", text, (value,), (), prefix, f"{value} {unit}"), [fact]))
-    for _ in range(max(4, 2 * questions)):
-        said, _, value = _measured(rng, used)
-        at = rng.uniform(0.0, 0.8)
-        first = recipe.tell(rng.choice(NOTES).format(said), at, said)
-        again = rng.choice(REPEATED).format(said.removeprefix("The "))
-        second = recipe.tell(again, rng.uniform(at + 0.08, 0.93), value)
-        recipe.repeats.append((first, second, value))
-    return recipe
-
-
-def _measured(rng: Random, used: list[Measure]) -> tuple[str, str, str]:
-    """A sentence about a measure that is not in `used` yet, what it is about, and its figure."""
-    measure = new_measure(rng, used)
-    used.append(measure)
-    about, value = f"{measure.name} {measure.place} {measure.quantity}", number(rng)
-    says = rng.choice(("was", "reached", "came to", "stood at"))
-    return f"The {about} {says} {value} {UNIT_OF_MEASURE[measure.quantity]}.", about, value
-
-
 def words(rng: Random, style: Style, questions: int, essay: str) -> Recipe:
     """RULER common words extraction: ten words stand in the list 30 times, all others 3 times."""
     known = sorted({*NOUNS, *ADJECTIVES, *VERBS, *PLACES})
@@ -241,28 +177,16 @@ def coded(rng: Random, style: Style, questions: int, essay: str) -> Recipe:
     return recipe
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of document, and the tasks that its questions belong to."""
-
-    recipe: Callable[[Random, Style, int, str], Recipe]
-    tasks: tuple[str, ...]
-
-
 KINDS = {
-    "noise": Kind(noise, ("niah_noise",)),
-    "essay": Kind(essays, ("niah_essay", "multikey_4", "multivalue", "multiquery", "variable_tracking")),
-    "records": Kind(records, ("niah_records",)),
-    "distractors": Kind(distractors, ("multikey_all",)),
-    "report": Kind(report, ("summary", "report_facts", "lookup")),
-    "words": Kind(words, ("common_words",)),
-    "coded": Kind(coded, ("frequent_words",)),
+    kind.name: kind
+    for kind in (
+        Kind("noise", noise, ("niah_noise",)),
+        Kind("essay", essays, ("niah_essay", "multikey_4", "multivalue", "multiquery", "variable_tracking")),
+        Kind("records", records, ("niah_records",)),
+        Kind("distractors", distractors, ("multikey_all",)),
+        REPORT,
+        Kind("words", words, ("common_words",)),
+        Kind("coded", coded, ("frequent_words",)),
+    )
 }
 TASKS = tuple(task for kind in KINDS.values() for task in kind.tasks)
-
-
-def finish(recipe: Recipe, spans: list[tuple[int, int]], shift: int) -> tuple[tuple[Question, ...], tuple[Lookup, ...]]:
-    """Questions and lookups with their places, `shift` characters further on than the woven text has them."""
-    moved = [(first + shift, last + shift) for first, last in spans]
-    asks = tuple(replace(question, needles=tuple(moved[fact] for fact in facts)) for question, facts in recipe.asks)
-    return asks, tuple(Lookup(moved[first], moved[second], value) for first, second, value in recipe.repeats)

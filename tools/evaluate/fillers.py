@@ -5,26 +5,11 @@ from __future__ import annotations
 from itertools import count, cycle
 from random import Random
 
-from jobs.evaluate.documents import Filler
-from jobs.evaluate.grammar import NAMES, PLACES, UNIT_OF_MEASURE, Measure, number, sentence
+from jobs.known.documents import Filler
+from jobs.known.grammar import NAMES, PLACES, UNIT_OF_MEASURE, Measure, number
 
 NOISE = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
 COMMON_TIMES, UNCOMMON_TIMES = 30, 3
-
-
-def essay_filler(rng: Random, essay: str = "") -> Filler:
-    """Sentences in paragraphs: of the synthetic grammar, or of a text from a random place on, again and again."""
-    if essay:
-        pieces = [part for part in essay.replace("\n\n", "\n").splitlines(keepends=True) if part.strip()]
-        words = [" " + said for line in pieces for said in _sentences(line)]
-        yield from cycle(words[(start := rng.randrange(len(words))) :] + words[:start])
-    for _ in count():
-        yield ("\n\n" if rng.random() < 0.12 else " ") + sentence(rng)
-
-
-def _sentences(line: str) -> list[str]:
-    parts = line.strip().split(". ")
-    return [part + "." for part in parts[:-1]] + parts[-1:]
 
 
 def noise_filler() -> Filler:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from random import Random
+
+from jobs.known.wording import Style
 
 Span = tuple[int, int]
 
@@ -111,3 +113,38 @@ def depths(rng: Random, count: int) -> list[float]:
     parts = [(part + rng.random()) / count for part in range(count)]
     rng.shuffle(parts)
     return parts
+
+
+@dataclass
+class Recipe:
+    """A document before it has a text. asks: each question and the facts that hold its answer."""
+
+    filler: Filler
+    facts: list[Fact] = field(default_factory=list)
+    asks: list[tuple[Question, list[int]]] = field(default_factory=list)
+    repeats: list[tuple[int, int, str]] = field(default_factory=list)
+    title: str = ""
+
+    def tell(self, text: str, depth: float, mark: str = "") -> int:
+        """Add a fact; returns its index."""
+        self.facts.append(Fact(text, depth, mark))
+        return len(self.facts) - 1
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of document, and the tasks that its questions belong to.
+
+    recipe: gets the wording, how many questions, and the text that fills the document (empty: synthetic sentences).
+    """
+
+    name: str
+    recipe: Callable[[Random, Style, int, str], Recipe]
+    tasks: tuple[str, ...]
+
+
+def finish(recipe: Recipe, spans: list[tuple[int, int]], shift: int) -> tuple[tuple[Question, ...], tuple[Lookup, ...]]:
+    """Questions and lookups with their places, `shift` characters further on than the woven text has them."""
+    moved = [(first + shift, last + shift) for first, last in spans]
+    asks = tuple(replace(question, needles=tuple(moved[fact] for fact in facts)) for question, facts in recipe.asks)
+    return asks, tuple(Lookup(moved[first], moved[second], value) for first, second, value in recipe.repeats)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from random import Random
-from typing import Any
 
 import numpy as np
 
-from jobs.evaluate.documents import Document, Lookup, Question, Span, take, weave
-from jobs.evaluate.fillers import essay_filler
-from jobs.evaluate.haystacks import KINDS, finish
-from jobs.evaluate.wording import Style
-from pipeline.errors import JobError, one_line
-from pipeline.model_files import source
-from pipeline.prompts.thinking import template_switches
+from jobs.known.documents import Document, Kind, Lookup, Question, Span, finish, take, weave
+from jobs.known.wording import Style
+from pipeline.errors import JobError
+from pipeline.prompts.tokens import load_tokens
 
 
 @dataclass(frozen=True)
@@ -53,45 +50,18 @@ class Reading:
     shared: int
 
 
-# Prompts of plain text end with a whole block, whatever an arm's block size is.
-BLOCK = 256
-# Tokens behind a text's prompt along which predictions are compared, and every how many tokens inside.
-BEHIND, EVERY = 512, 8
-
-
-@dataclass(frozen=True)
-class Text:
-    """A stretch of plain text. ids: int64 [prompt_tokens + BEHIND]."""
-
-    name: str
-    length: int
-    ids: np.ndarray
-    prompt_tokens: int
-    kind: str = "text"
-
-    @property
-    def places(self) -> range:
-        """Positions inside the prompt whose predictions are compared: every EVERY-th of the last three quarters."""
-        return range(self.prompt_tokens // 4, self.prompt_tokens - 1, EVERY)
+# Room behind a prompt: no answer is given more tokens.
+MOST_ANSWER_TOKENS = 512
 
 
 class Tokenizer:
     """A fast tokenizer with its chat template. Raises JobError for one that cannot tell tokens' places in the text."""
 
     def __init__(self, model: str, revision: str | None = None) -> None:
-        from transformers import AutoTokenizer
-
-        try:
-            place, more = source(model)
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(place, revision=revision, **more)
-        except Exception as error:  # transformers raises many kinds for a missing or damaged tokenizer
-            raise JobError(f"--tokenizer {model}: it cannot be loaded: {one_line(error)}") from None
+        self._tokens = load_tokens(model, revision)
+        self._tokenizer = self._tokens.tokenizer
         if not self._tokenizer.is_fast:
             raise JobError(f"--tokenizer {model}: a fast tokenizer (tokenizer.json) is needed to find needles by place")
-        template = getattr(self._tokenizer, "chat_template", None)
-        self.chat = bool(template)
-        # As a job asks: an answer that is cut inside its thinking would count as one that was not found.
-        self._switches = template_switches(template, "off") if isinstance(template, str) else {}
         self.vocabulary = len(self._tokenizer)
 
     def count(self, texts: Sequence[str]) -> list[int]:
@@ -104,21 +74,19 @@ class Tokenizer:
 
     def prompt(self, message: str, prefix: str) -> tuple[np.ndarray, np.ndarray, int]:
         """int64 ids, the end of each token in the rendered text, and where in it the message begins."""
-        text = message
-        if self.chat:
-            said = [{"role": "user", "content": message}]
-            text = self._tokenizer.apply_chat_template(
-                said, tokenize=False, add_generation_prompt=True, **self._switches
-            )
+        chat = self._tokens.has_chat_template
+        # As a job asks: an answer that is cut inside its thinking would count as one that was not found.
+        text = self._tokens.render_chat(message, {}, date.today(), thinking="off")
         begins = text.index(message)
         if prefix:
-            text += ("" if self.chat else "\n") + prefix
-        encoded = self._tokenizer(text, add_special_tokens=not self.chat, return_offsets_mapping=True)
+            text += ("" if chat else "\n") + prefix
+        encoded = self._tokenizer(text, add_special_tokens=not chat, return_offsets_mapping=True)
         ends = np.array([last for _, last in encoded["offset_mapping"]])
         return np.array(encoded["input_ids"], dtype=np.int64), ends, begins
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        """The text of ids without control tokens."""
+        return self._tokens.decode(list(ids))
 
 
 def tokens_of(span: Span, ends: np.ndarray) -> Span:
@@ -127,30 +95,30 @@ def tokens_of(span: Span, ends: np.ndarray) -> Span:
 
 
 def make_document(
-    kind: str, length: int, index: int, style: Style, tokenizer: Tokenizer, questions: int, seed: int, essay: str = ""
+    kind: Kind, length: int, index: int, style: Style, tokenizer: Tokenizer, questions: int, seed: int, essay: str = ""
 ) -> Document:
     """One document; the same arguments give the same text. Raises JobError where the facts alone pass `length`."""
-    name = f"{kind}-{length}-{index}"
+    name = f"{kind.name}-{length}-{index}"
     rng = Random(f"{seed}/{style.name}/{name}")
     told = f"{name}-seed{seed}" if seed else name  # evaluations of several seeds may be put together
-    recipe = KINDS[kind].recipe(rng, style, questions, essay)
+    recipe = kind.recipe(rng, style, questions, essay)
     longest = max((ask for ask, _ in recipe.asks), key=lambda ask: len(ask.text) + len(ask.prefix))
-    frame = len(tokenizer.prompt(_message("", longest, style, kind), longest.prefix)[0])
+    frame = len(tokenizer.prompt(_message("", longest, style, kind.name), longest.prefix)[0])
     facts = sum(tokenizer.count([" " + fact.text for fact in recipe.facts])) if recipe.facts else 0
     title = sum(tokenizer.count([recipe.title])) if recipe.title else 0
     room = length - frame - facts - title
     if room < length // 8:
         raise JobError(
-            f"{length} tokens are too few for a document of kind {kind!r} with {len(recipe.facts)} facts of {facts} "
-            f"tokens: give larger --lengths or fewer --questions"
+            f"{length} tokens are too few for a document of kind {kind.name!r} with {len(recipe.facts)} facts of "
+            f"{facts} tokens: give larger --lengths or fewer --questions"
         )
     filler = take(recipe.filler, room, tokenizer.count)
     while True:
         woven, spans = weave(filler, recipe.facts)
         text = recipe.title + woven.lstrip()
         asks, lookups = finish(recipe, spans, len(text) - len(woven))
-        document = Document(told, kind, length, text, asks, lookups, carrier=longest.text)
-        over = len(tokenizer.prompt(_message(text, longest, style, kind), longest.prefix)[0]) - length
+        document = Document(told, kind.name, length, text, asks, lookups, carrier=longest.text)
+        over = len(tokenizer.prompt(_message(text, longest, style, kind.name), longest.prefix)[0]) - length
         if over <= 0:
             return document
         # Tokens across a border may come out differently than in the pieces alone.
@@ -159,33 +127,6 @@ def make_document(
 
 def _message(text: str, question: Question, style: Style, kind: str) -> str:
     return f"{style.preamble(kind)}{text}\n\n{question.text}"
-
-
-def make_texts(length: int, count: int, tokenizer: Tokenizer, seed: int, essay: str) -> list[Text]:
-    """Stretches of an essay, spread evenly over it, or of synthetic sentences where it is empty.
-
-    The prompts are whole blocks. Raises JobError where the essay is too short.
-    """
-    prompt_tokens = length // BLOCK * BLOCK
-    wanted = prompt_tokens + BEHIND
-    if prompt_tokens == 0:
-        raise JobError(f"task text needs --lengths of {BLOCK} tokens or more, got {length}")
-    texts = []
-    ids = tokenizer.ids(essay) if essay else np.zeros(0, dtype=np.int64)
-    if essay and len(ids) < wanted:
-        raise JobError(f"--essay has {len(ids):,} tokens, task text takes {wanted:,} at {length:,} tokens: give more")
-    for index in range(count):
-        name = f"text-{length}-{index}" + (f"-seed{seed}" if seed else "")
-        if essay:
-            # Another seed begins a part of a step further on.
-            step = (len(ids) - wanted) / count
-            first = int(step * (index + Random(seed).random() * bool(seed)))
-            part = ids[first : first + wanted]
-        else:
-            filler = essay_filler(Random(f"{seed}/{name}"))
-            part = tokenizer.ids("".join(take(filler, wanted + BLOCK, tokenizer.count)))[:wanted]
-        texts.append(Text(name, length, part, prompt_tokens))
-    return texts
 
 
 def read_prompts(document: Document, style: Style, tokenizer: Tokenizer) -> Reading:
@@ -217,7 +158,7 @@ def _room_for(question: Question, tokenizer: Tokenizer) -> int:
     if question.task == "none":
         return 0
     answer = question.expected or ", ".join(question.references)
-    return min(BEHIND, 32 + 2 * tokenizer.count([answer])[0])
+    return min(MOST_ANSWER_TOKENS, 32 + 2 * tokenizer.count([answer])[0])
 
 
 def _shared(prompts: Sequence[np.ndarray]) -> int:

@@ -7,15 +7,18 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jobs.evaluate.arms import Arm, make_arms
-from jobs.evaluate.options import TEXT, Options
-from jobs.evaluate.prompts import BEHIND, Reading, Text, Tokenizer, make_document, make_texts, read_prompts
-from jobs.evaluate.reader import Reader, Reference
-from jobs.evaluate.results import Row, row_of, write_rows
-from jobs.evaluate.wording import Style, pick_style
-from jobs.shapes import shape_folder
+from jobs.known.prompts import MOST_ANSWER_TOKENS, Reading, Tokenizer, make_document, read_prompts
+from jobs.known.reader import Arm, Reader, Reference
+from jobs.known.results import Row, reading_rows
+from jobs.known.wording import Style, pick_style
 from pipeline.engine import EngineConfig
 from pipeline.errors import JobError
+from tools.evaluate.arms import make_arms
+from tools.evaluate.haystacks import KINDS
+from tools.evaluate.options import TEXT, Options
+from tools.evaluate.rows import write_rows
+from tools.evaluate.texts import Text, make_texts, text_rows
+from tools.shapes import shape_folder
 
 # Seconds between two lines that tell how far an evaluation is.
 TELL_EVERY = 20.0
@@ -63,7 +66,7 @@ def load_readers(options: Options) -> list[Reader]:
             rope_scaling=options.rope_scaling,
             seed=options.seed,
         )
-        readers.append(Reader(config, max(options.lengths) + BEHIND))
+        readers.append(Reader(config, max(options.lengths) + MOST_ANSWER_TOKENS))
     if max(options.lengths) > readers[0].limit:
         raise JobError(
             f"--lengths {max(options.lengths)}: {options.model} takes up to {readers[0].limit} tokens; --rope-scaling "
@@ -90,7 +93,7 @@ def documents(options: Options, style: Style, tokenizer: Tokenizer) -> Iterator[
         for index in range(max(options.documents, len(texts))):
             for kind in options.kinds if index < options.documents else ():
                 made = make_document(
-                    kind, length, index, style, tokenizer, options.questions, options.seed, options.essay
+                    KINDS[kind], length, index, style, tokenizer, options.questions, options.seed, options.essay
                 )
                 yield read_prompts(made.only(options.tasks), style, tokenizer)
             yield from texts[index : index + 1]
@@ -109,10 +112,9 @@ def read_document(
         for arm in arms:
             reader.use(arm)
             if isinstance(document, Text):
-                answers = reader.read_text(document, reference)
+                rows += text_rows(reader, document, reference)
             else:
-                answers = reader.read(document, reference)
-            rows += [row_of(answer, reader.precision, tokenizer.decode) for answer in answers]
+                rows += reading_rows(reader, document, reference, tokenizer.decode)
     return rows
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from jobs.known.reader import Arm
 from kernels.block_selection import BlockSelection
 from pipeline.errors import JobError, nearest
 from stem_core.budget import PromptBudget
@@ -26,20 +28,11 @@ CONTROL_DENSITY = 0.25
 AGAIN = "dense-again"
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One way to choose blocks. config None: dense. score: of a control, in place of the config's estimator."""
-
-    name: str
-    config: StemConfig | None
-    score: Score | None = None
-
-    def select(self, layer: int, q: Tensor, k: Tensor, v: Tensor, config: StemConfig, budget: PromptBudget, *,
-               start: int, scale: float | None, **_: Any) -> BlockSelection:  # fmt: skip
-        """What a control keeps; as PrefillContext.select."""
-        assert self.score is not None
-        scores = self.score(layer, q, k, start, config.block_size, scale).contiguous()
-        return best_of_each_row(scores, config, budget, start // config.block_size)
+def select_by(score: Score, layer: int, q: Tensor, k: Tensor, v: Tensor, config: StemConfig, budget: PromptBudget, *,
+              start: int, scale: float | None, **_: Any) -> BlockSelection:  # fmt: skip
+    """What a control keeps; as PrefillContext.select, behind the control's score."""
+    scores = score(layer, q, k, start, config.block_size, scale).contiguous()
+    return best_of_each_row(scores, config, budget, start // config.block_size)
 
 
 def window_scores(layer: int, q: Tensor, k: Tensor, start: int, block_size: int, scale: float | None) -> Tensor:
@@ -109,12 +102,12 @@ def make_arms(specs: Sequence[str], block_size: int | None, precisions: Sequence
         if name in ("dense", AGAIN):
             if text:
                 raise JobError(f"--arms {spec}: dense attention has no settings")
-            arms += [] if name == "dense" else [Arm(AGAIN, None)]
+            arms += [] if name == "dense" else [Arm(AGAIN, None, other_chunks=True)]
         elif name in PRESETS:
             arms.append(Arm(spec, _config(spec, name, changes)))
         elif name in CONTROLS:
             own = {"decay": 1.0, "density": CONTROL_DENSITY, "dense_below": 0} | changes
-            arms.append(Arm(spec, _config(spec, "release", own), CONTROLS[name]))
+            arms.append(Arm(spec, _config(spec, "release", own), partial(select_by, CONTROLS[name])))
         else:
             hint = nearest(name, ARMS) or f"; there are {', '.join(ARMS)}"
             raise JobError(f"--arms: {name!r} is not an arm{hint}")
