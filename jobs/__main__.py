@@ -16,7 +16,7 @@ from pipeline.imports import prefer_ours
 from pipeline.versions import versions
 
 FOLDER = Path(__file__).parent
-FIRST = ("summarize", "submit", "report", "audit", "inspect", "demo")
+FIRST = ("summarize", "submit", "report", "audit", "evaluate", "inspect", "demo")
 
 
 def commands(folder: Path = FOLDER) -> dict[str, str]:

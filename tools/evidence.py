@@ -19,13 +19,13 @@ from random import Random
 
 from jobs.cli import Parser, run_main
 from jobs.demo.scoring import read_findings
+from jobs.evaluate.haystacks import Keys, magic
 from jobs.known.documents import Fact, Span, depths, weave
 from jobs.known.grammar import NOTES, SAYS, Measure, fact, new_measure, number
 from jobs.known.report import essay_filler
 from jobs.known.wording import RULER
 from pipeline.imports import ROOT
 from pipeline.review.evidence import THRESHOLD, find_evidence
-from tools.evaluate.haystacks import Keys, magic
 
 THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8)
 KINDS = ("copied", "reworded", "two in a sentence", "shortened prose")

@@ -1,4 +1,4 @@
-"""One row for each question and arm; tools.evaluate.rows names the columns."""
+"""One row for each question and arm; jobs.evaluate.rows names the columns."""
 
 from __future__ import annotations
 

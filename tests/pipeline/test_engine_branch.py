@@ -1,4 +1,4 @@
-"""Prefills that branch, rows of a prefill, selections by others: what tools.evaluate reads with."""
+"""Prefills that branch, rows of a prefill, selections by others: what jobs.evaluate reads with."""
 
 from __future__ import annotations
 

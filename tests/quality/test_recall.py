@@ -1,4 +1,4 @@
-"""The recall floor: what the tasks of tools.evaluate find under the presets, and under a window."""
+"""The recall floor: what the tasks of jobs.evaluate find under the presets, and under a window."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jobs.evaluate.arms import make_arms
+from jobs.evaluate.haystacks import KINDS
+from jobs.evaluate.run import read_document
 from jobs.known.prompts import Tokenizer, make_document, read_prompts
 from jobs.known.reader import Reader
 from jobs.known.wording import REPORT
 from pipeline.engine import EngineConfig
-from tools.evaluate.arms import make_arms
-from tools.evaluate.haystacks import KINDS
-from tools.evaluate.run import read_document
 
 MODEL = str(Path(__file__).parents[2] / "models/tiny-reader")
 TASKS = ("report_facts", "lookup", "niah_essay", "multikey_4")

@@ -156,7 +156,7 @@ def _magic_numbers(facts: Facts, rng: Random, count: int) -> None:
 
 
 def ask_magic(keys: Sequence[str], values: Sequence[str]) -> Ask:
-    """As tools.evaluate asks."""
+    """As jobs.evaluate asks."""
     if len(values) == 1:
         return Ask(
             f"What is the special magic number for {keys[0]} mentioned in the provided text?", values[0], "magic"

@@ -7,17 +7,17 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from jobs.evaluate.arms import make_arms
+from jobs.evaluate.haystacks import KINDS
+from jobs.evaluate.options import TEXT, Options
+from jobs.evaluate.rows import write_rows
+from jobs.evaluate.texts import Text, make_texts, text_rows
 from jobs.known.prompts import MOST_ANSWER_TOKENS, Reading, Tokenizer, make_document, read_prompts
 from jobs.known.reader import Arm, Reader, Reference
 from jobs.known.results import Row, reading_rows
 from jobs.known.wording import Style, pick_style
 from pipeline.engine import EngineConfig
 from pipeline.errors import JobError
-from tools.evaluate.arms import make_arms
-from tools.evaluate.haystacks import KINDS
-from tools.evaluate.options import TEXT, Options
-from tools.evaluate.rows import write_rows
-from tools.evaluate.texts import Text, make_texts, text_rows
 from tools.shapes import shape_folder
 
 # Seconds between two lines that tell how far an evaluation is.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from itertools import count
 from random import Random
 
+from jobs.evaluate.fillers import noise_filler, record_filler, word_list
 from jobs.known.documents import Kind, Question, Recipe, depths
 from jobs.known.grammar import (
     ADJECTIVES,
@@ -19,7 +20,6 @@ from jobs.known.grammar import (
 )
 from jobs.known.report import REPORT, essay_filler
 from jobs.known.wording import Style
-from tools.evaluate.fillers import noise_filler, record_filler, word_list
 
 DISTRACTORS = 4
 MULTI_QUERY_KEYS = 4

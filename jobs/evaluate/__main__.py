@@ -1,4 +1,4 @@
-"""Evaluate retrieval under sparse prefill: python -m tools.evaluate --model PATH --lengths 4096 16384 --tasks all
+"""Evaluate retrieval under sparse prefill: python -m jobs.evaluate --model PATH --lengths 4096 16384 --tasks all
 
 RULER-like tasks and stretches of plain text, read by the product's engine under several arms of attention in one run,
 each in every precision that is named. Writes rows/*.parquet (one row for each question and arm), summary.json,
@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cli import run_main
+from jobs.evaluate import plots
+from jobs.evaluate.options import options_of, parser
+from jobs.evaluate.rows import read_rows
+from jobs.evaluate.run import run
+from jobs.evaluate.summary import print_summary, summarise
 from jobs.measurement import stamp
 from pipeline.engine import EngineConfig
 from pipeline.errors import JobError
-from tools.evaluate import plots
-from tools.evaluate.options import options_of, parser
-from tools.evaluate.rows import read_rows
-from tools.evaluate.run import run
-from tools.evaluate.summary import print_summary, summarise
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
         raise JobError("--model is needed: a model folder or hub id")
     device = EngineConfig(flags.model, device=flags.device).torch_device()
     options = options_of(flags, device)
-    facts = {**stamp(device), "command": " ".join(["python -m tools.evaluate", *arguments])}
+    facts = {**stamp(device), "command": " ".join(["python -m jobs.evaluate", *arguments])}
     facts |= run(options)
     report([options.output], options.output, options.plots, facts)
     return 0

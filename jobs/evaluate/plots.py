@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from jobs.evaluate.summary import TEXT_TASKS, group, unlearned_tasks
 from jobs.known.results import Row
 from pipeline.errors import JobError
-from tools.evaluate.summary import TEXT_TASKS, group, unlearned_tasks
 
 DEPTHS = 10
 INSTALL = "pip install -e '.[bench]'"

@@ -9,13 +9,13 @@ from random import Random
 import numpy as np
 import torch
 
+from jobs.evaluate.rows import SCHEMA
 from jobs.known.documents import take
 from jobs.known.prompts import Tokenizer
 from jobs.known.reader import Answer, Reader, Reference, likelihood
 from jobs.known.report import essay_filler
 from jobs.known.results import Row, row_of
 from pipeline.errors import JobError
-from tools.evaluate.rows import SCHEMA
 
 # Prompts of plain text end with a whole block, whatever an arm's block size is.
 BLOCK = 256

@@ -58,7 +58,7 @@ def read_rows(folders: Sequence[Path]) -> list[Row]:
         for part in parts:
             table = pq.read_table(part)
             if table.schema.names != SCHEMA.names:
-                raise JobError(f"{part} was written by another version of tools.evaluate: evaluate again")
+                raise JobError(f"{part} was written by another version of jobs.evaluate: evaluate again")
             for row in table.to_pylist():
                 rows[setting_key(row), question_key(row)] = row
     return list(rows.values())

@@ -1,4 +1,4 @@
-"""tools.evaluate: its documents, its arms, its reader against the engine, its figures."""
+"""jobs.evaluate: its documents, its arms, its reader against the engine, its figures."""
 
 from __future__ import annotations
 
@@ -12,6 +12,15 @@ import numpy as np
 import pytest
 import torch
 
+from jobs.evaluate.__main__ import main
+from jobs.evaluate.arms import CONTROLS, attention_mass, make_arms, random_scores, window_scores
+from jobs.evaluate.haystacks import KINDS, TASKS
+from jobs.evaluate.options import options_of, parser
+from jobs.evaluate.plots import by_time
+from jobs.evaluate.rows import SCHEMA, read_rows
+from jobs.evaluate.run import load_readers
+from jobs.evaluate.summary import summarise
+from jobs.evaluate.texts import make_texts, read_text
 from jobs.known.prompts import Reading, Tokenizer, make_document, read_prompts
 from jobs.known.reader import Answer, Arm, Reader, Reference
 from jobs.known.results import Row, recall_of
@@ -19,15 +28,6 @@ from jobs.known.wording import REPORT, RULER
 from pipeline.engine import Engine, EngineConfig, Request
 from pipeline.engine.model.loading import context_limit, load_config, load_model
 from pipeline.errors import JobError
-from tools.evaluate.__main__ import main
-from tools.evaluate.arms import CONTROLS, attention_mass, make_arms, random_scores, window_scores
-from tools.evaluate.haystacks import KINDS, TASKS
-from tools.evaluate.options import options_of, parser
-from tools.evaluate.plots import by_time
-from tools.evaluate.rows import SCHEMA, read_rows
-from tools.evaluate.run import load_readers
-from tools.evaluate.summary import summarise
-from tools.evaluate.texts import make_texts, read_text
 
 MODEL = str(Path(__file__).parents[2] / "models/tiny-reader")
 
@@ -304,7 +304,7 @@ def test_job_writes_rows_and_report(
     assert {row["kl"] for row in rows if (row["arm"], row["precision"]) == ("dense", "fp32")} == {0.0}
     assert max(row["kl"] for row in rows if (row["arm"], row["precision"]) == ("dense", "fp8")) > 0
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["run"]["command"].startswith("python -m tools.evaluate --model")
+    assert summary["run"]["command"].startswith("python -m jobs.evaluate --model")
     assert [(setting["arm"], setting["precision"]) for setting in summary["settings"]] == [
         ("dense", "fp32"), ("sampled", "fp32"), ("dense", "fp8"), ("sampled", "fp8"),
     ]  # fmt: skip
@@ -395,5 +395,5 @@ def test_it_runs_without_ray() -> None:
     """A machine with a GPU needs torch, triton and transformers for an evaluation, and no cluster."""
     import subprocess
 
-    code = "import sys; sys.modules['ray'] = None; import tools.evaluate.__main__, tools.evaluate.run"
+    code = "import sys; sys.modules['ray'] = None; import jobs.evaluate.__main__, jobs.evaluate.run"
     subprocess.run([sys.executable, "-c", code], check=True)

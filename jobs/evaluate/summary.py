@@ -11,9 +11,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from jobs.evaluate.rows import setting_key
 from jobs.known.estimates import Estimate, estimate, mean, paired
 from jobs.known.results import BY_EXACTNESS, LEARNED, Row, question_key
-from tools.evaluate.rows import setting_key
 
 # Pooled as "retrieval"; these are told apart, since they ask for more than one place of the prompt, or before its end.
 APART = ("lookup", "summary", "variable_tracking", "common_words", "frequent_words")

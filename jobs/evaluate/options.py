@@ -1,4 +1,4 @@
-"""The flags of tools.evaluate, and what is chosen where they leave it open."""
+"""The flags of jobs.evaluate, and what is chosen where they leave it open."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from jobs.cli import Parser
+from jobs.evaluate.arms import AGAIN, ARMS, CONTROLS
+from jobs.evaluate.haystacks import KINDS, TASKS
 from jobs.known.report import read_essay
 from jobs.known.results import BY_EXACTNESS
 from pipeline.errors import JobError, nearest
 from stem_core.config import BLOCK_SIZES
-from tools.evaluate.arms import AGAIN, ARMS, CONTROLS
-from tools.evaluate.haystacks import KINDS, TASKS
 
 CPU_ARMS = ("dense", "sampled")
 GPU_ARMS = ("dense", AGAIN, "sampled", "release")
@@ -64,7 +64,7 @@ class Options:
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    flags = Parser(prog="python -m tools.evaluate", description=description, allow_abbrev=False)
+    flags = Parser(prog="python -m jobs.evaluate", description=description, allow_abbrev=False)
     add = flags.add_argument
     add("--model", metavar="PATH_OR_ID", help="model folder or hub id")
     add("--tokenizer", metavar="PATH_OR_ID", help="where it is not the model's own")
