@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pipeline.errors import JobError
 from pipeline.versions import versions
 
 # Logits, by precision: two tokens no further apart may trade places by rounding. Those of bf16 models come in steps of
@@ -25,6 +26,15 @@ def dummy_folder(config: dict[str, Any], folder: Path) -> Path:
     stops = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     (folder / "config.json").write_text(json.dumps(config | stops))
     return folder
+
+
+def dummy_copy(model: str, folder: Path) -> Path:
+    """dummy_folder() for the config.json of a model folder. Raises JobError if there is none."""
+    try:
+        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise JobError(f"--model {model}: --load-format dummy needs a folder with a config.json: {error}") from None
+    return dummy_folder(config, folder)
 
 
 def stamp(device: torch.device, commit: str = "") -> dict[str, Any]:

@@ -59,6 +59,7 @@ WORK = {
     "tools.models": ("tools.models.__main__.checked",),
     "tools.simulate": ("tools.simulate.__main__.measure", "tools.simulate.__main__.run_apart"),
     "tools.shapes": ("tools.shapes.dummy_folder",),
+    "jobs.report": ("jobs.report.__main__.load_runs",),
     "jobs.submit": ("jobs.submit.connect",),
     "jobs.summarize": ("pipeline.job.job.run", "pipeline.job.dry_run.describe_plan"),
     "tools.train_demo_model": ("tools.train_demo_model.__main__.train",),
@@ -99,6 +100,7 @@ RUN_BY = {
     "tools.train_demo_model": "tests/tools/test_train_demo_model.py: test_training_lowers_the_loss",
     "make compare": "tests/quality/test_findings.py: test_demo_settings_keep_the_findings",
     "make demo": "tests/quality/test_findings.py: test_demo_settings_keep_the_findings",
+    "make demo-real": "tests/jobs/test_demo.py: test_the_demo_of_real_models_is_planned",
     "make docs-site": "tests/test_docs_pages.py: test_the_site_builds_without_a_warning",
     "make lint": ".ci/run: make --no-print-directory lint",
     "make test": ".ci/run: make --no-print-directory test",
@@ -112,7 +114,7 @@ RUN_BY = {
 # What cannot run here: other machines, or this environment's own making.
 ELSEWHERE = {
     "docker": "an engine for containers", "kubectl": "a Kubernetes cluster", "ssh": "another machine",
-    "pip": "the Makefile makes the environment", "make demo-real": "a real model",
+    "pip": "the Makefile makes the environment",
 }  # fmt: skip
 # Words of the text that are no commands.
 NAMES = {("make",), ("python",), ("ray",), ("git",), ("tools.benchmark", "...")}  # git is a model type, too
@@ -159,8 +161,8 @@ def stood_in(words: Sequence[str]) -> list[str]:
     """Arguments with what is here for what a reader has."""
     model = str(ROOT / "models/tiny-reader")
     here = {"Qwen/Qwen3-8B": model, "/models/Qwen3-8B": model, "PATH": model, "FOLDER": "trained"}
-    here["Qwen/Qwen2.5-Coder-1.5B-Instruct"] = model
     here["shapes/llama-3.1-8b"] = model
+    here["Qwen/Qwen2.5-Coder-1.5B-Instruct"] = here["Qwen/Qwen2.5-0.5B-Instruct"] = model
     here["TEXT.txt"] = str(ROOT / "examples/documents/report-01.txt")
     return [here.get(word, word) for word in words]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from jobs.cli import Parser, add_job_flags
 from jobs.known.report import read_essay
 from jobs.known.results import BY_EXACTNESS
-from jobs.measurement import dummy_folder
+from jobs.measurement import dummy_copy
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.model.loading import context_limit, load_config, load_precision
 from pipeline.errors import JobError
@@ -171,7 +170,11 @@ def options_of(flags: argparse.Namespace) -> Options:
     known = {item.name for item in fields(JobConfig)} - {*OWN, *UNUSED}
     values = {name: value for name, value in (given | vars(flags)).items() if name in known}
     _check(flags)
-    folder = _dummy_folder(values.get("model", ""), flags) if values.get("load_format") == "dummy" else None
+    folder = (
+        str(dummy_copy(values.get("model", ""), flags.output / "shape"))
+        if values.get("load_format") == "dummy"
+        else None
+    )
     jobs = {
         (preset, budget, precision): JobConfig(
             **values, output=str(flags.output), preset=preset, budget=budget, precision=precision
@@ -210,15 +213,6 @@ def _check(flags: argparse.Namespace) -> None:
     for name in ("least_agreement", "least_rouge"):
         if not 0 <= getattr(flags, name) <= 1:
             raise JobError(f"--{name.replace('_', '-')} must lie in 0..1, got {getattr(flags, name)}")
-
-
-def _dummy_folder(model: str, flags: argparse.Namespace) -> str:
-    """A folder beside the results with the config of a model folder, without its stop ids."""
-    try:
-        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise JobError(f"--model {model}: --load-format dummy needs a folder with a config.json: {error}") from None
-    return str(dummy_folder(config, flags.output / "shape"))
 
 
 def _arms(jobs: dict[Any, JobConfig], folder: str | None) -> list[Arm]:

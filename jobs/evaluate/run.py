@@ -16,9 +16,9 @@ from jobs.known.prompts import MOST_ANSWER_TOKENS, Reading, Tokenizer, make_docu
 from jobs.known.reader import Arm, Reader, Reference
 from jobs.known.results import Row, reading_rows
 from jobs.known.wording import Style, pick_style
+from jobs.measurement import dummy_copy
 from pipeline.engine import EngineConfig
 from pipeline.errors import JobError
-from tools.shapes import shape_folder
 
 # Seconds between two lines that tell how far an evaluation is.
 TELL_EVERY = 20.0
@@ -78,9 +78,9 @@ def load_readers(options: Options) -> list[Reader]:
 
 
 def model_folder(options: Options) -> str:
-    """The model; with random weights, a folder beside the results for a shape by name."""
-    if options.load_format == "dummy":  # a shape by name, or any config.json
-        return str(shape_folder(options.model, options.output / "shape"))
+    """The model; with random weights, a folder beside the results with its config."""
+    if options.load_format == "dummy":
+        return str(dummy_copy(options.model, options.output / "shape"))
     return options.model
 
 

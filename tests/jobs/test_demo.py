@@ -8,6 +8,19 @@ import pytest
 
 from jobs.demo.outcome import judge, print_comparison, save_comparison
 from jobs.demo.scoring import Score, score
+from jobs.summarize import main as summarize
+
+
+def test_the_demo_of_real_models_is_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As far as any model goes: its settings, questions and PDF files are read."""
+    monkeypatch.chdir(Path(__file__).parents[2])
+    words = ["--config", "examples/demo-real.yaml", "--model", "models/tiny-reader", "--output", str(tmp_path / "out")]
+    assert summarize([*words, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "3 documents" in told
+    assert told.count("question ") == 5
 
 
 def test_score_counts_whole_sentences_and_wrong_lines() -> None:
