@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +18,24 @@ MODEL = ROOT / "models" / "tiny-reader"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the shared Ray cluster first, so that of several processes of tests one has it; then others with Ray."""
-    items.sort(key=lambda item: (not _on_cluster(item), item.get_closest_marker("ray") is None))
+    """Tests with Ray take long, so each process begins with its share of them: the first with those of one cluster.
+
+    pytest-xdist gives every process a stretch of the list, all of about the same length.
+    """
+    shared = [item for item in items if _on_cluster(item)]
+    alone = [item for item in items if item.get_closest_marker("ray") and not _on_cluster(item)]
+    others = [item for item in items if not (_on_cluster(item) or item.get_closest_marker("ray"))]
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    firsts = (
+        [shared, *(alone[part :: processes - 1] for part in range(processes - 1))]
+        if processes > 1
+        else [shared + alone]
+    )
+    total, items[:] = len(items), []
+    for part, first in enumerate(firsts):
+        room = max(0, (total - len(items)) // (processes - part) - len(first))
+        items += first + others[:room]
+        del others[:room]
 
 
 @pytest.hookimpl(trylast=True)  # behind the fixtures of `item`
@@ -51,10 +66,11 @@ def _cluster() -> Iterator[None]:
     """Workers find the checkout and the tests' fake engine."""
     import ray
 
-    with pytest.MonkeyPatch.context() as patch:
+    from pipeline.workers.ray_pool import local_environment
+
+    with local_environment(), pytest.MonkeyPatch.context() as patch:
         paths = [str(ROOT), str(ROOT / "tests" / "pipeline"), str(ROOT / "tests" / "faults")]
         patch.setenv("PYTHONPATH", os.pathsep.join(paths))
-        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # otherwise Ray leaves a token file in the home directory
         patch.setenv("OMP_NUM_THREADS", "1")
         ray.init(
             address="local",

@@ -88,16 +88,17 @@ def _list(name: str, value: Any) -> tuple[str, ...]:
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:
     """One text or several, none of them blank."""
-    items = () if value is None else (value,) if isinstance(value, str) else value
-    if not isinstance(items, list | tuple) or not all(isinstance(item, str) and item.strip() for item in items):
-        raise SettingError(name, "a text or a list of texts that are not empty", value)
-    return tuple(dict.fromkeys(_text(name, item) for item in items))
+    return _several(name, () if value is None else value, str.strip)
 
 
 def _stops(name: str, value: Any) -> tuple[str, ...]:
     """One text or several, white space as it stands."""
+    return _several(name, value, bool)
+
+
+def _several(name: str, value: Any, valid: Callable[[str], Any]) -> tuple[str, ...]:
     items = (value,) if isinstance(value, str) else value
-    if not isinstance(items, list | tuple) or not all(isinstance(item, str) and item for item in items):
+    if not isinstance(items, list | tuple) or not all(isinstance(item, str) and valid(item) for item in items):
         raise SettingError(name, "a text or a list of texts that are not empty", value)
     return tuple(dict.fromkeys(_text(name, item) for item in items))
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray import _raylet
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from pipeline.errors import JobError, one_line, without_secrets
@@ -59,7 +60,7 @@ def connected(address: str | None) -> Iterator[Cluster]:
     options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "error"}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     local = address == "local"
-    with _local_environment() if local else contextlib.nullcontext():
+    with local_environment() if local else contextlib.nullcontext():
         if local:
             # What Ray prints when one of its parts ends, with pages of its log, heartbeat.py says in a line. It is
             # how Ray's own debugger quiets it.
@@ -80,26 +81,37 @@ def connected(address: str | None) -> Iterator[Cluster]:
 
 
 @contextlib.contextmanager
-def _local_environment() -> Iterator[None]:
+def local_environment() -> Iterator[None]:
     """Environment of a private cluster: workers find our packages first, and a throw-away token guards its ports.
 
     Without the latter Ray writes a token file to the home directory, after which a plain `ray start` demands it.
     """
-    wanted = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    wanted: dict[str, str | None] = {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    }
     if "RAY_AUTH_MODE" not in os.environ:
-        wanted |= {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        # Ray sets the mode itself, and leaves it.
+        wanted |= {"RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_AUTH_MODE": None}
         # It advises to switch the token off.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
+    _set_environment(wanted)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        _set_environment(before)
+
+
+def _set_environment(values: dict[str, str | None]) -> None:
+    """Set variables, remove those that are None, and have Ray read its token anew: it keeps the first of a process."""
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    loader = getattr(_raylet, "AuthenticationTokenLoader", None)  # older versions of Ray have no tokens
+    if loader is not None:
+        loader.instance().reset_cache()
 
 
 def room_now(share: Share, gpus_per_worker: int) -> int:

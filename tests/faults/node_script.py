@@ -26,7 +26,7 @@ from tools.faults import processes
 from tools.faults.processes import LOG
 from tools.faults.runs import prepare
 
-DOCUMENTS = 300
+DOCUMENTS = 400
 # The head notices a killed raylet by its silence; usually after 15 s.
 SOON = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
 

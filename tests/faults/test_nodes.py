@@ -28,7 +28,7 @@ def test_a_node_that_dies_costs_no_document_and_one_that_joins_works(tmp_path: P
     assert ended.returncode == 0, ended.stderr[-2000:]
     told = json.loads(ended.stdout.strip().splitlines()[-1])
     assert (told["code"], told["lost"], told["doubled"]) == (0, 0, 0), told
-    assert told["statuses"] == {"ok": 300}
+    assert told["statuses"] == {"ok": 400}
     assert "lost with" in told["log"], "its worker was missed"
     assert told["again"] <= LIVE + AHEAD
     assert "shrunk: 1 workers instead of 2" in told["log"]

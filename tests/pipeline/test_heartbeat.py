@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 import pytest
@@ -80,3 +81,18 @@ def test_a_ray_that_does_not_start_is_one_line(
         pass
     assert "\n" not in str(told.value)
     assert ended
+
+
+@pytest.mark.ray
+def test_ray_starts_more_than_once_in_a_process() -> None:
+    """Each time with a token of its own, though Ray keeps the first that it reads."""
+
+    def tokens() -> dict[str, str]:
+        return {name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH")}
+
+    before = tokens()
+    for _ in range(2):
+        with ray_pool.connected("local") as cluster:
+            assert cluster.local
+            assert tokens() != before
+        assert tokens() == before
