@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jobs.cli import Parser, run_main
-from jobs.measurement import dummy_folder
+from jobs.measurement import dummy_copy, dummy_folder
 from pipeline.errors import JobError
 
 # Room for 128K tokens of prompt and the output behind them; positions cost nothing.
@@ -157,7 +156,7 @@ def shape_folder(shape: str, folder: Path) -> Path:
     if shape in SHAPES:
         return dummy_folder(SHAPES[shape], folder)
     if (Path(shape) / "config.json").is_file():
-        return dummy_folder(json.loads((Path(shape) / "config.json").read_text()), folder)
+        return dummy_copy(shape, folder)
     raise JobError(f"{shape!r} is neither {', '.join(SHAPES)} nor a folder with a config.json")
 
 

@@ -29,7 +29,7 @@ def ask(document: Path, settings: Path) -> None:
     rows = summarize({document.name: text}, **taken).to_pylist()
     for row in rows:
         print(f"\n{row['question']}\n    {row['output']}\n    {evidence_in_words(row, text)}")
-    print(f"\nThree answers in {time.monotonic() - started:.0f} s, with the start of the model.")
+    print(f"\n{len(rows)} answers in {time.monotonic() - started:.0f} s, with the start of the model.")
 
 
 def evidence_in_words(row: dict[str, Any], text: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels._common.fp8 import fp8_obstacle
+from kernels._common.fp8 import fp8_obstacle, widen
 from kernels.dispatch import Choice, choose_portable
 
 # Rows that are zero get this largest magnitude, so that their scale can be divided by.
@@ -43,6 +43,14 @@ class QuantizedRows:
     def dequantize(self) -> Tensor:
         """[..., D] in `dtype`."""
         return (self.values.float() * self.scales).to(self.dtype)
+
+
+def scaled_product(rows: QuantizedRows, weight: Tensor, scale: Tensor) -> Tensor:
+    """rows [M, K] @ weight.T in float32, the scales applied to the sums: what kernels of fp8 products are held to.
+
+    weight: float8_e4m3fn [N, K]. scale: float32, of the output channels, [N] or [1, N]. Returns float32 [M, N].
+    """
+    return widen(rows.values) @ widen(weight).t() * rows.scales * scale
 
 
 def choose_row_kernel(op: str, device: torch.device, impl: str = "auto", *, fp8: bool = False) -> Choice:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kernels._common.attention import check_decode
 from kernels._common.prefixes import Prefixes
-from kernels.dispatch import Choice, choose_portable, on_its_gpu
+from kernels.dispatch import Choice, choose_portable, implementation, on_its_gpu
 
 
 def choose_decode_attention(q: Tensor, impl: str = "auto") -> Choice:
@@ -50,8 +50,7 @@ def decode_attention(
     check_decode(q, starts, lengths, max_length, window, sinks, prefixes)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     choice = choose_decode_attention(q, impl)
-    if choice.impl == "triton":
-        from kernels.decode_attention import triton as implementation
-    else:
-        from kernels.decode_attention import reference as implementation  # type: ignore[no-redef]
-    return implementation.decode_attention(q, k, v, starts, lengths, max_length, scale, window, sinks, prefixes)
+    chosen: Tensor = implementation("decode_attention", choice).decode_attention(
+        q, k, v, starts, lengths, max_length, scale, window, sinks, prefixes
+    )
+    return chosen

@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._common.fp8 import widen
-from kernels._common.rows import QuantizedRows
+from kernels._common.rows import QuantizedRows, scaled_product
 from kernels.grouped_linear.api import Groups
 
 
@@ -30,7 +29,8 @@ def grouped_linear(
     for expert in range(groups.experts):
         mine = (ids == expert).nonzero()[:, 0]
         source = mine // max(1, repeat)
-        y = widen(rows.values[source]) @ widen(weight[expert]).t() * rows.scales[source] * scale[expert]
+        own = QuantizedRows(rows.values[source], rows.scales[source], rows.dtype)
+        y = scaled_product(own, weight[expert], scale[expert])
         y = y if bias is None else y + bias[expert].float()
         y = y if factors is None else y * factors[mine, None].float()
         out[mine] = y.to(out.dtype)

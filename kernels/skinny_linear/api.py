@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels._common.fp8 import FP8
 from kernels._common.rows import QuantizedRows, choose_row_kernel
-from kernels.dispatch import on_its_gpu
+from kernels.dispatch import implementation, on_its_gpu
 
 # Rows that one program holds. Beyond them the weight is reused enough for cuBLAS's tiles.
 MAX_ROWS = 64
@@ -30,11 +30,8 @@ def skinny_linear(
     """
     choice = choose_row_kernel("skinny_linear", weight.device, impl, fp8=True)
     _check(weight, scale, rows, bias)
-    if choice.impl == "triton":
-        from kernels.skinny_linear import triton as implementation
-    else:
-        from kernels.skinny_linear import reference as implementation  # type: ignore[no-redef]
-    return implementation.skinny_linear(weight, scale, rows, bias)
+    out: Tensor = implementation("skinny_linear", choice).skinny_linear(weight, scale, rows, bias)
+    return out
 
 
 def _check(weight: Tensor, scale: Tensor, rows: QuantizedRows, bias: Tensor | None) -> None:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kernels._common.rows import QuantizedRows
+from kernels._common.rows import QuantizedRows, scaled_product
 
 
 def skinny_linear(weight: Tensor, scale: Tensor, rows: QuantizedRows, bias: Tensor | None) -> Tensor:
     """See kernels.skinny_linear.skinny_linear; sums are in float32."""
-    product = rows.values.float() @ weight.float().t() * rows.scales * scale
+    product = scaled_product(rows, weight, scale)
     return (product if bias is None else product + bias.float()).to(rows.dtype)

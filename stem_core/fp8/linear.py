@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kernels.quantize import FP8, QuantizedRows, quantize_rows, widen
+from kernels.quantize import FP8, QuantizedRows, quantize_rows, scaled_product
 from kernels.skinny_linear import MAX_ROWS, skinny_linear
 
 
@@ -21,29 +21,24 @@ def scaled_linear(
     """
     if rows.values.is_cuda and rows.dtype != torch.bfloat16:
         raise ValueError(f"fp8 linears on a GPU need a bfloat16 model, got {rows.dtype}")
-    K = rows.values.shape[-1]
+    flat = QuantizedRows(rows.values.view(-1, rows.values.shape[-1]), rows.scales.view(-1, 1), rows.dtype)
     if not rows.values.is_cuda:
         # A float32 product of the same values: `torch._scaled_mm` depends on the CPU's instructions (with AMX one call
         # took seconds), and some builds (torch 2.11) scale whole tensors only.
-        sums = widen(rows.values.view(-1, K)) @ widen(weight).t()
-        product = sums * rows.scales.view(-1, 1) * scale
-        product = (product if bias is None else product + bias.float()).to(rows.dtype)
-        return product.view(*rows.values.shape[:-1], weight.shape[0])
-    values = rows.values.view(-1, K)
-    if len(values) <= MAX_ROWS:
-        out = skinny_linear(
-            weight, scale.view(-1), QuantizedRows(values, rows.scales.view(-1, 1), rows.dtype), bias=bias
+        product = scaled_product(flat, weight, scale)
+        out = (product if bias is None else product + bias.float()).to(rows.dtype)
+    elif len(flat.values) <= MAX_ROWS:
+        out = skinny_linear(weight, scale.view(-1), flat, bias=bias)
+    else:
+        out = torch._scaled_mm(
+            flat.values,
+            weight.t(),
+            scale_a=flat.scales,
+            scale_b=scale,
+            bias=bias,
+            out_dtype=rows.dtype,
+            use_fast_accum=fast_accumulation,
         )
-        return out.view(*rows.values.shape[:-1], weight.shape[0])
-    out = torch._scaled_mm(
-        values,
-        weight.t(),
-        scale_a=rows.scales.view(-1, 1),
-        scale_b=scale,
-        bias=bias,
-        out_dtype=rows.dtype,
-        use_fast_accum=fast_accumulation,
-    )
     return out.view(*rows.values.shape[:-1], weight.shape[0])
 
 
