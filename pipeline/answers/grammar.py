@@ -84,6 +84,10 @@ class Matcher:
         """Go on behind `token`; `error` says if that cannot be."""
         self.raw.consume_token(token)
 
+    def go_back(self, tokens: int) -> None:
+        """Forget the newest `tokens` of what was taken."""
+        self.raw.rollback(tokens)
+
 
 class MaskFiller:
     """Computes masks of several outputs at a time, in llguidance's own threads.
