@@ -56,8 +56,7 @@ class Survey:
     @property
     def answer_type(self) -> pa.DataType | None:
         """Of the column `answer`; None if no question has a schema."""
-        answers = self.answers
-        return answer_type(answers.values()) if answers else None
+        return answer_type(self.answers.values())
 
 
 @dataclass(frozen=True)
