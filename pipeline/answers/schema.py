@@ -58,7 +58,7 @@ class Schema:
         """What holds an engine's output to the schema. tokenizer: of transformers. Raises JobError."""
         from pipeline.answers.grammar import Grammar
 
-        return Grammar.of(self.text, tokenizer, eos_ids)
+        return Grammar(self.text, tokenizer, eos_ids)
 
     def parse(self, text: str, as_type: bool = True) -> Any:
         """The answer that a text is, as a value of arrow_type, or of JSON text unless `as_type`; else an AnswerError.
