@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.job.configs import make_engine_config, model_label
-from pipeline.job.estimate import Work, dense_line, estimate_lines, machine_of
+from pipeline.job.estimate import Workload, dense_line, estimate_lines, machine_of
 from pipeline.job.plan import JobPlan, make_plan, survey_input
 from pipeline.prompts.prompt import PromptBuilder
 from pipeline.prompts.questions import OWN, Questions
@@ -117,7 +117,7 @@ def _work_lines(config: JobConfig, plan: JobPlan, memory: Any) -> Iterator[str]:
         # Of a document's own questions one is counted: how many there are is known when it is read.
         outputs = sum(count * most.get(name, config.max_new_tokens) for name, count in asked.items())
         read = _as_read(prompts, max(1, limit), config, questions)
-        yield from _time_lines(config, Work(read, asked.total(), outputs), memory, len(pending))
+        yield from _time_lines(config, Workload(read, asked.total(), outputs), memory, len(pending))
 
 
 def _tokens_per_byte(config: JobConfig, plan: JobPlan, builder: PromptBuilder, readable: list[int]) -> float:
@@ -155,7 +155,7 @@ def _as_read(prompts: np.ndarray, room: int, config: JobConfig, questions: Quest
     return np.repeat(prompts, len(questions.names)) if asks_first(questions.every[0].template) else prompts
 
 
-def _time_lines(config: JobConfig, work: Work, memory: Any, documents: int) -> Iterator[str]:
+def _time_lines(config: JobConfig, work: Workload, memory: Any, documents: int) -> Iterator[str]:
     from pipeline.engine.model.loading import load_config
 
     own = load_config(make_engine_config(config, config.device))

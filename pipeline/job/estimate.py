@@ -96,7 +96,7 @@ BENCHMARKS = (
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What a job has to do. prompts: tokens of each prompt that is read. answers, most: how many outputs there will be,
     and how many tokens they have together at most.
     """
@@ -124,7 +124,7 @@ class Machine:
 
 
 def estimate_lines(
-    work: Work, machine: Machine, store: Store, price: float | None, *, only: bool = False
+    work: Workload, machine: Machine, store: Store, price: float | None, *, only: bool = False
 ) -> Iterator[str]:
     """The lines of a dry run on time, GPU hours and cost.
 

@@ -89,7 +89,7 @@ def summarize_results(store: Store, documents: int, asked: Sequence[str] = (SUMM
     asked: names of the questions to every document; `own` for those that documents bring along.
     """
     table = read_columns(store, _COLUMNS)
-    questions = pc.fill_null(table["question_id"], SUMMARY)
+    questions = table["question_id"]
     counts = {str(item["values"]): int(item["counts"]) for item in pc.value_counts(table["status"]).to_pylist()}
     done = table.filter(pc.equal(table["status"], "ok")) if table.num_rows else table
     bad = table.filter(pc.not_equal(table["status"], "ok")).slice(0, 5).to_pylist() if table.num_rows else []
@@ -135,9 +135,7 @@ def first_outputs(store: Store, count: int) -> list[tuple[str, str, tuple[str, .
         with store.named_failures(f"{name} cannot be read"):
             table = read_part(store, name, ("document_id", "question_id", "status", "output", "flags"))
         for row in table.filter(pc.equal(table["status"], "ok")).slice(0, count - len(found)).to_pylist():
-            named = row.get("question_id") or SUMMARY
-            who = row["document_id"] if named == SUMMARY else f"{row['document_id']} ({named})"
-            found.append((who, row["output"] or "", tuple(row.get("flags") or ())))
+            found.append((_who(row, row["question_id"] != SUMMARY), row["output"] or "", tuple(row.get("flags") or ())))
         if len(found) >= count:
             break
     return found
@@ -156,8 +154,8 @@ def _documents(table: pa.Table, rows: np.ndarray) -> int:
     return len(pc.unique(table["document_id"].filter(pa.array(rows, pa.bool_()))))
 
 
-def _who(row: dict[str, Any], many: bool) -> str:
-    return f"{row['document_id']} ({row['question_id']})" if many else str(row["document_id"])
+def _who(row: dict[str, Any], with_question: bool) -> str:
+    return f"{row['document_id']} ({row['question_id']})" if with_question else str(row["document_id"])
 
 
 def _numbers(table: pa.Table, name: str) -> np.ndarray:

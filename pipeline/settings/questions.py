@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -14,7 +13,7 @@ from pipeline.errors import JobError, nearest, one_line
 from pipeline.prompts.questions import OWN, Questions, is_own
 from pipeline.prompts.task import Task, asks, make_task, user_message
 from pipeline.settings.config import JobConfig
-from pipeline.settings.options import read_yaml, short
+from pipeline.settings.options import holdable, json_copy, read_yaml, short
 from pipeline.settings.shared import Sampling
 from stem_core.settings import LARGEST, SettingError
 
@@ -119,7 +118,7 @@ def _task(item: Any, place: str, plain: Task) -> Task:
                 f"{place}: {short(key)} is not a key{nearest(str(key), KEYS) or '; they are ' + ', '.join(KEYS)}"
             )
     text = item.get("question")
-    if not isinstance(text, str) or not text.strip() or not _holdable(text):
+    if not isinstance(text, str) or not text.strip() or not holdable(text):
         raise JobError(f"{place}: its question must be a text, got {short(text)}")
     text = text.strip()
     name = item.get("name", slug(text))
@@ -130,7 +129,11 @@ def _task(item: Any, place: str, plain: Task) -> Task:
     schema = item.get("schema")
     if schema is not None and not isinstance(schema, Mapping):
         raise JobError(f"{place}: its schema must be a JSON object, got {short(schema)}")
-    return Task(text, plain.template, text, plain.system, name, most, _sampling(item, place), _json(schema, place))
+    try:
+        schema = json_copy(schema)
+    except ValueError as error:
+        raise JobError(f"{place}: its schema is not JSON: {one_line(error)}") from None
+    return Task(text, plain.template, text, plain.system, name, most, _sampling(item, place), schema)
 
 
 def _sampling(item: Mapping[str, Any], place: str) -> dict[str, Any]:
@@ -144,18 +147,6 @@ def _sampling(item: Mapping[str, Any], place: str) -> dict[str, Any]:
     return given
 
 
-def _json(value: Any, place: str) -> Any:
-    """A copy that the manifest can hold."""
-    try:
-        return json.loads(json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise JobError(f"{place}: its schema is not JSON: {one_line(error)}") from None
-
-
-def _holdable(text: str) -> bool:
-    return "\0" not in text and not any("\ud800" <= char <= "\udfff" for char in text)
-
-
 def _check_name(name: Any, place: str) -> None:
     if not isinstance(name, str) or not 1 <= len(name) <= 100 or not name.isprintable() or name != name.strip():
         raise JobError(f"{place}: its name must be a text of 1 to 100 printable characters, got {short(name)}")
@@ -166,19 +157,14 @@ def _check_name(name: Any, place: str) -> None:
 
 
 def _refuse_doubles(tasks: list[Task]) -> None:
-    for one, other in _pairs(tasks):
-        if one.question == other.question:
-            raise JobError(f"the question {short(one.question)} is asked twice, by the name {short(one.name)}")
-        raise JobError(
-            f"two questions have the name {short(one.name)}: {short(one.question)} and {short(other.question)}; name "
-            "them apart in a --questions file"
-        )
-
-
-def _pairs(tasks: list[Task]) -> Iterator[tuple[Task, Task]]:
-    """Tasks of one name."""
     seen: dict[str, Task] = {}
     for task in tasks:
-        if task.name in seen:
-            yield seen[task.name], task
-        seen[task.name] = task
+        other = seen.setdefault(task.name, task)
+        if other is task:
+            continue
+        if other.question == task.question:
+            raise JobError(f"the question {short(task.question)} is asked twice, by the name {short(task.name)}")
+        raise JobError(
+            f"two questions have the name {short(task.name)}: {short(other.question)} and {short(task.question)}; name "
+            "them apart in a --questions file"
+        )

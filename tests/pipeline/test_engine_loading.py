@@ -26,7 +26,7 @@ from pipeline.engine import (
     estimate_plan,
 )
 from pipeline.engine.devices import host_memory, weight_bytes
-from pipeline.engine.kv.arena import Arena, KVArena, LayerShape
+from pipeline.engine.kv.arena import Arena, LayerShape
 from pipeline.engine.memory import measure as memory
 from pipeline.engine.memory.measure import allocate_arena, plan_memory
 from pipeline.engine.memory.plan import fit_arena
@@ -330,7 +330,7 @@ def test_arena_shrinks_until_the_rehearsal_fits(folder: Path, monkeypatch: pytes
     def allocate(tokens: int, documents: int) -> Arena:
         if tokens > fits:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return KVArena(runner.shapes, tokens, runner.dtype, runner.layer_devices)
+        return Arena(runner.shapes, tokens, runner.dtype, runner.layer_devices)
 
     monkeypatch.setattr(runner, "new_arena", allocate)
     arena, smaller = memory.allocate_arena(runner, config, plan, 128)

@@ -14,7 +14,16 @@ from result_rows import make_row
 
 from pipeline.errors import JobError
 from pipeline.job.dry_run import describe_plan
-from pipeline.job.estimate import BENCHMARKS, JOB_LENGTHS, JOB_OUTPUTS, PAGE, Machine, Work, dense_line, estimate_lines
+from pipeline.job.estimate import (
+    BENCHMARKS,
+    JOB_LENGTHS,
+    JOB_OUTPUTS,
+    PAGE,
+    Machine,
+    Workload,
+    dense_line,
+    estimate_lines,
+)
 from pipeline.results.rows import result_schema
 from pipeline.results.sink import Sink
 from pipeline.results.store import Store
@@ -24,7 +33,7 @@ from stem_core.config import StemConfig
 ROOT = Path(__file__).parents[2]
 BEGUN = datetime(2026, 1, 1, tzinfo=UTC)
 H200 = Machine("NVIDIA H200", 1, 1, "m", 15 << 30, "bf16", "stem", True)
-JOB = Work(np.array(JOB_LENGTHS * 4), 16, JOB_OUTPUTS)
+JOB = Workload(np.array(JOB_LENGTHS * 4), 16, JOB_OUTPUTS)
 
 
 def write(folder: Path, *rows: dict[str, Any]) -> Store:
@@ -56,7 +65,7 @@ LONG = {"prompt_tokens": 100_000, "output_tokens": 150, "prefill_seconds": 500.0
 
 def test_time_follows_from_rows_by_the_lengths_of_prompts(tmp_path: Path) -> None:
     store = write(tmp_path, SHORT | {"end": 5.0}, LONG | {"end": 521.0})  # 20 s of 521 are not prefill, for 200 tokens
-    work = Work(np.array([1000] * 10 + [100_000] * 2), 12, 12 * 256)
+    work = Workload(np.array([1000] * 10 + [100_000] * 2), 12, 12 * 256)
     lines = list(estimate_lines(work, H200, store, 3.0))
     # 10 x 1 s, 2 x 500 s, and 12 outputs of 100 tokens at 0.1 s: 1,130 s
     assert lines[0] == "time: about 18:50 with 1 worker, 0.31 GPU hours in all; loading the model comes on top"
@@ -72,7 +81,7 @@ def test_time_follows_from_rows_by_the_lengths_of_prompts(tmp_path: Path) -> Non
 def test_rows_behind_a_shared_reading_tell_no_speed_of_reading(tmp_path: Path) -> None:
     shared = SHORT | {"prefix_tokens": 990, "prefill_seconds": 0.0, "end": 6.0}
     store = write(tmp_path, SHORT | {"end": 6.0}, shared, shared)
-    (line, *_) = estimate_lines(Work(np.array([1000]), 3, 768), H200, store, None)
+    (line, *_) = estimate_lines(Workload(np.array([1000]), 3, 768), H200, store, None)
     assert line.startswith("time: about 0:06 "), "1 s to read and 5 s for three outputs"
 
 

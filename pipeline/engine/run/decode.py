@@ -281,7 +281,3 @@ class Readback(Generic[Tag]):
         if self._on_gpu:
             self._events[slot].synchronize()
         return self._slots[slot][: shape.numel()].view(shape).tolist(), tag
-
-    def clear(self) -> None:
-        """Forget what is pending; the caller has synchronised with the device."""
-        self._pending.clear()
