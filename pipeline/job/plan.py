@@ -83,7 +83,8 @@ def survey_input(config: JobConfig) -> Survey:
     """List the input and take its fingerprints. Raises JobError for whatever the user can mend there."""
     questions = questions_of(config)
     found, ignored = find_files(config.input)
-    messages = (f"passed over {len(ignored)} files of other kinds, e.g. {ignored[0]}",) if ignored else ()
+    kinds = "1 file of another kind" if len(ignored) == 1 else f"{len(ignored):,} files of other kinds"
+    messages = (f"passed over {kinds}, e.g. {ignored[0]}",) if ignored else ()
     # The results of an earlier run, where they lie in the input's folder.
     files = [file for file in found if not (PART.search(file.path) and directly_in(file, config.output))]
     prints = manifest.fingerprints(config, files)

@@ -53,6 +53,8 @@ def read_yaml(path: str, asked: str) -> Any:
         raise JobError(f"{asked} {path}: cannot be read: {one_line(error)}") from None
     try:
         return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        raise JobError(f"{asked} {path}: not valid YAML: {_yaml_problem(error)}") from None
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:  # ValueError: a 13th month, say
         raise JobError(f"{asked} {path}: not valid YAML: {one_line(error)}") from None
 
@@ -71,6 +73,21 @@ def json_copy(value: Any) -> Any:
         return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, RecursionError) as error:
         raise ValueError(str(error)) from None
+
+
+def _yaml_problem(error: Any) -> str:
+    """Where a YAML file is wrong, and what is most often the cause. error: yaml.MarkedYAMLError."""
+    hints = {
+        "mapping values are not allowed": "; put a text with ': ' in it between quotes",
+        "<scalar>": "; quotes stand around a whole text, or not at all",
+        "expected <block end>": "; the keys of one entry begin in the same column",
+        "cannot start any token": "; indent by spaces, and put a text that begins with a sign between quotes",
+    }
+    problem = str(error.problem or error.context)
+    hint = next((told for part, told in hints.items() if part in problem), "")
+    mark = error.problem_mark or error.context_mark
+    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    return f"{where}{one_line(problem)}{hint}"
 
 
 def _text(name: str, value: Any) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from pipeline.answers.schema import Schema, compile_schema
@@ -94,6 +95,8 @@ def _listed(questions: Any) -> list[tuple[Any, str]]:
         return []
     where, entries = "questions", questions
     if isinstance(questions, str):
+        if not Path(questions).exists():
+            raise JobError(f"--questions {short(questions)}: no such file; for a question itself there is --question")
         where, entries = f"--questions {questions}", read_yaml(questions, "--questions")
     if isinstance(entries, Mapping):
         entries = [
@@ -101,7 +104,7 @@ def _listed(questions: Any) -> list[tuple[Any, str]]:
             for name, item in entries.items()
         ]
     if not isinstance(entries, list | tuple) or not entries:
-        raise JobError(f"{where}: expected a list of questions, got {short(entries)}")
+        raise JobError(f"{where}: expected a list of questions ('- ' before each), got {short(entries)}")
     return [
         ({"question": item} if isinstance(item, str) else item, f"{where}: question {number}")
         for number, item in enumerate(entries, 1)

@@ -31,7 +31,10 @@ HERE: dict[str, Any] = {"model": TINY_READER, "device": "cpu", "arena_tokens": 8
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
-        ({"type": "obj"}, "#/type: not JSON Schema: 'obj'"),
+        ({"type": "obj"}, "#/type: not JSON Schema: 'obj' is no type; they are string, integer"),
+        ({"type": "numbr"}, "#/type: not JSON Schema: 'numbr' is no type; did you mean 'number'"),
+        ({"plant": "string"}, '#/plant: not a keyword .* stands under properties: {"type": "object"'),
+        ({"properties": {"cost": {}}, "required": ["csot"]}, "#/required: 'csot' is not under properties.*'cost'"),
         ({"properties": {"a": {"minimun": 3}}}, r"#/properties/a/minimun: not a keyword.*did you mean 'minimum'"),
         ({"properties": {"a/b~": {"nullable": True}}}, r'#/properties/a~1b~0/nullable: .*use "type": \["string"'),
         ({"items": {"type": "array", "uniqueItems": True}}, r"#/items/uniqueItems: no output can be held .*a boolean"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import weakref
 from pathlib import Path
@@ -94,6 +95,18 @@ def test_models_that_cannot_run_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_loading_a_whole_model_says_nothing_of_layers_that_are_not_sharded(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = logging.getLogger("transformers.distributed.tensor_parallel")
+    logger.addHandler(caplog.handler)
+    try:
+        load_model(EngineConfig(str(folder), device="cpu"))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.records
+
+
 def test_missing_gpu_is_an_error(folder: Path) -> None:
     with pytest.raises(EngineError, match="no CUDA device"):
         Engine(EngineConfig(str(folder), device="cuda"))

@@ -89,7 +89,7 @@ def test_rows_of_other_models_and_gpus_do_not_count(tmp_path: Path) -> None:
     store = write(tmp_path, LONG | {"end": 9.0, "model": "other"})
     lines = list(estimate_lines(JOB, replace(H200, gpu="NVIDIA A10"), store, 2.0))
     assert lines[0] == f"time: not known for this model on NVIDIA A10; those in {store.name} are of other"
-    assert "--estimate-from" in lines[1]
+    assert "--shard 0/2, another --output), then give --estimate-from" in lines[1], "a share has some documents"
     assert lines[2] == "cost: not known, since the time is not"
     store = write(tmp_path / "more", LONG | {"end": 9.0})
     (line, *_) = estimate_lines(JOB, replace(H200, gpu="NVIDIA A10"), store, None)
@@ -150,6 +150,7 @@ def test_a_dry_run_says_time_and_cost(tmp_path: Path, model: Path) -> None:
     lines = list(describe_plan(JobConfig(**settings)))
     assert "dense: the only document is shorter than 6,144 tokens: it attends densely" in lines
     assert "time: not known for this model on these CPUs" in lines
+    assert not any("--shard" in line for line in lines), "one document has no shares"
     row = {"prompt_tokens": 3000, "output_tokens": 20, "prefill_seconds": 3.0, "end": 5.0, "model": str(model)}
     write(tmp_path / "earlier", row | {"gpu": "cpu"})
     lines = list(describe_plan(JobConfig(**settings, estimate_from=str(tmp_path / "earlier"))))

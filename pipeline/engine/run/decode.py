@@ -281,3 +281,7 @@ class Readback(Generic[Tag]):
         if self._on_gpu:
             self._events[slot].synchronize()
         return self._slots[slot][: shape.numel()].view(shape).tolist(), tag
+
+    def clear(self) -> None:
+        """Forget what is pending."""
+        self._pending.clear()
