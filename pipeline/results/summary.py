@@ -92,7 +92,7 @@ def summarize_results(store: Store, documents: int, asked: Sequence[str] = (SUMM
     questions = table["question_id"]
     counts = {str(item["values"]): int(item["counts"]) for item in pc.value_counts(table["status"]).to_pylist()}
     done = table.filter(pc.equal(table["status"], "ok")) if table.num_rows else table
-    bad = table.filter(pc.not_equal(table["status"], "ok")).slice(0, 5).to_pylist() if table.num_rows else []
+    bad = _first_failed(table) if table.num_rows else []
     ttft, decode, out, density = (
         _numbers(done, name) for name in ("time_to_first_token", "decode_seconds", "output_tokens", "density")
     )
@@ -139,6 +139,17 @@ def first_outputs(store: Store, count: int) -> list[tuple[str, str, tuple[str, .
         if len(found) >= count:
             break
     return found
+
+
+def _first_failed(table: pa.Table, most: int = 5) -> list[dict[str, Any]]:
+    """The first failed rows, one of a document: what cannot be read fails with each of its questions."""
+    failed = table.filter(pc.not_equal(table["status"], "ok"))
+    first: dict[str, int] = {}
+    for place, name in enumerate(failed["document_id"].to_pylist()):
+        first.setdefault(name, place)
+        if len(first) == most:
+            break
+    return list(failed.take(pa.array(first.values(), pa.int64())).to_pylist())
 
 
 def missing_rows(ids: pa.ChunkedArray, questions: pa.ChunkedArray, documents: int, asked: Sequence[str]) -> int:
