@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -96,7 +95,9 @@ def _work_lines(config: JobConfig, plan: JobPlan, memory: Any) -> Iterator[str]:
             answer.grammar(tokens.tokenizer, tokens.eos_ids)
         yield f"answers: {plan.survey.answer_type}"
     readable = [position for position in pending.order().tolist() if position not in pending.errors]
-    ratio = _tokens_per_byte(config, plan, builder, readable)
+    ratio, problem = _tokens_per_byte(config, plan, builder, readable)
+    if problem and not ratio:
+        yield f"tokens: not known: no document of a sample can be read; the first: {problem}"
     prompts = (pending.columns[readable, 3] * ratio).astype(np.int64)
     limit = memory.max_context - config.max_new_tokens
     if ratio:
@@ -120,19 +121,27 @@ def _work_lines(config: JobConfig, plan: JobPlan, memory: Any) -> Iterator[str]:
         yield from _time_lines(config, Work(read, asked.total(), outputs), memory, len(pending))
 
 
-def _tokens_per_byte(config: JobConfig, plan: JobPlan, builder: PromptBuilder, readable: list[int]) -> float:
-    """Tokens of a prompt for each byte that the listing gives its document, of a sample; 0 if none of it is read."""
+def _tokens_per_byte(
+    config: JobConfig, plan: JobPlan, builder: PromptBuilder, readable: list[int]
+) -> tuple[float, str]:
+    """Tokens of a prompt for each byte that the listing gives its document, of a sample; 0 if none of it is read.
+
+    And the first document of the sample that cannot be read, with the reason, or "".
+    """
     reader = DocumentReader(config.text_column, [], config, tuple(plan.survey.questions.columns))
-    tokens, sampled = 0, 0.0
+    tokens, sampled, problem = 0, 0.0, ""
     for position in readable[:: max(1, len(readable) // SAMPLE)][:SAMPLE]:
         document = plan.pending.document(position)
-        with contextlib.suppress(DocumentError):
+        try:
             text, kept = reader.read(document)
             columns = {name: prompt_text(value) for name, value in kept.prompt.items()}
             tokens += len(builder.build(text[:SAMPLE_CHARACTERS], 1 << 40, columns=columns).ids)
-            # In bytes as the listing has them: of a PDF they are its file's, not its text's.
-            sampled += document.size_bytes * min(1.0, SAMPLE_CHARACTERS / len(text))
-    return tokens / sampled if sampled else 0.0
+        except DocumentError as error:
+            problem = problem or f"{document.document_id}: {error}"
+            continue
+        # In bytes as the listing has them: of a PDF they are its file's, not its text's.
+        sampled += document.size_bytes * min(1.0, SAMPLE_CHARACTERS / len(text))
+    return tokens / sampled if sampled else 0.0, problem
 
 
 def _too_long_lines(config: JobConfig, limit: int, longest: int) -> Iterator[str]:
