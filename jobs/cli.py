@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.answering import left_behind
-from pipeline.errors import JobError, nearest
+from pipeline.errors import JobError
 from pipeline.imports import WrongPackageError, check_kernels, prefer_ours, without_pandas
-from pipeline.settings.config import MOST_USED, JobConfig, declared, flag, read_job_file
+from pipeline.settings.config import MOST_USED, JobConfig, declared, flag, instead, read_job_file
 from stem_core.settings import kind_of
 
 
@@ -55,12 +55,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**{"formatter_class": _Help} | settings)
 
     def error(self, message: str) -> NoReturn:
-        """Raise JobError, with the nearest flag where one is not known."""
+        """Raise JobError, with the flag that was meant where one is not known."""
         if message.startswith("unrecognized arguments:"):
             unknown = (message.split(":", 1)[1].split() or ["''"])[0]
             known = [option for action in self._actions for option in action.option_strings]
             if unknown.startswith("-"):
-                message = f"{unknown} is not a flag{nearest(unknown.split('=')[0], known) or '; see --help'}"
+                message = f"{unknown} is not a flag{instead(unknown.split('=')[0], known, flag) or '; see --help'}"
             else:
                 message = (
                     f"{unknown} is not a flag, and belongs to none; put a text with spaces between quotes; see --help"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from datetime import date
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from pipeline.errors import JobError, nearest
 from pipeline.prompts.thinking import THINKING
 from pipeline.settings.options import check_flags, flag, flag_error, read_yaml, short
 from pipeline.settings.shared import EngineSettings, ReadSettings, Sampling
+from pipeline.settings.vllm import NOT_HERE, OURS
 from stem_core.config import DEFAULT_PRESET, PRESETS, REMOVED_PRESETS, StemConfig
 from stem_core.settings import SettingError, setting
 
@@ -320,17 +321,29 @@ def meaning(name: str) -> str:
     return {item.name: item.metadata["meaning"] for item in fields(JobConfig)}[name]
 
 
+def instead(name: str, known: Collection[str], spelled: Callable[[str], str] = str) -> str:
+    """ "; ..." with what to give in place of a name that is not known, or nothing.
+
+    known: the names that are, as `spelled` writes a setting's.
+    """
+    plain = name.lstrip("-").replace("-", "_").removeprefix("no_")
+    ours = OURS.get(plain, "")
+    if ours and spelled(ours) in known:
+        return f"; it is {spelled(ours)} here: {meaning(ours)}"
+    return f"; {NOT_HERE[plain]}" if plain in NOT_HERE else nearest(name, known)
+
+
 def from_mapping(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """Keys of a job file or of keyword arguments as JobConfig's names; `-` and `_` are the same.
 
-    Raises JobError for an unknown key, with the nearest valid one.
+    Raises JobError for an unknown key, with the valid one that was meant.
     """
     known = {item.name for item in fields(JobConfig)}
     result = {}
     for key, value in values.items():
         name = key.replace("-", "_") if isinstance(key, str) else ""
         if name not in known:
-            raise JobError(f"{origin}: {short(key)} is not a setting{nearest(name, known) or '; see --help'}")
+            raise JobError(f"{origin}: {short(key)} is not a setting{instead(name, known) or '; see --help'}")
         result[name] = value
     return result
 

@@ -226,7 +226,8 @@ def refuse_duplicates(catalogue: Catalogue) -> None:
         else "remove the repeats, name a column of unique ids with --id-column, or give --id-column '' for ids of file "
         "name and row"
     )
-    raise JobError(f"{len(twice)} document ids occur more than once: {'; '.join(named)}{more}; {mend}")
+    what = "a document id occurs" if len(twice) == 1 else f"{len(twice)} document ids occur"
+    raise JobError(f"{what} more than once: {'; '.join(named)}{more}; {mend}")
 
 
 def _is_place(catalogue: Catalogue, position: int, document_id: str) -> bool:

@@ -158,3 +158,12 @@ def test_a_dry_run_says_time_and_cost(tmp_path: Path, model: Path) -> None:
     assert "cost: none of GPUs, the job runs on CPUs" in lines
     with pytest.raises(JobError, match=r"--estimate-from .*/nothing: it holds no results"):
         list(describe_plan(JobConfig(**settings, estimate_from=str(tmp_path / "nothing"))))
+
+
+def test_a_dry_run_says_what_it_cannot_read(tmp_path: Path, model: Path) -> None:
+    """The column named holds objects, say, as that of a batch of OpenAI's does."""
+    (tmp_path / "batch.jsonl").write_text('{"custom_id": "r0", "body": {"messages": []}}\n')
+    here = {"input": (str(tmp_path / "batch.jsonl"),), "output": str(tmp_path / "out"), "model": str(model)}
+    lines = list(describe_plan(JobConfig(**here, text_column="body", id_column="custom_id", device="cpu")))
+    told = "unreadable: 1 of a sample of 1 documents, e.g. r0: its text is dict, expected a string"
+    assert told in lines

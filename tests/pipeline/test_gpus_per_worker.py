@@ -133,6 +133,12 @@ def test_a_driver_without_gpus_plans_what_it_can(tmp_path: Path, monkeypatch: py
     assert "there are not so many here to ask" in lines[0]
     assert len(lines) == 6
     assert not any("GiB)" in line for line in lines), "no arena is made up"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    plan = estimate_plan(EngineConfig(folder, device="cuda", precision="fp8"))
+    assert (plan.precision, plan.total_bytes, plan.bytes_per_token) == ("fp8", 0, 65_536)
+    assert plan.lines()[0] == "memory of a GPU (estimated before loading; there is none here to ask), precision fp8"
+    assert [line.split()[0] for line in plan.lines()[1:]] == ["weights", "reserve", "KV"]
+    assert plan.lines()[-1].endswith(" 65,536 bytes a token")
     with pytest.raises(EngineError, match="spread over GPUs only"):
         estimate_plan(EngineConfig(folder, device="cpu", gpus=4))
 

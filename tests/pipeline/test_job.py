@@ -324,7 +324,7 @@ def test_megabytes_of_text_and_a_parquet_input(tmp_path: Path, out: Path, model:
 
 
 def test_the_python_interface_takes_settings_and_refuses_unknown_ones(tmp_path: Path, out: Path, model: Path) -> None:
-    with pytest.raises(JobError, match="'max_tokens' is not a setting; did you mean 'max_new_tokens'"):
+    with pytest.raises(JobError, match="'max_tokens' is not a setting; it is max_new_tokens here"):
         run_job(input=tmp_path, output=out, model=model, max_tokens=3)
     docs = write(tmp_path / "docs", {"a": "text"})
     job(docs, out, model)

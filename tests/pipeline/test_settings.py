@@ -6,6 +6,7 @@ import ast
 import inspect
 import io
 import pickle
+import re
 from dataclasses import fields
 from datetime import date
 from pathlib import Path
@@ -28,8 +29,9 @@ from pipeline.results.parts import compact, done_rows, part_names, read_results,
 from pipeline.results.rows import Outcome, result_schema
 from pipeline.results.sink import Sink
 from pipeline.results.store import Store
-from pipeline.settings.config import JobConfig
+from pipeline.settings.config import JobConfig, flag, from_mapping, instead
 from pipeline.settings.shared import EngineSettings, Sampling
+from pipeline.settings.vllm import NOT_HERE, OURS
 from pipeline.source import DocumentReader, find_files, list_documents
 from stem_core.config import StemConfig
 from stem_core.settings import SettingError, values_of
@@ -136,6 +138,25 @@ HANDED_ON = {
     "top_k": 20, "min_p": 0.1, "seed": 4, "adapter": "/an/adapter", "rope_scaling": 2.0, "prompt_lookup": "auto",
     "repetition_penalty": 1.2,
 }  # fmt: skip
+
+
+def test_names_of_vllm_lead_to_ours() -> None:
+    ours = {item.name for item in fields(JobConfig)}
+    assert set(OURS.values()) <= ours
+    assert not ours & (set(OURS) | set(NOT_HERE))
+    assert not set(OURS) & set(NOT_HERE)
+    with pytest.raises(JobError, match="'max_model_len' is not a setting; it is max_context here: most tokens of pro"):
+        from_mapping({"max_model_len": 8192}, "run_job()")
+    flags = {flag(name) for name in ours}
+    for theirs in ("--tensor-parallel-size", "-tp"):
+        assert instead(theirs, flags, flag).startswith("; it is --gpus-per-worker here: GPUs of one node")
+    assert instead("--no-enable-prefix-caching", flags, flag).startswith("; questions to one document always share")
+    assert instead("--quantization", {"--question"}, flag) == "; did you mean '--question'?", (
+        "a command without jobs' flags"
+    )
+    assert instead("--enforce-eager", flags, flag) == "; this is chosen without a setting"
+    said = {name for why in NOT_HERE.values() for name in re.findall(r"--[a-z-]+", why)}
+    assert said <= flags
 
 
 def test_what_engine_and_sampling_share_with_the_job_is_declared_once_and_handed_on() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import Field
 from typing import Any
@@ -10,6 +11,7 @@ import yaml
 
 from pipeline.job.manifest import READING
 from pipeline.settings.config import GROUPS, STEM_OVERRIDES, JobConfig, declared, flag, from_mapping
+from pipeline.settings.vllm import NOT_HERE, OURS
 from stem_core.budget import prompt_budget
 from stem_core.config import DENSE_BELOW, PRESETS, StemConfig
 from stem_core.estimators import ESTIMATORS
@@ -65,7 +67,7 @@ def configuration_page() -> str:
     for name, about in GROUPS.items():
         rows = [_setting(item) for item in declared() if item.metadata["group"] == name]
         parts += [f"## {name.capitalize()}\n", about + "\n", table(header, rows) + "\n"]
-    return "\n".join([*parts, _stem_section()])
+    return "\n".join([*parts, _stem_section(), _vllm_section()])
 
 
 _NEEDED = ", ".join(f"`{flag(name)}`" for name in REQUIRED)
@@ -90,7 +92,7 @@ _COMBINING = """\
 4. With `--attention dense` the preset plays no part, and single attention settings are refused.
 
 The file holds `key: value` lines. `-` and `_` in keys are the same; a key that is not a setting is refused,
-with the nearest one that is. `null` is allowed where the default is unset or the preset's. Paths, in the file
+with the one that was probably meant. `null` is allowed where the default is unset or the preset's. Paths, in the file
 too, start at the folder in which the command runs. Settings that are true or false have two flags, `--compact`
 and `--no-compact`.
 
@@ -186,6 +188,35 @@ Share of the causal key blocks that the presets read, in each layer that is not 
 {table(("tokens", *named), densities)}
 
 What a document's prefill did read, over all layers, is the column [`density`](results.md#columns) of its row.
+"""
+
+
+def _vllm_section() -> str:
+    rows = [
+        (", ".join(f"`{theirs}`" for theirs, name in OURS.items() if name == ours), f"`{flag(ours)}`")
+        for ours in dict.fromkeys(OURS.values())
+    ]
+    reasons = dict.fromkeys(NOT_HERE.values())
+    missing = [
+        (
+            ", ".join(f"`{name}`" for name in NOT_HERE if NOT_HERE[name] == why),
+            re.sub(r"(--[a-z-]+(?: auto| fp8| FACTOR)?)", r"`\1`", why),
+        )
+        for why in reasons
+    ]
+    return f"""\
+## vLLM's names
+
+Whoever gives one of these names as a flag or a setting is told the same. `temperature`, `top_p`, `top_k`, `min_p`,
+`repetition_penalty`, `seed`, `stop`, `revision`, `trust_remote_code` and `load_format` have the same names in both.
+Only `block_size` is another thing here (tokens in a block of the sparse attention), and `top_k` is left out where vLLM
+takes -1 or 0. The defaults differ: vLLM's `SamplingParams()` samples at temperature 1 and ends after 16 tokens, and its
+server samples as the model's `generation_config.json` says; here outputs are greedy and end after
+{JobConfig.max_new_tokens} tokens.
+
+{table(("in vLLM, or Ray Data LLM", "here"), rows)}
+
+{table(("in vLLM, and not here", "in its place"), missing)}
 """
 
 

@@ -115,17 +115,16 @@ class MemoryPlan:
         weights = f"  weights  {self.weight_bytes / GIB:.2f} GiB"
         if self.dequantised_from:
             weights += f", dequantised from {self.dequantised_from}"
+        reserve = f"  reserve  {self.reserve_bytes / GIB:.2f} GiB for activations and decoding"
         if not self.total_bytes:
-            return [
-                f"memory of {len(parts)} GPUs ({kind}; there are not so many here to ask), precision {self.precision}",
-                weights,
-                *parts,
-            ]
+            gpus = f"{len(parts)} GPUs ({kind}; there are not so many" if parts else f"a GPU ({kind}; there is none"
+            own = parts or [reserve, f"  KV       {self.bytes_per_token:,} bytes a token"]
+            return [f"memory of {gpus} here to ask), precision {self.precision}", weights, *own]
         kv = f"{self.arena_bytes / GIB:.2f} GiB = {self.arena_tokens:,} tokens x {self.bytes_per_token:,} bytes"
         return [
             f"memory of {self.device} ({kind}): {self.total_bytes / GIB:.1f} GiB, precision {self.precision}",
             weights,
-            f"  reserve  {self.reserve_bytes / GIB:.2f} GiB for activations and decoding",
+            reserve,
             f"  KV       {kv}",
             *([f"  states   {self.state_bytes / GIB:.2f} GiB for {self.max_live} documents"] * bool(self.state_bytes)),
             *([ESTIMATED_IN_FP8] if self.estimated and self.precision == "fp8" else []),
@@ -200,12 +199,12 @@ def build_plan(
 def estimate_plan(config: EngineConfig, total_bytes: int | None = None) -> MemoryPlan:
     """The plan from the model's config alone: nothing is loaded and no GPU is needed if `total_bytes` is given.
 
-    total_bytes: memory of each device; None asks them. Where there are fewer than config.gpus (a driver's node may have
-    none), the plan has the weights of each and no arena. Activations are counted roughly (the engine measures them).
-    Raises EngineError.
+    total_bytes: memory of each device; None asks them. Where there are fewer GPUs than are asked for (a driver's node
+    may have none), the plan has the weights of each and no arena. Activations are counted roughly (the engine measures
+    them). Raises EngineError.
     """
     hf_config = load_config(config)
-    here = config.gpus == 1 or config.device == "cpu"
+    here = config.device == "cpu" or (config.gpus == 1 and (config.device != "cuda" or torch.cuda.is_available()))
     here = here or (total_bytes is None and torch.cuda.device_count() >= config.gpus)
     if here:
         devices = config.torch_devices()
