@@ -19,7 +19,7 @@ HOPPER_DIMS = (64, 128)
 HOPPER_TYPES = (torch.bfloat16, torch.float16)
 
 
-def choose_prefill(
+def choose_with_hopper(
     op: str, device: torch.device, impl: str, hopper_obstacle: Callable[[], str], missing: str = ""
 ) -> Choice:
     """The implementation of an operation that has a reference, a Triton and a Hopper path, for tensors on `device`.

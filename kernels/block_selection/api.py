@@ -16,7 +16,7 @@ def tile_order(counts: Tensor, kv_heads: int) -> Tensor:
     """int32 [N, Hkv, GROUP * rows]: the tiles of each KV head, those that keep most blocks first, ties by number.
 
     A tile is a query block of one of the KV head's GROUP = H / Hkv heads. Tile t is row rows - 1 - t // GROUP of head
-    t % GROUP, as the attention kernels count (kernels._common.hopper.tile_of). No host synchronisation.
+    t % GROUP, as the attention kernels count (kernels._common.hopper_gluon.tile_of). No host synchronisation.
 
     counts: int32 [N, H, rows]. Raises ValueError unless H is a multiple of kv_heads.
     """

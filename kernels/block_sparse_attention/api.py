@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._common.attention import HOPPER_DIMS, HOPPER_TYPES, check_prefill, choose_prefill, hopper_obstacle
+from kernels._common.attention import HOPPER_DIMS, HOPPER_TYPES, check_prefill, choose_with_hopper, hopper_obstacle
 from kernels._common.selection import BlockSelection
 from kernels.dispatch import Choice, on_its_gpu
 
@@ -34,7 +34,7 @@ def choose_block_sparse_attention(
             wrong = f"the Hopper path takes bfloat16 and float16, D 64 and 128, got {q.dtype} and {q.shape[-1]}"
         return hopper_obstacle(q.device, wrong, block_size, query_start, window, (q, k, v))
 
-    return choose_prefill("block_sparse_attention", q.device, impl, obstacle)
+    return choose_with_hopper("block_sparse_attention", q.device, impl, obstacle)
 
 
 @on_its_gpu

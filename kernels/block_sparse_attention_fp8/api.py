@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._common.attention import HOPPER_DIMS, HOPPER_TYPES, check_prefill, choose_prefill, hopper_obstacle
+from kernels._common.attention import HOPPER_DIMS, HOPPER_TYPES, check_prefill, choose_with_hopper, hopper_obstacle
 from kernels._common.fp8 import FP8, KEY_GROUP, HeadScales, fp8_obstacle
 from kernels._common.selection import BlockSelection
 from kernels.dispatch import Choice, on_its_gpu
@@ -39,7 +39,7 @@ def choose_block_sparse_attention_fp8(
         read = (tensor for tensor in (q, k, vt) if tensor is not None and tensor.dtype == FP8)
         return hopper_obstacle(q.device, wrong, block_size, query_start, window, read)
 
-    return choose_prefill("block_sparse_attention_fp8", q.device, impl, obstacle, missing=fp8_obstacle(q.device))
+    return choose_with_hopper("block_sparse_attention_fp8", q.device, impl, obstacle, missing=fp8_obstacle(q.device))
 
 
 @on_its_gpu

@@ -1,9 +1,9 @@
 """Hopper path of fp8 block-sparse attention, written in Gluon: D 64 or 128, blocks of 128.
 
-Roles and barriers: kernels._common.hopper_attention; traps of the compilers: kernels.block_sparse_attention.gluon. At
-fp8's speed the exponentials of a block cost as much as its two matrix products, so the score tile is double buffered
-and the softmax runs one block ahead of the tensor cores. Step j of a tile, X_j being scores in the log2 domain less
-their maximum:
+Roles and barriers: kernels._common.hopper_attention_gluon; traps of the compilers:
+kernels.block_sparse_attention.gluon. At fp8's speed the exponentials of a block cost as much as its two matrix
+products, so the score tile is double buffered and the softmax runs one block ahead of the tensor cores. Step j of a
+tile, X_j being scores in the log2 domain less their maximum:
 
     issue P_{j-1} V_{j-1}, first half of D; meanwhile the first half of P_j = exp2(X_j)
     wait, add it to O
@@ -30,9 +30,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 from kernels._common.attention import HOPPER_BLOCK
 from kernels._common.fp8 import KEY_GROUP, HeadScales
-from kernels._common.hopper import advance, row_max
-from kernels._common.hopper_attention import diagonal_scores, issue_scores, launch, run_roles, send, store_lse
-from kernels._common.hopper_fp8 import halves, pack_fp8, weights_operand
+from kernels._common.hopper_attention_gluon import diagonal_scores, issue_scores, launch, run_roles, send, store_lse
+from kernels._common.hopper_fp8_gluon import halves, pack_fp8, weights_operand
+from kernels._common.hopper_gluon import advance, row_max
 from kernels._common.selection import BlockSelection
 from kernels._common.sizes import ceil_div
 from kernels.block_sparse_attention_fp8.step import WEIGHT_BITS, issue_half, issue_total, rescale, step

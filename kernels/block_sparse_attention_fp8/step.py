@@ -5,9 +5,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from kernels._common.hopper import advance, fence, row_max
-from kernels._common.hopper_attention import issue_scores
-from kernels._common.hopper_fp8 import halves, pack_fp8, weights_operand
+from kernels._common.hopper_attention_gluon import issue_scores
+from kernels._common.hopper_fp8_gluon import halves, pack_fp8, weights_operand
+from kernels._common.hopper_gluon import advance, fence, row_max
 
 WEIGHT_BITS = gl.constexpr(8.0)  # P times 2^8: e4m3 then covers 2^-17 .. 1 of the row's largest
 

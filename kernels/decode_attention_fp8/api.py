@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._common.attention import HOPPER_DIMS, check_decode, choose_prefill
+from kernels._common.attention import HOPPER_DIMS, check_decode, choose_with_hopper
 from kernels._common.fp8 import FP8, HeadScales, fp8_obstacle
 from kernels._common.prefixes import Prefixes
 from kernels._common.rows import FLOATING, choose_row_kernel
@@ -36,7 +36,7 @@ def choose_decode_attention_fp8(
             return f"the Hopper path takes bfloat16 queries of D in {HOPPER_DIMS}, got {q.dtype}, D={q.shape[-1]}"
         return "the Hopper path has no sliding window" if window is not None else tma_obstacle(*arenas)
 
-    return choose_prefill("decode_attention_fp8", q.device, impl, obstacle, fp8_obstacle(q.device))
+    return choose_with_hopper("decode_attention_fp8", q.device, impl, obstacle, fp8_obstacle(q.device))
 
 
 @on_its_gpu

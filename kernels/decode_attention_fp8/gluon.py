@@ -32,8 +32,8 @@ from kernels import device
 from kernels._common.attention import LOG2E
 from kernels._common.decode_triton import MIN_SHARE, GroupTiles, merge
 from kernels._common.fp8 import HeadScales
-from kernels._common.hopper import advance, log2_approx, row_max
-from kernels._common.hopper_fp8 import halves, weights_operand
+from kernels._common.hopper_fp8_gluon import halves, weights_operand
+from kernels._common.hopper_gluon import advance, log2_approx, row_max
 from kernels._common.prefixes import Prefixes
 from kernels._common.sizes import ceil_div, power_of_2
 from kernels._common.tma import tma_strides

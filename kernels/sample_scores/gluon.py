@@ -28,7 +28,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels import device
 from kernels._common.fp8 import HeadScales
-from kernels._common.hopper import advance, log2_approx
+from kernels._common.hopper_gluon import advance, log2_approx
 from kernels._common.scores import empty_scores
 from kernels._common.sizes import ceil_div
 from kernels._common.tma import tma_strides

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from kernels.block_scores import KeySummary
     from kernels.dispatch import Choice
+    from kernels.oam_scores import KeySummary
     from stem_core.config import StemConfig
 
 
@@ -33,7 +33,7 @@ class OamSettings:
 
 
 class Oam(Estimator):
-    """See kernels.block_scores.oam_scores."""
+    """See kernels.oam_scores.oam_scores."""
 
     name = "oam"
     meaning = "Stem's output-aware metric: the mean logit of a pair of blocks, and a term for large values"
@@ -43,12 +43,12 @@ class Oam(Estimator):
         return config.stride / (2 * config.block_size**2)
 
     def choose(self, q: Tensor, config: StemConfig) -> Choice:
-        from kernels.block_scores import choose_block_scores
+        from kernels.oam_scores import choose_oam_scores
 
-        return choose_block_scores(q)
+        return choose_oam_scores(q)
 
     def new_key_state(self, config: StemConfig, k: Tensor, prompt_tokens: int, device: torch.device) -> KeySummary:
-        from kernels.block_scores import KeySummary, key_sums_dtype
+        from kernels.oam_scores import KeySummary, key_sums_dtype
 
         return KeySummary.allocate(
             k.shape[0], k.shape[1], prompt_tokens, k.shape[3],
@@ -56,7 +56,7 @@ class Oam(Estimator):
         )  # fmt: skip
 
     def scores(self, chunk: Chunk, config: StemConfig) -> Tensor:
-        from kernels.block_scores import KeySummary, oam_scores
+        from kernels.oam_scores import KeySummary, oam_scores
 
         assert chunk.keys is None or isinstance(chunk.keys, KeySummary)
         return oam_scores(

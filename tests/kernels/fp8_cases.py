@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.block_scores import KeySummary, key_sums_dtype, oam_scores
 from kernels.block_selection import BlockSelection
 from kernels.block_sparse_attention_fp8 import block_sparse_attention_fp8
 from kernels.decode_attention_fp8 import decode_attention_fp8
 from kernels.fp8_heads import FP8, KEY_GROUP, HeadScales, append_kv, quantize_heads, write_kv
 from kernels.fp8_heads.reference import quantize, restore_keys, store_order
+from kernels.oam_scores import KeySummary, key_sums_dtype, oam_scores
 from kernels.sample_scores import sample_scores
 from tests.kernels.attention_cases import Case, eager, random_selection, visible_keys
 from tests.kernels.selection_cases import Decode, Scores

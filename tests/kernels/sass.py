@@ -1,7 +1,7 @@
 """A static check of what ptxas made: reads of registers that some path never wrote.
 
 ptxas 12.8 miscompiled fp8 packing so (an F2FP merged into a register that was never written) where LLVM had folded
-masked columns to one constant; `kernels._common.hopper.opaque` avoids it, and this check would find it again.
+masked columns to one constant; `kernels._common.hopper_gluon.opaque` avoids it, and this check would find it again.
 """
 
 from __future__ import annotations

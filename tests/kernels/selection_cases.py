@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.block_scores import KeySummary, key_sums_dtype, oam_scores, reference
 from kernels.block_selection import BlockSelection, select_blocks
 from kernels.decode_attention import decode_attention
+from kernels.oam_scores import KeySummary, key_sums_dtype, oam_scores, reference
 from kernels.sample_scores import sample_scores
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -11,12 +11,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kernels.block_scores import KeySummary
-from kernels.block_scores import triton as triton_oam
 from kernels.block_selection import triton as triton_selection
 from kernels.block_selection import triton_share
 from kernels.decode_attention import Prefixes
 from kernels.decode_attention import triton as triton_decode
+from kernels.oam_scores import KeySummary
+from kernels.oam_scores import triton as triton_oam
 from kernels.sample_scores import triton as triton_sample
 from tests.kernels import offline
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.block_scores import KeySummary, oam_scores
 from kernels.block_selection import select_blocks, share_budgets
 from kernels.block_sparse_attention import block_sparse_attention
 from kernels.decode_attention import decode_attention
+from kernels.oam_scores import KeySummary, oam_scores
 from kernels.sample_scores import sample_scores
 
 

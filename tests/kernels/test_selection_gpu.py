@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.block_scores import oam_scores
 from kernels.block_selection import select_blocks
 from kernels.decode_attention import decode_attention
+from kernels.oam_scores import oam_scores
 from kernels.sample_scores import sample_scores
 from tests.kernels import selection_cases as cases
 from tests.kernels.selection_cases import BF16, FP16, FP32, Decode, Scores

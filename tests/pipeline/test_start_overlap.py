@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from engine_models import prompts, run, save_model
 
-from kernels.ahead import Compiled
+from kernels.compile_ahead import Compiled
 from pipeline.engine import Engine, EngineConfig, Request
 from pipeline.engine.memory import measure, rehearsal
 from pipeline.engine.model import runner as runners
@@ -56,7 +56,7 @@ def test_kernels_compile_before_the_scales_need_them_unless_they_are_there(
         yield count
         count.made = made
 
-    monkeypatch.setattr(runners.ahead, "counting", counting)
+    monkeypatch.setattr(runners.compile_ahead, "counting", counting)
     monkeypatch.setattr(runners, "calibrate", lambda *_, **__: events.append("scales") or Calibration())
     runner = load_runner(config(folder), compile_kernels=lambda runner: events.append("kernels"))
     assert events == expected

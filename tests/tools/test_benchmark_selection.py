@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import tools.benchmark.selection as benchmark
-from kernels.block_scores import oam_scores
 from kernels.block_selection import BlockSelection, select_blocks, share_budgets
+from kernels.oam_scores import oam_scores
 from pipeline.errors import JobError
 from tools.benchmark import _selection_heads, _selection_sample
 from tools.benchmark.__main__ import main

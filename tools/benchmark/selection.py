@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from jobs.measurement import stamp
-from kernels.block_scores import KeySummary, key_sums_dtype, oam_scores
 from kernels.block_selection import BlockSelection, select_blocks
 from kernels.decode_attention import decode_attention
 from kernels.fp8_heads import fp8_obstacle
+from kernels.oam_scores import KeySummary, key_sums_dtype, oam_scores
 from stem_core.budget import row_budgets
 from stem_core.config import StemConfig
 from tools.benchmark._attention_fp8 import Fp8Layer

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kernels.ahead import compiling_ahead
+from kernels.compile_ahead import compiling_ahead
 from kernels.fp8_heads import HeadScales
 from pipeline.engine.devices import device_memory, tensor_bytes
 from pipeline.engine.kv.arena import Arena, Extent, aligned

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kernels import ahead
+from kernels import compile_ahead
 from kernels.decode_attention import Prefixes
 from kernels.fp8_heads import FP8
 from pipeline.engine.config import EngineError
@@ -79,7 +79,8 @@ class ModelRunner:
             fuse_model(model)
         self.model = patch_model(model, attention)
         self._rope = prepare_rope(model)
-        with ahead.counting() if compile_kernels is not None else nullcontext(ahead.Compiled()) as compiled:
+        counting = nullcontext(compile_ahead.Compiled()) if compile_kernels is None else compile_ahead.counting()
+        with counting as compiled:
             self._probe()
         self.laps.end("patch")
         self.devices = tuple(dict.fromkeys([self.device, *self.layer_devices.values()]))

@@ -26,7 +26,7 @@ OPERATIONS = {
         "decode_attention_fp8",
         "_common/decode_triton.py",
     ),
-    "selection": ("block_scores", "sample_scores", "block_selection"),
+    "selection": ("oam_scores", "sample_scores", "block_selection"),
     "elementwise": ("rms_norm", "silu_mul", "rope", "quantize", "fp8_heads"),
 }
 # What libraries call theirs. The names of matrix products come first: they can hold "elementwise" too (epilogues).

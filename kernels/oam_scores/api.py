@@ -58,13 +58,13 @@ def key_sums_dtype(k: Tensor, impl: str = "auto") -> torch.dtype:
 
     bfloat16 for bfloat16 keys on the Triton path: half the memory, and the rounding is that of the keys themselves.
     """
-    on_triton = choose_block_scores(k, impl).impl == "triton"
+    on_triton = choose_oam_scores(k, impl).impl == "triton"
     return torch.bfloat16 if on_triton and k.dtype == torch.bfloat16 else torch.float32
 
 
-def choose_block_scores(q: Tensor, impl: str = "auto") -> Choice:
+def choose_oam_scores(q: Tensor, impl: str = "auto") -> Choice:
     """The implementation that `oam_scores` uses for queries like `q`."""
-    return choose_portable("block_scores", q.device, impl)
+    return choose_portable("oam_scores", q.device, impl)
 
 
 @on_its_gpu
@@ -126,6 +126,6 @@ def oam_scores(
             dtype=sums,
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return implementation("block_scores", choose_block_scores(q, impl)).oam_scores(
+    return implementation("oam_scores", choose_oam_scores(q, impl)).oam_scores(
         q, k, v, query_start, block_size, stride, value_weight, scale, summary, key_start, fill_above
     )

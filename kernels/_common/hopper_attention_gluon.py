@@ -25,7 +25,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels import device
 from kernels._common.attention import HOPPER_BLOCK, LOG2E, allocate_output
-from kernels._common.hopper import advance, count_turns, log2_approx, opaque, tile_of
+from kernels._common.hopper_gluon import advance, count_turns, log2_approx, opaque, tile_of
 from kernels._common.selection import BlockSelection
 from kernels._common.sizes import ceil_div
 from kernels._common.tma import tma_strides

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.block_scores import KeySummary
+from kernels.oam_scores import KeySummary
 
 # Keeps the logarithm of an all-zero value group finite.
 MIN_NORM = 1e-6
@@ -77,7 +77,7 @@ def oam_scores(
     key_start: int = 0,
     fill_above: bool = True,
 ) -> Tensor:
-    """See kernels.block_scores.oam_scores."""
+    """See kernels.oam_scores.oam_scores."""
     end = query_start + q.shape[2]
     n_keys, first_row = -(-end // block_size), query_start // block_size
     summarise_keys(k, v, key_start, end, block_size, stride, summary)

@@ -24,9 +24,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels import device as kernels_device
 from kernels._common.scores import empty_scores
 from kernels._common.sizes import ceil_div, power_of_2
-from kernels.block_scores import KeySummary
-from kernels.block_scores import triton_gemm as gemm
-from kernels.block_scores.reference import MIN_NORM, STD_EPS
+from kernels.oam_scores import KeySummary
+from kernels.oam_scores import triton_gemm as gemm
+from kernels.oam_scores.reference import MIN_NORM, STD_EPS
 
 # Fixed point of the statistics: |log norm| < 89 in float32, so a million groups leave the squares below 2^62.
 FIXED_POINT = tl.constexpr(float(1 << 28))
@@ -142,7 +142,7 @@ def oam_scores(
     key_start: int = 0,
     fill_above: bool = True,
 ) -> Tensor:
-    """See kernels.block_scores.oam_scores. block_size and stride must be powers of two."""
+    """See kernels.oam_scores.oam_scores. block_size and stride must be powers of two."""
     if block_size & (block_size - 1) or stride & (stride - 1):
         raise ValueError(f"the Triton path needs powers of two, got block_size={block_size}, stride={stride}")
     N, H, query_tokens, D = q.shape

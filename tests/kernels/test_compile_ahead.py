@@ -13,7 +13,7 @@ import triton.language as tl
 from patience import patient
 from triton.runtime.jit import JITFunction
 
-from kernels.ahead import compiling_ahead, counting
+from kernels.compile_ahead import compiling_ahead, counting
 from tests.kernels import offline
 
 

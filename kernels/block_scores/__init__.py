@@ -1,5 +1,0 @@
-"""How much each key block matters to each query block: Stem's output-aware metric."""
-
-from kernels.block_scores.api import KeySummary, choose_block_scores, key_sums_dtype, oam_scores
-
-__all__ = ["KeySummary", "choose_block_scores", "key_sums_dtype", "oam_scores"]
