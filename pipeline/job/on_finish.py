@@ -27,6 +27,11 @@ COMMAND_SECONDS = 60.0
 POST_SECONDS = 15.0
 PAUSE_SECONDS = 2.0
 _WORDS = {0: "ok", 2: "some_failed", 130: "stopped"}
+# Of a JobReport, as it has them, in the order in which they are told.
+_TOLD = (
+    "output", "documents", "questions", "ok", "failed", "missing", "counts", "done_now", "seconds", "prompt_tokens",
+    "output_tokens", "cut", "flagged", "flags",
+)  # fmt: skip
 
 
 def is_address(on_finish: str) -> bool:
@@ -36,29 +41,13 @@ def is_address(on_finish: str) -> bool:
 
 def finished(report: JobReport) -> dict[str, Any]:
     """What is told of a job that came to its end, or was stopped: plain values, without secrets."""
-    errors = [dict(zip(("document", "status", "error"), each, strict=True)) for each in report.first_errors]
-    return _clean(
-        {
-            "status": _WORDS[report.exit_code],
-            "exit_code": report.exit_code,
-            "error": "",
-            "output": report.output,
-            "documents": report.documents,
-            "questions": report.questions,
-            "ok": report.ok,
-            "failed": report.failed,
-            "missing": report.missing,
-            "counts": report.counts,
-            "done_now": report.done_now,
-            "seconds": round(report.seconds, 3),
-            "prompt_tokens": report.prompt_tokens,
-            "output_tokens": report.output_tokens,
-            "cut": report.cut,
-            "flagged": report.flagged,
-            "flags": report.flags,
-            "first_errors": errors,
-        }
-    )
+    told: dict[str, Any] = {"status": _WORDS[report.exit_code], "exit_code": report.exit_code, "error": ""}
+    told |= {name: getattr(report, name) for name in _TOLD}
+    told["seconds"] = round(report.seconds, 3)
+    told["first_errors"] = [
+        dict(zip(("document", "status", "error"), each, strict=True)) for each in report.first_errors
+    ]
+    return _clean(told)
 
 
 def broken_off(output: str, error: JobError) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def _fitted(value: Any, kind: pa.DataType) -> pa.Array:
     if isinstance(value, pa.Array):
         values = value.cast(value.type.value_type) if pa.types.is_dictionary(value.type) else value
         values.validate(full=True)  # text that is not UTF-8
-    elif isinstance(value, list | dict) or (value is not None and _is_text(kind) and not isinstance(value, str)):
+    elif isinstance(value, list | dict) or (value is not None and is_text(kind) and not isinstance(value, str)):
         values = pa.array([json.dumps(value, ensure_ascii=False)])
     else:
         values = pa.array([valid_text(value) if isinstance(value, str) else value])
@@ -85,7 +85,7 @@ def cast(values: pa.Array, kind: pa.DataType) -> pa.Array:
     """`values` in another type. Raises one of VALUE_ERRORS where something would be lost."""
     if values.type == kind:
         return values
-    if _is_text(kind) or (_is_bytes(kind) and not _is_bytes(values.type)):
+    if is_text(kind) or (is_bytes(kind) and not is_bytes(values.type)):
         values = as_text(values)
     return values.cast(kind)
 
@@ -119,7 +119,7 @@ def _plain(value: pa.Array) -> Any:
 
 
 def _as_kept_json(value: Any, kind: pa.DataType) -> Any:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) and _is_text(kind) else value
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) and is_text(kind) else value
 
 
 def json_type(kinds: set[type]) -> pa.DataType:
@@ -190,9 +190,11 @@ def _with_type(table: pa.Table, name: str, kind: pa.DataType) -> pa.Table:
     return table.set_column(table.column_names.index(name), pa.field(name, kind), cast(values, kind))
 
 
-def _is_bytes(kind: pa.DataType) -> bool:
+def is_bytes(kind: pa.DataType) -> bool:
+    """Whether values of a type are bytes."""
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """Whether values of a type are texts."""
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import DocumentError, one_line
 from pipeline.location import open_filesystem
-from pipeline.results.kept_columns import storable
+from pipeline.results.kept_columns import is_bytes, is_text, storable
 from pipeline.settings.shared import ReadSettings
 from pipeline.source.catalogue import CatalogueBuilder
 from pipeline.source.ids import column_problem, id_name, id_texts
@@ -121,14 +121,7 @@ def _plain(kind: pa.DataType) -> pa.DataType:
 
 
 def _is_binary(kind: pa.DataType) -> bool:
-    return (
-        pa.types.is_string(kind)
-        or pa.types.is_large_string(kind)
-        or pa.types.is_binary(kind)
-        or pa.types.is_large_binary(kind)
-        or pa.types.is_fixed_size_binary(kind)
-        or kind in (pa.string_view(), pa.binary_view())
-    )
+    return is_text(kind) or is_bytes(kind) or kind in (pa.string_view(), pa.binary_view())
 
 
 def _mean_bytes(about: pq.FileMetaData, group: int) -> int:

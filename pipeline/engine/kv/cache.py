@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.kv.arena import Arena, Extent, LayerShape
-from pipeline.engine.kv.states import CONV, RECURRENT, StateKey, StateShape, extended
+from pipeline.engine.kv.states import CONV, RECURRENT, StateKey, StateShape, StateSlots, extended
 from stem_core.context import Copies
 
 
@@ -64,12 +64,13 @@ class _States:
 
 
 class EngineCache:
-    """The part that prefill, decode and the shape probe have in common."""
+    """The part that prefill, decode and the shape probe have in common. slots: of the arena's states, if it has any."""
 
     is_compileable = False
 
-    def __init__(self, seen: int) -> None:
+    def __init__(self, seen: int, slots: StateSlots | None = None) -> None:
         self.seen = seen
+        self._slots = slots
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens cached before this call of the model."""
@@ -133,7 +134,12 @@ class EngineCache:
         return self._place(key) if self.has_previous_state() and self._keeps(key) else None
 
     def _keeps(self, key: StateKey) -> bool:
-        raise NotImplementedError
+        return self._slots is not None and key in self._slots.states
+
+    def _kept(self, key: StateKey) -> Tensor:
+        """A state of all slots, [slots, ...]."""
+        assert self._slots is not None, "a layer keeps a state that the probe did not see"
+        return self._slots.states[key]
 
     def _place(self, key: StateKey) -> Tensor:
         """What a layer writes, [N, ...]."""
@@ -181,18 +187,13 @@ class PrefillCache(EngineCache):
     """One chunk of one document: tokens [seen, seen + L) of its extent. Its layers change the states where they lie."""
 
     def __init__(self, arena: Arena, extent: Extent, seen: int, tokens: int) -> None:
-        super().__init__(seen)
+        super().__init__(seen, arena.states)
         self._arena = arena
         self._extent = extent
-        self._slots = arena.states
-        self._slot = 0 if self._slots is None else self._slots.enter(extent.start, seen, seen + tokens)
-
-    def _keeps(self, key: StateKey) -> bool:
-        return self._slots is not None and key in self._slots.states
+        self._slot = 0 if arena.states is None else arena.states.enter(extent.start, seen, seen + tokens)
 
     def _place(self, key: StateKey) -> Tensor:
-        assert self._slots is not None, "a layer keeps a state that the probe did not see"
-        return self._slots.states[key][self._slot : self._slot + 1]
+        return self._kept(key)[self._slot : self._slot + 1]
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write k, v [1, Hkv, L, D] in place; return what the attention is given (Arena.write)."""
@@ -223,10 +224,10 @@ class DecodeCache(EngineCache):
     """
 
     def __init__(self, arena: Arena, slots: Tensor, states: Tensor | None = None) -> None:
-        super().__init__(seen=0)
+        super().__init__(0, arena.states)
         self._arena = arena
-        self._slots = Copies(slots)
-        self._state_slots = None if states is None else Copies(states)
+        self._written = Copies(slots)
+        self._rows = None if states is None else Copies(states)
         self._copies: dict[StateKey, Tensor] = {}
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int = 0) -> bool:
@@ -235,27 +236,22 @@ class DecodeCache(EngineCache):
 
     def finish(self) -> None:
         """Write back what the last layer was given. Waits for nothing."""
-        assert self._arena.states is not None or not self._copies
         for key, copied in self._copies.items():
-            self._arena.states.states[key].index_copy_(0, self._at(copied.device), copied)  # type: ignore[union-attr]
+            self._kept(key).index_copy_(0, self._at(copied.device), copied)
         self._copies = {}
 
-    def _keeps(self, key: StateKey) -> bool:
-        return self._arena.states is not None and key in self._arena.states.states
-
     def _place(self, key: StateKey) -> Tensor:
-        assert self._arena.states is not None, "a layer keeps a state that the probe did not see"
         if key not in self._copies:
             if any(other.layer != key.layer for other in self._copies):
                 self.finish()
-            kept = self._arena.states.states[key]
+            kept = self._kept(key)
             self._copies[key] = kept.index_select(0, self._at(kept.device))
         return self._copies[key]
 
     def _at(self, device: torch.device) -> Tensor:
-        assert self._state_slots is not None
-        return self._state_slots.on(device)
+        assert self._rows is not None
+        return self._rows.on(device)
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write k, v [S, Hkv, L, D] in place; return what the attention is given (Arena.append)."""
-        return self._arena.append(layer_idx, k, v, self._slots.on(k.device))
+        return self._arena.append(layer_idx, k, v, self._written.on(k.device))
