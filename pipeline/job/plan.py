@@ -27,6 +27,7 @@ from pipeline.settings.config import JobConfig
 from pipeline.settings.questions import answers_of, questions_of
 from pipeline.source import Catalogue, Document, DocumentReader, find_files, input_hash, list_documents
 from pipeline.source.files import directly_in
+from pipeline.source.protocol import SourceFile
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,10 @@ class Survey:
         return answer_type(self.answers.values())
 
 
+# What jobs.report writes beside the results.
+PAGES = ("report.html", "comparison.html")
+
+
 @dataclass(frozen=True)
 class JobPlan:
     """What is left to do.
@@ -85,8 +90,8 @@ def survey_input(config: JobConfig) -> Survey:
     found, ignored = find_files(config.input)
     kinds = "1 file of another kind" if len(ignored) == 1 else f"{len(ignored):,} files of other kinds"
     messages = (f"passed over {kinds}, e.g. {ignored[0]}",) if ignored else ()
-    # The results of an earlier run, where they lie in the input's folder.
-    files = [file for file in found if not (PART.search(file.path) and directly_in(file, config.output))]
+    # The results of an earlier run and their pages, where they lie in the input's folder.
+    files = [file for file in found if not (_is_result(file) and directly_in(file, config.output))]
     prints = manifest.fingerprints(config, files)
     catalogue = list_documents(
         files,
@@ -101,6 +106,10 @@ def survey_input(config: JobConfig) -> Survey:
     survey = Survey(config, questions, catalogue, prints, messages, config.today())
     _ = survey.columns  # raises now what it raises
     return survey
+
+
+def _is_result(file: SourceFile) -> bool:
+    return bool(PART.search(file.path)) or file.path.rpartition("/")[2] in PAGES
 
 
 def make_plan(survey: Survey, store: Store) -> JobPlan:

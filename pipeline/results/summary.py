@@ -185,7 +185,7 @@ def rows_for_table(report: JobReport) -> list[tuple[str, str]]:
         named = "answers not there yet" if many else "documents without a row"
         lines.append((named, f"{report.missing:,}; run the same command again to go on"))
     if report.cut:
-        told = f"{report.cut:,} of {report.ok:,} end at --max-new-tokens; raise it for another output folder"
+        told = f"{report.cut:,} of {report.ok:,} end at --max-new-tokens; raise it, with another output folder"
         lines.append(("outputs cut off", told))
     once = f" ({report.prompt_tokens - report.prefix_tokens:,} read)" if report.prefix_tokens else ""
     lines.append(("tokens", f"{report.prompt_tokens:,} in prompts{once}, {report.output_tokens:,} generated"))

@@ -192,7 +192,9 @@ class Asking:
         """The outcome of a request."""
         completion = await ending
         self._work.requests.remove(request.request_id)
-        self._work.ended += _tokens_of(request)
+        came = len(request.prompt_ids) + len(completion.token_ids)
+        self._work.tokens += came - _tokens_of(request)
+        self._work.ended += came
         ask.completions.append(completion)
         ask.fields.queue_seconds += completion.queue_seconds
         begin = time.perf_counter()

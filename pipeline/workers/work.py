@@ -110,7 +110,8 @@ class Work:
     fields: what its rows have in common, and the seconds that are spent once for all questions. columns: texts of the
     columns in its prompts. text: of the document. requests: ids of those that are in the engine. chunk_tokens: prefill
     steps at most so long; None: as the engine's configuration says. asks: its questions, once it is read.
-    tokens: that prompts and outputs can come to which went to the engine; ended: of these, those that it is done with.
+    tokens: that prompts and outputs which went to the engine can come to, or did come to once they ended; ended: of
+    these, those that it is done with.
     """
 
     document: Document

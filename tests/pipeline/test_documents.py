@@ -19,6 +19,7 @@ from patience import patient
 
 from pipeline import summarize
 from pipeline.errors import DocumentError, JobError
+from pipeline.job.plan import survey_input
 from pipeline.location import _opened
 from pipeline.results.kept_columns import Kept
 from pipeline.settings.config import JobConfig
@@ -299,6 +300,15 @@ def test_the_same_bytes_give_the_same_text(tmp_path: Path, name: str) -> None:
         "a.html": b"<p>one<table><tr><td>a<td>b</table>",
     }[name]
     assert len({text(tmp_path, name, data) for _ in range(3)}) == 1
+
+
+def test_results_and_their_pages_in_the_folder_of_the_input_are_no_documents(tmp_path: Path, model: Path) -> None:
+    names = ["a.html", "out/part-000000-0a1b2c3d.parquet", "out/report.html", "out/comparison.html", "sub/report.html"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("<p>text</p>")
+    survey = survey_input(JobConfig(input=(str(tmp_path),), output=str(tmp_path / "out"), model=str(model)))
+    assert survey.catalogue.ids.to_pylist() == ["a.html", "sub/report.html"]
 
 
 def test_listing_opens_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def summed(results: Path) -> JobReport:
 def test_the_summary_of_a_job_counts_them(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = summed(results)
     assert (report.ok, report.cut, report.exit_code) == (3, 2, 2)
-    told = "2 of 3 end at --max-new-tokens; raise it for another output folder"
+    told = "2 of 3 end at --max-new-tokens; raise it, with another output folder"
     assert ("outputs cut off", told) in rows_for_table(report)
     show(report)
     out = capsys.readouterr().out

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, cast
 
+import pytest
+
+from pipeline import summarize
 from pipeline.source import Document
 from pipeline.workers.worker import Work, Worker
+
+FAKE: dict[str, Any] = {"engine_factory": "fake_engine:FakeEngine", "device": "cpu"}
 
 
 class Loop:
@@ -21,6 +27,23 @@ class Loop:
 
 def work(size: int, tokens: int, ended: int) -> Work:
     return Work(Document("d", "d", cast(Any, None), size), cast(Any, None), 0.0, tokens=tokens, ended=ended)
+
+
+@pytest.mark.parametrize("questions", [["What?"], ["What?", "Why?"]])
+def test_what_has_ended_counts_as_what_it_came_to(
+    questions: list[str], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not as what it could have come to: a job tells of these tokens, and they must not become fewer at its end."""
+    works: list[Work] = []
+
+    def kept(*args: Any, **more: Any) -> Work:
+        works.append(Work(*args, **more))
+        return works[-1]
+
+    monkeypatch.setattr("pipeline.workers.worker.Work", kept)
+    rows = summarize(["A text."], model=model, question=questions, max_new_tokens=50, **FAKE).to_pylist()
+    came = sum(row["prompt_tokens"] - row["prefix_tokens"] + row["output_tokens"] for row in rows)
+    assert [(work.tokens, work.ended) for work in works] == [(came, came)]
 
 
 def test_reading_is_a_share_of_what_the_documents_come_to() -> None:
