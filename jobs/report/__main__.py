@@ -23,7 +23,7 @@ from jobs.report.outputs import outputs
 from jobs.report.overview import subtitle
 from jobs.report.results import Run, load_runs
 from jobs.report.sections import sections
-from pipeline.errors import JobError
+from pipeline.errors import JobError, visible
 from pipeline.location import split_name
 from pipeline.results.columns import utc_now
 from pipeline.results.store import Store
@@ -92,6 +92,8 @@ def _print_report(given: Namespace, runs: Sequence[Run], measures: Sequence[Meas
     else:
         footer = f"Made by python -m jobs.report on {utc_now():%Y-%m-%d %H:%M} UTC."
         shown = _outputs(given, runs)
+        if shown is not None and (missing := _not_shown(shown)):
+            print(missing, file=sys.stderr)
         told = sections(runs, measures, with_charts=True, outputs=shown)
         stream.write(render_page(title, subtitle(measures), told, footer))
 
@@ -101,6 +103,16 @@ def _outputs(given: Namespace, runs: Sequence[Run]) -> Outputs | None:
     if len(runs) == 1:
         return outputs(runs[0], documents=given.documents, inputs=given.input, most=given.rows)
     return changes(*runs, most=given.rows) if len(runs) == 2 else None
+
+
+def _not_shown(shown: Outputs) -> str:
+    """Which documents of outputs the page lacks, and why; empty if none. Who opens the page cannot mend that."""
+    why = {entry.name: entry.document_note for entry in shown.entries if entry.document < 0 and not entry.error}
+    why = {name: note for name, note in why.items() if note}
+    if not why:
+        return ""
+    name, note = next(iter(why.items()))
+    return f"the page shows outputs without their documents, {len(why):,} of them; {visible(name)}: {visible(note)}"
 
 
 def _positive(text: str) -> int:

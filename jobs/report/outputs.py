@@ -20,7 +20,7 @@ LOOK, FAILED, FINE = range(3)
 GROUPS = (
     Label("look", "need a look", "cut off, repetitive or otherwise marked", "warn"),
     Label("failed", "failed", "there is no output, or none that fits its schema", "bad"),
-    Label("fine", "look fine", "nothing is marked, which does not say that it is right", "good"),
+    Label("fine", "look fine", "nothing speaks against them, which does not say that they are right", "good"),
 )
 _STATUS_WORDS = {"oom": "out of memory", "timeout": "timed out", "too_long": "too long", "worker_died": "worker died"}
 STATUS_LABELS = {

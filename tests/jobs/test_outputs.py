@@ -173,7 +173,7 @@ def test_a_sentence_leads_to_its_passage_and_back(folder: Path, report: Report, 
 
 def test_outputs_without_a_passage_are_found(tmp_path: Path, report: Report, visit: Callable[..., Any]) -> None:
     rows = [
-        row("invented", "It was a whale.", evidence=[], flags=[]),
+        row("invented", "It was a whale.", evidence=[], flags=["copied"]),
         row("evident", FACTS[3], evidence=spans(FACTS[3], FACTS[3], FACTS[3]), flags=[]),
         row("unasked", "Nobody looked.", evidence=None, flags=[]),
         row("empty", " ", evidence=[], flags=["empty"]),
@@ -184,12 +184,14 @@ def test_outputs_without_a_passage_are_found(tmp_path: Path, report: Report, vis
     page = visit(folder / "report.html")
     assert names(page) == ["empty", "unfit", "evident", "invented", "unasked"]
     assert "none that fits its schema" in page.locator(".rows .group").nth(1).inner_text()
-    assert "does not say that it is right" in page.locator(".rows .group").nth(2).inner_text()
+    assert "does not say that they are right" in page.locator(".rows .group").nth(2).inner_text()
     assert after(page, lambda: page.select_option("[data-by=flagged]", label="no passage (1)")) == ["invented"]
     page.locator(".rows a").click()
     page.wait_for_selector("dialog[open] .pane")
-    assert "No passage of the document" in page.locator(".reader-body").inner_text()
+    assert "Marked because no passage" in page.locator(".reader-body").inner_text()
     assert "may be right all the same" in page.locator(".pane").first.inner_text()
+    copied, no_passage = (badge.bounding_box() for badge in page.locator("#reader-name .badge").all())
+    assert no_passage["x"] - copied["x"] - copied["width"] > 4, "they do not stick together"
     page.keyboard.press("Escape")
     after(page, lambda: page.select_option("[data-by=flagged]", "-1"))
     page.locator(".rows a", has_text="unfit").click()
@@ -439,7 +441,10 @@ def test_documents_are_read_in_the_encoding_of_their_job(tmp_path: Path) -> None
 
 def test_documents_that_were_moved_are_found(folder: Path, report: Report, visit: Callable[..., Any]) -> None:
     moved = (folder.parent / "out.jsonl").rename(folder.parent / "moved.jsonl")
-    assert report(folder, "--input", moved)[0] == 0
+    _, _, told = report(folder)
+    assert "the page shows outputs without their documents, 5 of them; " in told, "who makes the page can mend it"
+    assert "give --input" in told
+    assert report(folder, "--input", moved)[::2] == (0, "")
     page = visit(folder / "report.html")
     page.locator(".rows a", has_text="evident.txt").click()
     page.wait_for_selector("dialog[open] .document mark")

@@ -60,6 +60,30 @@ def test_what_the_document_does_not_say_has_no_passage(output: str) -> None:
     assert find_evidence("", output) == []
 
 
+@pytest.mark.parametrize(
+    ("text", "output", "piece", "passage"),
+    [
+        (
+            "four passengers were treated for bruises.",
+            "7 passengers were treated for bruises.",
+            "7 passengers",
+            "treated",
+        ),
+        ("All 27 people on site left unhurt.", "27 people were hurt.", "27 people were hurt.", "27 people"),
+        ("140 kilograms of ammonia escaped.", '{"hours": 140}', "140", "140"),
+        ("The bridge was not closed.", "The bridge was closed.", "The bridge", "not closed"),
+    ],
+)
+def test_limits_that_the_documentation_names(text: str, output: str, piece: str, passage: str) -> None:
+    ((claim, found),) = said(f"{FILLER}{text} {FILLER}", output)
+    assert piece in claim
+    assert passage in found
+
+
+def test_a_field_of_one_frequent_word_is_not_looked_up() -> None:
+    assert said(FILLER + "The Halden plant is old. " * 5, '{"plant": "Halden"}') == []
+
+
 def test_a_sentence_of_two_facts_has_two_passages_in_the_documents_order() -> None:
     joined = (
         "Tea was served at the Tamar dam by 14 people, and the Verdon library annual revenue reached 72,028 dollars."
