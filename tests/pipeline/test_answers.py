@@ -32,7 +32,7 @@ HERE: dict[str, Any] = {"model": TINY_READER, "device": "cpu", "arena_tokens": 8
     ("schema", "message"),
     [
         ({"type": "obj"}, "#/type: not JSON Schema: 'obj'"),
-        ({"type": "json_schema", "json_schema": {"schema": {}}}, "#: this is a response_format of OpenAI's; give the schema in it"),
+        ({"type": "json_schema", "json_schema": {"schema": {}}}, "#: this is a response_format of OpenAI"),
         ({"properties": {"a": {"minimun": 3}}}, r"#/properties/a/minimun: not a keyword.*did you mean 'minimum'"),
         ({"properties": {"a/b~": {"nullable": True}}}, r'#/properties/a~1b~0/nullable: .*use "type": \["string"'),
         ({"items": {"type": "array", "uniqueItems": True}}, r"#/items/uniqueItems: no output can be held .*a boolean"),
