@@ -12,7 +12,6 @@ from pathlib import Path
 
 from jobs.cli import by_script, run_main
 from pipeline.errors import JobError, nearest, visible
-from pipeline.imports import prefer_ours
 from pipeline.versions import versions
 
 FOLDER = Path(__file__).parent
@@ -61,7 +60,6 @@ def main(arguments: Sequence[str]) -> int:
 
 def script() -> None:
     """Entry point of the console script."""
-    prefer_ours()
     run_main(main)
 
 

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from pipeline.answering import left_behind
 from pipeline.errors import JobError
-from pipeline.imports import WrongPackageError, check_kernels, without_pandas
+from pipeline.imports import WrongPackageError, check_kernels, prefer_ours, without_pandas
 from pipeline.settings.config import MOST_USED, JobConfig, declared, flag, instead, read_job_file
 from stem_core.settings import kind_of
 
@@ -59,7 +59,12 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments:"):
             unknown = (message.split(":", 1)[1].split() or ["''"])[0]
             known = [option for action in self._actions for option in action.option_strings]
-            message = f"{unknown} is not a flag{instead(unknown.split('=')[0], known, flag) or '; see --help'}"
+            if unknown.startswith("-"):
+                message = f"{unknown} is not a flag{instead(unknown.split('=')[0], known, flag) or '; see --help'}"
+            else:
+                message = (
+                    f"{unknown} is not a flag, and belongs to none; put a text with spaces between quotes; see --help"
+                )
         raise JobError(message)
 
 
@@ -162,6 +167,7 @@ def run_main(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | No
     """Call `main` with the command line; exit with its code, 1 after a user error (one line), 130 if interrupted."""
     sys.stdout, sys.stderr = (stream or io.StringIO() for stream in (sys.stdout, sys.stderr))  # >&- leaves None
     try:
+        prefer_ours()
         check_kernels()
         without_pandas()
         code = main(sys.argv[1:] if arguments is None else arguments)

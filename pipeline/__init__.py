@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 __all__ = ["StemlineStage", "Summarizer", "read_results", "run_job", "summarize"]
 
 _PLACES = {
-    "StemlineStage": ("pipeline.ray_data", "StemlineStage"),
-    "Summarizer": ("pipeline.api", "Summarizer"),
-    "read_results": ("pipeline.results.parts", "read_results"),
-    "run_job": ("pipeline.job.job", "run_job"),
-    "summarize": ("pipeline.api", "summarize"),
+    "StemlineStage": "pipeline.ray_data",
+    "Summarizer": "pipeline.api",
+    "read_results": "pipeline.results.parts",
+    "run_job": "pipeline.job.job",
+    "summarize": "pipeline.api",
 }
 
 
@@ -34,5 +34,4 @@ def __getattr__(name: str) -> Any:
     # Loaded on first use: a worker that imports pipeline.engine needs none of them.
     if name not in _PLACES:
         raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
-    module, attribute = _PLACES[name]
-    return getattr(importlib.import_module(module), attribute)
+    return getattr(importlib.import_module(_PLACES[name]), name)

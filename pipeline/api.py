@@ -8,19 +8,18 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
+from pipeline.answers.schema import answer_type
 from pipeline.errors import JobError
 from pipeline.imports import check_kernels
 from pipeline.inputs import Inputs, TextReader, Texts, list_inputs
 from pipeline.job.configs import make_worker_config
-from pipeline.job.plan import Survey
 from pipeline.job.progress import Progress
 from pipeline.results.rows import Row, failed_rows, result_schema, to_table
 from pipeline.settings.config import JobConfig, from_mapping
-from pipeline.settings.questions import questions_of
-from pipeline.source import Catalogue, Document
+from pipeline.settings.questions import answers_of, questions_of
+from pipeline.source import Document
 from pipeline.workers.inprocess import LocalPool
 from pipeline.workers.scheduler import Limits, Scheduler, hang_after
 
@@ -70,11 +69,12 @@ class Summarizer:
         check_kernels()
         self._config = _config(model, settings)
         self._questions = questions_of(self._config)
-        nothing = Catalogue([], pa.array([], pa.large_string()), np.zeros((0, 5), np.int64), {}, [])
-        survey = Survey(self._config, self._questions, nothing, {}, (), self._config.today())
         # Every document can be in the engine at once, and Ray is not there to divide the cores.
-        self._worker_config = make_worker_config(survey, self._config.device, 0, engine_factory, grace)
-        self._answer_type = survey.answer_type
+        self._worker_config = make_worker_config(
+            self._config, self._questions, self._config.today(), self._config.device, threads=0,
+            engine_factory=engine_factory, grace=grace,
+        )  # fmt: skip
+        self._answer_type = answer_type(answers_of(self._config, self._questions).values())
         self._lock = threading.Lock()
         self._pool = LocalPool(self._worker_config)
 

@@ -19,8 +19,8 @@ class WrongPackageError(ImportError):
 def prefer_ours() -> None:
     """Have `kernels` be the package beside this one, here and in processes begun from here, where another hides it.
 
-    A console script begins with its own folder on the path, not with the checkout. Nothing is changed where ours is
-    found, or is not there: check_kernels() then says so.
+    A console script begins with its own folder on the path, `python -m` with the one it is called in. Nothing is
+    changed where ours is found, or is not there: check_kernels() then says so.
     """
     try:
         check_kernels()

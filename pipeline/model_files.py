@@ -97,6 +97,11 @@ def config_problem(error: BaseException, model: str, revision: str | None) -> st
         )
     if kinds & {"GatedRepoError"} or "gated repo" in text:
         return "it is gated: ask for access on its page at the hub, then log in here with `hf auth login` (or HF_TOKEN)"
+    if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled"} or "couldn't connect to" in text:
+        return (
+            "no such folder here, and the hub cannot be reached, nor was the model downloaded before: fetch it where "
+            f"there is network (hf download {model} --local-dir FOLDER), and give the folder"
+        )
     if found := re.search(r"model type [`'\"]?([\w.-]+)[`'\"]? but Transformers does not recognize", text):
         return (
             f"this version of transformers does not know the model type {found[1]}: pip install -U transformers, or "

@@ -118,5 +118,6 @@ def values_of(record: Any, kind: type) -> dict[str, Any]:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """ "; did you mean 'x'?" for the known name that is closest to `name`, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+    # A name of three letters is like too many others: gpu is not meant to be cpu.
+    close = difflib.get_close_matches(name, list(known), n=1) if len(name) > 3 else []
     return f"; did you mean {close[0]!r}?" if close else ""

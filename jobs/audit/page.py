@@ -69,16 +69,16 @@ def verdict(audit: dict[str, Any]) -> str:
     if advice["verdict"] == "none":
         return "Whether reading less of each document pays here is still open. What is missing:"
     if advice["verdict"] == "stay":
-        return "Go on reading every document in full: nothing that was tried is both faster here and as good."
+        return "Go on reading every document in full: nothing that was tried is faster here and writes nearly the same."
     reference = audit["arms"][0]
     arm = next(each for each in audit["arms"] if each["arm"] == advice["arm"])
     faster = arm["documents_per_hour"] / reference["documents_per_hour"]
     same, alike = arm["exact_match"], arm["rouge_l"]
     skips = "" if arm["preset"] == "dense" else f", which skips {1 - arm['density']:.0%} of the comparisons of words,"
     return (
-        f"Yes, switch. {arm['arm']}{skips} does {faster:.1f} times the work in the same time and writes nearly the "
+        f"Yes, switch. {arm['arm']}{skips} does {faster:.2f} times the work in the same time and writes nearly the "
         "same: "
-        f"{of_documents(same)} outputs are the same word for word, and on average {alike['mean']:.0%} of the words are "
+        f"{of_documents(same)} outputs are the same word for word, and on average {alike['mean']:.1%} of the words are "
         "the same in the same order. Read the pairs below before you trust that."
     )
 

@@ -306,8 +306,8 @@
     }
     if (!output) outputText.append(make("span", "note", "There is no output."));
     const told = !detail.evidence ? written.note : detail.evidence.length
-      ? "What is underlined leads to the passage that supports it; for the rest none was found."
-      : "No passage of the document was found that supports this.";
+      ? "What is underlined leads to the passage that is worded most like it: read whether that says the same. The rest has none, or is too short to be looked up."
+      : "Without a passage it may be right all the same: it wants reading.";
     const both = [pane(written.title, told, outputText)];
     if (excerpt || detail.documentNote) {
       const part = pane("Document", detail.documentNote, documentText(excerpt, evidence, passages, claims, detail.pages));

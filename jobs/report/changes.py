@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from rapidfuzz.distance import Indel
 
@@ -22,8 +23,8 @@ from jobs.report.results import Run
 
 WORSE, BETTER, DIFFERENT, ALONE, SAME = range(5)
 GROUPS = (
-    Label("worse", "got worse", "failed or marked in the second run, and not in the first", "bad"),
-    Label("better", "got better", "failed or marked in the first run, and not in the second", "good"),
+    Label("worse", "got worse", "failed, or marked more, in the second run than in the first", "bad"),
+    Label("better", "got better", "failed, or marked more, in the first run than in the second", "good"),
     Label("different", "read differently", "the outputs differ, neither is marked more than the other", "warn"),
     Label("alone", "in one run only", "", ""),
     Label("same", "are the same", "word for word", ""),
@@ -35,7 +36,7 @@ MOST_WORDS = 20_000
 
 def changes(one: Run, two: Run, *, most: int) -> Outputs:
     """The list of the pairs of rows of two runs: what got worse first, then what differs most. most: pairs."""
-    first, second = ({row.key: row for row in read_rows(run)} for run in (one, two))
+    first, second = _by_key(read_rows(one), read_rows(two))
     pairs = [(first.get(key), second.get(key)) for key in dict.fromkeys([*first, *second])]
     judged = sorted(((_group(*pair), _likeness(*pair), pair) for pair in pairs), key=lambda item: item[:2])
     note = f"The first {most:,} of {len(judged):,} pairs; --rows N shows more." if len(judged) > most else ""
@@ -53,7 +54,7 @@ def changes(one: Run, two: Run, *, most: int) -> Outputs:
             question=names.index(row.question) if row.question in names else -1,
             tokens=int(row.values.get("prompt_tokens") or 0), seconds=row.values.get("total_seconds"),
             panes=[
-                Pane(run.name, parts, _told(side))
+                Pane(run.name, parts, _told(side, asked_alike=_asked_alike(*pair)))
                 for run, parts, side in zip((one, two), _marked(*pair), pair, strict=True)
             ],
             preview=row.error or row.output, facts=[("words in common", f"{likeness:.0%}")] if all(pair) else (),
@@ -61,6 +62,19 @@ def changes(one: Run, two: Run, *, most: int) -> Outputs:
         for row, (group, likeness, pair) in zip(rows, judged, strict=True)
     ]  # fmt: skip
     return Outputs(GROUPS, statuses, flags, questions, entries, order="Worst first", note=note)
+
+
+def _by_key(*runs: Sequence[Result]) -> list[dict[tuple[str, str], Result]]:
+    """The rows of each run by document and question; of runs that asked one question each, by document alone.
+
+    Two wordings of a question have different names, and are what such runs are compared for.
+    """
+    single = all(len({row.question for row in rows}) == 1 for rows in runs)
+    return [{(row.document_id, "" if single else row.question): row for row in rows} for rows in runs]
+
+
+def _asked_alike(one: Result | None, two: Result | None) -> bool:
+    return one is None or two is None or one.question_text == two.question_text
 
 
 def _later(one: Result | None, two: Result | None) -> Result:
@@ -110,10 +124,11 @@ def _marked(first: Result | None, second: Result | None) -> tuple[list[tuple[str
     return left, right
 
 
-def _told(row: Result | None) -> str:
+def _told(row: Result | None, asked_alike: bool) -> str:
     if row is None:
         return "This run has no such row."
     status = STATUS_LABELS[row.status].label if row.status in STATUS_LABELS else row.status
     flags = [FLAGS[flag].label if flag in FLAGS else flag for flag in row.flags]
     told = ", ".join([status, *flags, *([row.error] if row.error else [])])
-    return "; ".join([told, *(f"{what} {text}" for what, text in facts_of(row) if what in SHOWN)])
+    asked = [] if asked_alike else [f"asked: {row.question_text}"]
+    return "; ".join([*asked, told, *(f"{what} {text}" for what, text in facts_of(row) if what in SHOWN)])

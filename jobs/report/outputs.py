@@ -19,8 +19,8 @@ from pipeline.results.rows import STATUSES
 LOOK, FAILED, FINE = range(3)
 GROUPS = (
     Label("look", "need a look", "cut off, repetitive or otherwise marked", "warn"),
-    Label("failed", "failed", "there is no output", "bad"),
-    Label("fine", "look fine", "", "good"),
+    Label("failed", "failed", "there is no output, or none that fits its schema", "bad"),
+    Label("fine", "look fine", "nothing is marked, which does not say that it is right", "good"),
 )
 _STATUS_WORDS = {"oom": "out of memory", "timeout": "timed out", "too_long": "too long", "worker_died": "worker died"}
 STATUS_LABELS = {
@@ -29,19 +29,19 @@ STATUS_LABELS = {
 }
 # Column `flags`. Of what is not here the name is shown.
 FLAGS = {
-    "cut": Label("cut", "cut off", "the output ends where --max-new-tokens cut it off", "warn"),
+    "cut": Label("cut", "cut off", "the output was cut off at its greatest length (--max-new-tokens)", "warn"),
     "repetitive": Label("repetitive", "repetitive", "the output repeats itself", "warn"),
     "empty": Label("empty", "empty", "the output is empty", "warn"),
     "refused": Label("refused", "refused", "the model declined to answer", "warn"),
     "other_language": Label(
         "other_language", "other language", "the output is in another language than the document", "warn"
     ),
-    "answer_error": Label("answer_error", "no valid answer", "the output does not fit its schema", "warn"),
     "copied": Label("copied", "copied", "the output copies the document word for word", ""),
+    "no_passage": Label("no_passage", "no passage", "no passage of the document was found that is worded like it", ""),
 }
-# Flags that say something about an output, but nothing against it: extracts are copies.
-HARMLESS = ("copied",)
-_ORDERING = ["document_id", "question_id", "status", "finish_reason", "flags", "answer_error"]
+# They say something about an output, but nothing against it: extracts are copies, and conclusions have no passage.
+HARMLESS = ("copied", "no_passage")
+_ORDERING = ["document_id", "question_id", "status", "finish_reason", "flags"]
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,6 @@ class Result:
     output: str
     flags: tuple[str, ...]
     values: Mapping[str, Any]
-
-    @property
-    def key(self) -> tuple[str, str]:
-        """What a row is known by in every run of the same documents."""
-        return self.document_id, self.question
 
     @property
     def group(self) -> int:
@@ -83,8 +78,8 @@ def _result(values: dict[str, Any]) -> Result:
     flags = [str(flag) for flag in _listed(values.get("flags"))]
     if values.get("finish_reason") == "length" and values.get("status") == "ok" and "cut" not in flags:
         flags.insert(0, "cut")
-    if values.get("answer_error") and values.get("status") == "ok":
-        flags.append("answer_error")
+    if values.get("evidence") == [] and (values.get("output") or "").strip():
+        flags.append("no_passage")
     return Result(
         document_id=values.get("document_id") or "", question=str(values.get("question_id") or ""),
         question_text=str(values.get("question") or ""), status=values.get("status") or "",
@@ -166,9 +161,7 @@ def questions_of(rows: Sequence[Result]) -> list[Question]:
 
 
 def _why(row: Result) -> str:
-    if row.status == "ok":
-        return str(row.values.get("answer_error") or "")
-    return row.error or STATUSES.get(row.status, row.status)
+    return "" if row.status == "ok" else row.error or STATUSES.get(row.status, row.status)
 
 
 def evidence_of(values: Mapping[str, Any]) -> list[Evidence] | None:

@@ -28,7 +28,7 @@ TEXTS = (
     "document_id", "source", "status", "error", "output", "finish_reason", "reasoning", "prompt_tokens",
     "output_tokens", "total_seconds", "time_to_first_token", "attention", "density", "truncated_tokens", "parts",
     "attempts", "input_stamp", "input_hash",
-    "flags", "evidence", "question_id", "question", "answer", "answer_error", "page_starts",
+    "flags", "evidence", "question_id", "question", "answer", "page_starts",
     "input_note",
 )  # fmt: skip
 _TYPES = {column.name: column.type for column in COLUMNS}

@@ -16,6 +16,7 @@ from pipeline.errors import nearest, one_line
 
 Json = dict[str, Any]
 
+TYPES = ("string", "integer", "number", "boolean", "object", "array", "null")
 # Keywords whose values are schemas, lists of schemas, or schemas by name.
 ONE = (
     "items", "additionalItems", "additionalProperties", "contains", "propertyNames", "not", "if", "then", "else",
@@ -57,6 +58,9 @@ INSTEAD = {
     "nullable": 'use "type": ["string", "null"] and the like',
     "minProperties": "name the properties under required",
 }
+
+
+_NAME = '; the name of a value stands under properties: {"type": "object", "properties": {NAME: {"type": ...}}}'
 
 
 def children(schema: Json) -> Iterator[tuple[str, Json]]:
@@ -103,7 +107,12 @@ def _not_a_schema(schema: Json) -> str:
         validator_for(schema, default=Draft202012Validator).check_schema(schema)
     except SchemaError as error:
         at = "#" + "".join(f"/{escaped(str(part))}" for part in error.absolute_path)
-        return f"{at}: not JSON Schema: {one_line(error.message, 200)}"
+        message = one_line(error.message, 200)
+        if at.endswith("/type") and isinstance(error.instance, str):
+            message = (
+                f"{error.instance!r} is no type{nearest(error.instance, TYPES) or '; they are ' + ', '.join(TYPES)}"
+            )
+        return f"{at}: not JSON Schema: {message}"
     except RecursionError:
         return "#: it is nested too deeply"
     return ""
@@ -113,7 +122,7 @@ def _passed_over(schema: Json) -> str:
     for pointer, each in everywhere(schema):
         for key in each:
             if key not in KNOWN and (not key.startswith("x-") or key == "x-guidance"):
-                hint = f"; {INSTEAD[key]}" if key in INSTEAD else nearest(key, KNOWN)
+                hint = f"; {INSTEAD[key]}" if key in INSTEAD else nearest(key, KNOWN) or _NAME
                 return f"{pointer}/{escaped(key)}: not a keyword of JSON Schema{hint}"
         reference = each.get("$ref")
         if isinstance(reference, str) and not reference.startswith("#"):
@@ -133,6 +142,10 @@ def _unsupported(schema: Json) -> str:
             break
         pointer, found = pointer + at, each
     message = refusal({**definitions, **found})
+    missing = re.search("required property '(.+)' is unsatisfiable", message)
+    properties = found.get("properties", {})
+    if missing and missing[1] not in properties:
+        return f"{pointer}/required: {missing[1]!r} is not under properties{nearest(missing[1], properties)}"
     keyword = _keyword(message, found)
     hint = f"; {INSTEAD[keyword]}" if keyword in INSTEAD else ""
     return f"{pointer}{f'/{keyword}' if keyword in found else ''}: {_in_words(message, keyword)}{hint}"

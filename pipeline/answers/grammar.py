@@ -18,19 +18,15 @@ class Grammar:
     Raises JobError if the tokenizer is of a kind that llguidance does not read.
     """
 
-    def __init__(self, text: str, tokenizer: Any) -> None:
-        """text: llguidance's. tokenizer: llguidance's."""
+    def __init__(self, schema: str, tokenizer: Any, eos_ids: tuple[int, ...] = ()) -> None:
+        """schema: its JSON text. tokenizer: of transformers. eos_ids: end outputs; unset: the tokenizer's."""
         from llguidance import LLMatcher
 
-        self._words = -(-tokenizer.vocab_size // 32)
-        self._start = LLMatcher(tokenizer, text, log_level=0)
+        known = _tokenizer(tokenizer, eos_ids)
+        self._words = -(-known.vocab_size // 32)
+        self._start = LLMatcher(known, grammar_text(schema), log_level=0)
         if self._start.is_error():
             raise JobError(f"--schema: {one_line(self._start.get_error(), 200)}")
-
-    @staticmethod
-    def of(schema: str, tokenizer: Any, eos_ids: tuple[int, ...] = ()) -> Grammar:
-        """From a schema's JSON text and a tokenizer of transformers. eos_ids: end outputs; unset: the tokenizer's."""
-        return Grammar(grammar_text(schema), _tokenizer(tokenizer, eos_ids))
 
     def matcher(self) -> Matcher:
         """What follows one output, from its first token on."""
@@ -83,6 +79,10 @@ class Matcher:
     def take(self, token: int) -> None:
         """Go on behind `token`; `error` says if that cannot be."""
         self.raw.consume_token(token)
+
+    def go_back(self, tokens: int) -> None:
+        """Forget the newest `tokens` of what was taken."""
+        self.raw.rollback(tokens)
 
 
 class MaskFiller:

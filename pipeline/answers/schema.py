@@ -58,7 +58,7 @@ class Schema:
         """What holds an engine's output to the schema. tokenizer: of transformers. Raises JobError."""
         from pipeline.answers.grammar import Grammar
 
-        return Grammar.of(self.text, tokenizer, eos_ids)
+        return Grammar(self.text, tokenizer, eos_ids)
 
     def parse(self, text: str, as_type: bool = True) -> Any:
         """The answer that a text is, as a value of arrow_type, or of JSON text unless `as_type`; else an AnswerError.
@@ -166,7 +166,10 @@ def _file(path: Path, origin: str) -> str:
         raise JobError(f"{origin}: cannot be read: {one_line(error)}") from None
 
 
-def answer_type(schemas: Iterable[Schema | None]) -> pa.DataType:
-    """Of the column `answer` of rows with these schemas: that of all if it is one, else string, for JSON text."""
-    kinds = {schema.arrow_type for schema in schemas if schema is not None}
-    return kinds.pop() if len(kinds) == 1 else JSON.arrow
+def answer_type(schemas: Iterable[Schema]) -> pa.DataType | None:
+    """Of the column `answer` of rows with these schemas: that of all if it is one, else string, for JSON text.
+
+    None if there is no schema.
+    """
+    kinds = {schema.arrow_type for schema in schemas}
+    return JSON.arrow if len(kinds) > 1 else next(iter(kinds), None)

@@ -70,10 +70,11 @@ class Engine:
         self._batch = DecodeBatch(config.max_live, device, self._runner.vocabulary)
         self._lag = config.decode_lag if config.decode_lag is not None else 2 * on_gpu
         use_graphs = on_gpu and config.cuda_graphs
-        self._masks = TokenMasks(config.max_live, self._runner.vocabulary, device) if config.grammars else None
         # A state that has read a wrong draft cannot go back.
         use_lookup = config.prompt_lookup == "auto" and not self._runner.states
         self._lookup = LookupPolicy(PAYS["cuda" if on_gpu else "cpu"]) if use_lookup else None
+        places = 1 + DRAFTS if use_lookup else 1
+        self._masks = TokenMasks(config.max_live, self._runner.vocabulary, device, places) if config.grammars else None
         self._decode = DecodeRunner(
             self._runner, self._arena, self._batch, self._plan.max_context, use_graphs,
             None if self._masks is None else self._masks.device, lookup=use_lookup,
@@ -91,6 +92,7 @@ class Engine:
         self._readback: Readback[list[tuple[int, Document]]] = Readback(
             config.max_live * (1 + DRAFTS), self._lag + 1, device
         )
+        self._drafted: Readback[None] = Readback(config.max_live * DRAFTS, 1, device)
         self._waiting = WaitingLine()
         self._prefilling: Document | None = None
         self._prefixes: list[Prefix] = []  # that hold an extent
@@ -236,7 +238,7 @@ class Engine:
         self._live.clear()
         self._prefilling = self._reading = None
         self._prefixes.clear()
-        del self._decode, self._batch, self._arena, self._runner, self._readback, self._masks
+        del self._decode, self._batch, self._arena, self._runner, self._readback, self._drafted, self._masks
         release_memory(*self._devices)
 
     def _current(self) -> list[Document]:
@@ -411,12 +413,10 @@ class Engine:
     def _drafts(self, running: list[Document]) -> int:
         """How many drafts of each document the next step verifies.
 
-        None where an output follows a grammar, whose masks the host makes token by token, or has a repetition penalty,
-        by which every token changes the scores of the next; and where some documents share a prefix and others do not:
-        these would read their keys once for every draft.
+        None where an output has a repetition penalty, by which every token changes the scores of the next; and where
+        some documents share a prefix and others do not: these would read their keys once for every draft.
         """
-        by_token = (doc.constraint is not None or doc.request.sampling.repetition_penalty != 1 for doc in running)
-        if self._lookup is None or any(by_token):
+        if self._lookup is None or any(doc.request.sampling.repetition_penalty != 1 for doc in running):
             return 0
         if len({document.prefix is None or document.prefix.in_one_piece for document in running}) > 1:
             return 0
@@ -428,11 +428,16 @@ class Engine:
         Rows whose documents turn out to have ended are idle by the time that the step samples.
         """
         assert self._masks is not None, "accept() lets no grammar pass without"
+        if key.drafts:
+            self._decode.draft(key)
+            self._drafted.clear()  # of a step that failed
+            self._drafted.push(self._batch.drafts[: key.rows], None)
         self._decode.forward(key)
+        drafts = self._drafted.pop()[0] if key.drafts else None
         self._collect_all()
         there = {row: document.constraint for row, document in running.items() if not document.finished}
         constraints = {row: constraint for row, constraint in there.items() if constraint is not None}
-        self._masks.send(constraints, range(key.rows))
+        self._masks.send(constraints, range(key.rows), drafts)
         self._decode.sample(key)
 
     def _collect(self) -> None:
@@ -468,11 +473,13 @@ class Engine:
                 matcher.take(token)
             if matcher is not None and matcher.error:
                 self._end(document, "error", f"the output cannot go on by its grammar: {matcher.error}")
-            elif matcher is not None and matcher.done:
+                return
+            if matcher is not None and matcher.done:
                 self._end(document, "ok", finish_reason="stop")
-            elif self._reached(document):
+                return
+            if self._reached(document):
                 return  # drafts that were right may lie behind it
-            elif len(document.tokens) == document.request.max_new_tokens:
+            if len(document.tokens) == document.request.max_new_tokens:
                 self._end(document, "ok", finish_reason="length")
 
     def _reached(self, document: Document) -> bool:

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
-from pipeline.job.plan import Survey
+from pipeline.engine.config import EngineConfig
 from pipeline.location import safe_name
 from pipeline.model_files import is_local
+from pipeline.prompts.questions import Questions
 from pipeline.settings.config import JobConfig
+from pipeline.settings.questions import answers_of
 from pipeline.settings.shared import EngineSettings, ReadSettings, Sampling
+from pipeline.workers.work import GRACE_SECONDS, WorkerConfig
 from stem_core.settings import values_of
 
 
 def make_worker_config(
-    survey: Survey, device: str, threads: int, engine_factory: str = "", grace: float | None = None
-) -> Any:
-    """The job's settings in the form a worker takes them (pipeline.workers.work.WorkerConfig)."""
-    from pipeline.workers.work import GRACE_SECONDS, WorkerConfig
-
-    config = survey.config
+    config: JobConfig,
+    questions: Questions,
+    today: date,
+    device: str,
+    threads: int,
+    *,
+    kept: Sequence[pa.Field] = (),
+    engine_factory: str = "",
+    grace: float | None = None,
+) -> WorkerConfig:
+    """The job's settings in the form a worker takes them."""
+    answers = answers_of(config, questions)
     return WorkerConfig(
-        engine=replace(make_engine_config(config, device), grammars=bool(survey.answers)),
-        questions=survey.questions,
+        engine=replace(make_engine_config(config, device), grammars=bool(answers)),
+        questions=questions,
         too_long=config.too_long,
         max_new_tokens=config.max_new_tokens,
         sampling=Sampling(**values_of(config, Sampling)),
@@ -34,13 +44,13 @@ def make_worker_config(
         reading=ReadSettings(**values_of(config, ReadSettings)),
         model_name=model_label(config),
         config_hash=config.fingerprint(),
-        today=survey.today,
+        today=today,
         template_args=config.chat_template_args,
         thinking=config.thinking,
         evidence=config.evidence == "on",
-        schemas={name: schema.text for name, schema in survey.answers.items()},
-        typed_answers=len({schema.arrow_type for schema in survey.answers.values()}) < 2,
-        kept=tuple(pa.field(field.name, field.type) for field in survey.catalogue.kept),
+        schemas={name: schema.text for name, schema in answers.items()},
+        typed_answers=len({schema.arrow_type for schema in answers.values()}) < 2,
+        kept=tuple(pa.field(field.name, field.type) for field in kept),
         deadline=config.deadline,
         grace=GRACE_SECONDS if grace is None else grace,
         threads=threads,
@@ -48,10 +58,8 @@ def make_worker_config(
     )
 
 
-def make_engine_config(config: JobConfig, device: str) -> Any:
-    """The job's settings in the form the engine takes them (pipeline.engine.EngineConfig)."""
-    from pipeline.engine.config import EngineConfig
-
+def make_engine_config(config: JobConfig, device: str) -> EngineConfig:
+    """The job's settings in the form the engine takes them."""
     values = values_of(config, EngineSettings)
     if is_local(config.model):
         values["model"] = _absolute(config.model)

@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.errors import DocumentError, JobError, one_line
 from pipeline.job.configs import make_engine_config, model_label
-from pipeline.job.estimate import Work, dense_line, estimate_lines, machine_of
+from pipeline.job.estimate import Workload, dense_line, estimate_lines, machine_of
 from pipeline.job.plan import JobPlan, make_plan, survey_input
 from pipeline.prompts.prompt import PromptBuilder
 from pipeline.prompts.questions import OWN, Questions
@@ -95,9 +95,10 @@ def _work_lines(config: JobConfig, plan: JobPlan, memory: Any) -> Iterator[str]:
             answer.grammar(tokens.tokenizer, tokens.eos_ids)
         yield f"answers: {plan.survey.answer_type}"
     readable = [position for position in pending.order().tolist() if position not in pending.errors]
-    ratio, problem = _tokens_per_byte(config, plan, builder, readable)
-    if problem and not ratio:
-        yield f"tokens: not known: no document of a sample can be read; the first: {problem}"
+    ratio, refused = _tokens_per_byte(config, plan, builder, readable)
+    if refused:
+        name, why = refused[0]
+        yield f"unreadable: {len(refused)} of a sample of {min(SAMPLE, len(readable))} documents, e.g. {name}: {why}"
     prompts = (pending.columns[readable, 3] * ratio).astype(np.int64)
     limit = memory.max_context - config.max_new_tokens
     if ratio:
@@ -118,18 +119,19 @@ def _work_lines(config: JobConfig, plan: JobPlan, memory: Any) -> Iterator[str]:
         # Of a document's own questions one is counted: how many there are is known when it is read.
         outputs = sum(count * most.get(name, config.max_new_tokens) for name, count in asked.items())
         read = _as_read(prompts, max(1, limit), config, questions)
-        yield from _time_lines(config, Work(read, asked.total(), outputs), memory, len(pending))
+        yield from _time_lines(config, Workload(read, asked.total(), outputs), memory, len(pending))
 
 
 def _tokens_per_byte(
     config: JobConfig, plan: JobPlan, builder: PromptBuilder, readable: list[int]
-) -> tuple[float, str]:
+) -> tuple[float, list[tuple[str, str]]]:
     """Tokens of a prompt for each byte that the listing gives its document, of a sample; 0 if none of it is read.
 
-    And the first document of the sample that cannot be read, with the reason, or "".
+    Also the documents of the sample that cannot be read, each with the reason.
     """
     reader = DocumentReader(config.text_column, [], config, tuple(plan.survey.questions.columns))
-    tokens, sampled, problem = 0, 0.0, ""
+    tokens, sampled = 0, 0.0
+    refused: list[tuple[str, str]] = []
     for position in readable[:: max(1, len(readable) // SAMPLE)][:SAMPLE]:
         document = plan.pending.document(position)
         try:
@@ -137,11 +139,11 @@ def _tokens_per_byte(
             columns = {name: prompt_text(value) for name, value in kept.prompt.items()}
             tokens += len(builder.build(text[:SAMPLE_CHARACTERS], 1 << 40, columns=columns).ids)
         except DocumentError as error:
-            problem = problem or f"{document.document_id}: {error}"
+            refused.append((document.document_id, str(error)))
             continue
         # In bytes as the listing has them: of a PDF they are its file's, not its text's.
         sampled += document.size_bytes * min(1.0, SAMPLE_CHARACTERS / len(text))
-    return tokens / sampled if sampled else 0.0, problem
+    return tokens / sampled if sampled else 0.0, refused
 
 
 def _too_long_lines(config: JobConfig, limit: int, longest: int) -> Iterator[str]:
@@ -164,7 +166,7 @@ def _as_read(prompts: np.ndarray, room: int, config: JobConfig, questions: Quest
     return np.repeat(prompts, len(questions.names)) if asks_first(questions.every[0].template) else prompts
 
 
-def _time_lines(config: JobConfig, work: Work, memory: Any, documents: int) -> Iterator[str]:
+def _time_lines(config: JobConfig, work: Workload, memory: Any, documents: int) -> Iterator[str]:
     from pipeline.engine.model.loading import load_config
 
     own = load_config(make_engine_config(config, config.device))

@@ -75,6 +75,8 @@ class Benchmark:
         return Speed(lengths, seconds, rest / JOB_OUTPUTS, None, source + " tokens, 256 new ones each")
 
 
+# Documents in the smallest share that is worth measuring first.
+SHARE = 8
 PAGE = "docs/speed.md"
 JOB_LENGTHS = (32768, 65536, 98304, 131072)
 JOB_OUTPUTS = 16 * 256
@@ -96,7 +98,7 @@ BENCHMARKS = (
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What a job has to do. prompts: tokens of each prompt that is read. answers, most: how many outputs there will be,
     and how many tokens they have together at most.
     """
@@ -124,7 +126,7 @@ class Machine:
 
 
 def estimate_lines(
-    work: Work, machine: Machine, store: Store, price: float | None, *, only: bool = False
+    work: Workload, machine: Machine, store: Store, price: float | None, *, only: bool = False
 ) -> Iterator[str]:
     """The lines of a dry run on time, GPU hours and cost.
 
@@ -134,7 +136,10 @@ def estimate_lines(
     if speed is None:
         where = machine.gpu if machine.gpu not in ("", "cpu") else "these CPUs" if machine.gpu else "the cluster's GPUs"
         yield f"time: not known for this model on {where}{why}"
-        yield "  do some documents first (--shard 0/50, another --output), then give --estimate-from that folder"
+        shares = min(50, len(work.prompts) // SHARE)
+        if shares > 1:
+            how = f"--shard 0/{shares}, another --output"
+            yield f"  do some documents first ({how}), then give --estimate-from that folder"
         if price is not None:
             yield "cost: not known, since the time is not"
         return

@@ -21,7 +21,7 @@ from pipeline.prompts.questions import OWN, Questions, is_own
 from pipeline.results.kept_columns import PROMOTE
 from pipeline.results.parts import PART, done_rows, part_names
 from pipeline.results.rows import ANSWER, NAMES, result_schema
-from pipeline.results.sink import Key
+from pipeline.results.sink import Key, keys
 from pipeline.results.store import Store
 from pipeline.settings.config import JobConfig
 from pipeline.settings.questions import answers_of, questions_of
@@ -56,8 +56,7 @@ class Survey:
     @property
     def answer_type(self) -> pa.DataType | None:
         """Of the column `answer`; None if no question has a schema."""
-        answers = self.answers
-        return answer_type(answers.values()) if answers else None
+        return answer_type(self.answers.values())
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,8 @@ def survey_input(config: JobConfig) -> Survey:
     """List the input and take its fingerprints. Raises JobError for whatever the user can mend there."""
     questions = questions_of(config)
     found, ignored = find_files(config.input)
-    messages = (f"passed over {len(ignored)} files of other kinds, e.g. {ignored[0]}",) if ignored else ()
+    kinds = "1 file of another kind" if len(ignored) == 1 else f"{len(ignored):,} files of other kinds"
+    messages = (f"passed over {kinds}, e.g. {ignored[0]}",) if ignored else ()
     # The results of an earlier run, where they lie in the input's folder.
     files = [file for file in found if not (PART.search(file.path) and directly_in(file, config.output))]
     prints = manifest.fingerprints(config, files)
@@ -200,13 +200,8 @@ def _sort_rows(survey: Survey, rows: pa.Table) -> _Rows:
     others = rows["question_id"].filter(pa.array((positions >= 0) & (columns < 0)))
     not_asked = Counter(others.to_pylist())
     staying = int(stay.sum()) + not_asked.total() + (len(gone) if survey.config.force else 0)
-    return _Rows(answered, staying, _keys(rows, outdated), _keys(rows, failed), gone, stale_errors, not_asked)
-
-
-def _keys(rows: pa.Table, some: np.ndarray) -> list[Key]:
-    """(document_id, question_id) of rows where `some` is true."""
-    chosen = rows.select(["document_id", "question_id"]).filter(pa.array(some))
-    return list(zip(*(column.to_pylist() for column in chosen.columns), strict=True))
+    outdated_keys, failed_keys = (keys(rows.filter(pa.array(some))) for some in (outdated, failed))
+    return _Rows(answered, staying, outdated_keys, failed_keys, gone, stale_errors, not_asked)
 
 
 def _columns_of(question_ids: pa.ChunkedArray, names: tuple[str, ...]) -> np.ndarray:

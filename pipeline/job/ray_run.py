@@ -50,7 +50,10 @@ class RayRun:
         self._start_seconds: dict[str, float] = {}
         self._sink, self._progress, self._metrics = sink, progress, metrics
         share = divide(cluster, config.device, config.workers, len(documents), config.gpus_per_worker)
-        worker_config = make_worker_config(survey, share.device, share.threads, engine_factory, grace)
+        worker_config = make_worker_config(
+            config, survey.questions, survey.today, share.device, share.threads, kept=survey.catalogue.kept,
+            engine_factory=engine_factory, grace=grace,
+        )  # fmt: skip
         self._heartbeat = heartbeat(cluster.local)
         self._pool = RayPool(worker_config, share, local=cluster.local)
         room = room_for(cluster, share.device, config.gpus_per_worker)

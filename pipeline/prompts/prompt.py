@@ -77,7 +77,7 @@ class PromptBuilder:
         today: date | None = None,
         thinking: str = "off",
     ) -> None:
-        self.tokens = self._tokens = tokens
+        self._tokens = tokens
         self._task = task
         self._args = dict(template_args or {})
         self._today = today or date.today()
@@ -189,10 +189,6 @@ class PromptBuilder:
         kept = [self._tokens.decode(ids.tolist()) for ids in (body[first:cut], body[cut + excess : last])]
         unread = min(len(kept[0]), len(text)), max(len(text) - len(kept[1]), min(len(kept[0]), len(text)))
         return _prompt([head, body[:cut], body[cut + excess :]], tail, excess, unread)
-
-    def overhead(self, *, merging: bool = False, columns: Mapping[str, str] | None = None) -> int:
-        """Prompt tokens besides the document's."""
-        return sum(self._overhead(merging, columns or {}))
 
     def room(self, limit: int, *, merging: bool, columns: Mapping[str, str], step: int) -> Hashable:
         """What split() depends on besides the text: the same for questions that leave a document in the same parts."""

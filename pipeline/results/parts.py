@@ -46,7 +46,7 @@ def read_part(store: Store, name: str, columns: Sequence[str] | None = None) -> 
 
 
 def decode(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
-    """A part's rows, of its bytes; as `read_part`."""
+    """A part's rows, of its bytes; as `read_part`. Rows of versions that asked one question a job are of SUMMARY."""
     problem = seal_problem(data)
     if problem:
         raise OSError(problem)
@@ -55,7 +55,13 @@ def decode(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
     lacking = [name for name in REQUIRED if name not in names]
     if lacking and problem is None:  # an earlier version, whose checksums do not cover the names of columns
         raise OSError(f"it has no column {lacking[0]}")
-    return parquet.read([name for name in columns if name in names] if columns is not None else None)
+    rows = parquet.read([name for name in columns if name in names] if columns is not None else None)
+    if "question_id" in rows.column_names:  # null where such rows were merged with newer ones
+        at = rows.column_names.index("question_id")
+        return rows.set_column(at, rows.schema.field(at), pc.fill_null(rows["question_id"], SUMMARY))
+    if columns is None or "question_id" in columns:
+        return rows.append_column("question_id", pa.array([SUMMARY] * len(rows), pa.string()))
+    return rows
 
 
 def damage(store: Store, name: str) -> str:
@@ -159,8 +165,6 @@ def done_rows(store: Store) -> pa.Table:
     Raises JobError if a document's question has two (copies).
     """
     rows = read_columns(store, ["document_id", "question_id", "status", "attempts", "input_stamp", "input_hash"])
-    questions = pc.fill_null(rows["question_id"], SUMMARY)
-    rows = rows.set_column(1, "question_id", questions)
     counts = rows.group_by(["document_id", "question_id"]).aggregate([([], "count_all")])
     if len(counts) != len(rows):
         twice = counts.filter(pc.greater(counts["count_all"], 1)).to_pylist()

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from pipeline.results.kept_columns import concat
 from pipeline.results.parts import PREFIX, SUFFIX, decode, encode, part_names, read_part
-from pipeline.results.rows import SUMMARY, Row, to_table
+from pipeline.results.rows import Row, to_table
 from pipeline.results.store import Store
 
 # Putting rows in the place of old ones writes whole parts again. After that the driver writes nothing for so many times
@@ -117,10 +117,8 @@ class Sink:
 
 
 def keys(rows: pa.Table) -> list[Key]:
-    """(document_id, question_id) of rows; those of earlier versions, which had one question a job, have SUMMARY."""
-    names = rows["document_id"].to_pylist()
-    questions = rows["question_id"].to_pylist() if "question_id" in rows.column_names else [None] * len(names)
-    return list(zip(names, (question or SUMMARY for question in questions), strict=True))
+    """(document_id, question_id) of rows."""
+    return list(zip(rows["document_id"].to_pylist(), rows["question_id"].to_pylist(), strict=True))
 
 
 def _places(store: Store, replaces: Sequence[Key]) -> dict[str, dict[str, str]]:

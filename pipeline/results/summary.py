@@ -89,10 +89,10 @@ def summarize_results(store: Store, documents: int, asked: Sequence[str] = (SUMM
     asked: names of the questions to every document; `own` for those that documents bring along.
     """
     table = read_columns(store, _COLUMNS)
-    questions = pc.fill_null(table["question_id"], SUMMARY)
+    questions = table["question_id"]
     counts = {str(item["values"]): int(item["counts"]) for item in pc.value_counts(table["status"]).to_pylist()}
     done = table.filter(pc.equal(table["status"], "ok")) if table.num_rows else table
-    bad = table.filter(pc.not_equal(table["status"], "ok")).slice(0, 5).to_pylist() if table.num_rows else []
+    bad = _first_failed(table) if table.num_rows else []
     ttft, decode, out, density = (
         _numbers(done, name) for name in ("time_to_first_token", "decode_seconds", "output_tokens", "density")
     )
@@ -135,12 +135,21 @@ def first_outputs(store: Store, count: int) -> list[tuple[str, str, tuple[str, .
         with store.named_failures(f"{name} cannot be read"):
             table = read_part(store, name, ("document_id", "question_id", "status", "output", "flags"))
         for row in table.filter(pc.equal(table["status"], "ok")).slice(0, count - len(found)).to_pylist():
-            named = row.get("question_id") or SUMMARY
-            who = row["document_id"] if named == SUMMARY else f"{row['document_id']} ({named})"
-            found.append((who, row["output"] or "", tuple(row.get("flags") or ())))
+            found.append((_who(row, row["question_id"] != SUMMARY), row["output"] or "", tuple(row.get("flags") or ())))
         if len(found) >= count:
             break
     return found
+
+
+def _first_failed(table: pa.Table, most: int = 5) -> list[dict[str, Any]]:
+    """The first failed rows, one of a document: what cannot be read fails with each of its questions."""
+    failed = table.filter(pc.not_equal(table["status"], "ok"))
+    first: dict[str, int] = {}
+    for place, name in enumerate(failed["document_id"].to_pylist()):
+        first.setdefault(name, place)
+        if len(first) == most:
+            break
+    return list(failed.take(pa.array(first.values(), pa.int64())).to_pylist())
 
 
 def missing_rows(ids: pa.ChunkedArray, questions: pa.ChunkedArray, documents: int, asked: Sequence[str]) -> int:
@@ -156,8 +165,8 @@ def _documents(table: pa.Table, rows: np.ndarray) -> int:
     return len(pc.unique(table["document_id"].filter(pa.array(rows, pa.bool_()))))
 
 
-def _who(row: dict[str, Any], many: bool) -> str:
-    return f"{row['document_id']} ({row['question_id']})" if many else str(row["document_id"])
+def _who(row: dict[str, Any], with_question: bool) -> str:
+    return f"{row['document_id']} ({row['question_id']})" if with_question else str(row["document_id"])
 
 
 def _numbers(table: pa.Table, name: str) -> np.ndarray:

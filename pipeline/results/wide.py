@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import JobError
-from pipeline.results.rows import NAMES, SUMMARY
+from pipeline.results.rows import NAMES
 
 # Columns that stand before those of the input and of the questions.
 FIRST = ("document_id", "source", "status", "error")
@@ -17,8 +17,7 @@ def widened(rows: pa.Table) -> pa.Table:
 
     Raises JobError if a kept column has the name of a question.
     """
-    asked = rows["question_id"].to_pylist() if "question_id" in rows.column_names else [None] * len(rows)
-    names = [name or SUMMARY for name in asked]
+    names = rows["question_id"].to_pylist()
     questions = list(dict.fromkeys(names))
     kept = [name for name in rows.column_names if name not in NAMES]
     clash = next((name for name in questions if name in kept or name in FIRST), None)

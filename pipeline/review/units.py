@@ -65,12 +65,7 @@ def _sentences(text: str) -> Iterator[Unit]:
 def _ends_sentence(text: str, begin: int, match: re.Match[str]) -> bool:
     if match.group()[:1] not in (".", "!", "?", "\u2026"):
         return True
-    after = (
-        text[match.end() :].lstrip()[:1]
-        if match.end() + 8 > len(text)
-        else text[match.end() : match.end() + 8].lstrip()[:1]
-    )
-    if after.islower():
+    if text[match.end() : match.end() + 8].lstrip()[:1].islower():
         return False
     before = text[max(begin, match.end() - 20) : match.end()]
     return not (match.group() == "." and (_ABBREVIATION.search(before) or _LIST_NUMBER.fullmatch(before)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from datetime import date
 from pathlib import Path
@@ -52,8 +53,41 @@ def read_yaml(path: str, asked: str) -> Any:
         raise JobError(f"{asked} {path}: cannot be read: {one_line(error)}") from None
     try:
         return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        raise JobError(f"{asked} {path}: not valid YAML: {_yaml_problem(error)}") from None
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:  # ValueError: a 13th month, say
         raise JobError(f"{asked} {path}: not valid YAML: {one_line(error)}") from None
+
+
+def holdable(text: str) -> bool:
+    """Whether a path, a prompt or a file can hold it: it has no NUL and no lone surrogates."""
+    return "\0" not in text and (text.isprintable() or not any("\ud800" <= char <= "\udfff" for char in text))
+
+
+def json_copy(value: Any) -> Any:
+    """A copy, which the caller cannot change, and which the manifest and the fingerprint can hold.
+
+    Raises ValueError for what JSON cannot hold.
+    """
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+
+
+def _yaml_problem(error: Any) -> str:
+    """Where a YAML file is wrong, and what is most often the cause. error: yaml.MarkedYAMLError."""
+    hints = {
+        "mapping values are not allowed": "; put a text with ': ' in it between quotes",
+        "<scalar>": "; quotes stand around a whole text, or not at all",
+        "expected <block end>": "; the keys of one entry begin in the same column",
+        "cannot start any token": "; indent by spaces, and put a text that begins with a sign between quotes",
+    }
+    problem = str(error.problem or error.context)
+    hint = next((told for part, told in hints.items() if part in problem), "")
+    mark = error.problem_mark or error.context_mark
+    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    return f"{where}{one_line(problem)}{hint}"
 
 
 def _text(name: str, value: Any) -> str:
@@ -62,20 +96,17 @@ def _text(name: str, value: Any) -> str:
         value = str(value)
     if not isinstance(value, str):
         raise SettingError(name, "text", value)
-    if "\0" in value or (not value.isprintable() and any("\ud800" <= char <= "\udfff" for char in value)):
+    if not holdable(value):
         raise SettingError(name, "text without NUL and lone surrogates", value)
     return value
 
 
 def _map(name: str, value: Any) -> dict[str, Any]:
-    """A copy, which the caller cannot change, and which the manifest and the fingerprint can hold."""
     if not isinstance(value, Mapping):
         raise SettingError(name, "a mapping", value)
-    try:
+    with suppress(ValueError):
         if all(isinstance(key, str) for key in value):
-            return json.loads(json.dumps(dict(value), allow_nan=False))
-    except (TypeError, ValueError, RecursionError):
-        pass
+            return json_copy(dict(value))
     raise SettingError(name, "a mapping of JSON values with text as keys", value)
 
 
@@ -107,11 +138,9 @@ def _questions(name: str, value: Any) -> Any:
     """The path of a file, or questions as such a file has them (pipeline.settings.questions looks at each)."""
     if value is None or isinstance(value, str | Path):
         return value if value is None else _text(name, value)
-    try:
+    with suppress(ValueError):
         if isinstance(value, list | tuple | Mapping):
-            return json.loads(json.dumps(dict(value) if isinstance(value, Mapping) else list(value), allow_nan=False))
-    except (TypeError, ValueError, RecursionError):
-        pass
+            return json_copy(dict(value) if isinstance(value, Mapping) else value)
     raise SettingError(name, "a file or a list of questions", value)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from pipeline.answers.schema import Schema, compile_schema
@@ -14,7 +14,7 @@ from pipeline.errors import JobError, nearest, one_line
 from pipeline.prompts.questions import OWN, Questions, is_own
 from pipeline.prompts.task import Task, asks, make_task, user_message
 from pipeline.settings.config import JobConfig
-from pipeline.settings.options import read_yaml, short
+from pipeline.settings.options import holdable, json_copy, read_yaml, short
 from pipeline.settings.shared import Sampling
 from stem_core.settings import LARGEST, SettingError
 
@@ -95,6 +95,8 @@ def _listed(questions: Any) -> list[tuple[Any, str]]:
         return []
     where, entries = "questions", questions
     if isinstance(questions, str):
+        if not Path(questions).exists():
+            raise JobError(f"--questions {short(questions)}: no such file; for a question itself there is --question")
         where, entries = f"--questions {questions}", read_yaml(questions, "--questions")
     if isinstance(entries, Mapping):
         entries = [
@@ -102,7 +104,7 @@ def _listed(questions: Any) -> list[tuple[Any, str]]:
             for name, item in entries.items()
         ]
     if not isinstance(entries, list | tuple) or not entries:
-        raise JobError(f"{where}: expected a list of questions, got {short(entries)}")
+        raise JobError(f"{where}: expected a list of questions ('- ' before each), got {short(entries)}")
     return [
         ({"question": item} if isinstance(item, str) else item, f"{where}: question {number}")
         for number, item in enumerate(entries, 1)
@@ -119,7 +121,7 @@ def _task(item: Any, place: str, plain: Task) -> Task:
                 f"{place}: {short(key)} is not a key{nearest(str(key), KEYS) or '; they are ' + ', '.join(KEYS)}"
             )
     text = item.get("question")
-    if not isinstance(text, str) or not text.strip() or not _holdable(text):
+    if not isinstance(text, str) or not text.strip() or not holdable(text):
         raise JobError(f"{place}: its question must be a text, got {short(text)}")
     text = text.strip()
     name = item.get("name", slug(text))
@@ -130,7 +132,11 @@ def _task(item: Any, place: str, plain: Task) -> Task:
     schema = item.get("schema")
     if schema is not None and not isinstance(schema, Mapping):
         raise JobError(f"{place}: its schema must be a JSON object, got {short(schema)}")
-    return Task(text, plain.template, text, plain.system, name, most, _sampling(item, place), _json(schema, place))
+    try:
+        schema = json_copy(schema)
+    except ValueError as error:
+        raise JobError(f"{place}: its schema is not JSON: {one_line(error)}") from None
+    return Task(text, plain.template, text, plain.system, name, most, _sampling(item, place), schema)
 
 
 def _sampling(item: Mapping[str, Any], place: str) -> dict[str, Any]:
@@ -144,18 +150,6 @@ def _sampling(item: Mapping[str, Any], place: str) -> dict[str, Any]:
     return given
 
 
-def _json(value: Any, place: str) -> Any:
-    """A copy that the manifest can hold."""
-    try:
-        return json.loads(json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise JobError(f"{place}: its schema is not JSON: {one_line(error)}") from None
-
-
-def _holdable(text: str) -> bool:
-    return "\0" not in text and not any("\ud800" <= char <= "\udfff" for char in text)
-
-
 def _check_name(name: Any, place: str) -> None:
     if not isinstance(name, str) or not 1 <= len(name) <= 100 or not name.isprintable() or name != name.strip():
         raise JobError(f"{place}: its name must be a text of 1 to 100 printable characters, got {short(name)}")
@@ -166,19 +160,14 @@ def _check_name(name: Any, place: str) -> None:
 
 
 def _refuse_doubles(tasks: list[Task]) -> None:
-    for one, other in _pairs(tasks):
-        if one.question == other.question:
-            raise JobError(f"the question {short(one.question)} is asked twice, by the name {short(one.name)}")
-        raise JobError(
-            f"two questions have the name {short(one.name)}: {short(one.question)} and {short(other.question)}; name "
-            "them apart in a --questions file"
-        )
-
-
-def _pairs(tasks: list[Task]) -> Iterator[tuple[Task, Task]]:
-    """Tasks of one name."""
     seen: dict[str, Task] = {}
     for task in tasks:
-        if task.name in seen:
-            yield seen[task.name], task
-        seen[task.name] = task
+        other = seen.setdefault(task.name, task)
+        if other is task:
+            continue
+        if other.question == task.question:
+            raise JobError(f"the question {short(task.question)} is asked twice, by the name {short(task.name)}")
+        raise JobError(
+            f"two questions have the name {short(task.name)}: {short(other.question)} and {short(task.question)}; name "
+            "them apart in a --questions file"
+        )

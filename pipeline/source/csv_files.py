@@ -8,6 +8,7 @@ beginning and is doubled inside, as RFC 4180 has it; what breaks that costs its 
 from __future__ import annotations
 
 import csv
+from functools import lru_cache
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -208,11 +209,11 @@ class CsvReader:
     def __init__(self, columns: tuple[str, ...], settings: ReadSettings) -> None:
         self._text_column, self._encoding = columns[0], settings.encoding
         self._records = StretchReader()
-        self._headers: dict[tuple[str, str], list[str]] = {}
+        self._header = lru_cache(_MOST_HEADERS)(self._read_header)
 
     def read(self, at: Locator) -> dict[str, Any]:
         """The record at a locator. Raises DocumentError."""
-        names, data = self._header(at), self._records.read(at)
+        names, data = self._header(at.filesystem, at.path), self._records.read(at)
         try:
             fields = next(csv.reader([data.decode(self._encoding)], delimiter=_separator(at.path), strict=True), [])
         except (csv.Error, UnicodeDecodeError) as error:
@@ -220,18 +221,12 @@ class CsvReader:
         values = _by_name(names, fields)
         return {name: field if field or name == self._text_column else None for name, field in values.items()}
 
-    def _header(self, at: Locator) -> list[str]:
-        key = (at.filesystem, at.path)
-        if key not in self._headers:
-            try:
-                with open_stream(open_filesystem(at.filesystem), at.path) as stream:
-                    names = _Records(stream, _separator(at.path), self._encoding).header()
-            except stream_errors() as error:
-                raise DocumentError(f"cannot be read: {one_line(error)}") from None
-            while len(self._headers) >= _MOST_HEADERS:
-                self._headers.pop(next(iter(self._headers)))
-            self._headers[key] = names
-        return self._headers[key]
+    def _read_header(self, filesystem: str, path: str) -> list[str]:
+        try:
+            with open_stream(open_filesystem(filesystem), path) as stream:
+                return _Records(stream, _separator(path), self._encoding).header()
+        except stream_errors() as error:
+            raise DocumentError(f"cannot be read: {one_line(error)}") from None
 
 
 def _separator(path: str) -> str:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
 from pipeline.answering import answering
-from pipeline.errors import JobError, one_line
+from pipeline.errors import JobError, nearest, one_line
 from pipeline.location import WILDCARD, is_remote, open_filesystem, printed, safe_name, split_location
 from pipeline.results.columns import valid_text
 from pipeline.source.formats import SUFFIXES, format_of
@@ -21,6 +21,8 @@ from pipeline.source.protocol import Format, SourceFile
 
 # What Spark and Delta keep beside the files of a table: unfinished writes, logs, checkpoints.
 BESIDE = ("_temporary", "_delta_log", "_spark_metadata")
+# Word puts a file of such a name beside each document that is open, for as long as it is: ~$report.docx.
+WORD_LOCK = "~$"
 
 
 class Found(NamedTuple):
@@ -79,7 +81,8 @@ def _find(location: str) -> tuple[list[SourceFile], list[str]]:
         if filesystem.get_file_info(base).type != FileType.Directory:
             raise JobError(f"--input {safe_name(location)}: the folder {base} does not exist")
     else:
-        raise JobError(f"--input {safe_name(location)}: does not exist; give a file, a folder or a glob")
+        where = "" if uri else _where_it_ends(Path(path))
+        raise JobError(f"--input {safe_name(location)}: does not exist{where or '; give a file, a folder or a glob'}")
     files, passed = [], []
     for item in _walk(filesystem, base):
         if wanted and not wanted.fullmatch(item.path):
@@ -94,6 +97,17 @@ def _find(location: str) -> tuple[list[SourceFile], list[str]]:
     return sorted(files, key=lambda file: file.path), passed
 
 
+def _where_it_ends(path: Path) -> str:
+    """Of a local path that does not exist: the last folder that does, and the name in it that is most like the next."""
+    while not path.parent.is_dir():
+        path = path.parent
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        names = []
+    return f": {path.parent} holds no {path.name!r}{nearest(path.name, names) or '; give a file, a folder or a glob'}"
+
+
 def _walk(filesystem: FileSystem, base: str) -> Iterator[Found]:
     if isinstance(filesystem, LocalFileSystem):
         yield from _walk_folder(base)
@@ -104,7 +118,7 @@ def _walk(filesystem: FileSystem, base: str) -> Iterator[Found]:
 
 
 def _hidden(name: str) -> bool:
-    return name.startswith(".") or name in BESIDE
+    return name.startswith((".", WORD_LOCK)) or name in BESIDE
 
 
 def _walk_folder(base: str) -> Iterator[Found]:

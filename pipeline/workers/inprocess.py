@@ -11,8 +11,8 @@ from typing import Any
 
 from pipeline.inputs import TextReader
 from pipeline.source import Document, DocumentReader
-from pipeline.workers.loop import EngineBrokenError, describe_error
-from pipeline.workers.pool import Event, WorkerId, drained
+from pipeline.workers.loop import describe_error
+from pipeline.workers.pool import Event, WorkerId, drained, failed_call, one_loss_each
 from pipeline.workers.work import WorkerConfig
 from pipeline.workers.worker import Worker
 
@@ -86,17 +86,15 @@ class LocalPool:
             if error is None:
                 self._events.put(Event("result", worker, name, rows=future.result()))
             else:
-                self._hung = isinstance(error, EngineBrokenError) and error.hung
-                self._events.put(Event("hung" if self._hung else "failed", worker, name, reason=describe_error(error)))
+                event = failed_call(worker, name, error)
+                self._hung = event.kind == "hung"
+                self._events.put(event)
 
         self._spawn(self._worker.process(document, careful)).add_done_callback(done)
 
     def wait(self, timeout: float) -> list[Event]:
         """Events since the last call; waits up to `timeout` seconds for the first."""
-        events = drained(self._events, timeout)
-        # A broken engine fails all its documents: one event is enough. What it had finished before still counts.
-        losses = [event for event in events if event.kind not in ("result", "started")]
-        return [event for event in events if event.kind in ("result", "started")] + losses[:1]
+        return one_loss_each(drained(self._events, timeout))
 
     def kill(self, worker: WorkerId) -> None:
         """Give a worker up, with all that it holds. A step of the engine that does not end is left to itself."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import queue
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
 from pipeline.results.rows import Row
 from pipeline.source import Document
+from pipeline.workers.loop import EngineBrokenError, describe_error
 
 T = TypeVar("T")
 WorkerId = int
@@ -50,6 +52,19 @@ class Pool(Protocol):
     def kill(self, worker: WorkerId) -> None:
         """End a worker; no more events come from it."""
         ...
+
+
+def failed_call(worker: WorkerId, document_id: str, error: BaseException) -> Event:
+    """A document came back with an exception: the worker's engine is broken, or it hangs."""
+    hung = isinstance(error, EngineBrokenError) and error.hung
+    return Event("hung" if hung else "failed", worker, document_id, reason=describe_error(error))
+
+
+def one_loss_each(events: Sequence[Event]) -> list[Event]:
+    """`events` with one loss of each worker: one that is lost fails all its calls. What it had finished comes first."""
+    results = [event for event in events if event.kind in ("result", "started")]
+    losses = {event.worker: event for event in reversed(events) if event.kind not in ("result", "started")}
+    return results + list(losses.values())
 
 
 def drained(waiting: queue.SimpleQueue[T], timeout: float) -> list[T]:

@@ -22,7 +22,7 @@ from pipeline.errors import JobError, one_line, without_secrets
 from pipeline.imports import ROOT
 from pipeline.source import Document
 from pipeline.workers.loop import EngineBrokenError, describe_error
-from pipeline.workers.pool import Event, WorkerId, drained
+from pipeline.workers.pool import Event, WorkerId, drained, failed_call, one_loss_each
 from pipeline.workers.work import WorkerConfig
 from pipeline.workers.worker import Worker
 
@@ -229,11 +229,7 @@ class RayPool:
     def wait(self, timeout: float) -> list[Event]:
         """Events since the last call; waits up to `timeout` seconds for the first."""
         events = [self._event(*ended) for ended in drained(self._ended, timeout)]
-        # A dead worker fails all its calls: one event is enough. What it had finished before still counts.
-        alive = [event for event in events if event.worker in self._workers]
-        results = [event for event in alive if event.kind in ("result", "started")]
-        losses = {event.worker: event for event in reversed(alive) if event.kind not in ("result", "started")}
-        return results + list(losses.values()) + self._late_starts()
+        return one_loss_each([event for event in events if event.worker in self._workers]) + self._late_starts()
 
     def kill(self, worker: WorkerId) -> None:
         """End a worker and forget its calls."""
@@ -289,12 +285,8 @@ class RayPool:
         except RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
             if starting:
-                kind = "start_failed"
-            elif isinstance(cause, EngineBrokenError) and cause.hung:
-                kind = "hung"
-            else:
-                kind = "failed"
-            return Event(kind, worker, document_id, reason=describe_error(cause))  # type: ignore[arg-type]
+                return Event("start_failed", worker, document_id, reason=describe_error(cause))
+            return failed_call(worker, document_id, cause)
         except RayActorError as error:
             return Event("start_failed" if starting else "died", worker, document_id, reason=describe_death(error))
         except RayError as error:  # what it made is lost with its node

@@ -52,7 +52,7 @@ def hang_after(deadline: float, grace: float) -> float:
 
 
 @dataclass
-class Job:
+class Assignment:
     """A document on its way. attempts: times given to a worker. shared: this time it is not alone in its worker.
 
     careful: it came to grief before, so it is alone this time and its prefill goes in smaller steps. worker: that has
@@ -72,7 +72,7 @@ class WorkerState:
     """A worker as the scheduler sees it. capacity 0: not started. alone: it holds a suspect and gets nothing else."""
 
     capacity: int = 0
-    jobs: dict[str, Job] = field(default_factory=dict)
+    held: dict[str, Assignment] = field(default_factory=dict)
     alone: bool = False
     shift: Shift = field(default_factory=Shift)
 
@@ -117,11 +117,11 @@ class Scheduler:
         self._workers: dict[WorkerId, WorkerState] = {}
         self._starting: OrderedDict[WorkerId, None] = OrderedDict()  # those that do not take documents yet
         # Documents that are out, by id, longest out first: the first is the one that may be overdue.
-        self._out: OrderedDict[str, Job] = OrderedDict()
+        self._out: OrderedDict[str, Assignment] = OrderedDict()
         # (documents held, worker) of every worker with room, the emptiest first. A worker's number changes more often
         # than it is looked at: an entry that no longer holds is passed over when it comes up.
         self._room: list[tuple[int, WorkerId]] = []
-        self._suspects: deque[Job] = deque()
+        self._suspects: deque[Assignment] = deque()
         self._service_time = ServiceTime()
         self._failed_starts = 0
         self._next_start = 0.0
@@ -198,16 +198,16 @@ class Scheduler:
         while self._room and self.waiting:
             held, worker = self._room[0]
             state = self._workers.get(worker)
-            if state is None or state.alone or len(state.jobs) != held or held >= state.capacity:
+            if state is None or state.alone or len(state.held) != held or held >= state.capacity:
                 heapq.heappop(self._room)  # it no longer holds
             elif self._suspects and not held:
                 state.alone = True
-                job = self._suspects.popleft()
-                job.careful = True
-                self._send(worker, state, job)
+                assignment = self._suspects.popleft()
+                assignment.careful = True
+                self._send(worker, state, assignment)
             elif self._to_come and self._takes(state, held):
                 self._to_come -= 1
-                self._send(worker, state, Job(next(self._documents)))
+                self._send(worker, state, Assignment(next(self._documents)))
             else:
                 return
 
@@ -224,19 +224,19 @@ class Scheduler:
 
     def _has_room(self, worker: WorkerId, state: WorkerState) -> None:
         """Enter a worker into the queue of those that take documents, if it does."""
-        if len(state.jobs) < state.capacity and not state.alone:
-            heapq.heappush(self._room, (len(state.jobs), worker))
+        if len(state.held) < state.capacity and not state.alone:
+            heapq.heappush(self._room, (len(state.held), worker))
 
-    def _send(self, worker: WorkerId, state: WorkerState, job: Job) -> None:
-        job.attempts += 1
-        job.worker, job.sent_at = worker, self._clock()
-        job.shared = bool(state.jobs)
-        self._service_time.gets(state.shift, job.sent_at)
-        for other in state.jobs.values():
+    def _send(self, worker: WorkerId, state: WorkerState, assignment: Assignment) -> None:
+        assignment.attempts += 1
+        assignment.worker, assignment.sent_at = worker, self._clock()
+        assignment.shared = bool(state.held)
+        self._service_time.gets(state.shift, assignment.sent_at)
+        for other in state.held.values():
             other.shared = True
-        state.jobs[job.document.document_id] = self._out[job.document.document_id] = job
+        state.held[assignment.document.document_id] = self._out[assignment.document.document_id] = assignment
         self._has_room(worker, state)
-        self._pool.submit(worker, job.document, job.careful)
+        self._pool.submit(worker, assignment.document, assignment.careful)
 
     def _handle(self, event: Event) -> None:
         state = self._workers.get(event.worker)
@@ -262,17 +262,17 @@ class Scheduler:
             self._lost(event.worker, state, event.reason, event.kind)
 
     def _result(self, state: WorkerState, event: Event) -> None:
-        job = state.jobs.pop(event.document_id)
+        assignment = state.held.pop(event.document_id)
         del self._out[event.document_id]
         state.alone = False
-        self._service_time.ends(state.shift, self._clock(), len(state.jobs))
+        self._service_time.ends(state.shift, self._clock(), len(state.held))
         self._has_room(event.worker, state)
         ended = {row.outcome.status for row in event.rows}
         # Neighbours, or the size of the steps, may be why: it gets one try alone.
-        if ("oom" in ended and not job.careful) or ("timeout" in ended and job.shared):
-            self._suspects.append(job)
+        if ("oom" in ended and not assignment.careful) or ("timeout" in ended and assignment.shared):
+            self._suspects.append(assignment)
         else:
-            self._finish(event.rows, job.document, job.attempts)
+            self._finish(event.rows, assignment.document, assignment.attempts)
 
     def _lost(self, worker: WorkerId, state: WorkerState, reason: str, kind: EventKind) -> None:
         """Give a worker up. What it held is tried again, each document alone, until one is lost alone too often."""
@@ -280,20 +280,20 @@ class Scheduler:
         del self._workers[worker]
         if state.capacity:
             self._service_time.leaves(state.shift, self._clock())
-        jobs = list(state.jobs.values())
-        for document_id in state.jobs:
+        held = list(state.held.values())
+        for document_id in state.held:
             del self._out[document_id]
         status = BLAME[kind]
         self._on_loss(kind)
-        self._log(f"worker {worker} lost with {len(jobs)} documents: {reason}")
+        self._log(f"worker {worker} lost with {len(held)} documents: {reason}")
         # A hang costs a whole deadline, so one alone is proof enough.
-        if len(jobs) == 1 and (jobs[0].attempts >= self._limits.max_attempts or status == "timeout"):
-            document, attempts = jobs[0].document, jobs[0].attempts
+        if len(held) == 1 and (held[0].attempts >= self._limits.max_attempts or status == "timeout"):
+            document, attempts = held[0].document, held[0].attempts
             times = f"each of {attempts} attempts, in the last it was alone" if attempts > 1 else "its only attempt"
             what = f"its worker was lost in {times}: {reason}"
             self._finish(failed_rows(document, status, what), document, attempts)
         else:
-            self._suspects.extend(jobs)
+            self._suspects.extend(held)
 
     def _start_failed(self, event: Event) -> None:
         self._pool.kill(event.worker)
@@ -307,11 +307,11 @@ class Scheduler:
 
     def _end_hangs(self) -> None:
         while self._limits.hang_after and self._out:
-            job = next(iter(self._out.values()))
-            if self._clock() - job.sent_at <= self._limits.hang_after:
+            assignment = next(iter(self._out.values()))
+            if self._clock() - assignment.sent_at <= self._limits.hang_after:
                 return
-            reason = f"no answer {self._limits.hang_after:g} s after it got {job.document.document_id!r}"
-            self._lost(job.worker, self._workers[job.worker], reason, "hung")
+            reason = f"no answer {self._limits.hang_after:g} s after it got {assignment.document.document_id!r}"
+            self._lost(assignment.worker, self._workers[assignment.worker], reason, "hung")
 
     def _finish(self, rows: list[Row], document: Document, attempts: int) -> None:
         for row in rows:

@@ -14,7 +14,6 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
@@ -26,11 +25,10 @@ from result_rows import kept_columns, make_row
 from jobs.cli import Parser, add_job_flags, job_config
 from pipeline.errors import DocumentError, JobError
 from pipeline.job.configs import make_worker_config
-from pipeline.job.plan import Survey
 from pipeline.results.rows import result_schema, to_table
 from pipeline.settings.config import JobConfig, read_job_file
 from pipeline.settings.questions import questions_of
-from pipeline.source import Catalogue, DocumentReader, find_files, input_hash, list_documents
+from pipeline.source import DocumentReader, find_files, input_hash, list_documents
 
 CASES = int(os.environ.get("STEMLINE_FUZZ_CASES", "40"))
 fuzz = settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
@@ -252,9 +250,7 @@ def checked(config: JobConfig) -> None:
 
 
 def make_worker_config_of(config: JobConfig) -> None:
-    nothing = Catalogue([], pa.array([], pa.large_string()), np.zeros((0, 5), np.int64), {}, [])
-    survey = Survey(config, questions_of(config), nothing, {}, (), date(2001, 2, 3))
-    make_worker_config(survey, "cpu", 1)
+    make_worker_config(config, questions_of(config), date(2001, 2, 3), "cpu", 1)
 
 
 @fuzz

@@ -225,7 +225,8 @@ def test_secrets_in_uris_stay_out_of_manifest_rows_and_errors(location: str, tmp
 def test_the_rows_of_a_job_hold_no_secret(tmp_path: Path, model: Path) -> None:
     (tmp_path / "docs.jsonl").write_text('{"id": "a", "text": "t"}\n')
     config = JobConfig(input=(str(tmp_path / "docs.jsonl"),), output=str(tmp_path / "out"), model=str(model))
-    told = repr(make_worker_config(survey_input(config), "cpu", 1))
+    survey = survey_input(config)
+    told = repr(make_worker_config(config, survey.questions, survey.today, "cpu", 1, kept=survey.catalogue.kept))
     assert not [value for value in SECRETS.values() if value in told]
 
 

@@ -306,7 +306,11 @@ def test_the_verdict_in_plain_words() -> None:
     stem = dense | {"arm": "a", "preset": "sampled", "density": 0.3, "exact_match": same, "rouge_l": alike}
     found = {"arms": [dense, stem | {"documents_per_hour": 210.0}], "advice": {"verdict": "use", "arm": "a"}}
     told = verdict(found)
-    for part in ("Yes, switch", "skips 70%", "2.1 times the work", "15 of 20 outputs", "95% of the words"):
+    for part in ("Yes, switch", "skips 70%", "2.10 times the work", "15 of 20 outputs", "95.3% of the words"):
+        assert part in told, told
+    hardly = {"documents_per_hour": 104.0, "rouge_l": {"mean": 0.996, "documents": 20}}
+    told = verdict(found | {"arms": [dense, stem | hardly]})
+    for part in ("1.04 times the work", "15 of 20 outputs", "99.6% of the words"):  # not 1.0 times, nor 100%
         assert part in told, told
     assert "in full" in verdict(found | {"advice": {"verdict": "stay"}})
     assert "still open" in verdict(found | {"advice": {"verdict": "none"}})

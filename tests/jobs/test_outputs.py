@@ -171,6 +171,32 @@ def test_a_sentence_leads_to_its_passage_and_back(folder: Path, report: Report, 
     assert page.evaluate("document.activeElement.innerText").startswith(FACTS[30])
 
 
+def test_outputs_without_a_passage_are_found(tmp_path: Path, report: Report, visit: Callable[..., Any]) -> None:
+    rows = [
+        row("invented", "It was a whale.", evidence=[], flags=[]),
+        row("evident", FACTS[3], evidence=spans(FACTS[3], FACTS[3], FACTS[3]), flags=[]),
+        row("unasked", "Nobody looked.", evidence=None, flags=[]),
+        row("empty", " ", evidence=[], flags=["empty"]),
+        row("unfit", '{"cost": ', "error", "the answer is cut off", answer_error="is cut off"),
+    ]
+    folder = write(tmp_path / "out", {item["row"].document_id: FACTS[3] for item in rows}, rows)
+    assert report(folder)[0] == 0
+    page = visit(folder / "report.html")
+    assert names(page) == ["empty", "unfit", "evident", "invented", "unasked"]
+    assert "none that fits its schema" in page.locator(".rows .group").nth(1).inner_text()
+    assert "does not say that it is right" in page.locator(".rows .group").nth(2).inner_text()
+    assert after(page, lambda: page.select_option("[data-by=flagged]", label="no passage (1)")) == ["invented"]
+    page.locator(".rows a").click()
+    page.wait_for_selector("dialog[open] .pane")
+    assert "No passage of the document" in page.locator(".reader-body").inner_text()
+    assert "may be right all the same" in page.locator(".pane").first.inner_text()
+    page.keyboard.press("Escape")
+    after(page, lambda: page.select_option("[data-by=flagged]", "-1"))
+    page.locator(".rows a", has_text="unfit").click()
+    page.wait_for_selector("dialog[open] .error")
+    assert page.locator(".pane .text").first.inner_text() == '{"cost":', "what fits no schema can be read"
+
+
 def test_everything_by_keyboard(folder: Path, report: Report, visit: Callable[..., Any]) -> None:
     assert report(folder)[0] == 0
     page = visit(folder / "report.html")
@@ -319,6 +345,27 @@ def test_what_changed_between_two_runs(tmp_path: Path) -> None:
         [("The tower leans by ", ""), (number, "only"), (" metres.", "")] for number in ("3", "5")
     ]  # fmt: skip
     assert found.entries[4].panes[1].note == "This run has no such row."
+
+
+def test_two_wordings_of_a_question_are_compared_by_document(tmp_path: Path) -> None:
+    wordings = {"why": "Why did it burn?", "cause": "What was the cause?"}
+    asked = [
+        [row(name, f"{name}: a spark", question_id=key, question=text) for name in "ab"]
+        for key, text in wordings.items()
+    ]
+    folders = [write(tmp_path / str(at), dict.fromkeys("ab", "text"), rows) for at, rows in enumerate(asked)]
+    found = changes(*load_runs([str(folder) for folder in folders]), most=99)
+    assert [(entry.name, found.groups[entry.group].name) for entry in found.entries] == [("a", "same"), ("b", "same")]
+    assert [pane.note.split(";")[0] for pane in found.entries[0].panes] == [
+        f"asked: {text}" for text in wordings.values()
+    ]
+
+    more = [*asked[1], *(row(name, "other", question_id="cost", question="What did it cost?") for name in "ab")]
+    several = write(tmp_path / "several", dict.fromkeys("ab", "text"), more)
+    found = changes(*load_runs([str(folders[0]), str(several)]), most=99)
+    assert {found.groups[entry.group].name for entry in found.entries} == {"alone"}, (
+        "nobody knows which belong together"
+    )
 
 
 def test_two_runs_in_a_browser(tmp_path: Path, report: Report, visit: Callable[..., Any]) -> None:

@@ -31,8 +31,11 @@ HERE: dict[str, Any] = {"model": TINY_READER, "device": "cpu", "arena_tokens": 8
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
-        ({"type": "obj"}, "#/type: not JSON Schema: 'obj'"),
+        ({"type": "obj"}, "#/type: not JSON Schema: 'obj' is no type; they are string, integer"),
         ({"type": "json_schema", "json_schema": {"schema": {}}}, "#: this is a response_format of OpenAI"),
+        ({"type": "numbr"}, "#/type: not JSON Schema: 'numbr' is no type; did you mean 'number'"),
+        ({"plant": "string"}, '#/plant: not a keyword .* stands under properties: {"type": "object"'),
+        ({"properties": {"cost": {}}, "required": ["csot"]}, "#/required: 'csot' is not under properties.*'cost'"),
         ({"properties": {"a": {"minimun": 3}}}, r"#/properties/a/minimun: not a keyword.*did you mean 'minimum'"),
         ({"properties": {"a/b~": {"nullable": True}}}, r'#/properties/a~1b~0/nullable: .*use "type": \["string"'),
         ({"items": {"type": "array", "uniqueItems": True}}, r"#/items/uniqueItems: no output can be held .*a boolean"),
@@ -137,8 +140,9 @@ def test_objects_that_name_their_keys_have_no_others_unless_schemas_are_combined
 
 def test_rows_of_several_schemas_share_a_type_or_are_json_text() -> None:
     whole, text = compile_schema({"type": "integer"}), compile_schema({"type": "string"})
-    assert answer_type([whole, None, compile_schema({"type": "integer", "minimum": 0})]) == pa.int64()
-    assert answer_type([whole, text]) == answer_type([None]) == pa.string()
+    assert answer_type([whole, compile_schema({"type": "integer", "minimum": 0})]) == pa.int64()
+    assert answer_type([whole, text]) == pa.string()
+    assert answer_type([]) is None
     assert (whole.parse("3", as_type=False), text.parse('"a"', as_type=False)) == ("3", '"a"')
 
 

@@ -568,6 +568,10 @@ def test_rows_and_fingerprints_know_adapter_and_scaling(tmp_path: Path) -> None:
             ValueError("has model type `qwen9` but Transformers does not recognize this architecture"),
             "does not know the model type qwen9: pip install -U transformers",
         ),
+        (
+            OSError("We couldn't connect to 'https://huggingface.co' to load the files"),
+            "hf download org/name --local-dir",
+        ),
         (OSError("no route to host"), "^$"),
     ],
 )

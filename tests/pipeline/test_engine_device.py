@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import pipeline.engine.run.decode
 import stem_core.attention
 from pipeline.engine.config import EngineConfig
-from pipeline.engine.kv.arena import Extent, KVArena
+from pipeline.engine.kv.arena import Arena, Extent
 from pipeline.engine.model.loading import load_config
 from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.run.batch import DRAFTS, DecodeBatch
@@ -61,7 +61,7 @@ def runner(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_steps_stay_on_the_device(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
-    arena = KVArena(runner.shapes, 4096, runner.dtype, runner.layer_devices)
+    arena = Arena(runner.shapes, 4096, runner.dtype, runner.layer_devices)
     batch = DecodeBatch(8, META, runner.vocabulary)
     decode = DecodeRunner(runner, arena, batch, 2048, use_graphs=False)
     prefill = Prefill(runner, arena, Extent(0, 1088), np.zeros(1000, dtype=np.int64), 10, 256)

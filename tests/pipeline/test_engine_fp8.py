@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from kernels.fp8_heads.reference import restore_keys
 from pipeline import read_results
 from pipeline.engine import Engine, EngineConfig, EngineError, Request, estimate_plan
-from pipeline.engine.kv.arena import ALIGNMENT, Extent, Fp8KVArena, LayerShape
+from pipeline.engine.kv.arena import ALIGNMENT, Extent, Fp8Arena, LayerShape
 from pipeline.engine.model.dummy import dummy_model
 from pipeline.engine.model.loading import load_config, load_model
 from pipeline.engine.model.placement import whole
@@ -151,9 +151,9 @@ def test_decoding_continues_what_prefill_wrote(tmp_path: Path, tokens: int) -> N
             assert new < (0.01 if layer == 0 else 0.15)
 
 
-def arena() -> Fp8KVArena:
+def arena() -> Fp8Arena:
     scales = {0: HeadScales(torch.ones(4), torch.tensor([1.0, 0.5]), torch.tensor([2.0, 0.25]))}
-    made = Fp8KVArena({0: LayerShape(2, 16, 16)}, 512, scales, torch.float32, {0: torch.device("cpu")})
+    made = Fp8Arena({0: LayerShape(2, 16, 16)}, 512, scales, torch.float32, {0: torch.device("cpu")})
     for tensor in made.tensors():
         tensor.view(torch.uint8).fill_(0x7F)  # NaN
     return made

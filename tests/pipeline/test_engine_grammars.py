@@ -10,12 +10,14 @@ import pytest
 import torch
 from engine_models import TINY_READER, run, save_model
 from schemas import SCHEMAS, grammar, tokens
+from test_engine_lookup import STEM, knowing
 
 from pipeline.answers.grammar import Grammar, Matcher
 from pipeline.answers.schema import AnswerError, compile_schema
 from pipeline.engine import Engine, EngineConfig, Request, Sampling
 from pipeline.engine.kv.arena import Extent
 from pipeline.engine.run.batch import DecodeBatch, RowStart
+from pipeline.engine.run.lookup import LookupPolicy
 from pipeline.engine.run.masks import Constraint, TokenMasks
 
 NEW = 120
@@ -108,6 +110,31 @@ def test_stop_tokens_come_only_where_the_answer_is_complete() -> None:
     assert done.status == "ok"
     text = tokens().decode([token for token in done.token_ids if token not in letters])
     assert text.startswith('"'), text
+
+
+@pytest.mark.parametrize("sampling", [WARM, Sampling()], ids=["sampled", "greedy"])
+@pytest.mark.parametrize("stem", [False, True])
+def test_answers_with_drafts_are_those_of_single_steps(sampling: Sampling, stem: bool) -> None:
+    """Drafts right and wrong, some behind the answer's end; beside an output without a grammar."""
+    options: dict[str, Any] = {"max_live": 3, "attention": STEM if stem else None}
+    asked = [request(i, name, sampling) for i, name in enumerate([*SCHEMAS, None, *SCHEMAS])]
+    for i, each in enumerate(asked):
+        each.prompt_ids[0] = 3 + i  # what the oracle knows them by
+    expected = run(make(**options), asked)
+    said = {
+        (int(each.prompt_ids[0]),): [*map(int, each.prompt_ids), *expected[each.request_id].token_ids, 60, 61, 62]
+        for each in asked
+    }
+    engine = make(prompt_lookup="auto", **options)
+    engine._lookup = LookupPolicy(pays=0.0)  # every step verifies drafts
+    with knowing(said):
+        known = run(engine, asked)
+    own = run(engine, asked)
+    for name, completion in expected.items():
+        assert completion.status == "ok"
+        for found in (known[name], own[name]):
+            assert (found.token_ids, found.finish_reason) == (completion.token_ids, completion.finish_reason), name
+    assert np.mean([each.tokens_per_step for each in known.values()]) > 1.9
 
 
 def test_a_request_with_a_grammar_needs_an_engine_for_it() -> None:

@@ -12,6 +12,7 @@ from test_engine_grammars import WARM, prompt, request
 
 from pipeline.answers.schema import AnswerError, compile_schema
 from pipeline.engine import Engine, EngineConfig, Request, Sampling
+from pipeline.engine.run.lookup import LookupPolicy
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,6 +50,20 @@ def test_captured_steps_equal_eager_ones_and_neighbours_keep_their_tokens() -> N
     alone = [each for each in asked() if each.grammar is None]
     assert {name: outputs[name] for name in outputs if name.startswith("free")} == found(make(grammars=False), alone)
     for name, ids in outputs.items():
+        if not name.startswith("free"):
+            text = tokens().decode(list(ids))
+            assert not isinstance(compile_schema(SCHEMAS[name.partition("-")[2]]).parse(text), AnswerError), text
+
+
+def test_captured_steps_with_drafts_equal_eager_ones() -> None:
+    """In three parts: drafts, the model, masks and tokens."""
+    options: dict[str, Any] = {"prompt_lookup": "auto", "max_live": 3}
+    engines = [make(**options), make(**options, cuda_graphs=False)]
+    for engine in engines:
+        engine._lookup = LookupPolicy(pays=0.0)  # every step verifies drafts
+    captured, eager = (found(engine, asked()) for engine in engines)
+    assert captured == eager
+    for name, ids in captured.items():
         if not name.startswith("free"):
             text = tokens().decode(list(ids))
             assert not isinstance(compile_schema(SCHEMAS[name.partition("-")[2]]).parse(text), AnswerError), text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import weakref
 from pathlib import Path
@@ -26,7 +27,7 @@ from pipeline.engine import (
     estimate_plan,
 )
 from pipeline.engine.devices import host_memory, weight_bytes
-from pipeline.engine.kv.arena import Arena, KVArena, LayerShape
+from pipeline.engine.kv.arena import Arena, LayerShape
 from pipeline.engine.memory import measure as memory
 from pipeline.engine.memory.measure import allocate_arena, plan_memory
 from pipeline.engine.memory.plan import fit_arena
@@ -95,6 +96,18 @@ def test_models_that_cannot_run_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_loading_a_whole_model_says_nothing_of_layers_that_are_not_sharded(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = logging.getLogger("transformers.distributed.tensor_parallel")
+    logger.addHandler(caplog.handler)
+    try:
+        load_model(EngineConfig(str(folder), device="cpu"))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.records
+
+
 def test_missing_gpu_is_an_error(folder: Path) -> None:
     with pytest.raises(EngineError, match="no CUDA device"):
         Engine(EngineConfig(str(folder), device="cuda"))
@@ -331,7 +344,7 @@ def test_arena_shrinks_until_the_rehearsal_fits(folder: Path, monkeypatch: pytes
     def allocate(tokens: int, documents: int) -> Arena:
         if tokens > fits:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return KVArena(runner.shapes, tokens, runner.dtype, runner.layer_devices)
+        return Arena(runner.shapes, tokens, runner.dtype, runner.layer_devices)
 
     monkeypatch.setattr(runner, "new_arena", allocate)
     arena, smaller = memory.allocate_arena(runner, config, plan, 128)

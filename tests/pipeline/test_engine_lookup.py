@@ -252,9 +252,8 @@ def test_rows_take_as_many_drafts_as_are_right() -> None:
         logits[:, place, token] = 1.0
     logits[1, 1] = torch.tensor([0.0, 0, 0, 0, 9, 0, 0, 0])  # the stop token
     logits[5, 2] = torch.nan
-    drafts = torch.tensor([[1, 2, 7], [1, 4, 3], [1, 2, 3], [1, 2, 3], [1, 2, 3], [1, 2, 3]])
-    counts = torch.tensor([3, 3, 1, 1, 0, 3])
-    batch.advance_verified(logits, drafts, counts, sampled=False)
+    batch.drafts[:] = torch.tensor([[1, 2, 7], [1, 4, 3], [1, IDLE, IDLE], [1, IDLE, IDLE], [IDLE] * 3, [1, 2, 3]])
+    batch.advance_verified(logits, sampled=False)
     assert batch.verified.tolist() == [
         [1, 2, 3, IDLE],  # the third draft is wrong
         [1, 4, IDLE, IDLE],  # ends in the midst of right drafts

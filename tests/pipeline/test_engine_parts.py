@@ -19,7 +19,7 @@ from transformers import (
 
 from pipeline.engine.config import Request
 from pipeline.engine.document import OVERTAKES, Document, WaitingLine
-from pipeline.engine.kv.arena import ALIGNMENT, Extent, ExtentAllocator, KVArena, LayerShape
+from pipeline.engine.kv.arena import ALIGNMENT, Arena, Extent, ExtentAllocator, LayerShape
 from pipeline.engine.kv.cache import DecodeCache, PrefillCache
 from pipeline.engine.run.batch import IDLE, LENGTH, MAX_STOP_IDS, NOT_FINITE, DecodeBatch, RowStart
 from pipeline.engine.run.decode import Readback, batch_bucket
@@ -224,7 +224,7 @@ def test_a_moved_row_goes_on() -> None:
 
 
 def test_caches_write_in_place_and_only_there() -> None:
-    arena = KVArena(
+    arena = Arena(
         {0: LayerShape(2, 8, 8), 5: LayerShape(1, 4, 6)}, 256, torch.float32, dict.fromkeys((0, 5), torch.device("cpu"))
     )
     for tensor in arena.tensors():
@@ -248,7 +248,7 @@ def test_caches_write_in_place_and_only_there() -> None:
 
 
 def test_cache_names_what_it_lacks() -> None:
-    cache = DecodeCache(KVArena({}, 64, torch.float32, {}), torch.zeros(1, dtype=torch.int64))
+    cache = DecodeCache(Arena({}, 64, torch.float32, {}), torch.zeros(1, dtype=torch.int64))
     assert not hasattr(cache, "is_sliding")
     with pytest.raises(AttributeError, match="conv_states"):
         _ = cache.conv_states

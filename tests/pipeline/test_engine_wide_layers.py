@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.engine import Engine, EngineConfig, EngineError, Request, Sampling, estimate_plan
-from pipeline.engine.kv.arena import ALIGNMENT, Extent, Fp8KVArena, LayerShape
+from pipeline.engine.kv.arena import ALIGNMENT, Extent, Fp8Arena, LayerShape
 from pipeline.engine.model.loading import load_model, load_runner
 from pipeline.engine.model.placement import connect, place
 from pipeline.engine.model.runner import ModelRunner
@@ -105,7 +105,7 @@ def test_decoding_continues_what_prefill_wrote(folder: Path, tokens: int) -> Non
     expected = last_logits(long, [*text.tolist(), written[0]])  # type: ignore[arg-type]
     assert error(seen[-1][:1].double(), expected) < 0.1
     for engine in (short, long):
-        assert isinstance(engine._arena, Fp8KVArena)
+        assert isinstance(engine._arena, Fp8Arena)
         assert (sorted(engine._arena.k), list(engine._arena.v), list(engine._arena.vt)) == ([0, 1, 2], [0], [1, 2])
     for name in ("k", "v"):
         got, wanted = (getattr(engine._arena, name)[0][:, : tokens + 1] for engine in (short, long))
@@ -251,7 +251,7 @@ def test_arena_holds_both_kinds() -> None:
     """Poisoned: neither kind writes where the other, or another document, lies."""
     shapes = {0: LayerShape(2, 16, 16), 1: LayerShape(2, 16, 16)}
     scales = {0: None, 1: HeadScales(torch.ones(4), torch.ones(2), torch.ones(2))}
-    made = Fp8KVArena(shapes, 256, scales, torch.bfloat16, dict.fromkeys(shapes, torch.device("cpu")))
+    made = Fp8Arena(shapes, 256, scales, torch.bfloat16, dict.fromkeys(shapes, torch.device("cpu")))
     for tensor in made.tensors():
         tensor.view(torch.uint8).fill_(0xFF)  # NaN
     assert made.nbytes == (256 + ALIGNMENT) * (2 * 32 * 2 + 2 * 32)

@@ -14,7 +14,16 @@ from result_rows import make_row
 
 from pipeline.errors import JobError
 from pipeline.job.dry_run import describe_plan
-from pipeline.job.estimate import BENCHMARKS, JOB_LENGTHS, JOB_OUTPUTS, PAGE, Machine, Work, dense_line, estimate_lines
+from pipeline.job.estimate import (
+    BENCHMARKS,
+    JOB_LENGTHS,
+    JOB_OUTPUTS,
+    PAGE,
+    Machine,
+    Workload,
+    dense_line,
+    estimate_lines,
+)
 from pipeline.results.rows import result_schema
 from pipeline.results.sink import Sink
 from pipeline.results.store import Store
@@ -24,7 +33,7 @@ from stem_core.config import StemConfig
 ROOT = Path(__file__).parents[2]
 BEGUN = datetime(2026, 1, 1, tzinfo=UTC)
 H200 = Machine("NVIDIA H200", 1, 1, "m", 15 << 30, "bf16", "stem", True)
-JOB = Work(np.array(JOB_LENGTHS * 4), 16, JOB_OUTPUTS)
+JOB = Workload(np.array(JOB_LENGTHS * 4), 16, JOB_OUTPUTS)
 
 
 def write(folder: Path, *rows: dict[str, Any]) -> Store:
@@ -56,7 +65,7 @@ LONG = {"prompt_tokens": 100_000, "output_tokens": 150, "prefill_seconds": 500.0
 
 def test_time_follows_from_rows_by_the_lengths_of_prompts(tmp_path: Path) -> None:
     store = write(tmp_path, SHORT | {"end": 5.0}, LONG | {"end": 521.0})  # 20 s of 521 are not prefill, for 200 tokens
-    work = Work(np.array([1000] * 10 + [100_000] * 2), 12, 12 * 256)
+    work = Workload(np.array([1000] * 10 + [100_000] * 2), 12, 12 * 256)
     lines = list(estimate_lines(work, H200, store, 3.0))
     # 10 x 1 s, 2 x 500 s, and 12 outputs of 100 tokens at 0.1 s: 1,130 s
     assert lines[0] == "time: about 18:50 with 1 worker, 0.31 GPU hours in all; loading the model comes on top"
@@ -72,7 +81,7 @@ def test_time_follows_from_rows_by_the_lengths_of_prompts(tmp_path: Path) -> Non
 def test_rows_behind_a_shared_reading_tell_no_speed_of_reading(tmp_path: Path) -> None:
     shared = SHORT | {"prefix_tokens": 990, "prefill_seconds": 0.0, "end": 6.0}
     store = write(tmp_path, SHORT | {"end": 6.0}, shared, shared)
-    (line, *_) = estimate_lines(Work(np.array([1000]), 3, 768), H200, store, None)
+    (line, *_) = estimate_lines(Workload(np.array([1000]), 3, 768), H200, store, None)
     assert line.startswith("time: about 0:06 "), "1 s to read and 5 s for three outputs"
 
 
@@ -80,7 +89,7 @@ def test_rows_of_other_models_and_gpus_do_not_count(tmp_path: Path) -> None:
     store = write(tmp_path, LONG | {"end": 9.0, "model": "other"})
     lines = list(estimate_lines(JOB, replace(H200, gpu="NVIDIA A10"), store, 2.0))
     assert lines[0] == f"time: not known for this model on NVIDIA A10; those in {store.name} are of other"
-    assert "--estimate-from" in lines[1]
+    assert "--shard 0/2, another --output), then give --estimate-from" in lines[1], "a share has some documents"
     assert lines[2] == "cost: not known, since the time is not"
     store = write(tmp_path / "more", LONG | {"end": 9.0})
     (line, *_) = estimate_lines(JOB, replace(H200, gpu="NVIDIA A10"), store, None)
@@ -141,6 +150,7 @@ def test_a_dry_run_says_time_and_cost(tmp_path: Path, model: Path) -> None:
     lines = list(describe_plan(JobConfig(**settings)))
     assert "dense: the only document is shorter than 6,144 tokens: it attends densely" in lines
     assert "time: not known for this model on these CPUs" in lines
+    assert not any("--shard" in line for line in lines), "one document has no shares"
     row = {"prompt_tokens": 3000, "output_tokens": 20, "prefill_seconds": 3.0, "end": 5.0, "model": str(model)}
     write(tmp_path / "earlier", row | {"gpu": "cpu"})
     lines = list(describe_plan(JobConfig(**settings, estimate_from=str(tmp_path / "earlier"))))
@@ -150,10 +160,10 @@ def test_a_dry_run_says_time_and_cost(tmp_path: Path, model: Path) -> None:
         list(describe_plan(JobConfig(**settings, estimate_from=str(tmp_path / "nothing"))))
 
 
-def test_a_dry_run_says_why_tokens_are_not_known(tmp_path: Path, model: Path) -> None:
+def test_a_dry_run_says_what_it_cannot_read(tmp_path: Path, model: Path) -> None:
     """The column named holds objects, say, as that of a batch of OpenAI's does."""
     (tmp_path / "batch.jsonl").write_text('{"custom_id": "r0", "body": {"messages": []}}\n')
     here = {"input": (str(tmp_path / "batch.jsonl"),), "output": str(tmp_path / "out"), "model": str(model)}
     lines = list(describe_plan(JobConfig(**here, text_column="body", id_column="custom_id", device="cpu")))
-    told = "tokens: not known: no document of a sample can be read; the first: r0: its text is dict, expected a string"
+    told = "unreadable: 1 of a sample of 1 documents, e.g. r0: its text is dict, expected a string"
     assert told in lines

@@ -193,6 +193,7 @@ def test_a_system_message(model: Path) -> None:
     ("questions", "message"),
     [
         ([], "expected a list of questions"),
+        ("What went wrong?", "'What went wrong\\?': no such file; for a question itself there is --question"),
         ([5], "question 1: expected a text or keys"),
         (["Why?", "Why!"], "two questions have the name 'why'"),
         (["Why?", "Why?"], "is asked twice"),
@@ -231,6 +232,26 @@ def test_questions_from_a_file_with_settings_of_their_own(tmp_path: Path, model:
     path.write_text("question: [")
     with pytest.raises(JobError, match="not valid YAML"):
         questions_of(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- name: a\n  question: Who: a?\n", "line 2, column 16: mapping .* put a text with ': ' in it between quotes"),
+        ("- name: a\n question: b\n", "line 2, column 2: .*the keys of one entry begin in the same column"),
+        ('- question: "What" was it?\n', "line 1, column 20: .*quotes stand around a whole text"),
+        ("-\tname: a\n\tquestion: b\n", "line 1, column 2: .*indent by spaces"),
+        ("Why?\nHow?\n", "expected a list of questions .'- ' before each., got 'Why. How.'"),
+    ],
+)  # fmt: skip
+def test_a_file_of_questions_that_is_wrong_says_where_and_how_to_mend_it(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "questions.yaml"
+    path.write_text(text)
+    with pytest.raises(JobError, match=f"^--questions {path}: .*{message}") as refused:
+        questions_of(JobConfig(input=("x",), output="y", model="z", questions=str(path)))
+    assert "^" not in str(refused.value)
 
 
 def test_a_schema_that_allows_everything_is_part_of_a_question() -> None:

@@ -43,7 +43,7 @@ PACKAGES: dict[str, Rooms] = {
             "adapters", "answering", "answers", "engine", "errors", "imports", "location", "model_files", "prompts",
             "results", "settings", "source", "versions", "workers",
         },
-        "api": {"errors", "imports", "inputs", "job", "results", "settings", "source", "workers"},
+        "api": {"answers", "errors", "imports", "inputs", "job", "results", "settings", "source", "workers"},
         "ray_data": {"api", "errors", "inputs", "results", "settings", "source"},
     },
     "pipeline.engine": {

@@ -12,7 +12,7 @@ from result_rows import make_row
 from pipeline.errors import JobError
 from pipeline.results.rows import Row
 from pipeline.source import Document, Locator
-from pipeline.workers.pool import Event
+from pipeline.workers.pool import Event, one_loss_each
 from pipeline.workers.scheduler import Limits, Scheduler, StopRequestedError
 
 Behave = Callable[["Workers", int, Document], Event | None]
@@ -256,3 +256,11 @@ def test_a_stop_keeps_what_is_finished() -> None:
     calls = iter(range(100))
     with pytest.raises(StopRequestedError):
         run(NAMES, ok, should_stop=lambda: next(calls) > 3)
+
+
+def test_a_lost_worker_is_told_of_once_and_behind_what_it_had_finished() -> None:
+    lost = [Event("failed", 1, name, reason=f"of {name}") for name in "ab"]
+    others = [Event("start_failed", 2), Event("result", 1, "c"), Event("started", 3)]
+    told = [(event.kind, event.worker, event.document_id) for event in one_loss_each([*lost, *others])]
+    assert told[:2] == [("result", 1, "c"), ("started", 3, "")]
+    assert sorted(told[2:]) == [("failed", 1, "a"), ("start_failed", 2, "")]

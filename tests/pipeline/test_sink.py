@@ -20,7 +20,7 @@ from pipeline.results import parts
 from pipeline.results import sink as sinks
 from pipeline.results.columns import utc_now
 from pipeline.results.parts import compact, done_rows, part_names, read_results, recover
-from pipeline.results.rows import COLUMNS, SUMMARY, Row, result_schema
+from pipeline.results.rows import COLUMNS, SUMMARY, Row, result_schema, to_table
 from pipeline.results.sink import Sink
 from pipeline.results.store import Store
 
@@ -307,3 +307,16 @@ def test_a_half_written_journal_is_ignored(tmp_path: Path) -> None:
     assert ids(tmp_path) == ["a"]
     assert recover(store) == []
     assert not (tmp_path / "compaction.json").exists()
+
+
+def test_rows_of_a_version_that_asked_one_question_are_of_the_summary(tmp_path: Path) -> None:
+    store, sink = make(tmp_path)
+    old = to_table([row("a", output="words")], result_schema()).drop(["question_id"])
+    store.write("part-000000-00000000.parquet", parts.encode(old))
+    sink.add(row("b"), row("c"))
+    for _ in range(2):
+        assert read_results(tmp_path)["question_id"].to_pylist() == [SUMMARY] * 3
+        assert read_results(tmp_path, ["document_id"]).column_names == ["document_id"]
+        assert read_results(tmp_path, wide=True)[SUMMARY].to_pylist()[0] == "words"
+        assert sinks.keys(done_rows(store)) == [(name, SUMMARY) for name in "abc"]
+        compact(store)

@@ -66,7 +66,7 @@ def test_every_kind_gives_the_same_documents(tmp_path: Path, kind: str) -> None:
 
 def test_text_folder_and_globs(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
-    names = ["a.txt", "b.md", "sub/c.txt", ".hidden.txt", "d.odt"]
+    names = ["a.txt", "b.md", "sub/c.txt", ".hidden.txt", "~$d.docx", "d.odt"]
     for name in names:
         (tmp_path / name).write_text(f"text of {name}")
     files, ignored = find_files((str(tmp_path),))
@@ -202,8 +202,12 @@ def test_text_column_of_another_type(tmp_path: Path) -> None:
 
 
 def test_missing_and_empty_inputs(tmp_path: Path) -> None:
-    with pytest.raises(JobError, match="does not exist"):
+    with pytest.raises(
+        JobError, match=f"does not exist: {tmp_path} holds no 'nothing'; give a file, a folder or a glob"
+    ):
         find_files((str(tmp_path / "nothing"),))
+    with pytest.raises(JobError, match=f"holds no .{tmp_path.name}_.; did you mean '{tmp_path.name}'"):
+        find_files((f"{tmp_path}_/texts/a.txt",))
     with pytest.raises(JobError, match="no files"):
         find_files((str(tmp_path),))
     (tmp_path / "a.odt").write_bytes(b"x")

@@ -46,6 +46,17 @@ def test_the_summary_of_a_job_counts_them(results: Path, capsys: pytest.CaptureF
     assert "2 outputs are cut off at --max-new-tokens" in out.splitlines()[-1]
 
 
+def test_of_each_failed_document_the_summary_names_one_row(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    sink = Sink(store, result_schema(), flush_documents=99, flush_seconds=99)
+    for name in ("empty.txt", "scan.pdf"):
+        for question in ("what", "why", "when"):
+            sink.add(make_row(name, name, "error", f"{name} has no text", question_id=question))
+    sink.flush()
+    found = summarize_results(store, 2, ("what", "why", "when")).first_errors
+    assert [who for who, *_ in found] == ["empty.txt (what)", "scan.pdf (what)"]
+
+
 def test_without_any_nothing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = Store(str(tmp_path))
     Sink(store, result_schema(), flush_documents=1, flush_seconds=1).add(make_row("a", "x", "ok", finish_reason="stop"))

@@ -96,20 +96,41 @@ class LayerShape:
 
 
 class Arena:
-    """What the arenas of all precisions have in common: the extents, and tensors by layer, T = capacity + ALIGNMENT.
+    """Keys and values of all layers i in the model's dtype: k[i] [Hkv, T, D], v[i] [Hkv, T, Dv].
 
-    The last ALIGNMENT tokens belong to no extent: unused rows of a decode batch write there (`scratch`).
-    devices: of each layer. ids: int32 [T], the tokens whose keys and values lie there, written with them. device: of
-    `ids`; None: that of the first layer.
+    T = capacity + ALIGNMENT; the last ALIGNMENT tokens belong to no extent: unused rows of a decode batch write there
+    (`scratch`). devices: of each layer. ids: int32 [T], the tokens whose keys and values lie there, written with them.
+    device: of `ids`; None: that of the first layer.
     states: of the layers that keep a state instead of keys and values; None for a model without.
     """
 
-    def __init__(self, tokens: int, devices: Mapping[int, torch.device], device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        shapes: dict[int, LayerShape],
+        tokens: int,
+        dtype: torch.dtype,
+        devices: Mapping[int, torch.device],
+        device: torch.device | None = None,
+    ) -> None:
         self.extents = ExtentAllocator(tokens)
         self.states: StateSlots | None = None
         self._devices = devices
+        self._rows = self.capacity + ALIGNMENT
         device = next(iter(devices.values()), None) if device is None else device
-        self.ids = torch.zeros(self.capacity + ALIGNMENT, dtype=torch.int32, device=device)
+        self.ids = torch.zeros(self._rows, dtype=torch.int32, device=device)
+        self.k = {
+            i: self._allocate(i, shape.kv_heads, self._rows, shape.head_dim, dtype=dtype) for i, shape in shapes.items()
+        }
+        self.v = {
+            i: self._allocate(i, shape.kv_heads, self._rows, shape.value_dim, dtype=dtype)
+            for i, shape in shapes.items()
+        }
+
+    def _allocate(self, layer: int, *shape: int, dtype: torch.dtype) -> Tensor:
+        tensor = torch.empty(*shape, dtype=dtype, device=self._devices[layer])
+        # A GPU kernel may load past a document's end before it masks, and 0 * NaN is NaN. On a CPU nothing reads
+        # there, and memory that is not touched costs nothing.
+        return tensor.zero_() if tensor.is_cuda else tensor
 
     @property
     def capacity(self) -> int:
@@ -145,74 +166,13 @@ class Arena:
 
     def tensors(self) -> list[Tensor]:
         """All keys and values that were allocated."""
-        raise NotImplementedError
+        return [*self.k.values(), *self.v.values()]
 
     def write(self, layer: int, k: Tensor, v: Tensor, extent: Extent, seen: int) -> tuple[Tensor, Tensor]:
         """Put a chunk's keys and values k, v [1, Hkv, L, D] behind the `seen` tokens of its document.
 
-        Returns what the model's attention is to be given, [1, Hkv, tokens, D].
+        Returns what the model's attention is to be given: views of the document so far, [1, Hkv, seen + L, D].
         """
-        raise NotImplementedError
-
-    def whole(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """What the model's attention is to be given where its rows lie in different extents.
-
-        The whole arena of the layer, [1, Hkv, T, D]; k and v, which were written there, if attention reads them in fp8.
-        """
-        raise NotImplementedError
-
-    def append(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Put L tokens of each of S documents, k, v [S, Hkv, L, D], at arena indices slots int64 [S * L].
-
-        Returns what the model's attention is to be given (whole()). Waits for nothing.
-        """
-        raise NotImplementedError
-
-    def quantized(self, extent: Extent | None = None) -> Mapping[int, QuantizedKV]:
-        """Of the layers that are in fp8, the keys and values of an extent, or of the whole arena."""
-        return {}
-
-    def fill(self, extent: Extent) -> None:
-        """Random keys and values in an extent, for measuring."""
-        raise NotImplementedError
-
-    def copy(self, source: Extent, target: Extent, tokens: int) -> None:
-        """The first `tokens` tokens of one extent to another, and its states, which are those behind its last token."""
-        raise NotImplementedError
-
-    def _allocate(self, layer: int, *shape: int, dtype: torch.dtype) -> Tensor:
-        tensor = torch.empty(*shape, dtype=dtype, device=self._devices[layer])
-        # A GPU kernel may load past a document's end before it masks, and 0 * NaN is NaN. On a CPU nothing reads
-        # there, and memory that is not touched costs nothing.
-        return tensor.zero_() if tensor.is_cuda else tensor
-
-
-class KVArena(Arena):
-    """Keys and values of all layers i in the model's dtype: k[i] [Hkv, T, D], v[i] [Hkv, T, Dv]."""
-
-    def __init__(
-        self,
-        shapes: dict[int, LayerShape],
-        tokens: int,
-        dtype: torch.dtype,
-        devices: Mapping[int, torch.device],
-        device: torch.device | None = None,
-    ) -> None:
-        super().__init__(tokens, devices, device)
-        rows = self.capacity + ALIGNMENT
-        self.k = {
-            i: self._allocate(i, shape.kv_heads, rows, shape.head_dim, dtype=dtype) for i, shape in shapes.items()
-        }
-        self.v = {
-            i: self._allocate(i, shape.kv_heads, rows, shape.value_dim, dtype=dtype) for i, shape in shapes.items()
-        }
-
-    def tensors(self) -> list[Tensor]:
-        """All that was allocated."""
-        return [*self.k.values(), *self.v.values()]
-
-    def write(self, layer: int, k: Tensor, v: Tensor, extent: Extent, seen: int) -> tuple[Tensor, Tensor]:
-        """See Arena. Returns views of the document so far, [1, Hkv, seen + L, D]."""
         first = extent.start
         begin, end = first + seen, first + seen + k.shape[2]
         arena_k, arena_v = self.k[layer], self.v[layer]
@@ -221,17 +181,27 @@ class KVArena(Arena):
         return arena_k[None, :, first:end], arena_v[None, :, first:end]
 
     def whole(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """See Arena."""
+        """What the model's attention is to be given where its rows lie in different extents.
+
+        The whole arena of the layer, [1, Hkv, T, D]; k and v, which were written there, if attention reads them in fp8.
+        """
         return self.k[layer][None], self.v[layer][None]
 
     def append(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """See Arena."""
+        """Put L tokens of each of S documents, k, v [S, Hkv, L, D], at arena indices slots int64 [S * L].
+
+        Returns what the model's attention is to be given (whole()). Waits for nothing.
+        """
         self.k[layer].index_copy_(1, slots, _by_token(k).transpose(0, 1))
         self.v[layer].index_copy_(1, slots, _by_token(v).transpose(0, 1))
         return self.whole(layer, k, v)
 
+    def quantized(self, extent: Extent | None = None) -> Mapping[int, QuantizedKV]:
+        """Of the layers that are in fp8, the keys and values of an extent, or of the whole arena."""
+        return {}
+
     def copy(self, source: Extent, target: Extent, tokens: int) -> None:
-        """See Arena."""
+        """The first `tokens` tokens of one extent to another, and its states, which are those behind its last token."""
         self._copy([self.ids[None], *self.k.values(), *self.v.values()], source, target, tokens)
         if self.states is not None:
             self.states.copy(source.start, target.start)
@@ -243,15 +213,15 @@ class KVArena(Arena):
             tensor[:, target.start : target.start + tokens] = tensor[:, source.start : source.start + tokens]
 
     def fill(self, extent: Extent) -> None:
-        """See Arena."""
+        """Random keys and values in an extent, for measuring."""
         for tensor in self.tensors():
             tensor[:, extent.start : extent.start + extent.tokens].normal_()
 
 
-class Fp8KVArena(KVArena):
+class Fp8Arena(Arena):
     """Keys k[i] [Hkv, T, D], transposed values vt[i] [Hkv, D, T] of layers i in e4m3 (see kernels.fp8_heads).
 
-    scales: by layer; None for a wide one, which lies as in KVArena, in `dtype`. What is written to the others is what
+    scales: by layer; None for a wide one, which lies as in Arena, in `dtype`. What is written to the others is what
     their attention reads (`quantized`); the model gets its own k and v back.
     """
 
@@ -266,14 +236,13 @@ class Fp8KVArena(KVArena):
     ) -> None:
         self.scales = {i: scales[i] for i in shapes}
         super().__init__({i: shape for i, shape in shapes.items() if scales[i] is None}, tokens, dtype, devices, device)
-        rows = self.capacity + ALIGNMENT
         self.vt: dict[int, Tensor] = {}
         self._whole: dict[int, QuantizedKV] = {}
         for i, heads in self.scales.items():
             if heads is not None:
                 shape = shapes[i]
-                self.k[i] = self._allocate(i, shape.kv_heads, rows, shape.head_dim, dtype=FP8)
-                self.vt[i] = self._allocate(i, shape.kv_heads, shape.head_dim, rows, dtype=FP8)
+                self.k[i] = self._allocate(i, shape.kv_heads, self._rows, shape.head_dim, dtype=FP8)
+                self.vt[i] = self._allocate(i, shape.kv_heads, shape.head_dim, self._rows, dtype=FP8)
                 self._whole[i] = QuantizedKV(self.k[i], self.vt[i], heads)
 
     def tensors(self) -> list[Tensor]:

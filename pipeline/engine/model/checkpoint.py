@@ -128,7 +128,8 @@ def load_report() -> Iterator[list[str]]:
 
     logger = logging.getLogger("transformers.modeling_utils")
     level, shown = logger.level, logger.getEffectiveLevel()
-    logger.setLevel(min(shown, logging.WARNING))
+    # At WARNING itself transformers would tell which layers it has not spread over processes: all, with us.
+    logger.setLevel(min(shown, logging.WARNING - 1))
     logger.addFilter(keep)
     try:
         yield found

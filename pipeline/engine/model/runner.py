@@ -13,7 +13,7 @@ from kernels import ahead
 from kernels.decode_attention import Prefixes
 from kernels.fp8_heads import FP8
 from pipeline.engine.config import EngineError
-from pipeline.engine.kv.arena import ALIGNMENT, Arena, Extent, Fp8KVArena, KVArena, LayerShape
+from pipeline.engine.kv.arena import ALIGNMENT, Arena, Extent, Fp8Arena, LayerShape
 from pipeline.engine.kv.cache import DecodeCache, EngineCache, PrefillCache, ProbeCache, TailCache
 from pipeline.engine.kv.states import StateShapes, StateSlots, slots_for
 from pipeline.engine.laps import Laps
@@ -133,11 +133,9 @@ class ModelRunner:
         """
         arena: Arena
         if self.precision.fp8:
-            arena = Fp8KVArena(
-                self.shapes, tokens, self.calibration.scales, self.dtype, self.layer_devices, self.device
-            )
+            arena = Fp8Arena(self.shapes, tokens, self.calibration.scales, self.dtype, self.layer_devices, self.device)
         else:
-            arena = KVArena(self.shapes, tokens, self.dtype, self.layer_devices, self.device)
+            arena = Arena(self.shapes, tokens, self.dtype, self.layer_devices, self.device)
         if self.states:
             units = arena.capacity // ALIGNMENT
             arena.states = StateSlots(self.states, documents, units, ALIGNMENT, self.layer_devices, self.device)

@@ -63,7 +63,8 @@ class DecodeBatch:
     floats: float32 [4, rows]: temperature, top_p, min_p, repetition_penalty. seen: int32 [rows, ceil(vocabulary / 32)]:
         the tokens of prompt and output of rows with a penalty (pipeline.engine.run.sampling.penalise).
     report: int64 [rows]: what the last step gave. verified: int64 [rows, 1 + DRAFTS]: what the last step with drafts
-        gave, IDLE behind a row's last token.
+        gave, IDLE behind a row's last token. drafts: int64 [rows, DRAFTS]: what the newest such step verifies, IDLE
+        behind a row's last draft.
     members: int32 [rows, rows]: the rows that share a prefix, in ascending order, and -1 behind them; groups in the
         order of their first rows, so that those of the first n rows are among the first n. largest_group: rows of the
         largest one, 0 if there is none.
@@ -76,6 +77,7 @@ class DecodeBatch:
         self.seen = torch.zeros(rows, -(-vocabulary // 32), dtype=torch.int32, device=device)
         self.report = torch.full((rows,), IDLE, dtype=torch.int64, device=device)
         self.verified = torch.full((rows, 1 + DRAFTS), IDLE, dtype=torch.int64, device=device)
+        self.drafts = torch.full((rows, DRAFTS), IDLE, dtype=torch.int64, device=device)
         self.members = torch.full((rows, rows), -1, dtype=torch.int32, device=device)
         self.largest_group = 0
         self._prefixes: dict[int, int] = {}  # by row: where its prefix begins
@@ -160,10 +162,10 @@ class DecodeBatch:
         ints[EMITTED] = emitted
         ints[LENGTH] = (ints[LENGTH] + 1).masked_fill(~live | stopped, 0)
 
-    def advance_verified(self, logits: Tensor, drafts: Tensor, counts: Tensor, sampled: bool) -> None:
-        """Take the next tokens of rows [0, S) from logits [S, L, V] behind their newest tokens and drafts.
+    def advance_verified(self, logits: Tensor, sampled: bool, masks: Tensor | None = None) -> None:
+        """Take the next tokens of rows [0, S) from logits [S, L, V] behind their newest tokens and L - 1 drafts.
 
-        drafts: int64 [S, L - 1]; counts: int64 [S], how many of them a row has, fewer than it may still emit.
+        masks: int32 [S * L, W + 1], as in advance(), by row and place; the logits are changed in place.
         What comes behind a draft counts if the draft is the very token that was chosen before it, greedily or with the
         draw of its place in the output. So a row gets the tokens that single steps would have given it, as many of them
         as it guessed and one more. Rows with a repetition penalty must not be among them: each draft would change the
@@ -174,11 +176,13 @@ class DecodeBatch:
         ints = self.ints[:, rows]
         live = ints[LENGTH] > 0
         after = torch.arange(L, device=logits.device)
+        finite = torch.isfinite(logits.amax(dim=-1))
+        if masks is not None:
+            mask_tokens(logits.view(S * L, -1), masks[:, :-1], masks[:, -1])
         # One place after the other: sampling sorts, and all places together would take L times the memory.
         chosen = [self._choose(logits[:, place], rows, ints[EMITTED] + place, sampled) for place in range(L)]
         tokens = torch.stack(chosen, dim=1)
-        finite = torch.isfinite(logits.amax(dim=-1))
-        right = (tokens[:, :-1] == drafts) & (after[:-1] < counts[:, None])
+        right = tokens[:, :-1] == self.drafts[rows, : L - 1]
         reached = torch.cat([live[:, None], right], dim=1).cumprod(dim=1)
         stops = (ints[FIELDS:, :, None] == tokens).any(dim=0) | ~finite
         stops |= ints[EMITTED][:, None] + after + 1 >= ints[LIMIT][:, None]

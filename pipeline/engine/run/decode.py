@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import torch
@@ -19,6 +19,7 @@ from pipeline.engine.run.batch import (
     BOUND,
     DRAFTS,
     EMITTED,
+    IDLE,
     LENGTH,
     LIMIT,
     PREFIX_LENGTH,
@@ -62,10 +63,11 @@ class DecodeRunner:
     """Runs decode steps of a DecodeBatch against the arena; documents come to at most `max_context` tokens.
 
     A step is one graph. Where rows are masked it is two, forward() and sample(), so that the host computes the masks,
-    for which it needs the token before, while the device is in the first.
+    for which it needs the token before, while the device is in the first; and three where rows verify drafts, which
+    draft() finds, so that the host can read those, too.
 
-    masks: int32 [rows, W + 1], what sample() reads (pipeline.engine.run.masks.TokenMasks); None: no row is ever masked.
-    lookup: whether steps with drafts may come.
+    masks: int32 [rows * places, W + 1], what sample() reads (pipeline.engine.run.masks.TokenMasks); None: no row is
+    ever masked. lookup: whether steps with drafts may come.
     """
 
     def __init__(
@@ -85,8 +87,8 @@ class DecodeRunner:
         self._lookup = lookup
         self._capturer = Graphs(runner.devices) if use_graphs else None
         self._masks = masks
-        # What forward() leaves to sample(), by rows and how many share: a captured one's is always the same tensor.
-        self._logits: dict[tuple[int, int], Tensor] = {}
+        # What forward() leaves to sample(): a captured one's is always the same tensor.
+        self._logits: dict[StepKey, Tensor] = {}
         self._warm: set[Hashable] = set()
         # By step, or part of one; None for what cannot be captured.
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
@@ -99,13 +101,17 @@ class DecodeRunner:
         """
         self._launch(key, lambda: self._step(key))
 
+    def draft(self, key: StepKey) -> None:
+        """Find the drafts that forward() of the same step verifies (DecodeBatch.drafts): launched, not waited for."""
+        self._launch(("draft", replace(key, sampled=False)), lambda: self._find_drafts(key))
+
     def forward(self, key: StepKey) -> None:
         """The model's part of a step of rows [0, key.rows): launched, not waited for. sample() must follow."""
-        self._launch(("forward", key.rows, key.shared), lambda: self._forward(key))
+        self._launch(("forward", replace(key, sampled=False)), lambda: self._forward(key))
 
     def sample(self, key: StepKey) -> None:
         """The rest of the step that forward() began: masks, the rows' next tokens."""
-        forward = ("forward", key.rows, key.shared)
+        forward = ("forward", replace(key, sampled=False))
         if forward in self._graphs and self._graphs[forward] is None:  # its logits are another tensor each time
             self._sample(key)
         else:
@@ -140,8 +146,12 @@ class DecodeRunner:
             if self._lookup:
                 self.run(StepKey(rows, sampled=False, drafts=DRAFTS))
             if self._masks is not None:
-                self.forward(StepKey(rows, sampled=True))
-                self.sample(StepKey(rows, sampled=True))
+                for drafts in (0, DRAFTS) if self._lookup else (0,):
+                    key = StepKey(rows, sampled=True, drafts=drafts)
+                    if drafts:
+                        self.draft(key)
+                    self.forward(key)
+                    self.sample(key)
 
     def launch_kernels(self) -> None:
         """Launch the kernels of steps of every number of rows, to compile them (pipeline.engine.memory.rehearsal).
@@ -154,21 +164,28 @@ class DecodeRunner:
             self._decode(StepKey(rows, sampled=False))
             if self._lookup:
                 key = StepKey(rows, sampled=False, drafts=DRAFTS)
-                drafts, counts = map(torch.zeros_like, self._find_drafts(key))
-                self._verify_drafts(key, drafts, counts)
+                self._find_drafts(key)
+                self._batch.drafts.fill_(IDLE)
+                self._verify_drafts(key)
 
     def _step(self, key: StepKey) -> None:
         if key.drafts:
-            self._verify(key)
+            self._find_drafts(key)
+            self._batch.advance_verified(self._verify_drafts(key), key.sampled)
         else:
             self._batch.advance(self._decode(key), 0, key.sampled)
 
     def _forward(self, key: StepKey) -> None:
-        self._logits[key.rows, key.shared] = self._decode(key)
+        self._logits[replace(key, sampled=False)] = self._verify_drafts(key) if key.drafts else self._decode(key)
 
     def _sample(self, key: StepKey) -> None:
         assert self._masks is not None
-        self._batch.advance(self._logits[key.rows, key.shared], 0, key.sampled, self._masks[: key.rows])
+        logits = self._logits[replace(key, sampled=False)]
+        masks = self._masks[: key.rows * (1 + key.drafts)]
+        if key.drafts:
+            self._batch.advance_verified(logits, key.sampled, masks)
+        else:
+            self._batch.advance(logits, 0, key.sampled, masks)
 
     def _decode(self, key: StepKey) -> Tensor:
         """Logits [rows, V] behind the rows' newest tokens."""
@@ -176,19 +193,16 @@ class DecodeRunner:
         where = ints[START], ints[LENGTH], ints[BOUND], self._arena, self._max_context, self._prefixes(key)
         return self._runner.decode(ints[TOKEN], *where)
 
-    def _verify(self, key: StepKey) -> None:
-        """A step in which every row verifies drafts."""
-        drafts, counts = self._find_drafts(key)
-        self._batch.advance_verified(self._verify_drafts(key, drafts, counts), drafts, counts, key.sampled)
-
-    def _verify_drafts(self, key: StepKey, drafts: Tensor, counts: Tensor) -> Tensor:
+    def _verify_drafts(self, key: StepKey) -> Tensor:
         """Logits [rows, 1 + key.drafts, V] behind the rows' newest tokens and drafts."""
         ints = self._batch.ints[:, : key.rows]
+        drafts = self._batch.drafts[: key.rows]
+        tokens = torch.cat([ints[TOKEN][:, None], drafts.clamp(min=0)], dim=1)
         where = ints[START], ints[LENGTH], ints[BOUND], self._arena, self._max_context, self._prefixes(key)
-        return self._runner.verify(torch.cat([ints[TOKEN][:, None], drafts], dim=1), counts, *where)
+        return self._runner.verify(tokens, (drafts >= 0).sum(dim=1), *where)
 
-    def _find_drafts(self, key: StepKey) -> tuple[Tensor, Tensor]:
-        """Drafts int64 [rows, key.drafts] and how many of them each row verifies, which it may all emit."""
+    def _find_drafts(self, key: StepKey) -> None:
+        """Set DecodeBatch.drafts, as many for each row as it may all emit."""
         ints = self._batch.ints[:, : key.rows]
         lengths = ints[LENGTH]
         before = ints[PREFIX_LENGTH] if key.shared else torch.zeros_like(lengths)
@@ -204,7 +218,9 @@ class DecodeRunner:
             prefix_starts=ints[PREFIX_START] if key.shared else None,
             prefix_lengths=before if key.shared else None,
         )
-        return drafts, counts.minimum(ints[LIMIT] - ints[EMITTED] - 1).clamp(min=0)
+        counts = counts.minimum(ints[LIMIT] - ints[EMITTED] - 1)
+        there = torch.arange(key.drafts, device=counts.device) < counts[:, None]
+        self._batch.drafts[: key.rows] = drafts.masked_fill(~there, IDLE)
 
     def _prefixes(self, key: StepKey) -> Prefixes | None:
         """What rows of a step share; None for nothing."""
@@ -267,5 +283,5 @@ class Readback(Generic[Tag]):
         return self._slots[slot][: shape.numel()].view(shape).tolist(), tag
 
     def clear(self) -> None:
-        """Forget what is pending; the caller has synchronised with the device."""
+        """Forget what is pending."""
         self._pending.clear()
