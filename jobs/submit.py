@@ -112,12 +112,17 @@ def to_flags(values: dict[str, Any]) -> list[str]:
 
 
 def connect(address: str) -> Any:
-    """A client of the cluster's job server. Raises JobError if there is none."""
+    """A client of the cluster's job server. Raises JobError if there is none, or if it does not let us in."""
     from ray.job_submission import JobSubmissionClient
 
     try:
         return JobSubmissionClient(address)
     except Exception as error:  # the client raises many kinds
+        if type(error).__name__ == "AuthenticationError":  # older versions of Ray have none
+            raise JobError(
+                f"--address {without_secrets(address)}: the cluster asks for its token: set RAY_AUTH_MODE=token, and "
+                "have the head node's ~/.ray/auth_token in the same file here, or what it holds in RAY_AUTH_TOKEN"
+            ) from None
         raise JobError(
             f"--address {without_secrets(address)}: no Ray job server answers: {one_line(error, 200)}; start one with: "
             "ray start --head --dashboard-host 127.0.0.1"

@@ -39,8 +39,8 @@ def patch_model(model: Model, config: StemConfig | None) -> Model:
     chunk. Raises UnsupportedModelError naming the feature when the model's attention is not plain causal
     attention with an optional sliding window.
     """
+    check_model(model)
     modules = list(_attention_modules(model))
-    _check(model, [module for _, module in modules])
     _register()
     if model not in _previous:
         _previous[model] = model.config._attn_implementation  # type: ignore[union-attr, assignment]
@@ -87,7 +87,12 @@ def _attention_modules(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
             yield module.layer_idx, module  # type: ignore[misc]
 
 
-def _check(model: nn.Module, modules: list[nn.Module]) -> None:
+def check_model(model: nn.Module) -> None:
+    """Raise UnsupportedModelError, naming the feature, as patch_model does, and change nothing.
+
+    Weights are not looked at: the model may be on the device "meta".
+    """
+    modules = [module for _, module in _attention_modules(model)]
     name = type(model).__name__
     config = model.config.get_text_config() if hasattr(model, "config") else None  # type: ignore[union-attr, operator]
     if getattr(config, "kv_lora_rank", None):

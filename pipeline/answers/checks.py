@@ -99,6 +99,10 @@ def _not_a_schema(schema: Json) -> str:
     from jsonschema.exceptions import SchemaError
     from jsonschema.validators import Draft202012Validator, validator_for
 
+    if schema.get("type") == "json_schema":
+        return (
+            "#: this is a response_format of OpenAI's; give the schema in it alone, which stands at /json_schema/schema"
+        )
     try:
         validator_for(schema, default=Draft202012Validator).check_schema(schema)
     except SchemaError as error:

@@ -17,9 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 from patience import patient
 
+from jobs.submit import connect
 from pipeline import read_results, summarize
+from pipeline.errors import JobError
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.ray
@@ -139,6 +142,15 @@ def test_what_cannot_run_on_a_cluster_is_told(cluster: str, tmp_path: Path, mode
     )
     assert nowhere.returncode == 1
     assert nowhere.stderr.startswith("error: --address http://127.0.0.1:9: no Ray job server answers")
+
+
+def test_a_cluster_that_wants_its_token_is_told_from_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(address: str) -> None:
+        raise ray.exceptions.AuthenticationError("Missing authentication token")
+
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", refuse)
+    with pytest.raises(JobError, match="--address http://head:8265: the cluster asks for its token: set RAY_AUTH_MODE"):
+        connect("http://head:8265")
 
 
 def test_a_stopped_job_has_written_what_was_finished(cluster: str, tmp_path: Path, model: Path) -> None:

@@ -32,6 +32,7 @@ HERE: dict[str, Any] = {"model": TINY_READER, "device": "cpu", "arena_tokens": 8
     ("schema", "message"),
     [
         ({"type": "obj"}, "#/type: not JSON Schema: 'obj' is no type; they are string, integer"),
+        ({"type": "json_schema", "json_schema": {"schema": {}}}, "#: this is a response_format of OpenAI"),
         ({"type": "numbr"}, "#/type: not JSON Schema: 'numbr' is no type; did you mean 'number'"),
         ({"plant": "string"}, '#/plant: not a keyword .* stands under properties: {"type": "object"'),
         ({"properties": {"cost": {}}, "required": ["csot"]}, "#/required: 'csot' is not under properties.*'cost'"),

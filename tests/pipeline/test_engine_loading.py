@@ -87,8 +87,9 @@ def test_unreadable_model_says_why(folder: Path, tmp_path: Path, kind: str, mess
 
 def test_models_that_cannot_run_are_named(tmp_path: Path) -> None:
     capped = save_model(tmp_path / "gemma2", "gemma2")
-    with pytest.raises(EngineError, match="soft-capping"):
-        Engine(EngineConfig(str(capped), device="cpu"))
+    for call in (Engine, estimate_plan):
+        with pytest.raises(EngineError, match=r"cannot run here: .* uses logit soft-capping"):
+            call(EngineConfig(str(capped), device="cpu"))
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(EngineError, match="dynamic"):
         Engine(EngineConfig(str(save_model(tmp_path / "dynamic", "llama", rope_parameters=dynamic)), device="cpu"))
