@@ -253,18 +253,21 @@ def _bracketed(token: str) -> bool:
 
 
 def _data_backend(backend: Any, control: set[str]) -> Any:
-    """A copy of a `tokenizers` tokenizer that reads every string in `control` as plain text."""
-    text = backend.to_str()
-    # The model comes last. Its vocabulary and merges, most of the text, stay as they are written: seconds of parsing.
-    model = text.index(',"model":{')
-    spec = json.loads(text[:model] + "}")
-    for token in spec["added_tokens"]:
-        token["special"] = token["content"] in control
-    spec["post_processor"] = None
-    spec["truncation"] = spec["padding"] = None
+    """A `tokenizers` tokenizer like `backend`, with its model, that reads every string in `control` as plain text."""
+    from tokenizers.models import BPE
+
+    # All but the model, which the two share: a large vocabulary takes half a second to parse.
+    frame = type(backend)(BPE())
+    frame.normalizer, frame.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+    spec = json.loads(frame.to_str())
     if control:
-        _never_prefix(spec.get("pre_tokenizer"))
-    copied = type(backend).from_str(json.dumps(spec)[:-1] + text[model:])
+        _never_prefix(spec["pre_tokenizer"])
+    copied = type(backend).from_str(json.dumps(spec))
+    copied.model = backend.model
+    added = [token for _, token in sorted(backend.get_added_tokens_decoder().items())]
+    for token in added:
+        token.special = token.content in control
+    copied.add_tokens(added)
     copied.encode_special_tokens = True
     return copied
 

@@ -12,7 +12,7 @@ from threading import Thread
 from typing import Any
 
 from pipeline.engine.laps import Laps
-from pipeline.imports import check_kernels
+from pipeline.imports import check_kernels, collecting_later
 from pipeline.results.columns import utc_now
 from pipeline.results.kept_columns import Kept
 from pipeline.results.rows import EngineFields, Outcome, Row, WorkerFields
@@ -57,12 +57,13 @@ class Worker:
         laps = Laps()
         if config.engine.device.startswith("cuda"):
             Thread(target=warm_up, name="warm-up", daemon=True).start()
-        await self._threads.run(_import_engine)
-        laps.end("imports")
-        # Before the engine: what is wrong there shows in a second. Not beside it: transformers' lazy imports
-        # are not safe in two threads at once.
-        self._questions = await self._threads.run(JobQuestions, config)
-        laps.end("tokenizer")
+        with collecting_later():
+            await self._threads.run(_import_engine)
+            laps.end("imports")
+            # Before the engine: what is wrong there shows in a second. Not beside it: transformers' lazy imports
+            # are not safe in two threads at once.
+            self._questions = await self._threads.run(JobQuestions, config)
+            laps.end("tokenizer")
         self._loop = EngineLoop(lambda: _build_engine(config))
         engine = await asyncio.wrap_future(self._loop.ready)
         laps.end("engine")
@@ -201,7 +202,11 @@ class Worker:
 
 
 def _import_engine() -> None:
-    """Import what a worker needs and its driver does not: torch, transformers, the engine."""
+    """Import what a worker needs and its driver does not: torch, the engine, and what transformers' models are made of,
+    which else the first of them would import.
+    """
+    from transformers import PreTrainedModel  # noqa: F401
+
     from pipeline.engine import engine  # noqa: F401
     from pipeline.engine.model import loading  # noqa: F401
 

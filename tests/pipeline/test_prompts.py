@@ -124,6 +124,14 @@ def test_the_copy_for_data_keeps_the_vocabulary_unread(monkeypatch: pytest.Monke
     assert not any("nïcode" in text or "\\u00efcode" in text for text in parsed)
 
 
+def test_the_copy_for_data_has_the_models_own_vocabulary() -> None:
+    """Not one that is parsed anew: half a second of a worker's start, for 150,000 words."""
+    core = Tokenizer(models.BPE({"<unk>": 0, "a": 1}, [], unk_token="<unk>"))
+    tokens = Tokens(PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>"))
+    tokens.tokenizer.backend_tokenizer.model.dropout = 0.25
+    assert tokens._data.model.dropout == 0.25
+
+
 def test_metaspace_first_gives_the_ids_of_the_whole() -> None:
     tokenizer = family_tokenizer(FAMILIES["llama-3"], "unigram")
     builder = PromptBuilder(Tokens(tokenizer), Task("the world", "{{ document }} {{ question }}", ""))

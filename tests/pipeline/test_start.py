@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -9,9 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import Summarizer
 from pipeline.engine import Engine, EngineConfig
 from pipeline.engine.laps import Laps
+from pipeline.errors import JobError
+from pipeline.imports import collecting_later
 from pipeline.results.summary import JobReport, rows_for_table
+from pipeline.workers import worker
 from tests.patience import patient
 
 ROOT = Path(__file__).parents[2]
@@ -79,6 +84,13 @@ def test_worker_imports_what_it_runs() -> None:
     assert imported(WORKER.format(model=MODEL)) == {"torch", "transformers"}
 
 
+def test_worker_imports_before_it_loads() -> None:
+    """All but some tens of the 3,000 modules: those of the model's type, of its tokenizer, of its files."""
+    code = "import sys\nfrom pipeline.workers.worker import _import_engine\n_import_engine()\nbefore = len(sys.modules)"
+    code += WORKER.format(model=MODEL) + "assert len(sys.modules) < before + 150, len(sys.modules) - before"
+    assert imported(code) == {"torch", "transformers"}
+
+
 def test_worker_with_a_schema_imports_its_grammar_too() -> None:
     pytest.importorskip("llguidance")
     assert imported(WORKER.format(model=MODEL) + SCHEMA) == {"torch", "transformers", "llguidance", "jsonschema"}
@@ -94,6 +106,37 @@ def test_pandas_is_there_for_those_who_ask() -> None:
     assert imported(code + "table = pa.table({'a': [1, 2]})") == set()
     assert imported(code + "assert len(pa.table({'a': [1, 2]}).to_pandas()) == 2") == {"pandas"}
     assert imported("import pyarrow as pa\npa.array([1])") == {"pandas"}  # else without_pandas() is not needed
+
+
+def test_what_is_made_while_collection_waits_is_old_and_can_be_collected() -> None:
+    with collecting_later():
+        assert not gc.isenabled()
+        made = [object]
+    assert gc.isenabled()
+    assert any(made is item for item in gc.get_objects(generation=2))
+    assert gc.get_freeze_count() == 0
+    gc.disable()
+    try:
+        with collecting_later():
+            pass
+        assert not gc.isenabled()  # as it was
+    finally:
+        gc.enable()
+
+
+def test_collection_waits_while_a_worker_imports_and_parses(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[tuple[str, bool]] = []
+
+    def fails(config: object) -> None:
+        waits.append(("tokenizer", not gc.isenabled()))
+        raise JobError("no tokenizer")
+
+    monkeypatch.setattr(worker, "_import_engine", lambda: waits.append(("imports", not gc.isenabled())))
+    monkeypatch.setattr(worker, "JobQuestions", fails)
+    with pytest.raises(JobError, match="no tokenizer"):
+        Summarizer(model=MODEL).load()
+    assert waits == [("imports", True), ("tokenizer", True)]
+    assert gc.isenabled()
 
 
 def test_laps_add_up_to_the_time_that_passed(monkeypatch: pytest.MonkeyPatch) -> None:
