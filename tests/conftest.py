@@ -18,7 +18,7 @@ MODEL = ROOT / "models" / "tiny-reader"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests with Ray take long, so each process begins with its share of them: the first with those of one cluster.
+    """Tests with Ray take long, so two processes begin with them, one with those of the shared cluster.
 
     pytest-xdist gives every process a stretch of the list, all of about the same length.
     """
@@ -26,16 +26,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     alone = [item for item in items if item.get_closest_marker("ray") and not _on_cluster(item)]
     others = [item for item in items if not (_on_cluster(item) or item.get_closest_marker("ray"))]
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    firsts = (
-        [shared, *(alone[part :: processes - 1] for part in range(processes - 1))]
-        if processes > 1
-        else [shared + alone]
-    )
+    firsts = [shared, alone] if processes > 1 else [shared + alone]
     total, items[:] = len(items), []
     for part, first in enumerate(firsts):
         room = max(0, (total - len(items)) // (processes - part) - len(first))
         items += first + others[:room]
         del others[:room]
+    items += others
 
 
 @pytest.hookimpl(trylast=True)  # behind the fixtures of `item`

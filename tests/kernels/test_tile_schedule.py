@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kernels._common import hopper
+from kernels._common import hopper_gluon
 from kernels.block_selection import tile_order
 
 PROGRAMS = 132  # multiprocessors of an H100
@@ -36,12 +36,12 @@ def tiles_of_programs(
         where=lambda condition, a, b: a if condition else b,
         load=lambda place, mask, other: flat[place] if mask else other,
     )
-    monkeypatch.setattr(hopper, "gl", language)
+    monkeypatch.setattr(hopper_gluon, "gl", language)
     loads = []
     for program.id in range(programs):
         turns = [
-            hopper.tile_of.fn(turn, 0, rows, lanes, kv_heads, group, order is not None)
-            for turn in range(hopper.count_turns.fn(rows, lanes, group))
+            hopper_gluon.tile_of.fn(turn, 0, rows, lanes, kv_heads, group, order is not None)
+            for turn in range(hopper_gluon.count_turns.fn(rows, lanes, group))
         ]
         assert all(kv_head == head // group for there, _, head, kv_head, _ in turns if there)
         loads.append([(n, head, row) for there, n, head, _, row in turns if there])
