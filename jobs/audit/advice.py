@@ -18,6 +18,9 @@ ENOUGH = 20
 # Nor does an arm that may lose so great a share of known answers, as far as the interval tells.
 UNSEEN_LOSS = 0.2
 
+# What stands against arms that are faster, in the headline; the table of reasons says which.
+_UNFIT = "writes other outputs, loses known answers or failed"
+
 Figures = dict[str, Any]
 
 
@@ -110,7 +113,7 @@ def _obstacle(arm: Figures, limits: Limits) -> str:
     """Why the arm cannot be recommended whatever its speed; empty if it can."""
     if arm["failed"]:
         return f"{arm['failed']} of {arm['documents']} documents failed"
-    if arm["preset"] != "dense" and not arm["sparse_documents"]:
+    if not _tried(arm):
         return "every document was short enough to be read densely, so it was not tried at all"
     if arm["token_agreement"] is None or arm["rouge_l"] is None:
         return "no document could be compared"
@@ -125,6 +128,11 @@ def _obstacle(arm: Figures, limits: Limits) -> str:
             told = f"it loses {-100 * gap['mean']:.0f} points of {name}, of which dense finds {gap['dense']:.0%}"
             return f"{told} (95%: {100 * gap['low']:+.0f} to {100 * gap['high']:+.0f} points)"
     return ""
+
+
+def _tried(arm: Figures) -> bool:
+    """Whether the arm read any document as it is meant to: Stem reads short ones densely."""
+    return arm["preset"] == "dense" or arm["sparse_documents"] > 0
 
 
 def _judged(arm: Figures) -> list[tuple[str, Figures]]:
@@ -167,11 +175,14 @@ def _stay(reference: Figures, others: Sequence[Figures], like: Sequence[Figures]
     stay = f"Stay with {describe(reference)}"
     if not others:
         return f"{stay}: nothing else was measured."
-    fast = [arm for arm in others if _ratio(arm, reference) >= enough]
+    tried = [arm for arm in others if _tried(arm)]
+    if not tried:
+        return f"{stay}: every document was short enough to be read densely, so Stem was not tried at all."
+    fast = [arm for arm in tried if _ratio(arm, reference) >= enough]
     if fast and like:
-        return f"{stay}: what is faster here writes other outputs or failed, and what writes the same is not faster."
+        return f"{stay}: what is faster here {_UNFIT}, and what is as good is not faster."
     if fast:
-        return f"{stay}: what is faster here writes other outputs or failed. Other need not be worse: read both."
+        return f"{stay}: what is faster here {_UNFIT}. Other outputs need not be worse: read both."
     return f"{stay}: nothing that was measured is faster on this device with documents of these lengths."
 
 
@@ -186,7 +197,8 @@ def _caveats(arms: Sequence[Figures], chosen: Figures, limits: Limits, total: in
             f"{compared} of {total:,} documents were compared. Even if none of them had differed, up to "
             f"{unseen(compared, total):.0%} of all could (95% confidence); --sample {more} would tell more."
         )
-    found += [text for text in (_open_interval(chosen, limits), _partly_dense(chosen)) if text]
+    if chosen is not arms[0]:  # whose likeness is that of two runs of itself
+        found += [text for text in (_open_interval(chosen, limits), _partly_dense(chosen)) if text]
     if not any(_judged(arm) for arm in arms):
         why = why_none or "dense attention does not find them itself"
         found.append(f"Nothing is known of lookups inside a document, which sparse attention loses first: {why}.")

@@ -130,5 +130,5 @@ def _told(row: Result | None, asked_alike: bool) -> str:
     status = STATUS_LABELS[row.status].label if row.status in STATUS_LABELS else row.status
     flags = [FLAGS[flag].label if flag in FLAGS else flag for flag in row.flags]
     told = ", ".join([status, *flags, *([row.error] if row.error else [])])
-    asked = [] if asked_alike else [f"asked: {row.question_text}"]
+    asked = [] if asked_alike else [f'asked: "{row.question_text}"']
     return "; ".join([*asked, told, *(f"{what} {text}" for what, text in facts_of(row) if what in SHOWN)])

@@ -505,12 +505,26 @@ def test_recommendation(others: list[dict[str, Any]], verdict: str, arm: str) ->
     assert any("24 of 500 documents were compared" in text and "12%" in text for text in found.caveats)
 
 
+def test_the_headline_is_true_of_what_was_not_tried_and_of_two_runs_of_dense() -> None:
+    """An arm that read every document densely did not write other outputs, and dense is not unlike itself."""
+    untried = figures("release-bf16", 180, 1.0, 1.0, sparse_documents=0)
+    found = recommend([DENSE, untried], Limits(), 500)
+    assert "so Stem was not tried at all" in found.headline
+    assert "other outputs" not in found.headline
+    both = recommend([DENSE, untried, figures("sampled-bf16", 180, 0.5, 0.2)], Limits(), 500)
+    assert "writes other outputs" in both.headline
+    few = {"mean": 1.0, "low": 0.3, "high": 1.0, "documents": 2}
+    caveats = recommend([DENSE | {"rouge_l": few}, untried], Limits(), 500).caveats
+    assert not any("95% interval" in text for text in caveats)
+
+
 def test_what_loses_known_answers_is_never_recommended() -> None:
     """However fast and like dense its outputs are; a loss where dense finds nothing itself is none."""
     lossy = figures("release-bf16", 300, 1.0, 1.0, known=known(0.2))
     alone = recommend([DENSE, lossy], Limits(), 500)
     assert (alone.verdict, alone.arm) == ("stay", "dense-bf16")
     assert "not recommended: it loses 20 points of lookups, of which dense finds 90%" in alone.reasons[0][1]
+    assert "loses known answers" in alone.headline
     beside = recommend([DENSE, lossy, figures("sampled-bf16", 150, 0.97, 0.95)], Limits(), 500)
     assert (beside.verdict, beside.arm) == ("use", "sampled-bf16")
     asked = figures("release-bf16", 300, 1.0, 1.0, known=known(0.2, name="questions"))

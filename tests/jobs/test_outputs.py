@@ -188,7 +188,7 @@ def test_outputs_without_a_passage_are_found(tmp_path: Path, report: Report, vis
     assert after(page, lambda: page.select_option("[data-by=flagged]", label="no passage (1)")) == ["invented"]
     page.locator(".rows a").click()
     page.wait_for_selector("dialog[open] .pane")
-    assert "Marked because no passage" in page.locator(".reader-body").inner_text()
+    assert "; no passage of the document was found" in page.locator(".reader-body").inner_text()
     assert "may be right all the same" in page.locator(".pane").first.inner_text()
     copied, no_passage = (badge.bounding_box() for badge in page.locator("#reader-name .badge").all())
     assert no_passage["x"] - copied["x"] - copied["width"] > 4, "they do not stick together"
@@ -196,7 +196,7 @@ def test_outputs_without_a_passage_are_found(tmp_path: Path, report: Report, vis
     after(page, lambda: page.select_option("[data-by=flagged]", "-1"))
     page.locator(".rows a", has_text="unfit").click()
     page.wait_for_selector("dialog[open] .error")
-    assert page.locator(".pane .text").first.inner_text() == '{"cost":', "what fits no schema can be read"
+    assert page.locator(".pane .text").first.inner_text() == '{"cost": ', "what fits no schema can be read"
 
 
 def test_everything_by_keyboard(folder: Path, report: Report, visit: Callable[..., Any]) -> None:
