@@ -358,9 +358,8 @@ def test_two_wordings_of_a_question_are_compared_by_document(tmp_path: Path) -> 
     folders = [write(tmp_path / str(at), dict.fromkeys("ab", "text"), rows) for at, rows in enumerate(asked)]
     found = changes(*load_runs([str(folder) for folder in folders]), most=99)
     assert [(entry.name, found.groups[entry.group].name) for entry in found.entries] == [("a", "same"), ("b", "same")]
-    assert [pane.note.split(";")[0] for pane in found.entries[0].panes] == [
-        f"asked: {text}" for text in wordings.values()
-    ]
+    told = [pane.note.split(";")[0] for pane in found.entries[0].panes]
+    assert told == [f'asked: "{text}"' for text in wordings.values()]
 
     more = [*asked[1], *(row(name, "other", question_id="cost", question="What did it cost?") for name in "ab")]
     several = write(tmp_path / "several", dict.fromkeys("ab", "text"), more)
