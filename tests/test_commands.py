@@ -117,7 +117,7 @@ RUN_BY = {
 # What cannot run here: other machines, or this environment's own making.
 ELSEWHERE = {
     "docker": "an engine for containers", "kubectl": "a Kubernetes cluster", "ssh": "another machine",
-    "pip": "the Makefile makes the environment",
+    "pip": "the Makefile makes the environment", "venv": "the Makefile makes the environment",
 }  # fmt: skip
 # Words of the text that are no commands.
 NAMES = {("make",), ("python",), ("ray",), ("git",), ("tools.benchmark", "...")}  # git is a model type, too
