@@ -41,11 +41,12 @@ def group(messages: Sequence[str]) -> list[Group]:
     groups: list[Group] = []
     start = 0
     while start < len(order):
-        end, shared = _reach(messages, order, common, start)
-        members = order[start:end]
-        text = messages[members[0]]
-        groups.append(_group(messages, members, *(shared or _parted(text))))
-        start = end
+        stop, shared = _reach(messages, order, common, start)
+        text, members = messages[order[start]], order[start:stop]
+        end, begin = shared or _parted(text)
+        questions = tuple(messages[number][begin:] for number in members)
+        groups.append(Group(text[:end], text[end:begin], tuple(members), questions))
+        start = stop
     return groups
 
 
@@ -63,12 +64,6 @@ def _reach(
             break
         end, shared, most = end + 1, seam, most or seam[0]
     return end, shared
-
-
-def _group(messages: Sequence[str], members: list[int], end: int, begin: int) -> Group:
-    text = messages[members[0]]
-    questions = tuple(messages[number][begin:] for number in members)
-    return Group(text[:end], text[end:begin], tuple(members), questions)
 
 
 def _common(one: str, other: str) -> int:

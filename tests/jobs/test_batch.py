@@ -181,7 +181,7 @@ def test_a_file_that_is_no_batch_is_refused(line: Any, message: str, run: Run, t
         ({"max_tokens": 0}, "body: max_new_tokens must be a whole number of at least 1, got 0"),
         ({"stop": 3}, "body.stop must be a text or a list of texts, got 3"),
         ({"response_format": {"type": "json_object"}}, "body.response_format must be text, or json_schema"),
-        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "got user, assi"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "got user, as"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only texts .* got 'image_url'"),
         ({"messages": [{"role": "user", "content": " ?\n"}]}, "two characters or more"),
         ({"messages": [{"role": "user", "content": "\ud800 a"}]}, "the content must be a text"),
@@ -287,3 +287,13 @@ def test_flags_that_speak_of_documents_are_not_there(run: Run, tmp_path: Path) -
     assert "--output is missing" in run("--input", path)[2]
     code, _, err = run("--input", tmp_path / "nowhere.jsonl", "--output", "out")
     assert (code, "cannot be read" in err) == (1, True)
+
+
+def test_a_dry_run_tells_the_plan_and_leaves_nothing(run: Run, tmp_path: Path, model: Path) -> None:
+    schema = {"type": "object", "properties": {"town": {"type": "string"}}}
+    form = {"type": "json_schema", "json_schema": {"schema": schema}}
+    path = batch(tmp_path, [asking("a", f"{FOUND}Where is it?", response_format=form, max_tokens=7)])
+    code, told, err = run("--input", path, "--output", tmp_path / "out", "--model", model, "--dry-run")
+    assert (code, err) == (0, "")
+    assert "town" in told, "the answers' type"
+    assert not (tmp_path / "out").exists()
