@@ -15,7 +15,7 @@ from pipeline.errors import JobError, nearest, visible
 from pipeline.versions import versions
 
 FOLDER = Path(__file__).parent
-FIRST = ("summarize", "submit", "report", "audit", "evaluate", "inspect", "demo")
+FIRST = ("summarize", "submit", "batch", "report", "audit", "evaluate", "inspect", "demo")
 
 
 def commands(folder: Path = FOLDER) -> dict[str, str]:

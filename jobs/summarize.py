@@ -42,7 +42,12 @@ def main(arguments: Sequence[str]) -> int:
         epilog=(__doc__ or "").splitlines()[-1], allow_abbrev=False,
     )  # fmt: skip
     add_job_flags(parser)
-    config = job_config(parser.parse_args(arguments))
+    report = carry_out(job_config(parser.parse_args(arguments)))
+    return report.exit_code if report else 0
+
+
+def carry_out(config: JobConfig) -> JobReport | None:
+    """Run a job and print what it came to, or of a dry run the plan; then there is no report. Raises JobError."""
     refuse_unpacked_paths(config)
     for number in stop_signals():  # until the job has its own way to stop
         signal.signal(number, _interrupt)
@@ -51,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
 
         for line in describe_plan(config):
             print(visible(line), flush=True)
-        return 0
+        return None
     from pipeline.job.job import run
 
     report = run(config)
@@ -60,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
         if Path(config.model).name == "tiny-reader":
             print(f"{config.model}: {BUNDLED_HINT}")
         sys.stdout.flush()
-    return report.exit_code
+    return report
 
 
 def _broken_pipe() -> None:

@@ -38,6 +38,7 @@ SUMMARIZE = ("jobs.summarize", "--input", "reports/", "--output", "results/", "-
 # Where a command's work begins: all of its flags were read by then, and their values checked.
 WORK = {
     "jobs.audit": ("jobs.audit.__main__.run",),
+    "jobs.batch": ("pipeline.job.job.run", "pipeline.job.dry_run.describe_plan"),
     "tools.benchmark accumulation": ("tools.benchmark.accumulation.linear_rows",),
     "tools.benchmark attention": ("tools.benchmark.attention._at_length",),
     "tools.benchmark elementwise": ("tools.benchmark.elementwise.torch.cuda.is_available",),
@@ -70,6 +71,7 @@ RUN_BY = {
     ".ci/run": ".ci/run: make --no-print-directory lint",
     "jobs": "tests/test_commands.py: test_the_list_of_commands_names_each",
     "jobs.audit": "tests/jobs/test_audit.py: test_rows_figures_and_page_of_an_audit",
+    "jobs.batch": "tests/jobs/test_batch.py: test_a_batch_is_answered_and_resumed",
     "tools": "tests/test_commands.py: test_the_list_of_commands_names_each",
     "tools.benchmark accumulation": "tests/tools/test_benchmark_accumulation.py: test_sums_and_logits_are_measured",
     "tools.benchmark attention": "tests/tools/test_benchmark_attention.py: test_every_case_of_ours",
@@ -115,7 +117,7 @@ RUN_BY = {
 # What cannot run here: other machines, or this environment's own making.
 ELSEWHERE = {
     "docker": "an engine for containers", "kubectl": "a Kubernetes cluster", "ssh": "another machine",
-    "pip": "the Makefile makes the environment",
+    "pip": "the Makefile makes the environment", "venv": "the Makefile makes the environment",
 }  # fmt: skip
 # Words of the text that are no commands.
 NAMES = {("make",), ("python",), ("ray",), ("git",), ("tools.benchmark", "...")}  # git is a model type, too
@@ -149,6 +151,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for number in range(2):
         told = "\n\nKey finding: The mill lost 14 pallets to damp in June.\n"
         (folder / f"reports/{number}.txt").write_text(text[1000 * number :][:900] + told, encoding="utf-8")
+    body = {"messages": [{"role": "user", "content": "What went wrong in June?"}]}
+    request = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    (folder / "batch.jsonl").write_text(json.dumps(request) + "\n", encoding="utf-8")
     (job,) = [page for page in documented.PAGES if page.name == "configuration.md"]
     yaml = job.read_text(encoding="utf-8").split("```yaml\n", 1)[1].split("```", 1)[0]
     (folder / "job.yaml").write_text(yaml, encoding="utf-8")
@@ -167,6 +172,7 @@ def stood_in(words: Sequence[str]) -> list[str]:
     here = {"Qwen/Qwen3-8B": model, "/models/Qwen3-8B": model, "PATH": model, "FOLDER": "trained"}
     here["shapes/llama-3.1-8b"] = model
     here["Qwen/Qwen2.5-Coder-1.5B-Instruct"] = here["Qwen/Qwen2.5-0.5B-Instruct"] = model
+    here["/data/batch.jsonl"], here["/data/results"] = "batch.jsonl", "results-of-cluster"
     here["TEXT.txt"] = str(ROOT / "examples/documents/report-01.txt")
     return [here.get(word, word) for word in words]
 

@@ -98,6 +98,7 @@ class JobConfig(Sampling, EngineSettings, ReadSettings):
     questions_column: str | None = setting(
         None,
         "column of the input that holds a document's own questions: a list of texts, or JSON of one",
+        more="or mappings with max_new_tokens and settings of sampling of their own: [questions](questions.md)",
         group="prompt",
     )
     system: str | None = setting(None, "system message, before the document", group="prompt")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Collection, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.answers.schema import Schema, compile_schema
-from pipeline.errors import JobError, nearest, one_line
+from pipeline.errors import DocumentError, JobError, nearest, one_line
 from pipeline.prompts.questions import OWN, Questions, is_own
 from pipeline.prompts.task import Task, asks, make_task, user_message
 from pipeline.settings.config import JobConfig
@@ -19,7 +20,9 @@ from pipeline.settings.shared import Sampling
 from stem_core.settings import LARGEST, SettingError
 
 SAMPLING = tuple(item.name for item in fields(Sampling))
+OWN_KEYS = ("question", "max_new_tokens", *SAMPLING)
 KEYS = ("name", "question", "max_new_tokens", "schema", *SAMPLING)
+MOST_OWN = 1000
 # Columns of read_results(wide=True), beside which the questions stand.
 TAKEN = ("document_id", "source", "status", "error")
 # The name of a question that nobody has worded: that of the task.
@@ -111,24 +114,69 @@ def _listed(questions: Any) -> list[tuple[Any, str]]:
     ]
 
 
-def _task(item: Any, place: str, plain: Task) -> Task:
-    """The task of an entry. Raises JobError with its place."""
+def own_tasks(questions: Questions, values: Mapping[str, Any]) -> list[Task]:
+    """The questions that a document brought along. values: its columns. Raises DocumentError if they are none."""
+    own, column = questions.own, questions.own_column
+    if own is None or column is None:
+        return []
+    tasks = []
+    for number, item in enumerate(_own_entries(values.get(column), column), 1):
+        if isinstance(item, Mapping):  # in Parquet each has all keys of the column's type
+            item = {key: value for key, value in item.items() if value is not None}
+        place = f"its questions ({column}): question {number}"
+        try:
+            text, most, sampling = asked_as({"question": item} if isinstance(item, str) else item, place, OWN_KEYS)
+        except JobError as error:
+            raise DocumentError(str(error)) from None
+        named = replace(own, name=f"{OWN}-{number}", question=text, merge_question=text)
+        tasks.append(replace(named, max_new_tokens=most, sampling=sampling))
+    return tasks
+
+
+def _own_entries(value: Any, column: str) -> list[Any]:
+    """What is in a document's column: a list, or JSON of one. Raises DocumentError for anything else."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise DocumentError(
+                f"its questions ({column}) are a text that is not JSON; expected a list of texts, or JSON of one"
+            ) from None
+    if value is None or value == []:
+        raise DocumentError(f"it has no questions of its own ({column} is empty)")
+    if not isinstance(value, list):
+        raise DocumentError(f"its questions ({column}) are not a list of texts")
+    if len(value) > MOST_OWN:
+        raise DocumentError(f"it has {len(value):,} questions of its own ({column}); at most {MOST_OWN:,} are asked")
+    return value
+
+
+def asked_as(item: Any, place: str, keys: Collection[str]) -> tuple[str, int | None, dict[str, Any]]:
+    """The text of a question's entry, its max_new_tokens and its settings of sampling, in place of the job's.
+
+    keys: those that the entry may have. Raises JobError with its place.
+    """
     if not isinstance(item, Mapping):
-        raise JobError(f"{place}: expected a text or keys ({', '.join(KEYS)}), got {short(item)}")
+        raise JobError(f"{place}: expected a text or keys ({', '.join(keys)}), got {short(item)}")
     for key in item:
-        if key not in KEYS:
+        if key not in keys:
             raise JobError(
-                f"{place}: {short(key)} is not a key{nearest(str(key), KEYS) or '; they are ' + ', '.join(KEYS)}"
+                f"{place}: {short(key)} is not a key{nearest(str(key), keys) or '; they are ' + ', '.join(keys)}"
             )
     text = item.get("question")
     if not isinstance(text, str) or not text.strip() or not holdable(text):
         raise JobError(f"{place}: its question must be a text, got {short(text)}")
-    text = text.strip()
-    name = item.get("name", slug(text))
-    _check_name(name, place)
     most = item.get("max_new_tokens")
     if most is not None and (isinstance(most, bool) or not isinstance(most, int) or not 1 <= most <= LARGEST):
         raise JobError(f"{place}: max_new_tokens must be a whole number of at least 1, got {short(most)}")
+    return text.strip(), most, _sampling(item, place)
+
+
+def _task(item: Any, place: str, plain: Task) -> Task:
+    """The task of an entry. Raises JobError with its place."""
+    text, most, sampling = asked_as(item, place, KEYS)
+    name = item.get("name", slug(text))
+    _check_name(name, place)
     schema = item.get("schema")
     if schema is not None and not isinstance(schema, Mapping):
         raise JobError(f"{place}: its schema must be a JSON object, got {short(schema)}")
@@ -136,7 +184,7 @@ def _task(item: Any, place: str, plain: Task) -> Task:
         schema = json_copy(schema)
     except ValueError as error:
         raise JobError(f"{place}: its schema is not JSON: {one_line(error)}") from None
-    return Task(text, plain.template, text, plain.system, name, most, _sampling(item, place), schema)
+    return Task(text, plain.template, text, plain.system, name, most, sampling, schema)
 
 
 def _sampling(item: Mapping[str, Any], place: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pipeline.prompts.task import Task
 from pipeline.prompts.tokens import Tokens, load_tokens
 from pipeline.results.kept_columns import Kept, prompt_text
 from pipeline.results.rows import Outcome
+from pipeline.settings.questions import own_tasks
 from pipeline.source import Asked, Document
 from pipeline.workers.work import Ask, Work, WorkerConfig
 
@@ -70,7 +71,7 @@ class JobQuestions:
                 work.asks.append(self._ask(work, task, self._builders[task.name]))
         if OWN in names:
             try:
-                own = [(task, self._builder(task)) for task in questions.of_document(kept.prompt)]
+                own = [(task, self._builder(task)) for task in own_tasks(questions, kept.prompt)]
                 work.asks += [self._ask(work, task, builder) for task, builder in own]
             except DocumentError as error:
                 unread = self.unread(work, OWN)

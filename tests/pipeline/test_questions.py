@@ -311,6 +311,37 @@ def test_a_document_brings_its_own_questions(tmp_path: Path, model: Path) -> Non
         summarize(input=data, model=model, questions_column="asks", **FAKE)
 
 
+def test_own_questions_may_have_settings_of_their_own(tmp_path: Path, model: Path) -> None:
+    asks: list[Any] = ["Who?", {"question": " Where? ", "max_new_tokens": 3, "temperature": 0.5}]
+    wrong = {
+        "key": {"question": "Who?", "name": "who"}, "temperature": {"question": "Who?", "temperature": -1},
+        "most": {"question": "Who?", "max_new_tokens": 0}, "text": {"max_new_tokens": 3}, "kind": 3,
+    }  # fmt: skip
+    rows = [{"id": "list", "text": report(1), "ask": asks}, {"id": "json", "text": report(1), "ask": json.dumps(asks)}]
+    rows += [{"id": name, "text": "a text", "ask": ["Who?", item]} for name, item in wrong.items()]
+    found = by_key(summarize(input=jsonl(tmp_path / "a.jsonl", rows), model=model, questions_column="ask", **SMALL))
+    for name in ("list", "json"):
+        first, second = found[name, "own-1"], found[name, "own-2"]
+        assert (second["question"], second["output_tokens"]) == ("Where?", 3)
+        assert first["output_tokens"] > 3
+        assert first["prompt_hash"] != second["prompt_hash"]
+    errors = {name: found[name, "own"]["error"] for name in wrong}
+    assert errors == {
+        "key": "its questions (ask): question 2: 'name' is not a key; they are question, max_new_tokens, temperature, "
+        "top_p, top_k, min_p, repetition_penalty, seed",
+        "temperature": "its questions (ask): question 2: temperature must be at least 0, got -1",
+        "most": "its questions (ask): question 2: max_new_tokens must be a whole number of at least 1, got 0",
+        "text": "its questions (ask): question 2: its question must be a text, got None",
+        "kind": "its questions (ask): question 2: expected a text or keys (question, max_new_tokens, temperature, "
+        "top_p, top_k, min_p, repetition_penalty, seed), got 3",
+    }
+    table = pa.table({"id": ["a"], "text": [report(1)], "ask": [[{"question": "Who?"}, asks[1]]]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    typed = by_key(summarize(input=tmp_path / "a.parquet", model=model, questions_column="ask", **SMALL))
+    assert typed["a", "own-2"]["output_tokens"] == 3
+    assert typed["a", "own-1"]["output"] == found["list", "own-1"]["output"]
+
+
 # -- wide tables, Ray Data
 
 

@@ -212,7 +212,8 @@ Whoever gives one of these names as a flag or a setting is told the same. `tempe
 Only `block_size` is another thing here (tokens in a block of the sparse attention), and `top_k` is left out where vLLM
 takes -1 or 0. The defaults differ: vLLM's `SamplingParams()` samples at temperature 1 and ends after 16 tokens, and its
 server samples as the model's `generation_config.json` says; here outputs are greedy and end after
-{JobConfig.max_new_tokens} tokens.
+{JobConfig.max_new_tokens} tokens. The files of `vllm run-batch` are answered by
+[`jobs.batch`](inputs.md#openai-batch-files).
 
 {table(("in vLLM, or Ray Data LLM", "here"), rows)}
 
