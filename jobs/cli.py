@@ -17,9 +17,9 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pipeline.answering import left_behind
 from pipeline.errors import JobError
 from pipeline.imports import WrongPackageError, check_kernels, prefer_ours, without_pandas
+from pipeline.interruptible import left_behind
 from pipeline.settings.config import MOST_USED, JobConfig, declared, flag, instead, read_job_file
 from stem_core.settings import kind_of
 

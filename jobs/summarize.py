@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.cli import Parser, add_job_flags, command, job_config, run_main, this_python, unheard
-from pipeline.answering import stop_signals
 from pipeline.errors import JobError, visible
+from pipeline.interruptible import stop_signals
 from pipeline.location import is_uri
 from pipeline.results.store import Store
 from pipeline.results.summary import JobReport, first_outputs, rows_for_table

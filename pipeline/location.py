@@ -14,8 +14,8 @@ from urllib.parse import quote, unquote
 
 from pyarrow.fs import FileSystem, LocalFileSystem
 
-from pipeline.answering import answering
 from pipeline.errors import JobError, one_line, without_secrets
+from pipeline.interruptible import interruptible
 
 WILDCARD = re.compile(r"[*?\[]")
 # pathlib makes s3:/bucket of s3://bucket; nobody has a folder of such a name.
@@ -105,7 +105,7 @@ def _pattern(path: str) -> str:
 
 @lru_cache(maxsize=16)
 def _opened(uri: str) -> tuple[FileSystem, str]:
-    return answering(True, FileSystem.from_uri, uri)
+    return interruptible(True, FileSystem.from_uri, uri)
 
 
 def open_filesystem(uri: str) -> FileSystem:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from shell import NICENESS
 
 if TYPE_CHECKING:
     from ray_here import RayHere
 
+os.environ |= NICENESS
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models" / "tiny-reader"
 

@@ -157,9 +157,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (job,) = [page for page in documented.PAGES if page.name == "configuration.md"]
     yaml = job.read_text(encoding="utf-8").split("```yaml\n", 1)[1].split("```", 1)[0]
     (folder / "job.yaml").write_text(yaml, encoding="utf-8")
-    message = {"role": "user", "content": "a text"}
-    request = {"custom_id": "r0", "url": "/v1/chat/completions", "body": {"messages": [message]}}
-    (folder / "batch.jsonl").write_text(json.dumps(request) + "\n", encoding="utf-8")
     before = Path.cwd()
     os.chdir(folder)
     yield folder
@@ -376,10 +373,6 @@ def test_they_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (place / "results/report.html").stat().st_size > 1 << 20
     for block in documented.blocks():
         run_block(block)
-    (request,) = (place / "requests.jsonl").read_text(encoding="utf-8").splitlines()
-    assert json.loads(request) == {"id": "r0", "text": "a text"}
-    responses = [json.loads(line) for line in (place / "batch-results.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [line["response"]["status_code"] for line in responses] == [200, 200]
     assert main_of(SUMMARIZE[0])(line) == 0
     assert "nothing to do" in capsys.readouterr().out, "the same command again continues, says the README"
 

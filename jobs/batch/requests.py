@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.answering import answering
 from pipeline.errors import JobError, one_line
+from pipeline.interruptible import interruptible
 from pipeline.location import is_remote, open_filesystem, safe_name, split_location
 from pipeline.settings.options import holdable, short
 from pipeline.settings.questions import OWN_KEYS, SAMPLING, asked_as
@@ -118,7 +118,7 @@ def _text(location: str) -> str:
             return file.readall()
 
     try:
-        return answering(is_remote(location), read).decode("utf-8-sig")
+        return interruptible(is_remote(location), read).decode("utf-8-sig")
     except JobError:
         raise
     except Exception as error:  # filesystems of fsspec raise what they like

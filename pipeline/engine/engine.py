@@ -33,9 +33,9 @@ from pipeline.engine.model.precision import wide_notes
 from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.model.text_part import media_tokens
 from pipeline.engine.prefix import Prefix
-from pipeline.engine.run.batch import DRAFTS, IDLE, NOT_FINITE, DecodeBatch
+from pipeline.engine.run.batch import IDLE, NOT_FINITE, DecodeBatch
 from pipeline.engine.run.decode import DecodeRunner, Readback, StepKey, batch_bucket, group_bucket
-from pipeline.engine.run.lookup import PAYS, LookupPolicy
+from pipeline.engine.run.lookup import DRAFTS, PAYS, LookupPolicy
 from pipeline.engine.run.masks import Constraint, TokenMasks
 from pipeline.engine.run.prefill import Prefill, attention_plan, chunk_size
 from pipeline.engine.run.tail import TailPrefill

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.answering import stop_signals
 from pipeline.engine.laps import Laps
 from pipeline.errors import JobError, one_line, visible
 from pipeline.imports import check_kernels
+from pipeline.interruptible import stop_signals
 from pipeline.job import manifest
 from pipeline.job.on_finish import broken_off, finished, notify
 from pipeline.job.plan import JobPlan, make_plan, survey_input

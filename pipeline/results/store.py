@@ -23,8 +23,8 @@ from typing import Any, TypeVar
 import pyarrow as pa
 from pyarrow.fs import FileSelector, FileSystem, FileType
 
-from pipeline.answering import answering
 from pipeline.errors import JobError, one_line
+from pipeline.interruptible import interruptible
 from pipeline.location import is_remote, open_filesystem, safe_name, split_location
 from pipeline.results.lock import ClaimLock, FolderLock, Lock
 
@@ -46,11 +46,11 @@ class Store:
     def create(self) -> None:
         """Make the folder. Raises JobError if that cannot be done or it cannot be written to."""
         try:
-            self._answering(self._filesystem.create_dir, self._root)
+            self._interruptible(self._filesystem.create_dir, self._root)
             probe = f"{PROBE}{secrets.token_hex(4)}{TEMPORARY}"
             self._put(probe, b"")
             with contextlib.suppress(FileNotFoundError):  # a job that holds the lock clears temporary files
-                self._answering(self._filesystem.delete_file, self.path(probe))
+                self._interruptible(self._filesystem.delete_file, self.path(probe))
         except (OSError, pa.ArrowException) as error:
             raise JobError(f"--output {self.name}: cannot be written: {one_line(error)}") from None
 
@@ -74,13 +74,13 @@ class Store:
     def list(self, prefix: str = "", suffix: str = "") -> list[str]:
         """Names of files in the folder, sorted; none if there is no folder."""
         with self.named_failures("cannot be listed"):
-            infos = self._answering(self._filesystem.get_file_info, FileSelector(self._root, allow_not_found=True))
+            infos = self._interruptible(self._filesystem.get_file_info, FileSelector(self._root, allow_not_found=True))
         names = (info.base_name for info in infos if info.type == FileType.File)
         return sorted(name for name in names if name.startswith(prefix) and name.endswith(suffix))
 
     def open(self, name: str) -> pa.NativeFile:
         """A file to read from. Raises OSError (FileNotFoundError if it is not there) or ArrowException."""
-        return self._answering(self._filesystem.open_input_file, self.path(name))
+        return self._interruptible(self._filesystem.open_input_file, self.path(name))
 
     def read_all(self, name: str) -> bytes:
         """A file's bytes. Raises OSError (FileNotFoundError if it is not there) or ArrowException."""
@@ -89,7 +89,7 @@ class Store:
             with self._filesystem.open_input_file(self.path(name)) as file:
                 return file.readall()
 
-        return self._answering(read)
+        return self._interruptible(read)
 
     def read(self, name: str) -> bytes | None:
         """A file's bytes, or None if there is no such file."""
@@ -116,7 +116,7 @@ class Store:
 
     def _put(self, name: str, data: bytes) -> None:
         if self.remote:
-            self._answering(self._put_object, name, data)
+            self._interruptible(self._put_object, name, data)
             return
         folder = Path(self._root)
         temporary = folder / f".{name}.{secrets.token_hex(4)}{TEMPORARY}"
@@ -140,13 +140,13 @@ class Store:
         """Give a file another name; in an object store a copy, then a removal."""
         self.check_lock()
         with self.named_failures(f"{name} cannot be renamed"):
-            self._answering(self._filesystem.move, self.path(name), self.path(new_name))
+            self._interruptible(self._filesystem.move, self.path(name), self.path(new_name))
 
     def delete(self, name: str) -> None:
         """Remove a file if it is there."""
         self.check_lock()
         with self.named_failures(f"{name} cannot be removed"), contextlib.suppress(FileNotFoundError):
-            self._answering(self._filesystem.delete_file, self.path(name))
+            self._interruptible(self._filesystem.delete_file, self.path(name))
 
     def clear_temporary(self) -> None:
         """Remove what an interrupted write left. Only under the lock."""
@@ -172,9 +172,9 @@ class Store:
         finally:
             self.unlock()
 
-    def _answering(self, call: Callable[..., T], *arguments: Any) -> T:
+    def _interruptible(self, call: Callable[..., T], *arguments: Any) -> T:
         try:
-            return answering(self.remote, call, *arguments)
+            return interruptible(self.remote, call, *arguments)
         except (OSError, pa.ArrowException):
             raise
         except Exception as error:  # filesystems of fsspec raise what they like

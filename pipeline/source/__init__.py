@@ -12,9 +12,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.answering import answering
 from pipeline.converters.protocol import Converted
 from pipeline.errors import DocumentError, JobError, one_line
+from pipeline.interruptible import interruptible
 from pipeline.results.kept_columns import Kept, keep
 from pipeline.settings.shared import ReadSettings
 from pipeline.source.catalogue import Asked, Catalogue, CatalogueBuilder, Document, in_shard
@@ -68,7 +68,7 @@ def list_documents(
     for file in files:
         builder.start_file(file, sizes[file.format.name])
         try:
-            answering(bool(file.filesystem), file.format.lister, file, builder)
+            interruptible(bool(file.filesystem), file.format.lister, file, builder)
         except Exception as error:
             if not file.filesystem:
                 raise
@@ -109,7 +109,7 @@ class DocumentReader:
     def read(self, document: Document) -> tuple[str, Kept]:
         """The text and the kept columns. Raises DocumentError with what is wrong with the document."""
         try:
-            return answering(bool(document.locator.filesystem), self._read, document.locator)
+            return interruptible(bool(document.locator.filesystem), self._read, document.locator)
         except DocumentError:
             raise
         except Exception as error:  # filesystems of fsspec raise what they like

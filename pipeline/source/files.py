@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
-from pipeline.answering import answering
 from pipeline.errors import JobError, nearest, one_line
+from pipeline.interruptible import interruptible
 from pipeline.location import WILDCARD, is_remote, open_filesystem, printed, safe_name, split_location
 from pipeline.results.columns import valid_text
 from pipeline.source.formats import SUFFIXES, format_of
@@ -42,7 +42,7 @@ def find_files(locations: tuple[str, ...]) -> tuple[list[SourceFile], list[str]]
     ignored: list[str] = []
     for location in locations:
         try:
-            files, passed = answering(is_remote(location), _find, location)
+            files, passed = interruptible(is_remote(location), _find, location)
         except JobError:
             raise
         except Exception as error:  # filesystems of fsspec raise what they like

@@ -21,7 +21,7 @@ CLOSE_SECONDS = 60.0
 
 
 class LocalPool:
-    """pipeline.workers.scheduler.Pool with one worker in this process. The worker stays for the next run.
+    """pipeline.workers.pool.Pool with one worker in this process. The worker stays for the next run.
 
     Its coroutines run in an event loop of their own: a notebook's is busy with the cell that waits for them.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from patience import patient
+from shell import ray_names
 
 from jobs.cli import run_main
 from tools.faults import processes
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(autouse=True)
 def quiet_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("RAY_")]:
+    for name in ray_names():
         monkeypatch.delenv(name)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from patience import patient
+from shell import shell
 
 from tools.faults.runs import AHEAD, LIVE
 
@@ -18,8 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.ray
 def test_a_node_that_dies_costs_no_document_and_one_that_joins_works(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = shell() | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     script = Path(__file__).with_name("node_script.py")
     ended = subprocess.run(
         [sys.executable, str(script), str(tmp_path / "run")],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from patience import patient
+from shell import ray_names
 
 from pipeline import read_results
 from tools.faults import processes
@@ -35,7 +35,7 @@ ASKED = {(f"doc-{number:06}", each["name"]) for number in range(DOCUMENTS) for e
 
 @pytest.fixture(autouse=True)
 def quiet_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("RAY_")]:
+    for name in ray_names():
         monkeypatch.delenv(name)
 
 

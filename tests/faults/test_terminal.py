@@ -22,9 +22,9 @@ from result_rows import make_row
 
 from jobs.cli import run_main
 from jobs.summarize import main, show
-from pipeline.answering import answering, left_behind, stop_signals
 from pipeline.errors import DocumentError, JobError, visible
 from pipeline.imports import ROOT
+from pipeline.interruptible import interruptible, left_behind, stop_signals
 from pipeline.job import manifest
 from pipeline.job.progress import Progress
 from pipeline.location import open_filesystem
@@ -172,15 +172,15 @@ def test_calls_that_were_interrupted_are_left_behind() -> None:
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.2)
         with pytest.raises(KeyboardInterrupt):
-            answering(True, gate.wait)
+            interruptible(True, gate.wait)
         assert left_behind()
     finally:
         signal.signal(signal.SIGALRM, before)
         gate.set()
-    assert answering(True, lambda: threading.current_thread().name) == "remote"
-    assert answering(False, lambda: threading.current_thread().name) == "MainThread"
+    assert interruptible(True, lambda: threading.current_thread().name) == "remote"
+    assert interruptible(False, lambda: threading.current_thread().name) == "MainThread"
     with pytest.raises(ZeroDivisionError):
-        answering(True, lambda: 1 / 0)
+        interruptible(True, lambda: 1 / 0)
 
 
 def test_hugging_faces_store_without_a_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

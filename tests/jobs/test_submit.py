@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import ray
 from patience import patient
+from shell import shell
 
 from jobs.submit import connect
 from pipeline import read_results, summarize
@@ -38,7 +39,7 @@ def free_ports(count: int) -> list[int]:
 
 def environment() -> dict[str, str]:
     """What a user's shell has; nothing of the other tests' cluster."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTHONPATH"))}
+    kept = {key: value for key, value in shell().items() if not key.startswith("PYTHONPATH")}
     path = os.pathsep.join([str(Path(sys.executable).parent), kept["PATH"]])
     return kept | {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "PATH": path}
 

@@ -20,8 +20,9 @@ from pipeline.engine.config import EngineConfig
 from pipeline.engine.kv.arena import Arena, Extent
 from pipeline.engine.model.loading import load_config
 from pipeline.engine.model.runner import ModelRunner
-from pipeline.engine.run.batch import DRAFTS, DecodeBatch
+from pipeline.engine.run.batch import DecodeBatch
 from pipeline.engine.run.decode import DecodeRunner, StepKey
+from pipeline.engine.run.lookup import DRAFTS
 from pipeline.engine.run.prefill import Prefill
 
 META = torch.device("meta")

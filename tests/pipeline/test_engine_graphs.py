@@ -13,9 +13,9 @@ from graph_devices import GraphDevices
 from test_engine_grammars import request
 
 from pipeline.engine import Engine, EngineConfig, Request
-from pipeline.engine.run.batch import DRAFTS
 from pipeline.engine.run.decode import DecodeRunner, StepKey
 from pipeline.engine.run.graphs import Graphs
+from pipeline.engine.run.lookup import DRAFTS
 
 NEW = 9
 

@@ -18,9 +18,9 @@ from tokenizers import Tokenizer
 
 from pipeline.engine import Completion, Engine, EngineConfig, Request, Sampling, SharedPrompt
 from pipeline.engine.run import decode
-from pipeline.engine.run.batch import DRAFTS, IDLE, LENGTH, NOT_FINITE, TOKEN, DecodeBatch
+from pipeline.engine.run.batch import IDLE, LENGTH, NOT_FINITE, TOKEN, DecodeBatch
 from pipeline.engine.run.decode import StepKey
-from pipeline.engine.run.lookup import EXPECTED, FIRST_PAUSE, LONGEST_PAUSE, Gain, LookupPolicy
+from pipeline.engine.run.lookup import DRAFTS, EXPECTED, FIRST_PAUSE, LONGEST_PAUSE, Gain, LookupPolicy
 from stem_core import StemConfig
 
 STEM = StemConfig(

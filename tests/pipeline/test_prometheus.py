@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 from patience import patient
+from shell import shell
 from test_metrics import queries
 
 from pipeline import read_results
@@ -63,7 +64,7 @@ def wait_for(what: str, check: Callable[[], Any]) -> Any:
 
 
 def environment() -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    kept = shell()
     paths = {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), kept["PATH"]]),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "pipeline")]),

@@ -21,8 +21,8 @@ from pipeline.engine.memory import measure, rehearsal
 from pipeline.engine.model import runner as runners
 from pipeline.engine.model.loading import load_model, load_runner
 from pipeline.engine.model.runner import ModelRunner
-from pipeline.engine.run.batch import DRAFTS
 from pipeline.engine.run.decode import DecodeRunner
+from pipeline.engine.run.lookup import DRAFTS
 from pipeline.workers import gpu, worker
 from pipeline.workers.threads import ReadingThreads
 from stem_core import StemConfig

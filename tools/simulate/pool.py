@@ -1,4 +1,4 @@
-"""pipeline.workers.scheduler.Pool over simulated engines, in virtual time."""
+"""pipeline.workers.pool.Pool over simulated engines, in virtual time."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.token_mask import mask_tokens
 from pipeline.engine.kv.arena import Extent
+from pipeline.engine.run.lookup import DRAFTS
 from pipeline.engine.run.sampling import greedy, penalise, sample, uniforms
 
 TOKEN, START, LENGTH, EMITTED, LIMIT, BOUND, SEED, TOP_K, PREFIX_START, PREFIX_LENGTH = range(10)
@@ -23,9 +24,6 @@ FIELDS = 10
 MAX_STOP_IDS = 32
 # What a step reports for a row: a token id, or one of these.
 IDLE, NOT_FINITE = -1, -2
-# Drafts of a row in a step that verifies some: with four query heads a KV head, 16 queries, as many as a tensor core
-# multiplies in any case.
-DRAFTS = 3
 
 
 @dataclass(frozen=True)

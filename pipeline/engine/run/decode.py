@@ -17,7 +17,6 @@ from pipeline.engine.kv.arena import Arena
 from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.run.batch import (
     BOUND,
-    DRAFTS,
     EMITTED,
     IDLE,
     LENGTH,
@@ -29,6 +28,7 @@ from pipeline.engine.run.batch import (
     DecodeBatch,
 )
 from pipeline.engine.run.graphs import Graphs
+from pipeline.engine.run.lookup import DRAFTS
 from stem_core.errors import first_line
 
 Tag = TypeVar("Tag")

@@ -8,8 +8,7 @@ from typing import Any
 
 from pipeline.engine import Engine, EngineConfig
 from pipeline.engine.probes.timing import decode_step_ms
-from pipeline.engine.run.batch import DRAFTS
-from pipeline.engine.run.lookup import PAYS, LookupPolicy
+from pipeline.engine.run.lookup import DRAFTS, PAYS, LookupPolicy
 from tools.benchmark.engine.agreement import MODEL, report_prompts
 from tools.benchmark.engine.phases import random_prompts, run_documents
 

@@ -16,7 +16,7 @@ T = TypeVar("T")
 _left: list[threading.Thread] = []
 
 
-def answering(remote: bool, call: Callable[..., T], *arguments: Any) -> T:
+def interruptible(remote: bool, call: Callable[..., T], *arguments: Any) -> T:
     """call(*arguments), in a thread of its own if it is `remote` and this is the thread that gets the signals."""
     if not remote or threading.current_thread() is not threading.main_thread():
         return call(*arguments)
