@@ -18,8 +18,9 @@ from pipeline.imports import ROOT
 WORKER = "ray::Worker"
 # Names the file in which engines note the documents that they take.
 LOG = "STEMLINE_FAULTS_LOG"
-# What a driver may be told of this machine; other settings of Ray here are not for it.
-RESOURCES = "RAY_OVERRIDE_RESOURCES"
+# What a driver may be told: this machine's resources, and how its workers share it with others. Other settings of Ray
+# here are not for it.
+TOLD = ("RAY_OVERRIDE_RESOURCES", "RAY_worker_niceness")
 # Ray's own two agents end by themselves a minute after a driver; all else goes with it. They take the first two names
 # when they are up.
 AGENTS = ("DashboardAgent", "RuntimeEnvAgent", "dashboard/agent.py", "runtime_env/agent/main.py")
@@ -30,7 +31,7 @@ PATIENCE = 15.0
 @contextlib.contextmanager
 def driver(arguments: list[str], log: Path, engine_log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """tools.faults.driver in a session of its own; its output is appended to `log`. Stopped at the end of the block."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_") or key == RESOURCES}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_") or key in TOLD}
     environment |= {LOG: str(engine_log), "OMP_NUM_THREADS": "1"}
     with log.open("ab") as file:
         process = subprocess.Popen(
