@@ -73,17 +73,24 @@ def main(arguments: Sequence[str]) -> int:
     if to is None and given.format == "html":
         folder, name = given.output[0], "report.html" if len(runs) == 1 else "comparison.html"
     elif to in (None, "-"):
-        _print_report(given, runs, measures, sys.stdout)
+        _tell(_print_report(given, runs, measures, sys.stdout))
         return 0
     else:
         folder, name = split_name(to)
     text = io.StringIO()
-    _print_report(given, runs, measures, text)
+    lacks = _print_report(given, runs, measures, text)
     print(f"written: {_write(folder, name, text.getvalue())}")
+    _tell(lacks)
     return 0
 
 
-def _print_report(given: Namespace, runs: Sequence[Run], measures: Sequence[Measures], stream: TextIO) -> None:
+def _tell(lacks: str) -> None:
+    if lacks:
+        print(lacks, file=sys.stderr)
+
+
+def _print_report(given: Namespace, runs: Sequence[Run], measures: Sequence[Measures], stream: TextIO) -> str:
+    """Write it, and say which documents its page lacks, if any."""
     title = f"Results: {runs[0].name}" if len(runs) == 1 else "Stemline comparison"
     if given.format == "json":
         stream.write(json.dumps({"runs": _finite(measures)}, indent=2, allow_nan=False, default=str) + "\n")
@@ -92,10 +99,10 @@ def _print_report(given: Namespace, runs: Sequence[Run], measures: Sequence[Meas
     else:
         footer = f"Made by python -m jobs.report on {utc_now():%Y-%m-%d %H:%M} UTC."
         shown = _outputs(given, runs)
-        if shown is not None and (missing := _not_shown(shown)):
-            print(missing, file=sys.stderr)
         told = sections(runs, measures, with_charts=True, outputs=shown)
         stream.write(render_page(title, subtitle(measures), told, footer))
+        return _not_shown(shown) if shown is not None else ""
+    return ""
 
 
 def _outputs(given: Namespace, runs: Sequence[Run]) -> Outputs | None:

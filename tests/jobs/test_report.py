@@ -473,7 +473,7 @@ def test_results_in_an_object_store(tmp_path: Path, bucket: str, report: Report)
     store.create()
     for file in local.iterdir():
         store.write(file.name, file.read_bytes())
-    code, out, err = report(bucket)
+    code, out, err = report(bucket, "--documents", "none")
     assert (code, out, err) == (0, "written: s3://bucket/results/report.html\n", "")
     assert b"no room" in (store.read("report.html") or b"")
     there = bucket.replace("results?", "pages/one.html?")

@@ -169,7 +169,7 @@ def test_masked_steps_are_captured_in_two_parts_and_replayed(monkeypatch: pytest
 def test_a_part_that_cannot_be_captured_takes_the_other_along(monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits of a model's part that runs eagerly are new ones each time: a graph would read old ones."""
     decode = DecodeRunner.__new__(DecodeRunner)
-    decode._graphs, eager = {("forward", 4, 0): None}, []
+    decode._graphs, eager = {("forward", StepKey(4, False)): None}, []
     monkeypatch.setattr(decode, "_sample", eager.append)
     monkeypatch.setattr(decode, "_launch", lambda *_: pytest.fail("it was to run eagerly"))
     decode.sample(StepKey(4, False))
