@@ -34,5 +34,4 @@ def test_a_node_that_dies_costs_no_document_and_one_that_joins_works(tmp_path: P
     assert "shrunk: 1 workers instead of 2" in told["log"]
     assert "grown: 2 workers instead of 1" in told["log"]
     assert "could not start" not in told["log"], "no worker was asked for that there is no room for"
-    # How many of the last documents it gets depends on how fast the other worker is.
-    assert told["rows_by_worker"][told["late_worker"]] > 0, "the new node works"
+    assert told["rows_by_worker"][told["late_worker"]] > 10, "the new node works"
