@@ -43,6 +43,7 @@ WORK = {
     "tools.benchmark attention": ("tools.benchmark.attention._at_length",),
     "tools.benchmark elementwise": ("tools.benchmark.elementwise.torch.cuda.is_available",),
     "tools.benchmark engine": ("tools.benchmark.engine.Run",),
+    "tools.benchmark lookup": ("tools.benchmark.lookup.load_tokens",),
     "tools.benchmark schema": ("tools.benchmark.schema.answers",),
     "tools.benchmark scaling": ("tools.benchmark.scaling.prepare",),
     "tools.benchmark selection": ("tools.benchmark.selection.copy_bandwidth",),

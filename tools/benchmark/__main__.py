@@ -20,6 +20,7 @@ BENCHMARKS = {
     "overhead": ("tools.benchmark.overhead", "main"),
     "scaling": ("tools.benchmark.scaling", "main"),
     "schema": ("tools.benchmark.schema", "main"),
+    "lookup": ("tools.benchmark.lookup", "main"),
 }
 ABOUT = {
     "attention": "one attention layer: dense baselines, FlexAttention, our kernels; from which length Stem is faster",
@@ -30,6 +31,7 @@ ABOUT = {
     "overhead": "what the pipeline adds to the engine, for each document",
     "scaling": "documents an hour of the whole pipeline by the number of GPUs of one machine",
     "schema": "answers by a schema: whether all are valid, and what a decode step costs more",
+    "lookup": "prompt lookup on a real model: seconds of decoding saved, and outputs that part",
 }
 
 
