@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -233,6 +234,19 @@ def test_what_a_rounding_turns_over_is_no_fault(tmp_path: Path, monkeypatch: pyt
         load_runner(EngineConfig(str(folder), device="cpu", fuse=False))
 
 
+def test_random_weights_of_which_nothing_can_be_told_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rounding changes all that they say; a checkpoint of which that is true is refused."""
+    folder = save_model(tmp_path, "qwen3", initializer_range=0.1)
+    monkeypatch.setattr(modeling_qwen3, "Qwen3MLP", Chaotic)
+    monkeypatch.setattr(self_check, "TESTED_TYPES", frozenset())
+    monkeypatch.setattr(self_check, "difference", lambda got, expected: 1.0)
+    config = EngineConfig(str(folder), device="cpu", fuse=False, load_format="dummy")
+    with pytest.warns(RuntimeWarning, match="arithmetic was not checked: with these random weights roundings alone"):
+        load_runner(config)
+    with pytest.raises(EngineError, match="other logits"):
+        load_runner(replace(config, load_format="auto"))
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_model_that_counts_positions_in_its_own_way_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
@@ -280,7 +294,7 @@ def test_types_that_are_not_tested_are_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, checked: bool
 ) -> None:
     seen = []
-    monkeypatch.setattr("pipeline.engine.model.loading.self_check", seen.append)
+    monkeypatch.setattr("pipeline.engine.model.loading.self_check", lambda runner, **_: seen.append(runner))
     changes = {"num_experts": 2, "num_experts_per_tok": 1} if "Moe" in name else {}
     load_runner(EngineConfig(save(tmp_path, name, changes), device="cpu"))
     assert bool(seen) == checked
