@@ -83,7 +83,7 @@ def test_what_compiles_ahead_reaches_all_steps_and_leaves_nothing(
     launched.clear()
     rehearsal.compile_kernels(runner, 300, 128, rows=5, lookup=True)
     steps = [step for rows in (1, 5) for step in (("decode", rows), ("verify", rows, 1 + DRAFTS))]
-    assert launched == [("uncached", 1, 512), *(("prefill", 1, tokens) for tokens in (128, 12, 32, 32)), *steps]
+    assert launched == [("uncached", 1, 512), *(("prefill", 1, tokens) for tokens in (128, 12, *[32] * 4)), *steps]
     assert not runner.calibration.scales, "scales of ones are no calibration"
     runner.calibration = Calibration(found)
     requests = [Request(str(i), prompt, 6) for i, prompt in enumerate(prompts([300, 40]))]
@@ -123,7 +123,7 @@ def test_rehearsals_of_shorter_documents_read_a_block(folder: Path, monkeypatch:
 
     monkeypatch.setattr(ModelRunner, "prefill", note)
     rehearsal.rehearse(runner, arena, plan.max_context, 128)
-    assert read == [(640, 700), (96, 128), (224, 256), (480, 512)]
+    assert read == [(640, 700), (0, 32), (32, 64), (96, 128), (224, 256), (480, 512)]
 
 
 def test_the_gpu_opens_while_python_imports(monkeypatch: pytest.MonkeyPatch) -> None:

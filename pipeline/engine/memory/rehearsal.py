@@ -58,7 +58,7 @@ def _launch(runner: ModelRunner, context: int, chunk_tokens: int, rows: int, loo
     arena = runner.new_arena(max(chunk_tokens, min(aligned(context), room)), rows)
     Prefill(runner, arena, Extent(0, chunk_tokens), np.zeros(chunk_tokens, dtype=np.int64), 0, chunk_tokens).step()
     longest = min(context, arena.capacity)
-    read_ends(runner, arena, [longest, *_whole_chunks(chunk_tokens, longest)], _block(runner))
+    read_ends(runner, arena, [longest, *_doublings(_block(runner), longest)], _block(runner))
     batch = DecodeBatch(rows, runner.device, runner.vocabulary)
     DecodeRunner(runner, arena, batch, longest, use_graphs=False, lookup=lookup).launch_kernels()
 
@@ -72,11 +72,11 @@ def _block(runner: ModelRunner) -> int:
     return chunk_size(1, runner.layers[-1][0].config)
 
 
-def _whole_chunks(chunk_tokens: int, below: int) -> list[int]:
-    """1, 2, 4, ... chunks, as long as that is less than `below` tokens."""
+def _doublings(block: int, below: int) -> list[int]:
+    """1, 2, 4, ... blocks, as long as that is less than `below` tokens."""
     lengths: list[int] = []
-    while (whole := chunk_tokens << len(lengths)) < below:
-        lengths.append(whole)
+    while (length := block << len(lengths)) < below:
+        lengths.append(length)
     return lengths
 
 
@@ -84,11 +84,11 @@ def _whole_chunks(chunk_tokens: int, below: int) -> list[int]:
 def rehearse(runner: ModelRunner, arena: Arena, longest: int, chunk_tokens: int) -> None:
     """Run the last chunk of a document of `longest` tokens. Raises torch.OutOfMemoryError.
 
-    The last blocks of documents of 1, 2, 4, ... whole chunks follow: some kernels are compiled for powers of two of a
-    prompt's blocks, whatever the chunk, and none should be while a document waits.
+    The last blocks of documents of 1, 2, 4, ... blocks follow: some kernels are compiled for powers of two of the blocks
+    that were read so far, and none should be while a document waits.
     """
     read_ends(runner, arena, [longest], chunk_tokens)
-    read_ends(runner, arena, _whole_chunks(chunk_tokens, longest), _block(runner))
+    read_ends(runner, arena, _doublings(_block(runner), longest), _block(runner))
 
 
 def read_ends(runner: ModelRunner, arena: Arena, lengths: Sequence[int], chunk_tokens: int) -> None:
