@@ -3,10 +3,14 @@
 A scale is a power of two with room for values HEADROOM times as large as those seen: e4m3 is a floating format, so that
 room costs no precision (kernels.fp8_heads has the measurement), and a power of two makes scaling itself exact.
 
-No scale helps a layer whose keys have a few channels that dwarf all others: 3% of such a channel, times the query, is
-noise of several units in the logits. So calibration also measures what rounding does to each layer's output; a layer
-that it harms (WIDE_ERROR) gets no scales: it is wide, its queries, keys and values stay in the model's own type. So do
-those of layers whose heads the fp8 kernels do not hold (MOST_FP8_HEAD).
+No scale helps keys of which a few channels dwarf all others: 3% of such a channel, times the query, is noise of several
+units in the logits. But what such channels hold is mostly the same for all keys (a bias of the projection, where the
+channel's rotary frequency is low), and what is the same for all keys changes no softmax: it is taken from the keys
+before they are rounded (the smoothing of keys of SageAttention, arXiv 2410.02367, by a mean from the calibration).
+
+Calibration also measures what rounding still does to each layer's output; a layer that it harms (WIDE_ERROR) gets no
+scales: it is wide, its queries, keys and values stay in the model's own type. So do those of layers whose heads the fp8
+kernels do not hold (MOST_FP8_HEAD).
 """
 
 from __future__ import annotations
@@ -38,8 +42,59 @@ MOST_FP8_HEAD = 256
 # Tokens of each prompt, its first ones, on which the errors are measured; attention is causal.
 ERROR_TOKENS = 512
 
-# Largest magnitudes by layer: q [H], k [Hkv], v [Hkv], float32.
-Peaks = dict[int, tuple[Tensor, Tensor, Tensor]]
+# Where the prompts of a calibration begin, as shares of the context: what keys have in common must be so at every
+# position. Uneven, so that no rotary frequency has the same phase at all of them.
+STARTS = (0.0, 0.13, 0.37, 0.61, 0.83, 0.97)
+# A channel whose mean holds more than this share of its energy is shifted by it.
+COMMON = 0.5
+
+
+@dataclass
+class Seen:
+    """What a layer's heads held, float32. q [H], v [Hkv]: largest magnitudes.
+
+    k_sum, k_squares, k_highest, k_lowest: [Hkv, D], over all tokens of all prompts. shifts: whether the layer's softmax
+    bears a shift of its logits (it has no sinks).
+    """
+
+    q: Tensor
+    v: Tensor
+    k_sum: Tensor
+    k_squares: Tensor
+    k_highest: Tensor
+    k_lowest: Tensor
+    tokens: int
+    shifts: bool
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, shifts: bool) -> Seen:
+        """q [N, H, L, D]; k, v [N, Hkv, L, D]."""
+        q_peak, v_peak = (x.detach().abs().amax(dim=(0, 2, 3)).float() for x in (q, v))
+        keys = k.detach().float()
+        return cls(
+            q_peak, v_peak, keys.sum((0, 2)), keys.square().sum((0, 2)), keys.amax((0, 2)), keys.amin((0, 2)),
+            k.shape[0] * k.shape[2], shifts,
+        )  # fmt: skip
+
+    def add(self, other: Seen) -> None:
+        """What another prompt held."""
+        self.q, self.v = self.q.maximum(other.q), self.v.maximum(other.v)
+        self.k_sum, self.k_squares = self.k_sum + other.k_sum, self.k_squares + other.k_squares
+        self.k_highest = self.k_highest.maximum(other.k_highest)
+        self.k_lowest = self.k_lowest.minimum(other.k_lowest)
+        self.tokens += other.tokens
+
+    def k_shift(self) -> Tensor:
+        """[Hkv, D]: the mean of the channels that are mostly mean."""
+        mean = self.k_sum / self.tokens
+        common = self.shifts & (mean.square() > COMMON * self.k_squares / self.tokens)
+        return torch.where(common, mean, 0.0).contiguous()
+
+    def k(self, shift: Tensor) -> Tensor:
+        """[Hkv]: the largest magnitudes of keys less a shift."""
+        return torch.maximum(self.k_highest - shift, shift - self.k_lowest).amax(dim=-1)
+
+
 # By layer; None for a wide one.
 LayerScales = Mapping[int, HeadScales | None]
 
@@ -66,14 +121,21 @@ class Calibration:
 
 
 def calibrate(
-    model: nn.Module, prompts: Sequence[Sequence[int]], *, headroom: float = HEADROOM, wide: Collection[int] = ()
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    headroom: float = HEADROOM,
+    wide: Collection[int] = (),
+    context: int = 0,
 ) -> Calibration:
     """Scales of every attention layer of a patched model (`patch_model`), by layer index, on the layers' devices.
 
-    prompts: token ids, each run by itself, without a cache, twice. They should look like the production's own prompts,
-        the first token included: models put their largest keys on it. A few thousand tokens do.
+    prompts: token ids, each run by itself, without a cache, a few times. They should look like the production's own
+        prompts, the first token included: models put their largest keys on it. A few thousand tokens do.
     headroom: how much larger than any value seen a value may be before it saturates; at least 1.
     wide: layers that are wide whatever their errors.
+    context: positions that documents may come to; the prompts are read at several places (STARTS) of them, in turn.
+        0: at the beginning alone.
     Raises ValueError without prompts, for an empty one, for values that are not finite, or where no attention layer of
     the model ran through Stem.
     """
@@ -81,11 +143,13 @@ def calibrate(
         raise ValueError("calibration needs at least one prompt, and tokens in each")
     if not headroom >= 1:
         raise ValueError(f"headroom must be at least 1, got {headroom}")
-    with recording() as peaks:
-        _read(model, prompts)
-    if not peaks:
+    with recording() as seen:
+        room = max(0, context - max(map(len, prompts)))
+        for i in range(max(len(prompts), len(STARTS) if room else 0)):
+            _read(model, [prompts[i % len(prompts)]], int(STARTS[i % len(STARTS)] * room))
+    if not seen:
         raise ValueError(f"no attention layer of {type(model).__name__} ran through Stem: call patch_model first")
-    scales = {layer: _scales(layer, *found, headroom) for layer, found in sorted(peaks.items())}
+    scales = {layer: _scales(layer, found, headroom) for layer, found in sorted(seen.items())}
     errors = rounding_errors(model, prompts, scales)
     kept = {i: None if i in wide or errors[i] > WIDE_ERROR else found for i, found in scales.items()}
     return Calibration(kept, errors)
@@ -100,7 +164,7 @@ def rounding_errors(
     """
     squares: dict[int, Tensor] = {}
 
-    def note(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
+    def note(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, sinks: bool) -> None:
         found = _squares(q, k, v, scales[layer], scale)
         squares[layer] = squares[layer] + found if layer in squares else found
 
@@ -111,21 +175,23 @@ def rounding_errors(
 
 
 @contextmanager
-def recording() -> Iterator[Peaks]:
-    """Inside, every call of Stem's attention function notes the largest magnitudes of its queries, keys and values."""
-    peaks: Peaks = {}
+def recording() -> Iterator[dict[int, Seen]]:
+    """Inside, every call of Stem's attention function notes what its queries, keys and values hold, by layer."""
+    seen: dict[int, Seen] = {}
 
-    def note(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
-        found = tuple(x.detach().abs().amax(dim=(0, 2, 3)).float() for x in (q, k, v))
-        before = peaks.get(layer, found)
-        peaks[layer] = tuple(map(torch.maximum, before, found))  # type: ignore[assignment]
+    def note(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, sinks: bool) -> None:
+        found = Seen.of(q, k, v, shifts=not sinks)
+        if layer in seen:
+            seen[layer].add(found)
+        else:
+            seen[layer] = found
 
     with _watching(note):
-        yield peaks
+        yield seen
 
 
 class _Note(Protocol):
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None: ...
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, sinks: bool) -> None: ...
 
 
 @contextmanager
@@ -139,7 +205,7 @@ def _watching(note: _Note) -> Iterator[None]:
     ) -> Any:  # fmt: skip
         policy: LayerPolicy | None = getattr(module, "stem_policy", None)
         if policy is not None:
-            note(policy.layer, query, key, value, scaling)
+            note(policy.layer, query, key, value, scaling, kwargs.get("s_aux") is not None)
         return attention_forward(module, query, key, value, mask, scaling, *args, **kwargs)
 
     AttentionInterface.register(ATTENTION_NAME, forward)
@@ -150,16 +216,19 @@ def _watching(note: _Note) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def _read(model: nn.Module, prompts: Sequence[Sequence[int]]) -> None:
+def _read(model: nn.Module, prompts: Sequence[Sequence[int]], start: int = 0) -> None:
+    """start: the position at which each prompt begins."""
     device = next(model.parameters()).device
     for prompt in prompts:
         ids = torch.tensor([list(map(int, prompt))], device=device)
-        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        places = {} if not start else {"position_ids": start + torch.arange(len(prompt), device=device)[None]}
+        model(input_ids=ids, use_cache=False, logits_to_keep=1, **places)
 
 
 def _squares(q: Tensor, k: Tensor, v: Tensor, scales: HeadScales, scale: float | None) -> Tensor:
     """Sums of squares float32 [2]: of the error, of the output. One kv head's heads at a time: memory stays small."""
     q, k, v = (x[0, :, :ERROR_TOKENS].float() for x in (q, k, v))
+    k = scales.shifted(k)
     rounded = [
         quantize(x, by[:, None, None]).float() * by[:, None, None]
         for x, by in ((q, scales.q), (k, scales.k), (v, scales.v))
@@ -180,11 +249,14 @@ def _causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return (q @ k.mT * scale).masked_fill(future, -math.inf).softmax(dim=-1) @ v
 
 
-def _scales(layer: int, q: Tensor, k: Tensor, v: Tensor, headroom: float) -> HeadScales:
-    for name, peak in (("queries", q), ("keys", k), ("values", v)):
+def _scales(layer: int, seen: Seen, headroom: float) -> HeadScales:
+    shift = seen.k_shift()
+    peaks = {"queries": seen.q, "keys": seen.k(shift), "values": seen.v}
+    for name, peak in peaks.items():
         if not bool(peak.isfinite().all()):
             raise ValueError(f"the {name} of layer {layer} are not finite: no fp8 scale fits them")
-    return HeadScales(*(power_of_two_scale(peak, headroom) for peak in (q, k, v)))
+    q, k, v = (power_of_two_scale(peak, headroom) for peak in peaks.values())
+    return HeadScales(q, k, v, shift)
 
 
 def power_of_two_scale(peak: Tensor, headroom: float = HEADROOM) -> Tensor:
@@ -197,33 +269,3 @@ def power_of_two_scale(peak: Tensor, headroom: float = HEADROOM) -> Tensor:
     exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
     scale = torch.where(wanted > 0, torch.ldexp(torch.ones_like(wanted), exponent), 1.0)
     return scale.float().to(peak.device)
-
-
-def to_dict(scales: LayerScales) -> dict[str, dict[str, list[int]] | None]:
-    """Plain values for a JSON file: layer -> the exponents of two, None for a wide layer.
-
-    Raises ValueError for other scales.
-    """
-
-    def exponents(scale: Tensor) -> list[int]:
-        found = [math.frexp(value) for value in scale.tolist()]
-        if any(mantissa != 0.5 for mantissa, _ in found):
-            raise ValueError("only scales that are powers of two can be written")
-        return [exponent - 1 for _, exponent in found]
-
-    def written(heads: HeadScales | None) -> dict[str, list[int]] | None:
-        return None if heads is None else {name: exponents(getattr(heads, name)) for name in ("q", "k", "v")}
-
-    return {str(layer): written(heads) for layer, heads in scales.items()}
-
-
-def from_dict(content: Mapping[str, dict[str, list[int]] | None], device: torch.device) -> dict[int, HeadScales | None]:
-    """The inverse of `to_dict`."""
-
-    def scale(exponents: list[int]) -> Tensor:
-        return torch.tensor([2.0**exponent for exponent in exponents], device=device)
-
-    def read(heads: dict[str, list[int]] | None) -> HeadScales | None:
-        return None if heads is None else HeadScales(*(scale(heads[name]) for name in ("q", "k", "v")))
-
-    return {int(layer): read(heads) for layer, heads in content.items()}

@@ -18,11 +18,22 @@ _EVERY = torch.arange(256, dtype=torch.uint8).view(FP8).float()  # by its bits
 
 @dataclass(frozen=True)
 class HeadScales:
-    """Scales of one layer: value = e4m3 * scale. q: float32 [H]; k, v: float32 [Hkv]; contiguous, above 0."""
+    """Scales of one layer: value = e4m3 * scale. q: float32 [H]; k, v: float32 [Hkv]; contiguous, above 0.
+
+    k_shift: float32 [Hkv, D], contiguous; taken from keys before they are rounded, and never added again: it changes
+    all logits of a query by the same, so that its softmax stays (unless it has sinks). None: nothing.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
+    k_shift: Tensor | None = None
+
+    def shifted(self, k: Tensor) -> Tensor:
+        """k [Hkv, ..., D] less the shift; float32 if there is one."""
+        if self.k_shift is None:
+            return k
+        return k.float() - self.k_shift.unflatten(1, (*[1] * (k.ndim - 2), -1))
 
     def check(self, heads: int | None, kv_heads: int, device: torch.device) -> None:
         """Raise ValueError unless the shapes, types and device fit; heads None: whatever q has."""
@@ -35,6 +46,15 @@ class HeadScales:
                 )
             if not tensor.is_contiguous():
                 raise ValueError(f"scales.{name} must be contiguous")
+        shift = self.k_shift
+        if shift is not None and (
+            shift.ndim != 2 or len(shift) != kv_heads or shift.dtype != torch.float32 or not shift.is_contiguous()
+            or shift.device != device
+        ):  # fmt: skip
+            raise ValueError(
+                f"scales.k_shift must be contiguous float32 [{kv_heads}, D] on {device}, got {shift.dtype} "
+                f"{tuple(shift.shape)} on {shift.device}"
+            )
 
 
 def fp8_obstacle(device: torch.device) -> str:

@@ -36,7 +36,8 @@ def quantize_heads(x: Tensor, scale: Tensor, *, impl: str = "auto") -> Tensor:
 def write_kv(
     k: Tensor, v: Tensor, scales: HeadScales, k_arena: Tensor, vt_arena: Tensor, start: int, *, impl: str = "auto"
 ) -> None:
-    """Write a chunk of one document into the arena in fp8: keys to rows, values to permuted columns from `start` on.
+    """Write a chunk of one document into the arena in fp8: keys, less scales.k_shift, to rows, values to permuted
+    columns from `start` on.
 
     k, v: [1, Hkv, L, D] bfloat16, float16 or float32 (keys with their positions encoded), any strides with a contiguous
         last dimension. k_arena: float8_e4m3fn [Hkv, T, D]; vt_arena: float8_e4m3fn [Hkv, D, T]; last dimension
@@ -107,3 +108,5 @@ def _check_arena(op: str, heads: int, dim: int, scales: HeadScales, k_arena: Ten
             f"dimension, got {k_arena.dtype} {tuple(k_arena.shape)} and {vt_arena.dtype} {tuple(vt_arena.shape)}"
         )
     scales.check(None, heads, k_arena.device)
+    if scales.k_shift is not None and scales.k_shift.shape[1] != dim:
+        raise ValueError(f"{op}: scales.k_shift must be [{heads}, {dim}], got {tuple(scales.k_shift.shape)}")

@@ -16,7 +16,7 @@ def quantize_heads(x: Tensor, scale: Tensor) -> Tensor:
 def write_kv(k: Tensor, v: Tensor, scales: HeadScales, k_arena: Tensor, vt_arena: Tensor, start: int) -> None:
     """See kernels.fp8_heads."""
     tokens = k.shape[2]
-    k_arena[:, start : start + tokens] = quantize(k[0], scales.k[:, None, None])
+    k_arena[:, start : start + tokens] = quantize(scales.shifted(k[0]), scales.k[:, None, None])
     values = torch.nn.functional.pad(v[0].float(), (0, 0, 0, -tokens % KEY_GROUP))
     stored = store_order(quantize(values, scales.v[:, None, None]).mT)
     vt_arena[..., start : start + stored.shape[-1]] = stored
@@ -27,7 +27,7 @@ def append_kv(
 ) -> None:
     """See kernels.fp8_heads. Tokens are written one after the other, so that `run` is not needed."""
     for s, slot in enumerate(slots.tolist()):
-        k_arena[:, slot] = quantize(k[s], scales.k[:, None])
+        k_arena[:, slot] = quantize(scales.shifted(k[s]), scales.k[:, None])
         group = slot // KEY_GROUP * KEY_GROUP
         columns = vt_arena[..., group : group + KEY_GROUP]
         values = restore_keys(columns.float() if slot > group else torch.zeros_like(columns, dtype=torch.float32))

@@ -33,7 +33,8 @@ def quantize_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "start_group"])
 def write_kernel(
-    k, v, k_arena, vt_arena, k_scale, v_scale, tokens, start_group, k_stride_h, k_stride_t, v_stride_h, v_stride_t,
+    k, v, k_arena, vt_arena, k_scale, v_scale, k_shift, tokens, start_group,
+    k_stride_h, k_stride_t, v_stride_h, v_stride_t,
     ka_stride_h, ka_stride_t, va_stride_h, va_stride_d,
     D: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -48,6 +49,8 @@ def write_kernel(
     at = place.to(tl.int64)[:, None]
     inside = (place < tokens)[:, None] & real
     tile = tl.load(k + head * k_stride_h + at * k_stride_t + d[None, :], inside, other=0.0)
+    if k_shift is not None:
+        tile = tile.to(tl.float32) - tl.load(k_shift + head * D + d, d < D, other=0.0)[None, :]
     target = k_arena + head * ka_stride_h + (at + start) * ka_stride_t + d[None, :]
     tl.store(target, to_fp8(tile, tl.load(k_scale + head)), inside)
 
@@ -62,7 +65,7 @@ def write_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def append_kernel(
-    k, v, k_arena, vt_arena, k_scale, v_scale, slots, tokens, k_stride_s, k_stride_h, v_stride_s, v_stride_h,
+    k, v, k_arena, vt_arena, k_scale, v_scale, k_shift, slots, tokens, k_stride_s, k_stride_h, v_stride_s, v_stride_h,
     ka_stride_h, ka_stride_t, va_stride_h, va_stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """Program (KV head, token). RUN: of how many tokens a group can get values in this launch, at most."""
@@ -71,8 +74,10 @@ def append_kernel(
     slot = tl.load(slots + s)
     d = tl.arange(0, BLOCK_D)
     real = d < D
-    key = to_fp8(tl.load(k + s * k_stride_s + head * k_stride_h + d, real, other=0.0), tl.load(k_scale + head))
-    tl.store(k_arena + head * ka_stride_h + slot * ka_stride_t + d, key, real)
+    key = tl.load(k + s * k_stride_s + head * k_stride_h + d, real, other=0.0)
+    if k_shift is not None:
+        key = key.to(tl.float32) - tl.load(k_shift + head * D + d, real, other=0.0)
+    tl.store(k_arena + head * ka_stride_h + slot * ka_stride_t + d, to_fp8(key, tl.load(k_scale + head)), real)
     value = tl.load(v + s * v_stride_s + head * v_stride_h + d, real, other=0.0).to(tl.float32)
     within = tl.arange(0, GROUP)
     own = within == place_of(slot % GROUP)
@@ -102,8 +107,8 @@ def write_kv(k: Tensor, v: Tensor, scales: HeadScales, k_arena: Tensor, vt_arena
     """See kernels.fp8_heads."""
     _, heads, L, D = k.shape
     write_kernel[(heads, triton.cdiv(L, TOKENS))](
-        k, v, k_arena, vt_arena, scales.k, scales.v, L, start // KEY_GROUP, *k.stride()[1:3], *v.stride()[1:3],
-        *k_arena.stride()[:2], *vt_arena.stride()[:2],
+        k, v, k_arena, vt_arena, scales.k, scales.v, scales.k_shift, L, start // KEY_GROUP,
+        *k.stride()[1:3], *v.stride()[1:3], *k_arena.stride()[:2], *vt_arena.stride()[:2],
         D=D, BLOCK_D=triton.next_power_of_2(D), TOKENS=TOKENS, num_warps=8,
     )  # fmt: skip
 
@@ -114,7 +119,7 @@ def append_kv(
     """See kernels.fp8_heads."""
     tokens, heads, D = k.shape
     append_kernel[(heads, tokens)](
-        k, v, k_arena, vt_arena, scales.k, scales.v, slots, tokens, *k.stride()[:2], *v.stride()[:2],
+        k, v, k_arena, vt_arena, scales.k, scales.v, scales.k_shift, slots, tokens, *k.stride()[:2], *v.stride()[:2],
         *k_arena.stride()[:2], *vt_arena.stride()[:2], D=D, BLOCK_D=triton.next_power_of_2(D),
         RUN=min(run, KEY_GROUP), num_warps=2,
     )  # fmt: skip

@@ -170,14 +170,22 @@ def bits(x: Tensor) -> Tensor:
 
 
 def check_writing(length: int, dtype: torch.dtype, head_dim: int, impl: str, device: str) -> None:
-    """quantize_heads, write_kv and append_kv equal torch's own conversion, bit for bit, and write nothing else."""
+    """quantize_heads, write_kv and append_kv equal torch's own conversion, bit for bit, and write nothing else: without
+    a shift of the keys, and with one.
+    """
+    for shifted in (False, True):
+        _check_writing(length, dtype, head_dim, shifted, impl, device)
+
+
+def _check_writing(length: int, dtype: torch.dtype, head_dim: int, shifted: bool, impl: str, device: str) -> None:
     generator = torch.Generator().manual_seed(length)
     heads, room = 3, -(-length // KEY_GROUP) * KEY_GROUP
     made = torch.randn(2, length + 3, heads, head_dim, generator=generator)
     made *= 10 ** torch.empty(made.shape).uniform_(-4, 2, generator=generator)  # subnormal numbers and saturation
     made[0, 0, 0, :3] = torch.tensor([torch.inf, -torch.inf, 0.0])
     k, v = made.to(dtype).to(device).transpose(1, 2)[:, None]
-    scales = HeadScales(*(torch.tensor([0.25, 0.5, 0.3], device=device) * f for f in (1, 2, 3)))
+    shift = torch.randn(heads, head_dim, generator=generator).to(device) if shifted else None
+    scales = HeadScales(*(torch.tensor([0.25, 0.5, 0.3], device=device) * f for f in (1, 2, 3)), shift)
 
     def wanted(x: Tensor, scale: Tensor) -> Tensor:
         return (x.float() * (1.0 / scale)).clamp(-448, 448).to(FP8)
@@ -194,7 +202,8 @@ def check_writing(length: int, dtype: torch.dtype, head_dim: int, impl: str, dev
     ]
     write_kv(k[:, :, :length], v[:, :, :length], scales, *arenas, start, impl=impl)
     key, value = (
-        bits(wanted(x[0], s[:, None, None]).contiguous()) for x, s in zip((k, v), (scales.k, scales.v), strict=True)
+        bits(wanted(x, s[:, None, None]).contiguous())
+        for x, s in ((k[0].float() - (0 if shift is None else shift[:, None]), scales.k), (v[0], scales.v))
     )
     k_wanted = torch.full((heads, tokens, head_dim), NAN, dtype=torch.uint8)
     v_wanted = torch.full((heads, tokens, head_dim), NAN, dtype=torch.uint8)

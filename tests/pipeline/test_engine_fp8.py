@@ -355,11 +355,13 @@ def test_scales_are_those_of_real_documents_within_a_factor_of_two() -> None:
     from stem_core import patch_model
 
     patch_model(model, None)
-    with recording() as peaks, torch.inference_mode():
+    with recording() as found, torch.inference_mode():
         model(input_ids=torch.as_tensor(report(2000))[None], use_cache=False, logits_to_keep=1)
-    for layer, peak in peaks.items():
-        for name, seen in zip(("q", "k", "v"), peak, strict=True):
-            room = 448 * getattr(scales[layer], name) / seen
+    for layer, seen in found.items():
+        shift = scales[layer].k_shift
+        assert shift is not None
+        for name, peak in (("q", seen.q), ("k", seen.k(shift)), ("v", seen.v)):
+            room = 448 * getattr(scales[layer], name) / peak
             assert bool((room > 16 / 2).all()), (layer, name, room)
             assert bool((room < 16 * 2 * 2).all()), (layer, name, room)
 

@@ -1,6 +1,6 @@
 """Calibration of fp8 scales: what it saw fits, with the room that was asked for, and nothing of it stays behind."""
 
-import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kernels.fp8_heads import quantize_heads
 from stem_core import patch_model
-from stem_core.kv_scales import calibrate, from_dict, power_of_two_scale, recording, to_dict
+from stem_core.kv_scales import calibrate, power_of_two_scale, recording, rounding_errors
 
 VOCAB = 97
 
@@ -36,14 +36,16 @@ def prompts(count=2):
 
 
 def test_scales_are_the_least_powers_of_two_with_headroom(model):
-    with recording() as peaks, torch.inference_mode():
+    with recording() as seen, torch.inference_mode():
         for prompt in prompts():
             model(input_ids=torch.tensor([prompt]))
     scales = calibrate(model, prompts(), headroom=4).scales
     assert sorted(scales) == [0, 1, 2]
     for layer, heads in scales.items():
         assert (heads.q.shape, heads.k.shape, heads.v.shape) == ((4,), (2,), (2,))
-        for scale, peak in zip((heads.q, heads.k, heads.v), peaks[layer], strict=True):
+        found = seen[layer]
+        peaks = found.q, found.k(heads.k_shift), found.v
+        for scale, peak in zip((heads.q, heads.k, heads.v), peaks, strict=True):
             assert (scale * 448 >= peak * 4).all()
             assert (scale / 2 * 448 < peak * 4).all()
             assert torch.equal(torch.frexp(scale)[0], torch.full_like(scale, 0.5))
@@ -62,10 +64,10 @@ def test_calibration_changes_nothing_and_leaves_nothing(model):
     with torch.inference_mode():
         before = model(input_ids=ids).logits
         calibrate(model, prompts())
-        with recording() as peaks:
+        with recording() as seen:
             pass
         assert torch.equal(model(input_ids=ids).logits, before)
-    assert not peaks
+    assert not seen
 
 
 def test_values_seen_in_calibration_do_not_saturate(model):
@@ -82,12 +84,45 @@ def test_values_seen_in_calibration_do_not_saturate(model):
 def test_exact_powers_zeros_and_round_trip(model):
     scale = power_of_two_scale(torch.tensor([448.0, 449.0, 0.0, 7.0, 1e-30]), headroom=1)
     assert scale.tolist() == [1.0, 2.0, 1.0, 2.0**-6, 2.0**-108]
-    scales = calibrate(model, prompts()).scales
-    content = json.loads(json.dumps(to_dict(scales)))
-    restored = from_dict(content, torch.device("cpu"))
-    for layer, heads in scales.items():
-        for name in ("q", "k", "v"):
-            assert torch.equal(getattr(restored[layer], name), getattr(heads, name))
+
+
+def biased(sinks=False):
+    """A model whose keys have biases: of 30 in each head's last channel, which turns once in 20,000 tokens, and of 3 in
+    the first, which turns once in six.
+    """
+    sizes = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 4096}
+    torch.manual_seed(0)
+    kind = {"num_local_experts": 2, "num_experts_per_tok": 1} if sinks else {}
+    config = AutoConfig.for_model("gpt_oss" if sinks else "qwen2", **sizes, **kind)
+    made = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for layer in made.model.layers:
+            layer.self_attn.q_proj.weight.mul_(20)
+            layer.self_attn.k_proj.weight.view(2, 16, 64)[:, 15].mul_(10)
+            layer.self_attn.k_proj.bias.zero_().view(2, 16)[:, [0, 15]] = torch.tensor([3.0, 30.0])
+    return patch_model(made, None)
+
+
+def test_what_all_keys_have_in_common_is_taken_from_them():
+    model = biased()
+    calibration = calibrate(model, prompts(3), context=1000)
+    for layer in range(2):
+        shift = calibration.scales[layer].k_shift
+        assert shift.shape == (2, 16)
+        assert (shift[:, 15] - 30).abs().max() < 4
+        assert not shift[:, 0].any(), "it turns with the position"
+    beginning = calibrate(model, prompts(3)).scales[0]
+    assert (beginning.k_shift[:, 15] - 30).abs().max() < 4
+    plain = {layer: replace(heads, k_shift=None) for layer, heads in calibration.scales.items()}
+    errors = rounding_errors(model, prompts(3), plain)
+    assert all(calibration.errors[layer] < 0.8 * errors[layer] for layer in errors)
+
+
+def test_layers_with_sinks_keep_their_keys():
+    scales = calibrate(biased(sinks=True), prompts(3), context=4096).scales
+    assert scales
+    assert not any(heads.k_shift.any() for heads in scales.values() if heads is not None)
 
 
 def test_what_cannot_be_calibrated_is_refused(model):

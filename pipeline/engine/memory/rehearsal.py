@@ -49,10 +49,15 @@ def compile_kernels(runner: ModelRunner, context: int, chunk_tokens: int, rows: 
 
 def _launch(runner: ModelRunner, context: int, chunk_tokens: int, rows: int, lookup: bool) -> None:
     if runner.precision.fp8:
-        with recording() as peaks:
+        with recording() as seen:
             runner.uncached(torch.zeros(1, PROMPT_TOKENS, dtype=torch.int64, device=runner.device))
         # Any scales do.
-        scales = {layer: HeadScales(*map(torch.ones_like, found)) for layer, found in peaks.items()}
+        scales = {
+            layer: HeadScales(
+                torch.ones_like(found.q), ones := torch.ones_like(found.v), ones, torch.zeros_like(found.k_sum)
+            )
+            for layer, found in seen.items()
+        }
         runner.calibration = Calibration(scales)
     room = min(device_memory(device)[0] // 2 // max(1, runner.bytes_per_token(device)) for device in runner.devices)
     arena = runner.new_arena(max(chunk_tokens, min(aligned(context), room)), rows)
@@ -84,8 +89,8 @@ def _doublings(block: int, below: int) -> list[int]:
 def rehearse(runner: ModelRunner, arena: Arena, longest: int, chunk_tokens: int) -> None:
     """Run the last chunk of a document of `longest` tokens. Raises torch.OutOfMemoryError.
 
-    The last blocks of documents of 1, 2, 4, ... blocks follow: some kernels are compiled for powers of two of the blocks
-    that were read so far, and none should be while a document waits.
+    The last blocks of documents of 1, 2, 4, ... blocks follow: some kernels are compiled for powers of two of what was
+    read so far, and none should be while a document waits.
     """
     read_ends(runner, arena, [longest], chunk_tokens)
     read_ends(runner, arena, _doublings(_block(runner), longest), _block(runner))

@@ -356,7 +356,7 @@ class ModelRunner:
         prompts = calibration_prompts(self.vocabulary, getattr(config, "bos_token_id", None), limit)
         self._rope.rows = torch.full((1,), max(map(len, prompts)), device=self.device)
         large = [layer for layer, shape in self.shapes.items() if shape.head_dim > MOST_FP8_HEAD]
-        return calibrate(self.model, prompts, wide=large)
+        return calibrate(self.model, prompts, wide=large, context=limit or 0)
 
     def _probe(self) -> None:
         """Set `shapes`, `states`, `sources`, `layers` and `layer_devices`, as seen by running a prompt of two tokens.

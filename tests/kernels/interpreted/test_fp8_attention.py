@@ -76,11 +76,11 @@ def test_programs_of_a_run_write_different_places(rounding_to_nearest: None, mon
 
         def __getitem__(self, grid: tuple[int, int]) -> Any:
             def launch(k: Any, v: Any, *others: Any, **options: Any) -> None:
-                arenas, scales, slots, tokens = others[:2], others[2:4], others[4], others[5]
+                arenas, scales, slots, tokens = others[:2], others[2:5], others[5], others[6]
                 for s in reversed(range(grid[1])):
                     # The program's number is 0: what stands before it is cut off.
                     rest = slots[s:].clone(), tokens - s
-                    kernel[grid[0], 1](k[s:], v[s:], *arenas, *scales, *rest, *others[6:], **options)
+                    kernel[grid[0], 1](k[s:], v[s:], *arenas, *scales, *rest, *others[7:], **options)
 
             return launch
 

@@ -197,7 +197,9 @@ def show(results: dict[str, Any]) -> None:
 
 
 def plot(results: dict[str, Any], path: Path) -> bool:
-    """First token and documents an hour as bars, saved as an image. False where matplotlib is not installed."""
+    """First token and decode step by length, documents an hour, saved as an image. False where matplotlib is not
+    installed.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -205,26 +207,31 @@ def plot(results: dict[str, Any], path: Path) -> bool:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    baseline, arms = results.get("baseline", {}), results.get("engine", {})
-    series = {"HF generate, sdpa": {p["prompt_tokens"]: p["first_token_seconds"] for p in baseline.get("points", [])}}
-    vllm = {f"vLLM {precision}": found for precision, found in results.get("vllm", {}).items()}
-    measured = vllm | {f"engine, {arm}": found for arm, found in arms.items()}
-    for name, found in measured.items():
-        series[name] = {p["prompt_tokens"]: p["first_token_seconds"] for p in found.get("latency", [])}
-    lengths = sorted({length for values in series.values() for length in values})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    width = 0.8 / len(series)
-    for place, (name, values) in enumerate(series.items()):
-        spots = [i + width * place for i, length in enumerate(lengths) if length in values]
-        left.bar(spots, [values[length] for length in lengths if length in values], width=width, label=name)
-    left.set_xticks([i + 0.4 for i in range(len(lengths))], [f"{length // 1024}K" for length in lengths])
-    left.set_ylabel("seconds to first token")
-    left.legend()
-    jobs = {"HF generate, sdpa": baseline.get("job", {})}
-    jobs |= {name: found.get("job", {}) for name, found in measured.items()}
-    jobs = {name: figures for name, figures in jobs.items() if figures}
-    right.bar(list(jobs), [figures["documents_per_hour"] for figures in jobs.values()], width=0.5)
-    right.set_ylabel("documents an hour")
+    baseline = results.get("baseline", {})
+    measured = {"generate, sdpa": {"latency": baseline.get("points", []), "job": baseline.get("job", {})}}
+    measured |= {f"vLLM {precision}": found for precision, found in results.get("vllm", {}).items()}
+    measured |= {f"Stemline {arm}": found for arm, found in results.get("engine", {}).items()}
+    measured = {name: found for name, found in measured.items() if found.get("latency") or found.get("job")}
+    lengths = sorted({point["prompt_tokens"] for found in measured.values() for point in found.get("latency", [])})
+    figure, (first, step, job) = plt.subplots(1, 3, figsize=(13, 4))
+    for number, (name, found) in enumerate(measured.items()):
+        points = sorted(found.get("latency", []), key=lambda point: int(point["prompt_tokens"]))
+        for axes, key in ((first, "first_token_seconds"), (step, "decode_step_ms")):
+            there = [point for point in points if key in point]
+            values = [point[key] for point in there]
+            axes.plot([p["prompt_tokens"] for p in there], values, "o-", label=name, color=f"C{number}")
+        if found.get("job"):
+            job.barh(name, found["job"]["documents_per_hour"], color=f"C{number}")
+    for axes, title in ((first, "seconds to first token"), (step, "milliseconds of a decode step, one document")):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [f"{length // 1024}K" for length in lengths])
+        axes.set_title(title)
+        axes.grid(alpha=0.3)
+    first.set_yscale("log")
+    step.set_ylim(bottom=0)
+    first.legend()
+    job.invert_yaxis()
+    job.set_title("documents an hour, the whole job")
     figure.suptitle(f"{results['shape']}, {results['stamp'].get('gpu', results['stamp']['device'])}")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
