@@ -244,6 +244,7 @@ def _plot(rows: list[dict[str, Any]], facts: dict[str, Any], path: Path) -> None
         axis.grid(alpha=0.3)
     left.set_yscale("log", base=2)
     left.legend(fontsize=7)
-    figure.suptitle(f"{facts['gpu']}, torch {facts['torch']}, triton {facts['triton']}, commit {facts['commit']}")
+    where = facts.get("gpu", facts["device"])
+    figure.suptitle(f"{where}, torch {facts['torch']}, triton {facts['triton']}, commit {facts['commit']}")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
