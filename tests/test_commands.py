@@ -78,6 +78,7 @@ RUN_BY = {
     "tools.benchmark attention": "tests/tools/test_benchmark_attention.py: test_every_case_of_ours",
     "tools.benchmark elementwise": "tests/tools/test_benchmark_elementwise.py: test_every_case_passes_its_check",
     "tools.benchmark engine": "tests/tools/test_benchmark_engine.py: test_every_precision_has_its_arms_and_its_errors",
+    "tools.benchmark lookup": "tests/tools/test_benchmark_lookup.py: test_both_settings_are_measured",
     "tools.benchmark schema": "tests/tools/test_benchmark_schema.py: test_answers_and_steps_are_measured",
     "tools.benchmark scaling": "tests/tools/test_benchmark_scaling.py: test_real_jobs_of_one_and_two_workers",
     "tools.benchmark selection": "tests/tools/test_benchmark_selection.py: def test_",

@@ -1,4 +1,4 @@
-"""Runs the tests in interpreted/ in two processes of their own, with Triton's interpreter on the CPU."""
+"""Runs the tests in interpreted/ in three processes of their own, with Triton's interpreter on the CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FILES = sorted(map(str, FOLDER.glob("test_*.py")))
 SAME_PRODUCTS = {"OPENBLAS_CORETYPE": "Nehalem"}
 
 
-@pytest.mark.parametrize("files", [FILES[::2], FILES[1::2]], ids=["even", "odd"])
+@pytest.mark.parametrize("files", [FILES[first::3] for first in range(3)], ids=["0", "1", "2"])
 def test_interpreted(files: list[str]) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", **SAME_PRODUCTS}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files]
