@@ -18,10 +18,10 @@ demo-real: $(READY)
 compare: $(READY)
 	$(VENV)/bin/python -m jobs.demo --arms stem dense published
 
-# Four processes, since many tests wait for others (Ray, browsers); one thread each: more would only wait for each other.
+# Six processes, since many tests wait for others (Ray, browsers); one thread each: more would only wait for each other.
 # Bytecode is kept whatever the environment says: the tests start many processes of our own code.
 test: $(READY)
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m pytest -n 4 --dist worksteal
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m pytest -n 6 --dist worksteal
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

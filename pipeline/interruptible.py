@@ -22,12 +22,13 @@ def interruptible(remote: bool, call: Callable[..., T], *arguments: Any) -> T:
         return call(*arguments)
     result: Future[T] = Future()
     thread = threading.Thread(target=_run, args=(result, call, arguments), name="remote", daemon=True)
-    thread.start()
+    _left.append(thread)  # before it starts: an interruption may come in start()
     try:
+        thread.start()
         return result.result()
     finally:
-        if not result.done():
-            _left.append(thread)
+        if result.done():
+            _left.remove(thread)
 
 
 def left_behind() -> bool:

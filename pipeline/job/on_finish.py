@@ -149,6 +149,8 @@ def _post(address: str, body: bytes, seconds: float) -> str:
             outcome.append(f"the server answered {error.code} {one_line(str(error.reason), 100)}")
         except Exception as error:  # many kinds: names, certificates, what is no HTTP, an address that is none
             reason = getattr(error, "reason", error)
+            if isinstance(reason, TimeoutError):
+                return
             outcome.append(f"it cannot be reached: {_without(address, one_line(str(reason), 200))}")
 
     thread = threading.Thread(target=send, name="on-finish", daemon=True)

@@ -163,16 +163,24 @@ def test_a_terminal_that_closes_stops_a_job_but_not_under_nohup() -> None:
 
 
 def test_calls_that_were_interrupted_are_left_behind() -> None:
-    gate = threading.Event()
+    begun, gate = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        begun.set()
+        gate.wait()
+
+    def tell() -> None:
+        begun.wait()
+        os.kill(os.getpid(), signal.SIGALRM)
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        threading.Thread(target=tell).start()
         with pytest.raises(KeyboardInterrupt):
-            interruptible(True, gate.wait)
+            interruptible(True, wait)
         assert left_behind()
     finally:
         signal.signal(signal.SIGALRM, before)
