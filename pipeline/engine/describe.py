@@ -25,6 +25,9 @@ from stem_core.fuse import describe_fusion
 from stem_core.policy import DENSE_BLOCK_SIZE, cutting_window
 from stem_core.selection import selection_rule
 
+# Share of the layers of attention, without a window, up to which a model counts as one that has few such.
+FEW = 0.25
+
 
 def describe_engine(runner: ModelRunner, config: EngineConfig) -> dict[str, Any]:
     """A loaded model and how it runs, as plain values."""
@@ -84,6 +87,20 @@ def slower_paths(runner: ModelRunner, prompt_tokens: int) -> list[str]:
         found = [choice for kind in by_kind.values() for choice in kind]
         sentences += [choice.slower(name if len(found) == 1 else f"{name} of some layers") for choice in found]
     return [sentence for sentence in dict.fromkeys(sentences) if sentence] + _plain_linear_attention(runner)
+
+
+def few_whole_layers(runner: ModelRunner) -> list[str]:
+    """A sentence where most layers have a window and sparse reading is left to the few others; none otherwise."""
+    windows = [window for _, window in runner.layers]
+    whole = sum(window is None for window in windows)
+    sparse = any(policy.config is not None for policy, window in runner.layers if window is None)
+    if not sparse or whole > FEW * len(windows):
+        return []
+    return [
+        f"only {whole} of this model's {len(windows)} layers of attention look beyond a window: sparse reading was "
+        "seen to lose more on such a model than on others (docs/quality.md, Gemma 3 270M); jobs.audit measures it on "
+        "your documents, attention dense reads exactly"
+    ]
 
 
 def _plain_linear_attention(runner: ModelRunner) -> list[str]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.config import Completion, EngineConfig, EngineError, Request, SharedPrompt, Status
-from pipeline.engine.describe import describe_engine, describe_kernels, slower_paths
+from pipeline.engine.describe import describe_engine, describe_kernels, few_whole_layers, slower_paths
 from pipeline.engine.devices import check_devices, is_out_of_memory, release_memory
 from pipeline.engine.document import Document, Meter, WaitingLine, accept, checked_ids
 from pipeline.engine.kv.arena import Extent, aligned
@@ -139,7 +139,7 @@ class Engine:
         """What runs here: device, precision, attention, kernels, decode mode, versions. dtype: of activations; kernels
         and slower (sentences): for the longest prompts. notes: sentences on what is not as one might expect.
         start_seconds: of the parts of its start, in their order; those of the model only where it was not given."""
-        notes = wide_notes(self._runner.precision, self._runner.calibration)
+        notes = [*wide_notes(self._runner.precision, self._runner.calibration), *few_whole_layers(self._runner)]
         if self._lookup is None and self.config.prompt_lookup == "auto":
             notes.append(
                 "prompt lookup is off: the model keeps recurrent states, which cannot go back on a wrong draft"

@@ -49,6 +49,19 @@ def test_described_as_attention_runs(
     assert ("16/None" in called) == (tokens == WINDOW and stem is not None)
 
 
+@pytest.mark.parametrize("whole", [1, 2])
+@pytest.mark.parametrize("stem", [STEM.replace(dense_layers=0), None], ids=["stem", "dense"])
+def test_a_model_of_few_layers_without_a_window_is_told_of(tmp_path: Path, whole: int, stem: StemConfig | None) -> None:
+    kinds = ["full_attention"] * whole + ["sliding_attention"] * (4 - whole)
+    changes = {"num_hidden_layers": 4, "sliding_window": WINDOW, "layer_types": kinds}
+    engine = Engine(
+        EngineConfig(str(save_model(tmp_path, "gemma3", **changes)), device="cpu", arena_tokens=1024, attention=stem)
+    )
+    notes = engine.describe()["notes"]
+    assert len(notes) == (whole == 1 and stem is not None)
+    assert all("only 1 of this model's 4 layers of attention look beyond a window" in note for note in notes)
+
+
 def test_a_slower_path_is_told_but_not_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(EngineConfig(str(save_model(tmp_path, "llama")), device="cpu", arena_tokens=1024, attention=STEM))
     assert engine.describe()["slower"] == []
