@@ -85,8 +85,8 @@ class Seen:
         self.tokens += other.tokens
 
     def k_shift(self) -> Tensor:
-        """[Hkv, D]: the mean of the channels that are mostly mean."""
-        mean = self.k_sum / self.tokens
+        """[Hkv, D]: the mean of the channels that are mostly mean; to eight bits, so that other GPUs find the same."""
+        mean = (self.k_sum / self.tokens).bfloat16().float()
         common = self.shifts & (mean.square() > COMMON * self.k_squares / self.tokens)
         return torch.where(common, mean, 0.0).contiguous()
 

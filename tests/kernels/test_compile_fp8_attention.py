@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -118,11 +119,15 @@ def test_writing(dim: int, capability: tuple[int, int]) -> None:
     arenas = (empty(KV_HEADS, LENGTH, dim), empty(KV_HEADS, dim, LENGTH))
     slots = empty(3, dtype=torch.int64)
 
+    few = x[0, :, :3].transpose(0, 1)
+    shifted = replace(scales(), k_shift=empty(KV_HEADS, dim, dtype=torch.float32))
+
     def launch() -> None:
         triton.quantize_heads(x, scales().k)
-        triton.write_kv(x, x, scales(), *arenas, 0)
-        triton.append_kv(x[0, :, :3].transpose(0, 1), x[0, :, :3].transpose(0, 1), scales(), *arenas, slots)
-        triton.append_kv(x[0, :, :3].transpose(0, 1), x[0, :, :3].transpose(0, 1), scales(), *arenas, slots, run=4)
+        for by in (scales(), shifted):
+            triton.write_kv(x, x, by, *arenas, 0)
+            triton.append_kv(few, few, by, *arenas, slots)
+            triton.append_kv(few, few, by, *arenas, slots, run=4)
 
     check(launch, capability)
 
