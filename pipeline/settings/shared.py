@@ -68,7 +68,8 @@ class EngineSettings:
         "auto: where outputs quote their documents, several tokens in one decode step; off: one token a step",
         more="drafts are what followed the newest tokens where they stood before, one is taken only where the model "
         "chose the same token: outputs are those of single steps, on a GPU up to rounding. While drafts do not pay, "
-        "steps go without. Off by default: steps with drafts have not been timed on a GPU yet",
+        "steps go without. Off by default: the first try of a real model on a GPU ended with an error that is not "
+        "explained yet (docs/speed.md)",
         choices=("auto", "off"),
         group="engine",
     )
