@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +92,7 @@ def test_each_question_is_answered_once_whoever_is_killed(tmp_path: Path) -> Non
         assert all(processes.kill(pid) for pid in processes.workers(driver.pid))
         taken, rows = place.taken, len(keys(place.output))
         wait(lambda: place.taken > taken and len(keys(place.output)) > rows, driver, place.log)
+        os.kill(driver.pid, signal.SIGSTOP)  # it writes no more rows while its processes are listed
         below = processes.descendants(driver.pid)
         processes.kill(driver.pid)
         driver.wait()
