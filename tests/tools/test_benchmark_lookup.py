@@ -51,3 +51,11 @@ def test_margins_are_those_of_the_model_where_outputs_part() -> None:
     (back,) = margins_where_parted(engine, [prompt], [changed], [own])
     assert margin > 0
     assert back == pytest.approx(-margin)
+
+
+def test_a_document_that_cannot_be_read_again_is_no_agreement() -> None:
+    """Its outputs part, and no margin would be found: it must not count as one that does not part."""
+    (prompt,) = report_prompts([1200])
+    engine = TeacherForcingEngine(EngineConfig(str(MODEL), device="cpu", precision="fp32", arena_tokens=2048))
+    with pytest.raises(JobError, match=r"document 0, read again, ended with too_long"):
+        margins_where_parted(engine, [[*prompt] * 9], [[5, 6]], [[5, 7]])

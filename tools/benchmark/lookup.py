@@ -132,7 +132,10 @@ def margins_where_parted(
     engine: TeacherForcingEngine, prompts: list[np.ndarray], first: list[list[int]], second: list[list[int]]
 ) -> list[float]:
     """Of each pair of outputs that differ: how much more log-probability (nats) the model gives the first one's token,
-    where they part."""
+    where they part.
+
+    Raises JobError for a document that does not end well: its margin would be missing.
+    """
     margins: list[float] = []
     for i, (one, other) in enumerate(zip(first, second, strict=True)):
         at = next((place for place, pair in enumerate(zip(one, other, strict=False)) if len({*pair}) > 1), None)
@@ -145,5 +148,7 @@ def margins_where_parted(
         engine.expect(str(i), one[: at + 1], note)
         engine.add(Request(str(i), prompts[i], at + 1))
     while engine.has_work:
-        engine.step()
+        for done in engine.step():
+            if done.status != "ok":
+                raise JobError(f"document {done.request_id}, read again, ended with {done.status}: {done.error}")
     return margins
