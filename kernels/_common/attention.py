@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from kernels._common.prefixes import Prefixes
+from kernels._common.prefixes import Prefixes, check_rows
 from kernels._common.selection import BlockSelection
 from kernels._common.sizes import ceil_div
 from kernels._common.tma import tma_obstacle
@@ -120,11 +120,8 @@ def check_decode(
     S, H, _ = q.shape
     if prefixes is not None:
         prefixes.check(S)
-    if starts.shape != (S,) or lengths.shape != (S,) or starts.dtype != torch.int64 or lengths.dtype != torch.int32:
-        raise ValueError(
-            f"starts must be int64 [{S}] and lengths int32 [{S}], got {starts.dtype} {tuple(starts.shape)}, "
-            f"{lengths.dtype} {tuple(lengths.shape)}"
-        )
+    check_rows("starts", starts, torch.int64, S)
+    check_rows("lengths", lengths, torch.int32, S)
     if max_length < 1 or (window is not None and window < 1):
         raise ValueError(f"max_length and window must be at least 1, got {max_length}, {window}")
     if sinks is not None and (sinks.shape != (H,) or not sinks.is_floating_point() or not sinks.is_contiguous()):

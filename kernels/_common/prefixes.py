@@ -8,6 +8,18 @@ import torch
 from torch import Tensor
 
 
+def check_rows(name: str, values: Tensor, dtype: torch.dtype, rows: int) -> None:
+    """Raise ValueError unless there is one number of that dtype for each row, behind one another as kernels read them.
+
+    (An expanded row flattens to a view in which all numbers are one.)
+    """
+    if values.shape != (rows,) or values.dtype != dtype or not values.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous {str(dtype).removeprefix('torch.')} [{rows}], got {values.dtype} "
+            f"{tuple(values.shape)} with strides {values.stride()}"
+        )
+
+
 @dataclass(frozen=True)
 class Prefixes:
     """Of S rows of a decode batch: where the keys lie that come before the row's own, and whose are the same.
@@ -29,16 +41,8 @@ class Prefixes:
 
     def check(self, rows: int) -> None:
         """Raise ValueError unless the shapes and types are those of a batch of so many rows."""
-        if (
-            self.starts.shape != (rows,)
-            or self.lengths.shape != (rows,)
-            or self.starts.dtype != torch.int64
-            or self.lengths.dtype != torch.int32
-        ):
-            raise ValueError(
-                f"prefixes must have starts int64 [{rows}] and lengths int32 [{rows}], got {self.starts.dtype} "
-                f"{tuple(self.starts.shape)}, {self.lengths.dtype} {tuple(self.lengths.shape)}"
-            )
+        check_rows("prefixes.starts", self.starts, torch.int64, rows)
+        check_rows("prefixes.lengths", self.lengths, torch.int32, rows)
         if self.max_length < 1:
             raise ValueError(f"prefixes.max_length must be at least 1, got {self.max_length}")
         if self.members.ndim != 2 or self.members.dtype != torch.int32 or self.members.stride(1) != 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels._common.prefixes import check_rows
 from kernels.dispatch import choose_portable, implementation, on_its_gpu
 
 # The longest and the shortest run of newest tokens that is looked for. Measured on extractions and summaries of
@@ -48,10 +49,8 @@ def find_drafts(
         raise ValueError(f"find_drafts: ids must be contiguous int32 [T], got {ids.dtype} {tuple(ids.shape)}")
     given = {"starts": starts, "lengths": lengths, "prefix_starts": prefix_starts, "prefix_lengths": prefix_lengths}
     for name, tensor in given.items():
-        if tensor is not None and (tensor.shape != (S,) or tensor.dtype != torch.int64):
-            raise ValueError(
-                f"find_drafts: {name} must be int64 [S] as starts is, got {tensor.dtype} {tuple(tensor.shape)}"
-            )
+        if tensor is not None:
+            check_rows(f"find_drafts: {name}", tensor, torch.int64, S)
     if (prefix_starts is None) != (prefix_lengths is None):
         raise ValueError("find_drafts takes prefix_starts and prefix_lengths together or not at all")
     if not 1 <= shortest <= longest or drafts < 1 or max_length < 1:

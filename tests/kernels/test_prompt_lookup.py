@@ -74,8 +74,9 @@ def test_they_are_not_compiled_anew_for_other_numbers(monkeypatch: pytest.Monkey
     [
         (lambda ids, n: find_drafts(ids.long(), n, n, drafts=3, max_length=9), r"contiguous int32 \[T\]"),
         (lambda ids, n: find_drafts(ids[::2], n, n, drafts=3, max_length=9), r"contiguous int32 \[T\]"),
-        (lambda ids, n: find_drafts(ids, n, n[:1], drafts=3, max_length=9), "lengths must be int64"),
-        (lambda ids, n: find_drafts(ids, n.int(), n, drafts=3, max_length=9), "starts must be int64"),
+        (lambda ids, n: find_drafts(ids, n, n[:1], drafts=3, max_length=9), "lengths must be contiguous int64"),
+        (lambda ids, n: find_drafts(ids, n.int(), n, drafts=3, max_length=9), "starts must be contiguous int64"),
+        (lambda ids, n: find_drafts(ids, n[:1].expand(2), n, drafts=3, max_length=9), r"starts .* strides \(0,\)"),
         (lambda ids, n: find_drafts(ids, n, n, drafts=3, max_length=9, prefix_starts=n), "together or not at all"),
         (lambda ids, n: find_drafts(ids, n, n, drafts=0, max_length=9), "at least 1"),
         (lambda ids, n: find_drafts(ids, n, n, drafts=1, max_length=9, shortest=7), "shortest <= longest"),

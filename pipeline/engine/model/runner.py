@@ -320,11 +320,11 @@ class ModelRunner:
         positions = (lengths - 1).clamp(min=0)[:, None] + after
         real = (lengths > 0)[:, None] & (after <= counts[:, None])
         seen = torch.where(real, positions + 1, 0)
-        begins = starts[:, None].expand(S, L)
-        slots = begins + positions
+        begins = starts.repeat_interleave(L)
+        slots = begins.view(S, L) + positions
         if prefixes is None:
             of_row = torch.arange(S * L, dtype=torch.int32, device=tokens.device).view(S, L)
-            prefixes = Prefixes(begins.flatten(), seen.flatten().to(torch.int32), of_row, max_length)
+            prefixes = Prefixes(begins, seen.flatten().to(torch.int32), of_row, max_length)
             own, longest = torch.zeros_like(seen), 1
         else:
             before = torch.where(real, prefixes.lengths[:, None], 0)
@@ -332,14 +332,14 @@ class ModelRunner:
             members = prefixes.members[:, :, None]
             expanded = torch.where(members < 0, members, members * L + after.to(torch.int32)).flatten(1)
             prefixes = Prefixes(
-                prefixes.starts[:, None].expand(S, L).flatten(),
+                prefixes.starts.repeat_interleave(L),
                 before.flatten().to(torch.int32),
                 expanded,
                 prefixes.max_length,
             )
         slots = slots.masked_fill(~real, arena.scratch).flatten()
         context = DecodeContext(
-            starts=begins.flatten(),
+            starts=begins,
             lengths=own.flatten().to(torch.int32),
             max_length=longest,
             quantized=arena.quantized(),
