@@ -177,7 +177,10 @@ def _select_row(
         tl.store(counts, forced + taken)
 
 
-@triton.jit(do_not_specialize=["stride_budget", "H", "rows", "first_row", "sink_blocks", "local_blocks", "max_blocks"])
+@triton.jit(
+    do_not_specialize=["stride_budget", "H", "rows", "first_row", "sink_blocks", "local_blocks", "max_blocks"],
+    do_not_specialize_on_alignment=["budgets"],  # a chunk's are a part of its prompt's
+)
 def select_kernel(
     scores, budgets, indices, counts, stride_n, stride_h, stride_row, stride_budget, H, rows, first_row,
     sink_blocks, local_blocks, max_blocks, WIDTH: tl.constexpr,

@@ -37,7 +37,10 @@ def _load(scores, stride_h, H, begin, free, HEADS: tl.constexpr, PIECES: tl.cons
     return tl.load(scores + begin + head.to(tl.int64) * stride_h + j, mask=inside, other=float("nan"))
 
 
-@triton.jit(do_not_specialize=["H", "rows", "first_row", "sink_blocks", "local_blocks"])
+@triton.jit(
+    do_not_specialize=["H", "rows", "first_row", "sink_blocks", "local_blocks"],
+    do_not_specialize_on_alignment=["budgets"],  # a chunk's are a part of its prompt's
+)
 def share_kernel(
     scores, budgets, counts, stride_n, stride_h, stride_row, H, rows, first_row, sink_blocks, local_blocks, floor, cap,
     HEADS: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr, MORE: tl.constexpr,

@@ -135,3 +135,14 @@ def test_shared_budgets_compile(heads: int, n_keys: int, capability: tuple[int, 
     """16 warps have 128 registers each; without spills."""
     scores, budgets = torch.empty(1, heads, 8, n_keys), torch.empty(8, dtype=torch.int32)
     check(lambda: triton_share.share_budgets(scores, budgets, n_keys - 8, 4, 4, 0.2, 4.0), capability, 0, 1)
+
+
+def test_a_chunk_compiles_nothing_anew() -> None:
+    """Its budgets are those of its prompt's from anywhere on: the first document of a length waited for a kernel."""
+    scores, budgets = torch.empty(1, 32, 8, 1024), torch.empty(64, dtype=torch.int32)
+    with offline.compiling(HOPPER) as compiled:
+        for first in (0, 3):
+            here = budgets[first : first + 8]
+            triton_selection.select_blocks(scores, here, 1016, 4, 4, 300)
+            triton_share.share_budgets(scores, here, 1016, 4, 4, 0.2, 4.0)
+    assert len({kernel.hash for kernel in compiled}) == 2
