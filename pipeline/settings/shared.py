@@ -64,12 +64,11 @@ class EngineSettings:
     )
     arena_tokens: int | None = setting(None, "tokens of KV memory; unset: what is free", low=2, group="engine")
     prompt_lookup: str = setting(
-        "off",
+        "auto",
         "auto: where outputs quote their documents, several tokens in one decode step; off: one token a step",
         more="drafts are what followed the newest tokens where they stood before, one is taken only where the model "
         "chose the same token: outputs are those of single steps, on a GPU up to rounding. While drafts do not pay, "
-        "steps go without. Off by default: the first try of a real model on a GPU ended with an error that is not "
-        "explained yet (docs/speed.md)",
+        "steps go without",
         choices=("auto", "off"),
         group="engine",
     )

@@ -135,7 +135,7 @@ def test_wrong_values_are_named(settings: dict[str, Any], message: str) -> None:
 HANDED_ON = {
     "model": "some/model", "revision": "main", "trust_remote_code": True, "precision": "bf16", "chunk_tokens": 64,
     "max_live": 3, "max_context": 500, "arena_tokens": 900, "load_format": "dummy", "temperature": 0.5, "top_p": 0.9,
-    "top_k": 20, "min_p": 0.1, "seed": 4, "adapter": "/an/adapter", "rope_scaling": 2.0, "prompt_lookup": "auto",
+    "top_k": 20, "min_p": 0.1, "seed": 4, "adapter": "/an/adapter", "rope_scaling": 2.0, "prompt_lookup": "off",
     "repetition_penalty": 1.2,
 }  # fmt: skip
 

@@ -107,7 +107,7 @@ def compare(
     steps: list[float] = []
     for setting in SETTINGS:
         engine._lookup = policy if setting == "auto" else None
-        run_documents(engine, prompts, new_tokens)  # compiles, and captures the steps of as few rows as are left at the end
+        run_documents(engine, prompts, new_tokens)  # compiles, and captures steps of all numbers of rows
         took, done = run_documents(engine, prompts, new_tokens)
         seconds[setting] = took - sum(completion.prefill_seconds for completion in done)
         outputs[setting] = [completion.token_ids for completion in done]
