@@ -145,7 +145,8 @@ def test_masked_steps_are_captured_in_two_parts_and_replayed(monkeypatch: pytest
             cuda.capturing.replay = lambda: (replayed.append(name), real(runner, key))
 
         monkeypatch.setattr(DecodeRunner, name, part)
-    engine = Engine(EngineConfig(str(TINY_READER), device="cpu", arena_tokens=8192, decode_lag=2, grammars=True))
+    options: dict[str, Any] = {"decode_lag": 2, "grammars": True, "prompt_lookup": "off"}  # three parts with drafts
+    engine = Engine(EngineConfig(str(TINY_READER), device="cpu", arena_tokens=8192, **options))
     masks = engine._masks
     assert masks is not None
     runner, arena, batch = engine._runner, engine._arena, engine._batch
