@@ -22,7 +22,7 @@ from pipeline.errors import JobError, one_line, without_secrets
 from pipeline.imports import ROOT
 from pipeline.source import Document
 from pipeline.workers.loop import EngineBrokenError, describe_error
-from pipeline.workers.pool import Event, WorkerId, drained, failed_call, one_loss_each
+from pipeline.workers.pool import Event, WorkerId, drained, failed_call, failed_start, one_loss_each
 from pipeline.workers.work import WorkerConfig
 from pipeline.workers.worker import Worker
 
@@ -285,7 +285,7 @@ class RayPool:
         except RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
             if starting:
-                return Event("start_failed", worker, document_id, reason=describe_error(cause))
+                return failed_start(worker, cause)
             return failed_call(worker, document_id, cause)
         except RayActorError as error:
             return Event("start_failed" if starting else "died", worker, document_id, reason=describe_death(error))
