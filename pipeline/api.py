@@ -140,9 +140,18 @@ class Summarizer:
         todo = sorted(todo, key=lambda document: -document.size_bytes)
         bound = hang_after(self._config.deadline, self._worker_config.grace)
         limits = Limits(1, max_attempts=self._config.max_attempts, start_tries=1, hang_after=bound)
-        tick, log = (told.tick, told.message) if told else (lambda: None, lambda message: None)
+        if told:
+            told.start_clock()
+
+        def tick() -> None:
+            if told:
+                told.workers(scheduler.live, scheduler.starting, scheduler.in_flight)
+                told.tick()
+
+        log = told.message if told else lambda message: None
         try:
-            Scheduler(self._pool, iter(todo), len(todo), limits, done, tick=tick, log=log).run()
+            scheduler = Scheduler(self._pool, iter(todo), len(todo), limits, done, tick=tick, log=log)
+            scheduler.run()
         except JobError as error:  # the engine broke, and could not be built again
             return str(error)
         except BaseException:  # an interrupted cell: nothing may go on behind it

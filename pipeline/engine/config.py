@@ -19,13 +19,26 @@ if TYPE_CHECKING:
 
     from pipeline.answers.grammar import Grammar
 
-__all__ = ["Completion", "EngineConfig", "EngineError", "Request", "Sampling", "SharedPrompt", "Status"]
+__all__ = [
+    "Completion",
+    "EngineConfig",
+    "EngineError",
+    "ModelRefusedError",
+    "Request",
+    "Sampling",
+    "SharedPrompt",
+    "Status",
+]
 
 Status = Literal["ok", "error", "oom", "too_long"]
 
 
 class EngineError(JobError):
     """The engine cannot be built or cannot go on; the message says why and what to change."""
+
+
+class ModelRefusedError(EngineError):
+    """No engine runs the model, on whatever device: its attention, or the form of its weights, is not supported."""
 
 
 @dataclass(frozen=True)

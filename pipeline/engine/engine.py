@@ -123,13 +123,18 @@ class Engine:
         return extents.capacity - extents.free_tokens, extents.capacity
 
     @property
-    def tokens_read(self) -> int:
-        """Tokens of prompts and outputs, of the documents that are in here, which are read and written so far."""
-        begun = self._prefilling.prefill if self._prefilling else None
-        tokens = begun.start if isinstance(begun, Prefill) else 0
+    def tokens_done(self) -> dict[str, tuple[int, int]]:
+        """By request_id, of those that have begun: tokens of the prompt that are read, and of the output that are
+        written so far. Those of a prefix are told of one of the requests behind it.
+        """
+        done = {each.request.request_id: (len(each.prompt_ids), len(each.tokens)) for each in self._live.values()}
+        if self._prefilling is not None and isinstance(self._prefilling.prefill, Prefill):
+            done[self._prefilling.request.request_id] = self._prefilling.prefill.start, 0
         for prefix in self._prefixes:
-            tokens += prefix.prefill.start if prefix.prefill else prefix.is_read * prefix.tokens
-        return tokens + sum(len(document.prompt_ids) + len(document.tokens) for document in self._live.values())
+            name = (*prefix.live, *prefix.waiting)[0].request.request_id
+            read, written = done.get(name, (0, 0))
+            done[name] = read + (prefix.prefill.start if prefix.prefill else prefix.is_read * prefix.tokens), written
+        return done
 
     def plan(self) -> MemoryPlan:
         """How the device's memory is divided."""

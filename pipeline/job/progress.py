@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TextIO
 
 from pipeline.errors import visible
+from pipeline.job.time_left import TimeLeft
 from pipeline.results.rows import Row
 
 LOG_EVERY = 30.0
@@ -16,9 +17,9 @@ TERMINAL_EVERY = 0.5
 
 
 class Progress:
-    """Counts finished documents and tells about them. The time left follows from what is read, not from documents.
+    """Counts finished documents and tells about them, and how long the others will take (pipeline.job.time_left).
 
-    total_bytes: of the texts still to do. Time left is that of the bytes that are not read, at the pace so far.
+    total_bytes: of the texts still to do.
     """
 
     def __init__(
@@ -30,14 +31,15 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._documents = documents
-        self._bytes_left, self._bytes_worked = total_bytes, 0
+        self._bytes_left = total_bytes
         self._stream = stream or sys.stderr
         self._terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self._clock = clock
-        self._begun = self._shown_at = clock()
+        self._begun = self._shown_at = self._counted_at = clock()
         self._done = self._answers = self._failed = self._cut = self._tokens = 0
         self._live = self._starting = self._held = 0
-        self._tokens_read = self._bytes_read = 0
+        self._reading: dict[str, tuple[int, int]] = {}
+        self._time_left = TimeLeft()
         self._ready = self._shown = False
 
     def add(self, rows: Sequence[Row], size_bytes: int) -> None:
@@ -47,26 +49,26 @@ class Progress:
         self._failed += sum(row.outcome.status != "ok" for row in rows)
         self._cut += sum(row.outcome.is_cut for row in rows)
         self._bytes_left -= size_bytes
-        self._bytes_read = max(0, self._bytes_read - size_bytes)
-        measured = [row.from_engine for row in rows if row.from_engine is not None and row.from_engine.prompt_tokens]
-        tokens = sum(each.prompt_tokens - each.prefix_tokens + each.output_tokens for each in measured)
-        self._tokens += tokens
-        self._tokens_read = max(0, self._tokens_read - tokens)  # until workers are heard again
-        if measured:
-            self._bytes_worked += size_bytes
+        measured = [row.from_engine for row in rows if row.from_engine is not None]
+        self._tokens += sum(each.prompt_tokens - each.prefix_tokens + each.output_tokens for each in measured)
+        for row in rows:
+            self._reading.pop(row.document_id, None)
+        self._time_left.add(rows, size_bytes)
 
     def workers(self, live: int, starting: int, held: int) -> None:
         """How many workers take documents, how many do not yet, and how many documents they hold."""
+        self._count_time()
         self._live, self._starting, self._held = live, starting, held
 
-    def reading(self, tokens: int, size_bytes: int) -> None:
-        """What is read so far of the documents that workers hold, in tokens and in bytes of their texts."""
-        self._tokens_read, self._bytes_read = tokens, min(size_bytes, self._bytes_left)
+    def reading(self, documents: Mapping[str, tuple[int, int]]) -> None:
+        """By document_id, of those that workers hold: tokens that are read and that are written so far."""
+        self._reading = dict(documents)
 
     def start_clock(self) -> None:
         """Rates count from now on: workers are ready. Only the first call does anything."""
         if not self._ready:
-            self._begun, self._ready = self._clock(), True
+            self._begun = self._counted_at = self._clock()
+            self._ready = True
 
     @property
     def seconds(self) -> float:
@@ -98,7 +100,7 @@ class Progress:
         parts = [(0, f"{self._done:,}/{self._documents:,} documents")]  # the larger the number, the sooner left out
         if self._answers > self._done:
             parts.append((2, f"{self._answers:,} answers"))
-        tokens = self._tokens + self._tokens_read
+        tokens = self._tokens + sum(map(sum, self._reading.values()))
         if not tokens and self._held:
             parts.append((3, f"{self._held:,} in work for {duration(seconds)}"))
         elif self._ready or not self._starting:
@@ -113,12 +115,23 @@ class Progress:
             workers = "1 worker" if self._starting == 1 else f"{self._starting} workers"
             parts.append((3, f"starting {workers} for {duration(seconds)}"))
             parts.append((5, "a large model takes minutes"))
-        worked = self._bytes_worked + self._bytes_read
-        if worked and self._done < self._documents:
-            parts.append((2, f"about {duration(seconds * (self._bytes_left - self._bytes_read) / worked)} left"))
+        if (left := self._seconds_left()) is not None:
+            parts.append((2, f"about {duration(left)} left"))
         while width and len(parts) > 1 and len(_joined(parts)) > width:
             parts.remove(max(parts))
         return _joined(parts)[:width]
+
+    def _count_time(self) -> None:
+        now = self._clock()
+        if self._ready:
+            self._time_left.passed(self._live * (now - self._counted_at))
+        self._counted_at = now
+
+    def _seconds_left(self) -> float | None:
+        self._count_time()
+        documents = self._documents - self._done
+        done = self._reading.values()
+        return self._time_left.seconds(documents, self._bytes_left, self._held, done, self._live) if documents else None
 
     def _tell(self) -> None:
         if self._terminal:

@@ -104,7 +104,7 @@ class RayRun:
         self._heartbeat.check()
         self._progress.workers(scheduler.live, scheduler.starting, scheduler.in_flight)
         if (read := self._pool.reading()) is not None:
-            self._progress.reading(*read)
+            self._progress.reading(read)
         self._progress.tick()
         self._metrics.tick(scheduler.waiting, scheduler.in_flight, scheduler.live, scheduler.starting)
         if scheduler.started:

@@ -178,23 +178,21 @@ class Asking:
                 )
             )  # fmt: skip
         self._work.requests += [request.request_id for request in requests]
-        self._work.tokens += len(prompts[0].prefix) + sum(map(_tokens_of, requests))
         futures = self._loop.submit(SharedPrompt(prompts[0].prefix, tuple(requests)))
         waits = (
             self._ended(ask, request, asyncio.wrap_future(future), place)
             for ask, request, future in zip(asks, requests, futures, strict=True)
         )
         outcomes = await _together(waits)
-        self._work.ended += len(prompts[0].prefix)
+        self._work.read += len(prompts[0].prefix)
         return outcomes
 
     async def _ended(self, ask: Ask, request: Request, ending: Awaitable[Completion], place: Place) -> Outcome:
         """The outcome of a request."""
         completion = await ending
         self._work.requests.remove(request.request_id)
-        came = len(request.prompt_ids) + len(completion.token_ids)
-        self._work.tokens += came - _tokens_of(request)
-        self._work.ended += came
+        self._work.read += len(request.prompt_ids)
+        self._work.written += len(completion.token_ids)
         ask.completions.append(completion)
         ask.fields.queue_seconds += completion.queue_seconds
         begin = time.perf_counter()
@@ -224,11 +222,6 @@ class Asking:
         ask.fields.tokenize_seconds += seconds
         ask.fields.total_seconds = time.perf_counter() - self._work.begun
         return reviewed
-
-
-def _tokens_of(request: Request) -> int:
-    """Tokens that a request can come to, without its prefix."""
-    return len(request.prompt_ids) + request.max_new_tokens
 
 
 async def _in_order(

@@ -11,8 +11,7 @@ from typing import Any
 
 from pipeline.inputs import TextReader
 from pipeline.source import Document, DocumentReader
-from pipeline.workers.loop import describe_error
-from pipeline.workers.pool import Event, WorkerId, drained, failed_call, one_loss_each
+from pipeline.workers.pool import Event, WorkerId, drained, failed_call, failed_start, one_loss_each
 from pipeline.workers.work import WorkerConfig
 from pipeline.workers.worker import Worker
 
@@ -66,7 +65,7 @@ class LocalPool:
             if future.cancelled():
                 return
             if error := future.exception():
-                self._events.put(Event("start_failed", number, reason=describe_error(error)))
+                self._events.put(failed_start(number, error))
                 return
             if number == self._count:
                 self._info = future.result()

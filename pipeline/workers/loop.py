@@ -23,7 +23,7 @@ class EngineLike(Protocol):
     @property
     def arena_use(self) -> tuple[int, int]: ...
     @property
-    def tokens_read(self) -> int: ...
+    def tokens_done(self) -> dict[str, tuple[int, int]]: ...
 
     def add_shared(self, shared: SharedPrompt) -> None: ...
     def step(self) -> list[Completion]: ...
@@ -105,10 +105,10 @@ class EngineLoop:
         self._calls.put(drop)
         return future
 
-    def tokens_read(self) -> Future[int]:
-        """What the engine says of its documents between two steps; a hung engine never does."""
-        future: Future[int] = Future()
-        self._calls.put(lambda engine: future.set_result(engine.tokens_read))
+    def tokens_done(self) -> Future[dict[str, tuple[int, int]]]:
+        """What the engine says of its requests between two steps; a hung engine never does."""
+        future: Future[dict[str, tuple[int, int]]] = Future()
+        self._calls.put(lambda engine: future.set_result(engine.tokens_done))
         return future
 
     def close(self, wait: float = 0.0) -> None:
@@ -167,10 +167,13 @@ class _Broken:
     max_context = 0
     has_work = False
     arena_use = (0, 0)
-    tokens_read = 0
 
     def __init__(self, failure: EngineBrokenError) -> None:
         self._failure = failure
+
+    @property
+    def tokens_done(self) -> dict[str, tuple[int, int]]:
+        return {}
 
     def add_shared(self, shared: SharedPrompt) -> None:
         raise self._failure

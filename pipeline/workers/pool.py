@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
+from pipeline.engine.config import ModelRefusedError
 from pipeline.results.rows import Row
 from pipeline.source import Document
 from pipeline.workers.loop import EngineBrokenError, describe_error
@@ -21,9 +22,9 @@ EventKind = Literal["started", "start_failed", "result", "failed", "hung", "died
 class Event:
     """Something that a worker did.
 
-    started: it takes documents; `info` says how many. start_failed: it never will; `reason`. result: `rows` of
-    `document_id`, one for each question. failed: its engine broke; hung: it does not answer; died: the process is gone.
-    `reason` says more.
+    started: it takes documents; `info` says how many. start_failed: it never will; `reason`, and if it is `final`, no
+    other worker will either. result: `rows` of `document_id`, one for each question. failed: its engine broke; hung: it
+    does not answer; died: the process is gone. `reason` says more.
     """
 
     kind: EventKind
@@ -31,6 +32,7 @@ class Event:
     document_id: str = ""
     rows: list[Row] = field(default_factory=list)
     reason: str = ""
+    final: bool = False
     info: dict[str, Any] = field(default_factory=dict)
 
 
@@ -52,6 +54,12 @@ class Pool(Protocol):
     def kill(self, worker: WorkerId) -> None:
         """End a worker; no more events come from it."""
         ...
+
+
+def failed_start(worker: WorkerId, error: BaseException) -> Event:
+    """A worker did not start, with an exception."""
+    final = isinstance(error, ModelRefusedError)
+    return Event("start_failed", worker, reason=describe_error(error), final=final)
 
 
 def failed_call(worker: WorkerId, document_id: str, error: BaseException) -> Event:

@@ -22,7 +22,7 @@ from pipeline.errors import JobError, one_line, without_secrets
 from pipeline.imports import ROOT
 from pipeline.source import Document
 from pipeline.workers.loop import EngineBrokenError, describe_error
-from pipeline.workers.pool import Event, WorkerId, drained, failed_call, one_loss_each
+from pipeline.workers.pool import Event, WorkerId, drained, failed_call, failed_start, one_loss_each
 from pipeline.workers.work import WorkerConfig
 from pipeline.workers.worker import Worker
 
@@ -208,8 +208,9 @@ class RayPool:
         self._ended: queue.SimpleQueue[tuple[WorkerId, str, Future[Any]]] = queue.SimpleQueue()
         self._starting: dict[WorkerId, float] = {}  # in the order of their starts
         self._count = 0
-        self._asked: dict[WorkerId, Future[tuple[int, int]]] = {}  # how far they are
-        self._reading: dict[WorkerId, tuple[int, int]] = {}  # what they said last
+        self._held: dict[WorkerId, set[str]] = {}  # their documents
+        self._asked: dict[WorkerId, Future[dict[str, tuple[int, int]]]] = {}  # how far they are
+        self._reading: dict[WorkerId, dict[str, tuple[int, int]]] = {}  # what they said last
         self._ask_again = 0.0
 
     def start(self) -> WorkerId:
@@ -220,10 +221,12 @@ class RayPool:
         load: Any = actor.load
         self._watch(load.remote(), worker, "")
         self._starting[worker] = time.monotonic()
+        self._held[worker] = set()
         return worker
 
     def submit(self, worker: WorkerId, document: Document, careful: bool) -> None:
         """Give a document to a worker."""
+        self._held[worker].add(document.document_id)
         self._watch(self._workers[worker].process.remote(document, careful), worker, document.document_id)
 
     def wait(self, timeout: float) -> list[Event]:
@@ -234,6 +237,7 @@ class RayPool:
     def kill(self, worker: WorkerId) -> None:
         """End a worker and forget its calls."""
         self._starting.pop(worker, None)
+        self._held.pop(worker, None)
         self._reading.pop(worker, None)
         self._asked.pop(worker, None)
         actor = self._workers.pop(worker, None)
@@ -241,8 +245,9 @@ class RayPool:
             with contextlib.suppress(RayError):
                 ray.kill(actor, no_restart=True)
 
-    def reading(self) -> tuple[int, int] | None:
-        """Worker.reading of all workers together, as they said when asked a while ago; None between two such questions.
+    def reading(self) -> dict[str, tuple[int, int]] | None:
+        """Worker.reading of all workers together, as they said when asked a while ago, without the documents that have
+        ended since; None between two such questions.
 
         Nobody is waited for.
         """
@@ -257,7 +262,12 @@ class RayPool:
                     self._reading[worker] = asked.result()
             if worker not in self._starting and (asked is None or asked.done()):
                 self._asked[worker] = actor.reading.remote().future()
-        return sum(tokens for tokens, _ in self._reading.values()), sum(size for _, size in self._reading.values())
+        return {
+            name: done
+            for worker, documents in self._reading.items()
+            for name, done in documents.items()
+            if name in self._held[worker]
+        }
 
     def stats(self, timeout: float = 5.0) -> list[dict[str, float]]:
         """What the living workers report about themselves within `timeout` seconds."""
@@ -285,13 +295,14 @@ class RayPool:
         except RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
             if starting:
-                return Event("start_failed", worker, document_id, reason=describe_error(cause))
+                return failed_start(worker, cause)
             return failed_call(worker, document_id, cause)
         except RayActorError as error:
             return Event("start_failed" if starting else "died", worker, document_id, reason=describe_death(error))
         except RayError as error:  # what it made is lost with its node
             return Event("start_failed" if starting else "died", worker, document_id, reason=describe_error(error))
         if document_id:
+            self._held.get(worker, set()).discard(document_id)
             return Event("result", worker, document_id, rows=value)
         self._starting.pop(worker, None)
         return Event("started", worker, info=value)

@@ -301,6 +301,8 @@ class Scheduler:
         self._failed_starts += 1
         self._on_loss(event.kind)
         self._next_start = self._clock() + self._limits.start_pause
+        if event.final and not self.live:
+            raise JobError(event.reason)
         self._log(f"a worker could not start ({self._failed_starts}): {event.reason}")
         if self._failed_starts >= self._limits.start_tries and not self._workers:
             raise JobError(f"no worker could start in {self._failed_starts} tries; the last reason: {event.reason}")

@@ -110,8 +110,7 @@ class Work:
     fields: what its rows have in common, and the seconds that are spent once for all questions. columns: texts of the
     columns in its prompts. text: of the document. requests: ids of those that are in the engine. chunk_tokens: prefill
     steps at most so long; None: as the engine's configuration says. asks: its questions, once it is read.
-    tokens: that prompts and outputs which went to the engine can come to, or did come to once they ended; ended: of
-    these, those that it is done with.
+    read, written: tokens of prompts and outputs that the engine is done with.
     """
 
     document: Document
@@ -122,8 +121,8 @@ class Work:
     chunk_tokens: int | None = None
     requests: list[str] = field(default_factory=list)
     asks: list[Ask] = field(default_factory=list)
-    tokens: int = 0
-    ended: int = 0
+    read: int = 0
+    written: int = 0
 
 
 def request_id(document_id: str, question: str, part: str) -> str:

@@ -23,7 +23,7 @@ from pipeline.workers.job_questions import JobQuestions
 from pipeline.workers.loop import EngineBrokenError, EngineLike, EngineLoop
 from pipeline.workers.metrics import report_arena
 from pipeline.workers.threads import ReadingThreads
-from pipeline.workers.work import Work, WorkerConfig
+from pipeline.workers.work import Work, WorkerConfig, document_of
 
 # A document that ran out of memory is tried once more, alone and in prefill chunks smaller by this factor.
 CAREFUL = 4
@@ -102,14 +102,15 @@ class Worker:
         if hasattr(self, "_loop"):
             self._loop.close(wait)
 
-    async def reading(self) -> tuple[int, int]:
-        """How far it is with the documents that it holds: tokens that are read and written, and their share of all that
-        there are, in bytes of those documents.
-        """
-        works = [work for work in self._works.values() if work.tokens]
-        tokens, size = sum(work.tokens for work in works), sum(work.document.size_bytes for work in works)
-        done = sum(work.ended for work in works) + await asyncio.wrap_future(self._loop.tokens_read())
-        return done, round(size * min(1.0, done / tokens)) if tokens else 0
+    async def reading(self) -> dict[str, tuple[int, int]]:
+        """How far it is with the documents that it holds: by document_id, tokens that are read and that are written."""
+        requests = await asyncio.wrap_future(self._loop.tokens_done())
+        done = {name: (work.read, work.written) for name, work in self._works.items()}
+        for request, (read, written) in requests.items():
+            name = document_of(request)
+            if name in done:
+                done[name] = done[name][0] + read, done[name][1] + written
+        return done
 
     async def process(self, document: Document, careful: bool = False) -> list[Row]:
         """The rows of a document, one for each question; whatever is wrong with it is in the rows.

@@ -13,11 +13,14 @@ import pytest
 from patience import patient
 
 from pipeline import read_results
+from pipeline.engine.model import loading
 from pipeline.errors import JobError
+from pipeline.job.dry_run import describe_plan
 from pipeline.job.job import run
 from pipeline.prompts.tokens import Tokens
 from pipeline.results.summary import JobReport
 from pipeline.settings.config import JobConfig
+from pipeline.workers.worker import Worker
 from tools.faults.corpus import write_model
 
 WORDS = "the harbour committee reviewed the winter budget "
@@ -29,13 +32,16 @@ def tiny(tmp_path: Path) -> Path:
     return write_model(tmp_path / "model")
 
 
-def job(tmp_path: Path, model: Path, engine: str, texts: dict[str, str] = TEXTS, **settings: Any) -> JobReport:
+def job_config(tmp_path: Path, model: Path, texts: dict[str, str] = TEXTS, **settings: Any) -> JobConfig:
     docs = tmp_path / "docs.jsonl"
     docs.write_text("".join(json.dumps({"id": name, "text": text}) + "\n" for name, text in texts.items()))
     values = {"input": str(docs), "output": str(tmp_path / "out"), "model": str(model), "device": "cpu", "workers": 1}
     values |= {"max_new_tokens": 6, "chunk_tokens": 128, "max_live": 3, "question": "What?"}
-    config = JobConfig(**(values | settings))  # type: ignore[arg-type]
-    return run(config, engine_factory=engine, grace=1.0)
+    return JobConfig(**(values | settings))  # type: ignore[arg-type]
+
+
+def job(tmp_path: Path, model: Path, engine: str, texts: dict[str, str] = TEXTS, **settings: Any) -> JobReport:
+    return run(job_config(tmp_path, model, texts, **settings), engine_factory=engine, grace=1.0)
 
 
 def rows(tmp_path: Path) -> dict[str, dict[str, Any]]:
@@ -97,6 +103,32 @@ def test_a_document_that_freezes_the_whole_process_times_out_alone(tmp_path: Pat
     report = job(tmp_path, model, "fake_engine:FakeEngine", texts, deadline=patient(1.0))
     assert report.counts == {"ok": 2, "timeout": 1}
     assert rows(tmp_path)["frozen"]["attempts"] == 2
+
+
+@pytest.mark.usefixtures("ray_here")
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}, "logit soft-capping"),
+        ({"quantization_config": {"quant_method": "awq"}}, "awq"),
+    ],
+)
+def test_a_refused_model_ends_the_job_as_it_ends_the_dry_run(
+    changes: dict[str, Any], reason: str, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once: its weights are not loaded for it, and no second worker tries."""
+    own = json.loads((tiny / "config.json").read_text())
+    (tiny / "config.json").write_text(json.dumps(own | changes))
+    monkeypatch.setattr(loading, "_from_files", lambda *_: pytest.fail("its weights are loaded"))
+    started = []
+    monkeypatch.setattr(Worker, "load", lambda worker, load=Worker.load: started.append(worker) or load(worker))
+    with pytest.raises(JobError) as dry:
+        list(describe_plan(job_config(tmp_path, tiny)))
+    with pytest.raises(JobError) as real:
+        run(job_config(tmp_path, tiny))
+    assert str(real.value) == str(dry.value)
+    assert reason in str(real.value)
+    assert len(started) == 1
 
 
 @pytest.mark.usefixtures("ray_here")

@@ -46,8 +46,8 @@ class FakeEngine:
         return sum(len(request.prompt_ids) for request in self._waiting), 4 * self.max_context
 
     @property
-    def tokens_read(self) -> int:
-        return 0
+    def tokens_done(self) -> dict[str, tuple[int, int]]:
+        return {}
 
     def add_shared(self, shared: SharedPrompt) -> None:
         """The first of the requests reads the prefix."""

@@ -240,15 +240,30 @@ def test_it_says_how_much_is_read(folder: Path) -> None:
     engine = make(folder, chunk_tokens=128)
     [question] = ask(prefixes=[300], tails=[5, 9])
     engine.add_shared(question)
-    assert engine.tokens_read == 0
+    assert engine.tokens_done == {}
     steps = []
     for _ in range(5):
         engine.step()
-        steps.append(engine.tokens_read)
+        steps.append(engine.tokens_done)
     # The prefix is read to 256, its last 44 tokens with each tail; a prompt that is read has its first token.
-    assert steps == [128, 256, 256 + 44 + 5 + 1, 256 + 44 + 5 + 1 + 44 + 9 + 1, 256 + 44 + 5 + 2 + 44 + 9 + 2]
+    first, second = (request.request_id for request in question.requests)
+    alone, both = 256 + 44 + 5, {first: (256 + 44 + 5, 1), second: (44 + 9, 1)}
+    assert steps[:4] == [{first: (128, 0)}, {first: (256, 0)}, {first: (alone, 1)}, both]
+    assert steps[4] == {first: (alone, 2), second: (44 + 9, 2)}
+    assert engine.abort(first)
+    assert engine.tokens_done == {second: (256 + 44 + 9, 2)}, "who is left has read the prefix"
     finish(engine)
-    assert engine.tokens_read == 0
+    assert engine.tokens_done == {}
+
+
+def test_it_says_how_much_of_a_prompt_alone_is_read(folder: Path) -> None:
+    engine = make(folder, chunk_tokens=128)
+    engine.add(Request("x", prompts([200])[0], NEW))
+    steps = []
+    for _ in range(3):
+        engine.step()
+        steps.append(engine.tokens_done)
+    assert steps == [{"x": (128, 0)}, {"x": (200, 1)}, {"x": (200, 2)}]
 
 
 def test_waves_in_the_prefix_s_own_room(folder: Path) -> None:

@@ -12,7 +12,7 @@ from result_rows import make_row
 from pipeline.errors import JobError
 from pipeline.results.rows import Row
 from pipeline.source import Document, Locator
-from pipeline.workers.pool import Event, one_loss_each
+from pipeline.workers.pool import Event, EventKind, one_loss_each
 from pipeline.workers.scheduler import Limits, Scheduler, StopRequestedError
 
 Behave = Callable[["Workers", int, Document], Event | None]
@@ -62,11 +62,13 @@ class Workers:
         events, later = [], []
         for worker in self.fresh:
             problem = next(self.starts, "")
+            final = problem.startswith("refused")
             info = {"max_live": self.max_live, "engine": {"slower": self.slower, "notes": self.notes}}
             if problem == "later":
                 later.append(worker)
             else:
-                events.append(Event("start_failed" if problem else "started", worker, reason=problem, info=info))
+                kind: EventKind = "start_failed" if problem else "started"
+                events.append(Event(kind, worker, reason=problem, final=final, info=info))
         self.fresh = later
         for worker, items in list(self.held.items()):
             event = self.behave(self, worker, items[0]) if items else None
@@ -232,6 +234,14 @@ def test_silence_ends_a_worker() -> None:
 def test_workers_that_never_start_end_the_job_with_the_reason() -> None:
     with pytest.raises(JobError, match="no worker could start in 3 tries; the last reason: third"):
         run(NAMES, ok, workers=1, starts=["first", "second", "third", "fourth"])
+
+
+def test_what_no_worker_can_start_with_ends_the_job_at_once_unless_one_runs() -> None:
+    with pytest.raises(JobError, match=r"^refused: the model$"):
+        run(NAMES, ok, workers=2, starts=["refused: the model", *["later"] * 9])
+    rows, pool, _ = run(NAMES, ok, workers=2, starts=["", "refused: on an older node"])
+    assert len(by_id(rows)) == len(NAMES)
+    assert pool.count > 2
 
 
 def test_workers_that_still_start_are_waited_for() -> None:

@@ -3,37 +3,56 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import pytest
+from patience import patient
+from result_rows import make_row
 
 from pipeline import summarize
-from pipeline.source import Document
+from pipeline.job.progress import Progress
+from pipeline.results.rows import Row
+from pipeline.source import Document, Locator
+from pipeline.workers import ray_pool
+from pipeline.workers.ray_pool import RayPool, Share
+from pipeline.workers.work import request_id
 from pipeline.workers.worker import Work, Worker
+
+T = TypeVar("T")
 
 FAKE: dict[str, Any] = {"engine_factory": "fake_engine:FakeEngine", "device": "cpu"}
 
 
 class Loop:
-    """An engine's loop that has read 600 tokens."""
+    """A loop around an engine that is at work at these requests."""
 
-    def tokens_read(self) -> Future[int]:
-        future: Future[int] = Future()
-        future.set_result(600)
+    def __init__(self, requests: dict[str, tuple[int, int]]) -> None:
+        self._requests = requests
+
+    def tokens_done(self) -> Future[dict[str, tuple[int, int]]]:
+        future: Future[dict[str, tuple[int, int]]] = Future()
+        future.set_result(self._requests)
         return future
 
 
-def work(size: int, tokens: int, ended: int) -> Work:
-    return Work(Document("d", "d", cast(Any, None), size), cast(Any, None), 0.0, tokens=tokens, ended=ended)
+def document(name: str) -> Document:
+    return Document(name, name, Locator("", name, "text", 0, 1), 6000)
+
+
+def work(name: str, read: int = 0, written: int = 0) -> Work:
+    return Work(document(name), cast(Any, None), 0.0, read=read, written=written)
 
 
 @pytest.mark.parametrize("questions", [["What?"], ["What?", "Why?"]])
 def test_what_has_ended_counts_as_what_it_came_to(
     questions: list[str], model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not as what it could have come to: a job tells of these tokens, and they must not become fewer at its end."""
+    """A job tells of these tokens, and they must not become fewer at its end."""
     works: list[Work] = []
 
     def kept(*args: Any, **more: Any) -> Work:
@@ -42,14 +61,71 @@ def test_what_has_ended_counts_as_what_it_came_to(
 
     monkeypatch.setattr("pipeline.workers.worker.Work", kept)
     rows = summarize(["A text."], model=model, question=questions, max_new_tokens=50, **FAKE).to_pylist()
-    came = sum(row["prompt_tokens"] - row["prefix_tokens"] + row["output_tokens"] for row in rows)
-    assert [(work.tokens, work.ended) for work in works] == [(came, came)]
+    read = sum(row["prompt_tokens"] - row["prefix_tokens"] for row in rows)
+    assert [(work.read, work.written) for work in works] == [(read, sum(row["output_tokens"] for row in rows))]
 
 
-def test_reading_is_a_share_of_what_the_documents_come_to() -> None:
+def test_reading_is_what_the_engine_is_at_and_what_it_is_done_with() -> None:
     worker = Worker.__new__(Worker)
-    worker._loop = cast(Any, Loop())
-    worker._works = {}
-    assert asyncio.run(worker.reading()) == (600, 0)
-    worker._works = {"long": work(8000, 1500, 0), "in parts": work(2000, 500, 400), "not tokenized": work(9000, 0, 0)}
-    assert asyncio.run(worker.reading()) == (1000, 5000), "half of the 2,000 tokens of the two that the engine has got"
+    at_work = {
+        request_id("a#b", "what", ""): (300, 20),
+        request_id("a#b", "why", ""): (50, 4),
+        request_id("parts", "what", "3.1"): (100, 1),
+        request_id("gone", "what", ""): (9, 9),
+    }
+    worker._loop = cast(Any, Loop(at_work))
+    worker._works = {"a#b": work("a#b"), "parts": work("parts", 400, 30), "not tokenized": work("not tokenized")}
+    assert asyncio.run(worker.reading()) == {"a#b": (350, 24), "parts": (500, 31), "not tokenized": (0, 0)}
+
+
+class OneStep(Worker):
+    """Says that it has read 600 tokens, and ends a document when `release` is set."""
+
+    release = False
+
+    def __init__(self, config: None) -> None:
+        self._name = ""
+
+    async def load(self) -> dict[str, Any]:
+        return {}
+
+    async def reading(self) -> dict[str, tuple[int, int]]:
+        return {"a": (600, 0), "b": (50, 0)}
+
+    async def process(self, document: Document, careful: bool = False) -> list[Row]:
+        while not OneStep.release or document.document_id != "a":
+            await asyncio.sleep(0.01)
+        return [make_row(document.document_id, "x", prompt_tokens=600, output_tokens=8)]
+
+    def close(self, wait: float) -> None:
+        pass
+
+
+def until(call: Callable[[], T]) -> T:
+    """The first answer that is not empty."""
+    end = time.monotonic() + patient(20)
+    while not (found := call()):
+        assert time.monotonic() < end
+    return found
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_a_document_counts_once_though_its_worker_was_asked_before_it_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPUs steps are long, and so are the ways of answers."""
+    monkeypatch.setattr(ray_pool, "READING_EVERY", 0.0)
+    monkeypatch.setattr(OneStep, "release", False)
+    pool = RayPool(cast(Any, None), Share("cpu", 1, 1.0, 0.0, 1), local=False, worker_class=OneStep)
+    progress = Progress(2, 12_000, stream=io.StringIO())
+    worker = pool.start()
+    until(lambda: pool.wait(0.1))
+    for name in ("a", "b"):
+        pool.submit(worker, document(name), False)
+    progress.reading(until(pool.reading))
+    assert " 650 tokens " in progress.line()
+    OneStep.release = True
+    [ended] = until(lambda: pool.wait(0.1))
+    progress.add(ended.rows, 6000)
+    assert " 658 tokens " in progress.line()
+    progress.reading(pool.reading() or {})  # said before the document ended
+    pool.close()
+    assert " 658 tokens " in progress.line()

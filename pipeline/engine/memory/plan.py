@@ -17,7 +17,7 @@ from pipeline.engine.model.meta_model import chunk_bytes, layer_shapes, meta_mod
 from pipeline.engine.model.placement import place
 from pipeline.engine.model.precision import DTYPES, Precision, check_fp8_attention, resolve_precision
 from stem_core.kv_scales import MOST_FP8_HEAD
-from stem_core.patch import UnsupportedModelError, attention_layers, check_model
+from stem_core.patch import attention_layers
 
 # On a CPU the arena shares memory with everything else on the machine.
 HOST_SHARE = 0.4
@@ -213,10 +213,6 @@ def estimate_plan(config: EngineConfig, total_bytes: int | None = None) -> Memor
         devices = tuple(torch.device("cuda", i) for i in range(config.gpus))
         precision = _precision_unseen(config.precision, hf_config)
     model = meta_model(config, hf_config, precision)
-    try:
-        check_model(model)
-    except UnsupportedModelError as error:
-        raise EngineError(f"model {config.model!r} cannot run here: {error}") from error
     layers = hf_config.get_text_config().num_hidden_layers
     states = state_shapes(model, precision)
     per_token = _token_bytes(config, hf_config, precision, attention_layers(model) if states else None)

@@ -26,7 +26,7 @@ from pipeline.engine.model.checkpoint import (
 )
 from pipeline.engine.model.dummy import dummy_model
 from pipeline.engine.model.files import read_config, weight_files
-from pipeline.engine.model.meta_model import chunk_bytes, meta_model
+from pipeline.engine.model.meta_model import checked_architecture, chunk_bytes, meta_model
 from pipeline.engine.model.placement import Placement, connect, move, place, whole
 from pipeline.engine.model.precision import Precision, resolve_precision
 from pipeline.engine.model.requirements import named_failures
@@ -96,12 +96,14 @@ def load_model(config: EngineConfig, devices: Sequence[torch.device] | None = No
     Reads safetensors, GGUF, and pytorch_model.bin as tensors alone. An adapter is merged before anything is quantised.
     load_format "dummy" makes random weights on the devices (pipeline.engine.model.dummy).
     Neither needs a second copy in host memory, nor, for fp8, device memory for more than one weight in 16 bits.
-    Raises ModelLoadError, or EngineError for a precision that cannot be and a model that cannot be divided.
+    Raises ModelLoadError, EngineError for a precision that cannot be and a model that cannot be divided, and
+    ModelRefusedError before any weights are read.
     """
     devices = config.torch_devices() if devices is None else tuple(devices)
     hf_config = load_config(config)
     precision = resolve_precision(config.precision, devices[0], hf_config)
     try:
+        checked_architecture(config, hf_config, precision.dtype)
         placement = _placement(config, hf_config, precision, devices)
         stored_fp8 = prepare_quantized_config(hf_config)
         if config.load_format == "dummy":

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from kernels.fp8_heads import FP8, fp8_obstacle
-from pipeline.engine.config import EngineError
+from pipeline.engine.config import EngineError, ModelRefusedError
 from pipeline.engine.kv.arena import LayerShape
 from stem_core.config import StemConfig
 from stem_core.estimators import ESTIMATORS
@@ -62,13 +62,13 @@ def resolve_precision(asked: str, device: torch.device, hf_config: Any) -> Preci
 
     A checkpoint in fp8 whose linears are kept as they are is in fp8 everywhere. One that is dequantised when it loads
     can be in any: "auto" quantises it again on GPUs that have fp8, if it was in fp8.
-    Raises EngineError where the device has no fp8, where a checkpoint in fp8 is asked for in another precision, and for
-    a quantisation that is not read.
+    Raises EngineError where the device has no fp8 and where a checkpoint in fp8 is asked for in another precision,
+    ModelRefusedError for a quantisation that is not read.
     """
     try:
         stored = storage(hf_config)
     except UnsupportedCheckpointError as error:
-        raise EngineError(str(error)) from error
+        raise ModelRefusedError(str(error)) from error
     name = asked
     if asked == "auto":
         name = "fp32" if device.type == "cpu" else "bf16"
