@@ -22,7 +22,7 @@ from jobs.audit.options import Options, options_of, parser
 from jobs.audit.page import page, short_sections, subtitle
 from jobs.audit.results import FIGURES, PAGE, ROWS, AuditRow, read_audit, rows_of, write_rows
 from jobs.audit.sample import Sample, draw
-from jobs.cli import run_main
+from jobs.cli import check_output, run_main
 from jobs.measurement import stamp
 from jobs.page.charts import graph_objects
 from jobs.page.terminal import print_sections
@@ -39,6 +39,7 @@ def main(arguments: Sequence[str]) -> int:
         rows, audit = read_audit(flags.report)
         write_page(audit, rows, flags.report)
         return 0
+    check_output(flags.output)
     options = options_of(flags)
     rows, audit = run(options, Clock())
     audit["command"] = without_secrets(shlex.join(["python", "-m", "jobs.audit", *arguments]))

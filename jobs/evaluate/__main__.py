@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from jobs.cli import run_main
+from jobs.cli import check_output, run_main
 from jobs.evaluate import plots
 from jobs.evaluate.options import options_of, parser
 from jobs.evaluate.rows import read_rows
@@ -30,6 +30,7 @@ def main(arguments: Sequence[str]) -> int:
     flags = parser((__doc__ or "").splitlines()[0]).parse_args(arguments)
     if flags.plots:
         plots.load_pyplot()  # fail before the work, not after it
+    check_output(flags.output)
     if flags.report:
         report(flags.report, flags.output, flags.plots, {"of": [str(folder) for folder in flags.report]})
         return 0

@@ -18,6 +18,7 @@ from jobs.known.results import Row, reading_rows
 from jobs.known.wording import Style, pick_style
 from jobs.measurement import dummy_copy
 from pipeline.engine import EngineConfig
+from pipeline.engine.model.loading import load_config
 from pipeline.errors import JobError
 
 # Seconds between two lines that tell how far an evaluation is.
@@ -27,6 +28,8 @@ TELL_EVERY = 20.0
 def run(options: Options) -> dict[str, Any]:
     """Write options.output/rows/*.parquet as it goes. Returns facts about the run. Raises JobError."""
     begun = time.monotonic()
+    # Of a model that is not there, the tokenizer's error would tell less.
+    load_config(EngineConfig(model_folder(options), device=str(options.device), revision=options.revision))
     tokenizer = Tokenizer(options.tokenizer, options.revision)
     style = pick_style(options.style, tokenizer.vocabulary)
     arms = make_arms(options.arms, options.block_size, options.precisions)

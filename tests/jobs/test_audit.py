@@ -259,6 +259,11 @@ def test_a_job_file_is_audited_as_it_is(documents: Path, model: Path, tmp_path: 
     ("flags", "message"),
     [
         ("--sample 0", "--sample must be at least 1"),
+        ("--known -3", "--known must be at least 0, got -3"),
+        ("--show -1", "--show must be at least 0, got -1"),
+        (f"--output {__file__}", "test_audit.py is a file; give a folder"),
+        (f"--output {__file__}/audit", "test_audit.py is a file; give a folder"),
+        ("--essay nowhere.txt", "--essay nowhere.txt: it cannot be read: No such file or directory; give a text file"),
         ("--least-rouge 2", "--least-rouge must lie in 0..1"),
         ("--preset relaese", "invalid choice"),
         ("--load-format dummy --model llama-3.1-8b", "needs a folder with a config.json: .*No such file"),

@@ -271,6 +271,15 @@ def test_mistakes_are_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_cannot_be_read_or_written_is_told_by_its_flag(tmp_path: Path, model: Path, run: Any) -> None:
+    code, _, told = run("--document", tmp_path / "none.txt", "--model", model, "--output", tmp_path / "out")
+    assert (code, told.count("--input")) == (1, 0)
+    assert f"--document {tmp_path}/none.txt: does not exist" in told
+    (tmp_path / "file").write_text("x")
+    code, _, told = run("--document", tmp_path / "file.txt", "--model", model, "--output", tmp_path / "file")
+    assert (code, told) == (1, f"error: --output {tmp_path}/file: {tmp_path}/file is a file; give a folder\n")
+
+
 def test_several_documents_need_an_id(tmp_path: Path, model: Path, run: Any) -> None:
     file = tmp_path / "docs.jsonl"
     file.write_text('{"id": "first", "text": "x"}\n{"id": "second", "text": "y"}\n')
