@@ -29,6 +29,7 @@ from jobs.page.terminal import print_sections
 from pipeline.errors import without_secrets
 from pipeline.location import safe_name
 from pipeline.prompts.tokens import load_tokens
+from pipeline.settings.questions import questions_of
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -82,6 +83,8 @@ def summary(
         "stamp": stamp(options.arms[0].config.torch_device()),
         "command": "",
         "random_weights": options.random_weights,
+        "question": questions_of(options.job).tasks[0].question,
+        "questions": len(questions_of(options.job).tasks),
         "max_new_tokens": options.job.max_new_tokens,
         "kl_tokens": options.kl_tokens,
         "limits": asdict(options.limits),
