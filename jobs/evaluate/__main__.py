@@ -56,9 +56,8 @@ def report(folders: Sequence[Path], output: Path, with_plots: bool | None, facts
     missing = with_plots is None and find_spec("matplotlib") is None
     written = [] if missing or with_plots is False else plots.draw(rows, output)
     hint = f" (for plots: {plots.INSTALL})" if missing else ""
-    print(
-        f"{len(rows)} rows, summary.json, summary.txt and {len(written)} plots are in {output}{hint}", file=sys.stderr
-    )
+    drawn = ", ".join(["", *(path.name for path in written)])
+    print(f"{len(rows)} rows: summary.txt, summary.json{drawn} are in {output}{hint}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -123,12 +123,12 @@ def read_document(
 
 def describe(options: Options, style: Style, arms: Sequence[Arm], readers: Sequence[Reader]) -> list[str]:
     """What will run, in lines for the person who waits for it."""
-    texts = f"; {options.texts} stretches of plain text" if TEXT in options.tasks else ""
+    texts = f"; stretches of plain text at each length: {options.texts}" if TEXT in options.tasks else ""
     precisions = " and ".join(reader.precision for reader in readers)
     lines = [
         f"{options.model} on {options.device} in {precisions}, questions worded as in {style.name}; kinds of "
-        f"documents: {', '.join(options.kinds) or 'none'}; {options.documents} of each a length, {options.questions} "
-        f"questions of a kind{texts}"
+        f"documents: {', '.join(options.kinds) or 'none'}; of each kind at each length: {options.documents}; questions "
+        f"of each sort to a document: {options.questions}{texts}"
     ]
     for length in options.lengths:
         lines.append(f"{length:,} tokens, {len(arms)} arms:")
