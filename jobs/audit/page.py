@@ -149,7 +149,7 @@ def _overview(audit: dict[str, Any]) -> Table:
         for arm in audit["arms"]
     ]  # fmt: skip
     header = (
-        "arm", "density", "first token", "times dense", "decode step", "docs per hour", "tokens agree", "ROUGE-L",
+        "arm", "density", "first token", "times dense", "decode step", "docs/hour", "tokens agree", "ROUGE-L",
     )  # fmt: skip
     reference = audit["arms"][0]["arm"]
     note = (

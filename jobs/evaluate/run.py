@@ -95,9 +95,12 @@ def documents(options: Options, style: Style, tokenizer: Tokenizer) -> Iterator[
         )
         for index in range(max(options.documents, len(texts))):
             for kind in options.kinds if index < options.documents else ():
-                made = make_document(
-                    KINDS[kind], length, index, style, tokenizer, options.questions, options.seed, options.essay
-                )
+                try:
+                    made = make_document(
+                        KINDS[kind], length, index, style, tokenizer, options.questions, options.seed, options.essay
+                    )
+                except JobError as error:
+                    raise JobError(f"{error}; give larger --lengths or fewer --questions") from None
                 yield read_prompts(made.only(options.tasks), style, tokenizer)
             yield from texts[index : index + 1]
 

@@ -385,6 +385,8 @@ def test_user_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return str(error.value)
 
     assert "did you mean 'summary'" in refused("--tasks", "sumary")
+    assert "too few for a document" in (told := refused("--tasks", "summary", "--lengths", "300"))
+    assert told.endswith("give larger --lengths or fewer --questions")
     assert "takes up to 40960 tokens; --rope-scaling stretches that" in refused("--lengths", "50000")
     assert "is not one of 16, 32" in refused("--block-size", "48")
     assert "'fp9' is not one of auto, fp32" in refused("--precision", "bf16,fp9")
