@@ -192,7 +192,10 @@ class LayerCells:
         values = shares[query, key].astype(np.float64)
         values -= _means(query, values)
         total = float((values**2).sum()) or 1.0
-        return Pattern(*(1 - float(((values - _means(of, values)) ** 2).sum()) / total for of in (key, query - key)))
+        columns, diagonals = (
+            1 - float(((values - _means(of, values)) ** 2).sum()) / total for of in (key, query - key)
+        )
+        return Pattern(columns, diagonals)
 
     def shares(self, head: int | None = None) -> np.ndarray:
         """float32 [cells, cells]: the share of the pairs that could be chosen that were, by a head or on average.

@@ -20,8 +20,8 @@ PATTERNS = {
     "columns": "The stripes run straight down: the same blocks are read from everywhere below them, for what they say.",
     "mixed": "Some stripes run along the diagonal (blocks at a fixed distance), some straight down (blocks that are "
     "read from everywhere below them).",
-    "none": "Nothing is chosen by score here: the budget covers no more than what is always kept. A larger --budget, or "
-    "a longer document, shows more.",
+    "none": "Nothing is chosen by score here: the budget covers no more than what is always kept. A larger --budget, "
+    "or a longer document, shows more.",
     "scattered": "There are no clear stripes: each query block has blocks of its own.",
 }
 

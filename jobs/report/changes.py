@@ -47,7 +47,9 @@ def changes(one: Run, two: Run, *, documents: str, inputs: Sequence[str], most: 
     first, second = _by_key(read_rows(one), read_rows(two))
     pairs = [(first.get(key), second.get(key)) for key in dict.fromkeys([*first, *second])]
     judged = sorted(((_group(*pair), _likeness(*pair), pair) for pair in pairs), key=lambda item: item[:2])
-    note = f"The first {most:,} of {len(judged):,} pairs; --rows N shows more." if len(judged) > most else ""
+    note = f"The list has the outputs and marks of {two.name}, and those of {one.name} where that run alone has a row."
+    if len(judged) > most:
+        note += f" It shows the first {most:,} of {len(judged):,} pairs; --rows N shows more."
     judged = judged[:most]
     everything = [row for _, _, pair in judged for row in pair if row is not None]
     rows = [_later(*pair) for *_, pair in judged]

@@ -348,6 +348,10 @@ def test_what_changed_between_two_runs(tmp_path: Path) -> None:
         [("The tower leans by ", ""), (number, "only"), (" metres.", "")] for number in ("3", "5")
     ]  # fmt: skip
     assert found.entries[4].panes[1].note == "This run has no such row."
+    assert found.note.startswith("The list has the outputs and marks of two")
+    assert found.entries[0].panes[1].note.startswith("ok, the output was cut off at its greatest length"), (
+        "each its own"
+    )
 
 
 def test_two_wordings_of_a_question_are_compared_by_document(tmp_path: Path) -> None:
