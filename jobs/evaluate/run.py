@@ -28,8 +28,8 @@ TELL_EVERY = 20.0
 def run(options: Options) -> dict[str, Any]:
     """Write options.output/rows/*.parquet as it goes. Returns facts about the run. Raises JobError."""
     begun = time.monotonic()
-    # Of a model that is not there, the tokenizer's error would tell less.
-    load_config(EngineConfig(model_folder(options), device=str(options.device), revision=options.revision))
+    if options.load_format != "dummy":  # of a model that is not there, the tokenizer's error would tell less
+        load_config(EngineConfig(options.model, device=str(options.device), revision=options.revision))
     tokenizer = Tokenizer(options.tokenizer, options.revision)
     style = pick_style(options.style, tokenizer.vocabulary)
     arms = make_arms(options.arms, options.block_size, options.precisions)
