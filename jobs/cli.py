@@ -140,6 +140,15 @@ def job_config(arguments: argparse.Namespace) -> JobConfig:
     return JobConfig(**values)
 
 
+def check_output(folder: Path) -> None:
+    """Raise JobError, before the work is done, if no files can be written to the folder of --output."""
+    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise JobError(f"--output {folder}: {there} is a file; give a folder")
+    if not os.access(there, os.W_OK):
+        raise JobError(f"--output {folder}: {there} cannot be written to; give another folder")
+
+
 def by_script() -> bool:
     """Whether the console script `stemline` runs."""
     return Path(sys.argv[0]).stem == "stemline"

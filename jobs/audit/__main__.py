@@ -22,13 +22,14 @@ from jobs.audit.options import Options, options_of, parser
 from jobs.audit.page import page, short_sections, subtitle
 from jobs.audit.results import FIGURES, PAGE, ROWS, AuditRow, read_audit, rows_of, write_rows
 from jobs.audit.sample import Sample, draw
-from jobs.cli import run_main
+from jobs.cli import check_output, run_main
 from jobs.measurement import stamp
 from jobs.page.charts import graph_objects
 from jobs.page.terminal import print_sections
 from pipeline.errors import without_secrets
 from pipeline.location import safe_name
 from pipeline.prompts.tokens import load_tokens
+from pipeline.settings.questions import questions_of
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str]) -> int:
         rows, audit = read_audit(flags.report)
         write_page(audit, rows, flags.report)
         return 0
+    check_output(flags.output)
     options = options_of(flags)
     rows, audit = run(options, Clock())
     audit["command"] = without_secrets(shlex.join(["python", "-m", "jobs.audit", *arguments]))
@@ -81,6 +83,8 @@ def summary(
         "stamp": stamp(options.arms[0].config.torch_device()),
         "command": "",
         "random_weights": options.random_weights,
+        "question": questions_of(options.job).tasks[0].question,
+        "questions": len(questions_of(options.job).tasks),
         "max_new_tokens": options.job.max_new_tokens,
         "kl_tokens": options.kl_tokens,
         "limits": asdict(options.limits),

@@ -10,7 +10,7 @@ from jobs.audit.figures import UNSTEADY, unseen, unsteadiness
 from jobs.audit.options import Limits
 from jobs.known.results import LEARNED
 
-# An arm that makes so many more documents an hour is faster, if the same work did not take longer by more than that.
+# An arm that makes so many more documents per hour is faster, if the same work did not take longer by more than that.
 FASTER = 1.03
 # Fewer documents compared than this recommend nothing, unless the input has no more: behind 20 that show no difference
 # up to a seventh of all may differ (95%).
@@ -84,7 +84,7 @@ def recommend(
         )
     rouge = best["rouge_l"]
     headline = (
-        f"Use {describe(best)}: {_ratio(best, reference):.2f} times as many documents an hour as {reference['arm']}, "
+        f"Use {describe(best)}: {_ratio(best, reference):.2f} times as many documents per hour as {reference['arm']}, "
         f"and, on these {rouge['documents']} documents, outputs like its own (ROUGE-L {rouge['mean']:.3f})."
     )
     return Advice("use", best["arm"], headline, _flags(best), reasons, caveats)
@@ -126,7 +126,7 @@ def _obstacle(arm: Figures, limits: Limits) -> str:
     for name, gap in _judged(arm):
         if gap["mean"] < -limits.lost:
             told = f"it loses {-100 * gap['mean']:.0f} points of {name}, of which dense finds {gap['dense']:.0%}"
-            return f"{told} (95%: {100 * gap['low']:+.0f} to {100 * gap['high']:+.0f} points)"
+            return f"{told} ({gap['n']} asked; 95%: {100 * gap['low']:+.0f} to {100 * gap['high']:+.0f} points)"
     return ""
 
 
@@ -157,7 +157,7 @@ def _too_few(arm: Figures, total: int) -> str:
 def _speed(arm: Figures, reference: Figures) -> str:
     first = arm["first_token_vs_reference"]
     told = "" if first is None else f", first token {first:.2f} times as fast"
-    return f"{_ratio(arm, reference):.2f} times the documents an hour{told}"
+    return f"{_ratio(arm, reference):.2f} times the documents per hour{told}"
 
 
 def _reason(arm: Figures, reference: Figures, limits: Limits, enough: float, total: int) -> str:

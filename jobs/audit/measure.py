@@ -52,6 +52,11 @@ class Point:
     sparse: bool
 
 
+def counted(documents: int) -> str:
+    """1 document, 4 documents."""
+    return f"{documents:,} document{'s' * (documents != 1)}"
+
+
 def point_of(prompt_tokens: int, done: Completion) -> Point:
     """The prefill of a prompt that ended well."""
     assert done.density is not None, "it started"
@@ -148,7 +153,7 @@ def measure(options: Options, documents: Sequence[Sampled], known: Known, clock:
         load_seconds = time.perf_counter() - begin
         try:
             if reference is None:
-                clock.say(f"{arm.name}: {len(documents)} documents, for the outputs that all others are compared with")
+                clock.say(f"{arm.name}: {counted(len(documents))}, for the outputs that all others are compared with")
                 if arm.config.torch_device().type == "cuda":
                     _warm_up(engine, options, documents[-1])
                 reference = _first_outputs(engine, options, documents)
@@ -157,7 +162,7 @@ def measure(options: Options, documents: Sequence[Sampled], known: Known, clock:
             engine.close()
             del engine
         if known.readings:
-            clock.say(f"{arm.name}: {len(known.readings)} documents whose answers are known")
+            clock.say(f"{arm.name}: {counted(len(known.readings))} with known answers")
             run.known = read_known(known, runner, arm)
             release_memory(arm.config.torch_device())
         runs.append(run)
@@ -179,7 +184,7 @@ def _measure_arm(
     load_seconds: float, clock: Clock,
 ) -> ArmRun:  # fmt: skip
     is_reference = not reference.log_probs
-    clock.say(f"{arm.name}: {len(documents)} documents, timed")
+    clock.say(f"{arm.name}: {counted(len(documents))}, timed")
     likeness: dict[str, Likeness] = {}
 
     def note(name: str) -> Callable[[Tensor], None]:

@@ -210,6 +210,9 @@ def _check(flags: argparse.Namespace) -> None:
         values = getattr(flags, name)
         if any(value < 1 for value in (values if isinstance(values, list) else [values]) if value is not None):
             raise JobError(f"--{name.replace('_', '-')} must be at least 1, got {values}")
+    for name in ("known", "show"):
+        if (getattr(flags, name) or 0) < 0:
+            raise JobError(f"--{name} must be at least 0, got {getattr(flags, name)}")
     for name in ("least_agreement", "least_rouge"):
         if not 0 <= getattr(flags, name) <= 1:
             raise JobError(f"--{name.replace('_', '-')} must lie in 0..1, got {getattr(flags, name)}")

@@ -8,6 +8,7 @@ from typing import Any
 from jobs.audit.advice import describe
 from jobs.audit.charts import agreement_chart, first_token_chart, speedup_chart
 from jobs.audit.figures import FEWEST, UNSTEADY, unsteadiness
+from jobs.audit.measure import counted
 from jobs.audit.results import AuditRow
 from jobs.page import Block, Details, KeyFigure, KeyFigures, Prose, Section, SideBySide, Table, render_page
 from jobs.page.blocks import Cell
@@ -99,14 +100,16 @@ def _key_figures(audit: dict[str, Any]) -> KeyFigures:
             f"{shown}: density {figure(arm['density'])}, against {reference['arm']}",
         ),
         KeyFigure(
-            "Documents an hour", times(ratio), f"{figure(hours[0])}, dense {figure(hours[1])}", _tone(ratio, audit)
+            "Documents per hour", times(ratio), f"{figure(hours[0])}, dense {figure(hours[1])}", _tone(ratio, audit)
         ),
     ]
     if arm["token_agreement"] is not None and not audit["random_weights"]:
         figures += [
-            KeyFigure("Tokens that agree", share(arm["token_agreement"]["mean"]), interval(arm["token_agreement"])),
+            KeyFigure(
+                "Tokens that agree", share(arm["token_agreement"]["mean"]), interval(arm["token_agreement"], share)
+            ),
             KeyFigure("ROUGE-L", figure(arm["rouge_l"]["mean"]), interval(arm["rouge_l"])),
-            KeyFigure("Same output", of_documents(arm["exact_match"]), interval(arm["exact_match"])),
+            KeyFigure("Same output", of_documents(arm["exact_match"]), interval(arm["exact_match"], share)),
         ]
     return KeyFigures(figures)
 
@@ -122,13 +125,13 @@ def times(ratio: float | None) -> str:
     return NOTHING if ratio is None else f"{ratio:.2f}x"
 
 
-def interval(found: dict[str, Any] | None) -> str:
-    """The 95% interval of a figure and over how many documents."""
+def interval(found: dict[str, Any] | None, how: Any = figure) -> str:
+    """The 95% interval of a figure and over how many documents. how: a number to text."""
     if found is None:
         return NOTHING
     if found["low"] is None:
-        return f"{found['documents']} documents, too few for an interval"
-    return f"{figure(found['low'])} to {figure(found['high'])} (95%, {found['documents']} documents)"
+        return f"{counted(found['documents'])}, too few for an interval"
+    return f"95% interval {how(found['low'])} to {how(found['high'])}, {counted(found['documents'])}"
 
 
 def of_documents(found: dict[str, Any] | None) -> str:
@@ -146,14 +149,16 @@ def _overview(audit: dict[str, Any]) -> Table:
         for arm in audit["arms"]
     ]  # fmt: skip
     header = (
-        "arm", "density", "first token", "times dense", "decode step", "docs an hour", "tokens agree", "ROUGE-L",
+        "arm", "density", "first token", "times dense", "decode step", "docs/hour", "tokens agree", "ROUGE-L",
     )  # fmt: skip
     reference = audit["arms"][0]["arm"]
     note = (
         "An arm is one way to run: an attention (@ stands for --budget) in a precision. Means over documents. "
-        "Density: share of the causal key blocks that prefill computed. Times dense: how many "
-        "times as fast first tokens came as under dense attention in the same precision. Tokens agree and ROUGE-L: "
-        f"against {reference}, whose own line compares two runs of it."
+        "Density: share of the attention that was computed, 1 is all. Times dense: how many times as fast first tokens "
+        "came as under dense attention in the same precision. Tokens agree: share of the tokens of dense's answer that "
+        "the arm would have written, too. ROUGE-L: share of the words that both outputs have in the same order. Both "
+        f"are against {reference}, whose own line compares two runs of it. Below, lookups and questions ask for facts "
+        "that were put into texts, so that the answers are known."
     )
     return Table(header, rows, "", note)
 
@@ -226,8 +231,8 @@ def _likeness(audit: dict[str, Any], rows: Sequence[AuditRow]) -> list[Block]:
     table = [(what, *(_value(arm[name], name) for arm in audit["arms"])) for what, name in names]
     header = ("", *(arm["arm"] for arm in audit["arms"]))
     note = (
-        f"Mean (95% interval) over the documents, against {reference['arm']}; KL in nats. Fewer than {FEWEST} "
-        "documents have no interval of a mean."
+        f"Mean (95% interval) over the documents, against {reference['arm']}. KL: how far two predictions of the next "
+        f"token are apart, in nats; 0: not at all. Fewer than {FEWEST} documents have no interval of a mean."
     )
     return [Prose(told), Table(header, table, "", note), *_known(audit), *agreement_chart(rows, audit["arms"])]
 
@@ -243,7 +248,7 @@ def _known(audit: dict[str, Any]) -> list[Block]:
         told = [f"{100 * g['mean']:+.1f} ({100 * g['low']:+.1f} to {100 * g['high']:+.1f})" for g in gaps]
         rows.append((name, f"{dense['dense']:.1%} of {dense['n']}", *told))
     note = (
-        f"Of {audit['known']} documents as long as the longest prompt, made of real text into which facts were woven. "
+        f"{counted(audit['known'])} as long as the longest prompt, made of real text into which facts were woven. "
         "Lookups: values expected where the document states them again; questions: asked at the end. Of the others the "
         "difference to it in points, with the 95% interval."
     )
@@ -280,7 +285,15 @@ def _differing(audit: dict[str, Any], rows: Sequence[AuditRow]) -> list[Block]:
                 for name, each in ((reference, other), (row.arm, row))
             ]
             blocks.append(SideBySide(texts, told) if place < OPEN else Details(told, [SideBySide(texts)]))
-    return blocks or [Prose("Nothing was compared.")]
+    return [*_asked(audit), *(blocks or [Prose("Nothing was compared.")])]
+
+
+def _asked(audit: dict[str, Any]) -> list[Block]:
+    """What the outputs answer, if the audit says so: one by an earlier version does not."""
+    if "question" not in audit:
+        return []
+    first = f", the first of {audit['questions']} questions" if audit["questions"] > 1 else ""
+    return [Prose(f'Asked of each document{first}: "{audit["question"]}"')]
 
 
 def _documents(rows: Sequence[AuditRow]) -> list[Block]:

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from jobs.cli import run_main
+from jobs.cli import check_output, run_main
 from jobs.evaluate import plots
 from jobs.evaluate.options import options_of, parser
 from jobs.evaluate.rows import read_rows
@@ -30,6 +30,7 @@ def main(arguments: Sequence[str]) -> int:
     flags = parser((__doc__ or "").splitlines()[0]).parse_args(arguments)
     if flags.plots:
         plots.load_pyplot()  # fail before the work, not after it
+    check_output(flags.output)
     if flags.report:
         report(flags.report, flags.output, flags.plots, {"of": [str(folder) for folder in flags.report]})
         return 0
@@ -55,9 +56,8 @@ def report(folders: Sequence[Path], output: Path, with_plots: bool | None, facts
     missing = with_plots is None and find_spec("matplotlib") is None
     written = [] if missing or with_plots is False else plots.draw(rows, output)
     hint = f" (for plots: {plots.INSTALL})" if missing else ""
-    print(
-        f"{len(rows)} rows, summary.json, summary.txt and {len(written)} plots are in {output}{hint}", file=sys.stderr
-    )
+    drawn = ", ".join(["", *(path.name for path in written)])
+    print(f"{len(rows)} rows: summary.txt, summary.json{drawn} are in {output}{hint}", file=sys.stderr)
 
 
 if __name__ == "__main__":

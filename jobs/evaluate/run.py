@@ -18,6 +18,7 @@ from jobs.known.results import Row, reading_rows
 from jobs.known.wording import Style, pick_style
 from jobs.measurement import dummy_copy
 from pipeline.engine import EngineConfig
+from pipeline.engine.model.loading import load_config
 from pipeline.errors import JobError
 
 # Seconds between two lines that tell how far an evaluation is.
@@ -27,6 +28,8 @@ TELL_EVERY = 20.0
 def run(options: Options) -> dict[str, Any]:
     """Write options.output/rows/*.parquet as it goes. Returns facts about the run. Raises JobError."""
     begun = time.monotonic()
+    if options.load_format != "dummy":  # of a model that is not there, the tokenizer's error would tell less
+        load_config(EngineConfig(options.model, device=str(options.device), revision=options.revision))
     tokenizer = Tokenizer(options.tokenizer, options.revision)
     style = pick_style(options.style, tokenizer.vocabulary)
     arms = make_arms(options.arms, options.block_size, options.precisions)
@@ -92,9 +95,12 @@ def documents(options: Options, style: Style, tokenizer: Tokenizer) -> Iterator[
         )
         for index in range(max(options.documents, len(texts))):
             for kind in options.kinds if index < options.documents else ():
-                made = make_document(
-                    KINDS[kind], length, index, style, tokenizer, options.questions, options.seed, options.essay
-                )
+                try:
+                    made = make_document(
+                        KINDS[kind], length, index, style, tokenizer, options.questions, options.seed, options.essay
+                    )
+                except JobError as error:
+                    raise JobError(f"{error}; give larger --lengths or fewer --questions") from None
                 yield read_prompts(made.only(options.tasks), style, tokenizer)
             yield from texts[index : index + 1]
 
@@ -120,12 +126,12 @@ def read_document(
 
 def describe(options: Options, style: Style, arms: Sequence[Arm], readers: Sequence[Reader]) -> list[str]:
     """What will run, in lines for the person who waits for it."""
-    texts = f"; {options.texts} stretches of plain text" if TEXT in options.tasks else ""
+    texts = f"; stretches of plain text at each length: {options.texts}" if TEXT in options.tasks else ""
     precisions = " and ".join(reader.precision for reader in readers)
     lines = [
         f"{options.model} on {options.device} in {precisions}, questions worded as in {style.name}; kinds of "
-        f"documents: {', '.join(options.kinds) or 'none'}; {options.documents} of each a length, {options.questions} "
-        f"questions of a kind{texts}"
+        f"documents: {', '.join(options.kinds) or 'none'}; of each kind at each length: {options.documents}; questions "
+        f"of each sort to a document: {options.questions}{texts}"
     ]
     for length in options.lengths:
         lines.append(f"{length:,} tokens, {len(arms)} arms:")

@@ -18,6 +18,22 @@ from jobs.known.results import BY_EXACTNESS, LEARNED, Row, question_key
 # Pooled as "retrieval"; these are told apart, since they ask for more than one place of the prompt, or before its end.
 APART = ("lookup", "summary", "variable_tracking", "common_words", "frequent_words")
 TEXT_TASKS = ("text inside", "text behind")
+DENSE_NOTE = (
+    "Recall is the share of the answers that were found, in brackets its 95% interval; then the number of questions. "
+    "niah, multi...: values hidden in a document, one or several of them; report_facts: figures that a report states "
+    "once; lookup: the same, where it states them again; summary: its key findings in order."
+)
+ARMS_NOTE = "Density: share of the attention that was computed, 1 is all. Seconds: to read a document, median."
+RECALL_NOTE = (
+    "Against dense: points of recall more or less than dense on the same questions, with the 95% interval. retrieval: "
+    "all that is asked at the end of a document; lookup: values that the document states again."
+)
+PREDICTION_NOTE = (
+    "KL: how far the predictions of the next token are from dense's, in nats; 0: not at all. Same first: share of "
+    "the tokens that both put first. NLL: how much worse than by dense the text itself is predicted. Inside: within a "
+    "text; behind: after its end, where an answer would be; lookup: where a value comes again; answer: at its first "
+    "token."
+)
 
 
 def group(row: Row) -> str:
@@ -141,12 +157,23 @@ def _precisions(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def print_summary(summary: dict[str, Any], file: Any = None) -> None:
     """The settings as tables, and what was left out of them."""
-    console = Console(file=file or sys.stdout, width=190 if file or not sys.stdout.isatty() else None)
-    for table in (_dense_table(summary), _recall_table(summary), _prediction_table(summary)):
+    console = Console(file=file or sys.stdout, width=120 if file or not sys.stdout.isatty() else None)
+    for table, note in (
+        (_dense_table(summary), DENSE_NOTE), (_arms_table(summary), ARMS_NOTE), (_recall_table(summary), RECALL_NOTE),
+        (_prediction_table(summary), PREDICTION_NOTE),
+    ):  # fmt: skip
         if table.row_count:
             console.print(table)
+            console.print(f"{note}\n", highlight=False)
     for record in summary["precisions"]:
         console.print(_precision_line(record))
+    for record in summary["settings"]:
+        if record["block_size"] and record["mean_density"] == 1:
+            console.print(
+                f"{record['arm']}, {record['precision']}, read {record['length']:,} tokens densely, as it does short "
+                "prompts: that it is like dense shows nothing. Take longer --lengths, or --block-size 16.",
+                highlight=False,
+            )
     left_out: dict[int, list[str]] = {}
     for length, task in summary["left_out"]:
         left_out.setdefault(length, []).append(task)
@@ -155,7 +182,7 @@ def print_summary(summary: dict[str, Any], file: Any = None) -> None:
 
 
 def _dense_table(summary: dict[str, Any]) -> Table:
-    table = Table(title="dense recall by task, with its 95% interval and number of questions", title_justify="left")
+    table = Table(title="what dense finds", title_justify="left")
     table.add_column("task")
     lengths = sorted({record["length"] for record in summary["dense_recall"]})
     for length in lengths:
@@ -168,50 +195,48 @@ def _dense_table(summary: dict[str, Any]) -> Table:
     return table
 
 
-def _setting_columns(title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for heading in ("tokens", "arm", "precision", "density"):
-        table.add_column(
-            heading, justify="right" if heading in ("tokens", "density") else "left", no_wrap=heading != "arm"
-        )
+def _arms_table(summary: dict[str, Any]) -> Table:
+    table = _table("arms", "tokens", "arm", "precision", "density", "seconds")
+    for record in summary["settings"]:
+        density, took = f"{record['mean_density']:.3f}", f"{record['prefill_seconds']:.2f}"
+        table.add_row(f"{record['length']:,}", record["arm"], record["precision"], density, took)
     return table
 
 
-def _setting_cells(record: dict[str, Any]) -> tuple[str, ...]:
-    return f"{record['length']:,}", record["arm"], record["precision"], f"{record['mean_density']:.3f}"
-
-
 def _recall_table(summary: dict[str, Any]) -> Table:
+    table = _table("what each arm finds", "tokens", "asked", "arm", "precision", "recall", "against dense")
     names = {name for record in summary["settings"] for name in record["recall"]}
-    ordered = sorted(names, key=lambda name: (name != "retrieval", name != "lookup", name))
-    table = _setting_columns(
-        "recall; of dense its 95% interval, of the others the difference to dense in points with its"
-    )
-    for name in (*ordered, "s/doc"):
-        table.add_column(name, no_wrap=True, justify="right" if name == "s/doc" else "left")
-    for record in summary["settings"] if names else ():
-        cells = [_recall(record["recall"].get(name)) for name in ordered]
-        table.add_row(*_setting_cells(record), *cells, f"{record['prefill_seconds']:.2f}")
+    for name in sorted(names, key=lambda name: (name != "retrieval", name != "lookup", name)):
+        for record in summary["settings"]:
+            found = record["recall"].get(name)
+            if found is not None:
+                gap = _points(found["to_dense"]) if "to_dense" in found else ""
+                table.add_row(f"{record['length']:,}", name, record["arm"], record["precision"], _share(found), gap)
+        table.add_section()
     return table
 
 
 def _prediction_table(summary: dict[str, Any]) -> Table:
-    table = _setting_columns(
-        "predictions against dense: KL(dense || arm) in nats, same most likely token, loss of the text"
-    )
-    for part in ("inside", "behind"):
-        for heading in (f"KL {part}", "top-1", "NLL - dense"):
-            table.add_column(heading, no_wrap=True)
-    for heading in ("KL lookup", "KL answer's first"):
-        table.add_column(heading, no_wrap=True)
-    for record in summary["settings"]:
-        cells = []
-        for task in TEXT_TASKS:
-            found = record["predictions"].get(task, {})
-            cells += [_number(found.get("kl")), _number(found.get("top1"), 3), _number(found.get("nll_to_dense"))]
-        cells += [_number(record["predictions"].get(name, {}).get("kl")) for name in ("lookup", "retrieval")]
-        if any(cells):
-            table.add_row(*_setting_cells(record), *cells)
+    table = _table("predictions against dense", "tokens", "where", "arm", "precision", "KL", "same first", "NLL")
+    places = dict(zip((*TEXT_TASKS, "lookup", "retrieval"), ("inside", "behind", "lookup", "answer"), strict=True))
+    for task, place in places.items():
+        for record in summary["settings"]:
+            found = record["predictions"].get(task)
+            if found:
+                along = task in TEXT_TASKS  # elsewhere these are of an answer, and not against dense
+                cells = (_number(found.get("top1"), 3), _number(found.get("nll_to_dense"))) if along else ("", "")
+                setting = f"{record['length']:,}", place, record["arm"], record["precision"]
+                table.add_row(*setting, _number(found.get("kl")), *cells)
+        table.add_section()
+    return table
+
+
+def _table(title: str, *headings: str) -> Table:
+    """Lines are long, not wide: of a table that a terminal is too narrow for, columns would be cut."""
+    table = Table(title=title, title_justify="left")
+    for heading in headings:
+        numbers = heading in ("tokens", "density", "seconds")
+        table.add_column(heading, justify="right" if numbers else "left", no_wrap=heading != "arm", overflow="fold")
     return table
 
 
@@ -224,13 +249,6 @@ def _number(found: dict[str, Any] | None, digits: int = 4) -> str:
         return ""
     told = f"{found['mean']:.{digits}f}"
     return told if found["low"] is None else f"{told} ({found['low']:.{digits}f}..{found['high']:.{digits}f})"
-
-
-def _recall(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return ""
-    gap = found.get("to_dense")
-    return _share(found) if gap is None else f"{found['mean']:.3f} {_points(gap)}"
 
 
 def _points(gap: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from jobs.cli import Parser, add_job_flags, job_config, run_main
+from jobs.cli import Parser, add_job_flags, check_output, job_config, run_main
 from jobs.inspect.capture import Capture, capture
 from jobs.inspect.page import sections
 from jobs.page import render_page
@@ -38,6 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     flags = parser.parse_args(arguments)
     flags.input = [flags.document]
     folder = Path(flags.output or f"inspect-{Path(flags.document).stem}")
+    check_output(folder)
     flags.output = str(folder)
     job = job_config(flags)
     name, text = read_document(job, flags.document_id)
@@ -69,7 +70,10 @@ def _parser() -> Parser:
 
 def read_document(job: JobConfig, document_id: str | None) -> tuple[str, str]:
     """Id and text of the document to look at. Raises JobError."""
-    files, _ = find_files(job.input)
+    try:
+        files, _ = find_files(job.input)
+    except JobError as error:
+        raise JobError(str(error).replace("--input", "--document", 1)) from None
     catalogue = list_documents(files, text_column=job.text_column, id_column=job.id_column, settings=job)
     ids = catalogue.ids.to_pylist()
     if document_id is None and len(ids) > 1:

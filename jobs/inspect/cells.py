@@ -68,15 +68,18 @@ class Grid:
 @dataclass(frozen=True)
 class Pattern:
     """columns, diagonals: the share of the differences inside the rows of a map that the means of its columns (which
-    block it is) or of its diagonals (how far back it lies) explain; between 0 and 1.
+    block it is) or of its diagonals (how far back it lies) explain; between 0 and 1. empty: no score chose anything.
     """
 
     columns: float
     diagonals: float
+    empty: bool = False
 
     @property
     def name(self) -> str:
         """A word for it."""
+        if self.empty:
+            return "none"
         if max(self.columns, self.diagonals) < 0.3:
             return "scattered"
         if min(self.columns, self.diagonals) > 0.3:
@@ -182,14 +185,17 @@ class LayerCells:
 
     def pattern(self) -> Pattern:
         """How much of the map is explained by columns alone, and how much by diagonals alone."""
+        if not self.by_score.any():
+            return Pattern(0.0, 0.0, empty=True)
         shares = self.shares()
         query, key = np.nonzero(np.isfinite(shares))
         values = shares[query, key].astype(np.float64)
-        if not len(values):
-            return Pattern(0.0, 0.0)
         values -= _means(query, values)
         total = float((values**2).sum()) or 1.0
-        return Pattern(*(1 - float(((values - _means(of, values)) ** 2).sum()) / total for of in (key, query - key)))
+        columns, diagonals = (
+            1 - float(((values - _means(of, values)) ** 2).sum()) / total for of in (key, query - key)
+        )
+        return Pattern(columns, diagonals)
 
     def shares(self, head: int | None = None) -> np.ndarray:
         """float32 [cells, cells]: the share of the pairs that could be chosen that were, by a head or on average.

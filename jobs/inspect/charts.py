@@ -55,11 +55,10 @@ def map_chart(layer: int, cells: LayerCells, tokens: int) -> Chart:
     if covered > tokens / 20:
         _label(figure, covered * 0.6, covered * 0.6, 30, -4, "budget covers everything")
     _label(figure, tokens / 2, tokens / 2, 40, -30, "nearest blocks")
-    half, most = cells.reach_tokens(0.5), cells.reach_tokens(0.9)
-    notes = [
-        "Blue: chosen by score. Orange: kept by rule.",
-        f"Half of the chosen blocks lie within {half:,} tokens, nine tenths within {most:,}.",
-    ]
+    notes = ["Blue: chosen by score. Orange: kept by rule."]
+    if not cells.pattern().empty:
+        half, most = cells.reach_tokens(0.5), cells.reach_tokens(0.9)
+        notes.append(f"Half of the chosen blocks lie within {half:,} tokens, nine tenths within {most:,}.")
     if not np.isnan(cells.shared):
         notes.append(f"Where one head chose a block, {share(cells.shared)} of the others did.")
     if grid.per_cell > 1:

@@ -12,7 +12,7 @@ from jobs.inspect.cells import LayerCells
 from jobs.inspect.charts import budget_charts, density_chart, map_chart
 from jobs.inspect.pictures import BY_HEADS, DARK, LIGHT, MANY, OF_A_CELL, map_colours, maps_picture
 from jobs.page import Block, Details, KeyFigure, KeyFigures, Picture, Prose, Section, Table
-from jobs.page.numbers import share
+from jobs.page.numbers import NOTHING, share
 
 READ_MOST = 12
 PATTERNS = {
@@ -20,6 +20,8 @@ PATTERNS = {
     "columns": "The stripes run straight down: the same blocks are read from everywhere below them, for what they say.",
     "mixed": "Some stripes run along the diagonal (blocks at a fixed distance), some straight down (blocks that are "
     "read from everywhere below them).",
+    "none": "Nothing is chosen by score here: the budget covers no more than what is always kept. A larger --budget, "
+    "or a longer document, shows more.",
     "scattered": "There are no clear stripes: each query block has blocks of its own.",
 }
 
@@ -67,7 +69,7 @@ def _overview(seen: Capture) -> list[Block]:
         stripes = cells.pattern().name
         name = f"layer {layer}" if many else f"layer {layer}: {stripes}"
         maps.append((name, cells, cells.shares()))
-        half, most = (f"{cells.reach_tokens(part):,}" for part in (0.5, 0.9))
+        half, most = (NOTHING if stripes == "none" else f"{cells.reach_tokens(part):,}" for part in (0.5, 0.9))
         rows.append((layer, stripes, share(cells.density), half, most, share(cells.shared)))
     table = Table(
         ("layer", "stripes", "density", "half within (tokens)", "nine tenths within", "heads agree"),

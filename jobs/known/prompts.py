@@ -109,8 +109,8 @@ def make_document(
     room = length - frame - facts - title
     if room < length // 8:
         raise JobError(
-            f"{length} tokens are too few for a document of kind {kind.name!r} with {len(recipe.facts)} facts of "
-            f"{facts} tokens: give larger --lengths or fewer --questions"
+            f"{length} tokens are too few for a document of kind {kind.name!r} with {len(recipe.facts)} facts, which "
+            f"take {facts} tokens"
         )
     filler = take(recipe.filler, room, tokenizer.count)
     while True:

@@ -28,7 +28,9 @@ def read_essay(path: Path) -> str:
     """The text of --essay. Raises JobError."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise JobError(f"--essay {path}: it cannot be read: {error.strerror}; give a text file") from None
+    except UnicodeDecodeError as error:
         raise JobError(f"--essay {path}: it cannot be read as UTF-8: {error}") from None
     if not text.strip():
         raise JobError(f"--essay {path}: it is empty")

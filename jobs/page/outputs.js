@@ -255,15 +255,11 @@
     }
     if (detail.error) all.push(make("p", "error", make("bdi", "", detail.error)));
     const why = index.flagged[row].map((flag) => index.flags[flag].about).filter(Boolean);
-    if (why.length) all.push(make("p", "note", `Marked because ${why.join("; ")}.`));
-    const texts = make("div", "panes");
-    if (detail.evidence || excerpt || detail.documentNote) {
-      texts.append(...besideDocument(detail, excerpt));
-    } else {
-      texts.append(...detail.panes.map((each) => pane(each.title, each.note, textOf(each.parts))));
-    }
+    if (why.length && detail.panes.length === 1) all.push(make("p", "note", `Marked because ${why.join("; ")}.`));
     if (detail.answer.length) all.push(answerList(detail.answer));
-    all.push(texts);
+    const told = howToRead(detail.panes);
+    if (told) all.push(make("p", "note", told));
+    all.push(make("div", "panes", ...besideDocument(detail, excerpt)));
     if (detail.reasoning) {
       all.push(make("details", "", make("summary", "", "What the model thought before it wrote"), make("div", "text", detail.reasoning)));
     }
@@ -279,46 +275,59 @@
     section.append(text);
     return section;
   };
-  const textOf = (parts) => {
-    const text = make("div", "text", ...parts.map(([part, kind]) => (kind ? make("ins", kind, part) : part)));
-    text.dir = "auto";
-    if (!text.textContent) text.append(make("span", "note", "There is no output."));
-    return text;
-  };
   const answerList = (answer) =>
     make("dl", "answer", ...answer.map(([name, text]) => make("div", "", make("dt", "", make("bdi", "", name)), make("dd", "", make("bdi", "", text)))));
 
-  // The output, whose supported pieces lead to their passages, and the document with these passages marked.
+  // The outputs, whose supported pieces lead to their passages, and the document with these passages marked.
   const besideDocument = (detail, excerpt) => {
-    const [written] = detail.panes;
-    const output = written.parts.map(([text]) => text).join("");
-    const evidence = (detail.evidence ?? []).map(([outputStart, outputEnd, start, end, score], number) => (
-      { outputStart, outputEnd, start, end, score, number }
-    ));
     const passages = new Map(); // number of the evidence -> its first piece in the document
     const claims = new Map(); // and in the output
-    const outputText = make("div", "text");
-    outputText.dir = "auto";
-    const pieces = cut(0, output, evidence.map((one) => [one.outputStart, one.outputEnd, one.number]));
-    for (const [text, numbers] of pieces) {
-      if (!numbers.length) outputText.append(text);
-      else outputText.append(claim(text, numbers, evidence, claims, passages, detail.pages));
-    }
-    if (!output) outputText.append(make("span", "note", "There is no output."));
-    const told = !detail.evidence ? written.note : detail.evidence.length
-      ? "What is underlined leads to the passage that is worded most like it: read whether that says the same. The rest has none, or is too short to be looked up."
-      : "Without a passage it may be right all the same: it wants reading.";
-    const both = [pane(written.title, told, outputText)];
-    if (excerpt || detail.documentNote) {
-      const part = pane("Document", detail.documentNote, documentText(excerpt, evidence, passages, claims, detail.pages));
-      part.classList.add("document");
-      both.push(part);
-    }
-    return both;
+    const evidence = []; // of all outputs
+    const outputs = detail.panes.map((written) => {
+      const spans = (written.evidence ?? []).map(([outputStart, outputEnd, start, end, score], at) => (
+        { outputStart, outputEnd, start, end, score, number: evidence.length + at }
+      ));
+      evidence.push(...spans);
+      return pane(written.title, written.note, outputText(written.parts, spans, evidence, claims, passages, detail.pages));
+    });
+    if (!excerpt && !detail.documentNote) return outputs;
+    const part = pane("Document", detail.documentNote, documentText(excerpt, evidence, passages, claims, detail.pages));
+    part.classList.add("document");
+    return [...outputs, part];
   };
 
-  const claim = (text, numbers, evidence, claims, passages, starts) => {
-    const link = make("a", "claim", text, make("sup", "", numbers.map((number) => number + 1).join(",")));
+  const outputText = (parts, spans, evidence, claims, passages, starts) => {
+    const text = make("div", "text");
+    text.dir = "auto";
+    const output = parts.map(([part]) => part).join("");
+    let at = 0;
+    const only = parts.flatMap(([part, kind]) => {
+      const span = [at, (at += part.length), kind];
+      return kind ? [span] : [];
+    });
+    let from = 0;
+    for (const [piece, numbers] of cut(0, output, spans.map((one) => [one.outputStart, one.outputEnd, one.number]))) {
+      const marked = cut(from, piece, only).map(([each, [kind]]) => (kind ? make("ins", kind, each) : each));
+      if (numbers.length) text.append(claim(marked, numbers, evidence, claims, passages, starts));
+      else text.append(...marked);
+      from += piece.length;
+    }
+    if (!output) text.append(make("span", "note", "There is no output."));
+    return text;
+  };
+
+  const howToRead = (panes) => {
+    const told = [];
+    if (panes.some(({ parts }) => parts.some(([, kind]) => kind))) told.push("Words with a coloured ground are not in the other output.");
+    const looked = panes.filter(({ evidence }) => evidence);
+    if (looked.some(({ evidence }) => evidence.length)) {
+      told.push("What is underlined leads to the passage that is worded most like it: read whether that says the same. The rest has none, or is too short to be looked up.");
+    } else if (looked.length) told.push("Without a passage it may be right all the same: it wants reading.");
+    return told.join(" ");
+  };
+
+  const claim = (pieces, numbers, evidence, claims, passages, starts) => {
+    const link = make("a", "claim", ...pieces, make("sup", "", numbers.map((number) => number + 1).join(",")));
     link.href = "#";
     link.title = numbers.map((number) => about(evidence[number], starts)).join("; ");
     for (const number of numbers) if (!claims.has(number)) claims.set(number, link);

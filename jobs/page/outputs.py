@@ -49,11 +49,20 @@ class Evidence(NamedTuple):
 
 @dataclass(frozen=True)
 class Pane:
-    """A text that an entry opens. parts: (text, "" or "only" for what the other pane lacks)."""
+    """A text that an entry opens. parts: (text, "" or "only" for what the other pane lacks).
+
+    evidence: passages of the entry's document that support it; None if nobody looked for any.
+    """
 
     title: str
     parts: Sequence[tuple[str, str]]
     note: str = ""
+    evidence: Sequence[Evidence] | None = None
+
+    @property
+    def text(self) -> str:
+        """All parts."""
+        return "".join(text for text, _ in self.parts)
 
 
 @dataclass(frozen=True)
@@ -61,9 +70,9 @@ class Entry:
     """A line of the list, and what it opens.
 
     group, status, flags, question: places in the lists of `Outputs`; -1 is none. tokens, seconds: to sort by.
-    document: place in `Outputs.documents`, -1 for none, and then `document_note` says why. evidence: of the first pane.
-    preview: what the list shows of it; empty: its error, or the beginning of its last pane. answer: a typed answer,
-    field by field. facts: (what, figure). page_starts: offsets of the document's pages.
+    document: place in `Outputs.documents`, -1 for none, and then `document_note` says why. preview: what the list shows
+    of it; empty: its error, or the beginning of its last pane. answer: a typed answer, field by field. facts: (what,
+    figure). page_starts: offsets of the document's pages.
     """
 
     name: str
@@ -80,7 +89,6 @@ class Entry:
     preview: str = ""
     reasoning: str = ""
     answer: Sequence[tuple[str, str]] = ()
-    evidence: Sequence[Evidence] | None = None
     page_starts: Sequence[int] = ()
     facts: Sequence[tuple[str, str]] = ()
 
@@ -143,16 +151,17 @@ class Outputs:
         return [("index", packed(index)), *rows, *documents]
 
     def _row(self, entry: Entry) -> dict[str, Any]:
-        output = "".join(text for text, _ in entry.panes[0].parts)
         wide = self.documents[entry.document].wide if entry.document >= 0 else _NONE
         return {
-            "panes": [pane.__dict__ for pane in entry.panes],
+            "panes": [
+                pane.__dict__ | {"evidence": _in_utf16(pane.evidence, wide_characters(pane.text), wide)}
+                for pane in entry.panes
+            ],
             "document": entry.document,
             "documentNote": entry.document_note,
             "error": entry.error,
             "reasoning": entry.reasoning,
             "answer": entry.answer,
-            "evidence": _in_utf16(entry.evidence, wide_characters(output), wide),
             "pages": [_utf16(wide, start) for start in entry.page_starts],
             "facts": entry.facts,
         }
@@ -221,5 +230,5 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _preview(entry: Entry) -> str:
-    told = entry.preview or entry.error or "".join(text for text, _ in entry.panes[-1].parts)
+    told = entry.preview or entry.error or entry.panes[-1].text
     return " ".join(told[: 4 * PREVIEW_CHARACTERS].split())[:PREVIEW_CHARACTERS]

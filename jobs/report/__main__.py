@@ -51,8 +51,8 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--documents", choices=("none", "passages", "full"), default="passages",
-        help="what the page of one folder shows of each document: nothing, what supports its outputs and some text "
-        "around (all of it where there is room), or always all of it",
+        help="what the page of one or two folders shows of each document: nothing, what supports its outputs and some "
+        "text around (all of it where there is room), or always all of it",
     )  # fmt: skip
     parser.add_argument(
         "--input",
@@ -106,10 +106,12 @@ def _print_report(given: Namespace, runs: Sequence[Run], measures: Sequence[Meas
 
 
 def _outputs(given: Namespace, runs: Sequence[Run]) -> Outputs | None:
-    """The list of outputs: of one run beside its documents, of two beside each other, of more runs none."""
+    """The list of outputs beside their documents, of two runs beside each other, too; of more runs none."""
     if len(runs) == 1:
         return outputs(runs[0], documents=given.documents, inputs=given.input, most=given.rows)
-    return changes(*runs, most=given.rows) if len(runs) == 2 else None
+    if len(runs) == 2:
+        return changes(*runs, documents=given.documents, inputs=given.input, most=given.rows)
+    return None
 
 
 def _not_shown(shown: Outputs) -> str:

@@ -40,10 +40,11 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Found:
-    """What there is to show of a document, or why nothing. notes go beside it."""
+    """What there is to show of a document, or why nothing; a note beside it. changed: passages no longer fit it."""
 
     excerpt: Excerpt | None
     note: str = ""
+    changed: bool = False
 
 
 def read_documents(
@@ -121,7 +122,7 @@ def _read(reader: DocumentReader, document: Document, item: Wanted, share: int |
     if not unchanged:
         start = _piece(text, 0, min(len(text), share or len(text)))
         note = "The document has changed since this was written: what is shown is the new text, without evidence."
-        return Found(Excerpt([start], len(text), wide), note)
+        return Found(Excerpt([start], len(text), wide), note, changed=True)
     if share is None or len(text) <= share:
         return Found(Excerpt([(0, text)], len(text), wide))
     return Found(Excerpt(passages(text, item.spans, share), len(text), wide))

@@ -88,13 +88,35 @@ def _result(values: dict[str, Any]) -> Result:
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class OnPage:
+    """What a page has of a document: the place of its excerpt (-1: none) and a note.
+
+    hash: of the text that was read. changed: it is another text now.
+    """
+
+    place: int
+    note: str
+    hash: str | None
+    changed: bool
+
+    def evidence(self, row: Result) -> list[Evidence] | None:
+        """A row's evidence, unless it is of another text than the page shows."""
+        return evidence_of(row.values) if self.shows(row) else None
+
+    def shows(self, row: Result) -> bool:
+        """Whether the row was made from the text that the page shows."""
+        return not self.changed and row.values.get("input_hash") == self.hash
+
+
 def outputs(run: Run, *, documents: str, inputs: Sequence[str], most: int) -> Outputs:
     """The list of a run. documents, inputs: see read_documents(). most: entries; what needs a look comes first."""
     rows, total = read_rows(run, most), len(run.with_texts)
     note = ""
     if total > most:
         note = f"The first {most:,} of {total:,} outputs, what needs a look before the others; --rows N shows more."
-    excerpts, places, notes = _documents(run, rows, documents, inputs)
+    excerpts: list[Excerpt] = []
+    shown = documents_of(run, rows, excerpts, how=documents, inputs=inputs)
     statuses = labels_of((row.status for row in rows), STATUS_LABELS)
     flags = labels_of((flag for row in rows for flag in row.flags), FLAGS)
     questions = questions_of(rows)
@@ -104,40 +126,46 @@ def outputs(run: Run, *, documents: str, inputs: Sequence[str], most: int) -> Ou
             flags=[index_of(flags, flag) for flag in row.flags],
             question=next((at for at, each in enumerate(questions) if each.name == row.question), -1),
             tokens=int(row.values.get("prompt_tokens") or 0), seconds=_number(row.values.get("total_seconds")),
-            panes=[Pane("Output", [(row.output, "")])], error=_why(row), reasoning=row.values.get("reasoning") or "",
-            answer=answer_fields(row.values.get("answer")), evidence=evidence_of(row.values),
-            document=places[row.document_id], document_note=notes[row.document_id],
-            page_starts=[int(start) for start in _listed(row.values.get("page_starts"))], facts=facts_of(row),
+            panes=[Pane("Output", [(row.output, "")], evidence=shown[row.document_id].evidence(row))],
+            error=_why(row), reasoning=row.values.get("reasoning") or "",
+            answer=answer_fields(row.values.get("answer")), document=shown[row.document_id].place,
+            document_note=shown[row.document_id].note, page_starts=page_starts_of(row), facts=facts_of(row),
         )
         for row in rows
     ]  # fmt: skip
     return Outputs(GROUPS, statuses, flags, questions, entries, excerpts, note=note)
 
 
-def _documents(
-    run: Run, rows: Sequence[Result], how: str, inputs: Sequence[str]
-) -> tuple[list[Excerpt], dict[str, int], dict[str, str]]:
-    """Excerpts, and for each document its place among them (-1: none) and a note."""
-    wanted: dict[str, list[Result]] = {}
+def documents_of(
+    run: Run, rows: Sequence[Result], excerpts: list[Excerpt], *, how: str, inputs: Sequence[str]
+) -> dict[str, OnPage]:
+    """What a page shows of each document of `rows`, by id, with the passages of all of them. Adds to `excerpts`.
+
+    Of rows that were made from different texts, the first one's counts. how, inputs: see read_documents().
+    """
+    groups: dict[str, list[Result]] = {}
     for row in rows:
-        wanted.setdefault(row.document_id, []).append(row)
-    asked = [
-        Wanted(
-            name, group[0].values.get("input_stamp"), group[0].values.get("input_hash"),
-            [(one.start, one.end) for row in group for one in evidence_of(row.values) or ()],
-        )
-        for name, group in wanted.items()
-    ]  # fmt: skip
-    excerpts: list[Excerpt] = []
-    places, notes = {}, {}
+        groups.setdefault(row.document_id, []).append(row)
+    asked = []
+    for name, group in groups.items():
+        made_from = group[0].values.get("input_hash")
+        fitting = [row for row in group if row.values.get("input_hash") == made_from]
+        spans = [(one.start, one.end) for row in fitting for one in evidence_of(row.values) or ()]
+        asked.append(Wanted(name, group[0].values.get("input_stamp"), made_from, spans))
+    shown = {}
     for item, found in zip(asked, read_documents(run, asked, how=how, inputs=inputs), strict=True):
-        of_input = wanted[item.document_id][0].values.get("input_note") or ""
-        places[item.document_id] = -1
-        notes[item.document_id] = " ".join(part for part in (found.note, of_input) if part)
+        of_input = groups[item.document_id][0].values.get("input_note") or ""
+        note = " ".join(part for part in (found.note, of_input) if part)
+        place = -1 if found.excerpt is None else len(excerpts)
+        shown[item.document_id] = OnPage(place, note, item.hash, found.changed)
         if found.excerpt is not None:
-            places[item.document_id] = len(excerpts)
             excerpts.append(found.excerpt)
-    return excerpts, places, notes
+    return shown
+
+
+def page_starts_of(row: Result) -> list[int]:
+    """Offsets of the document's pages, if it has any."""
+    return [int(start) for start in _listed(row.values.get("page_starts"))]
 
 
 def labels_of(names: Any, known: Mapping[str, Label]) -> list[Label]:

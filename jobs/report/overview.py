@@ -53,7 +53,7 @@ def key_figures(run: Measures) -> list[KeyFigure]:
         if run["without_row"] else None,
         KeyFigure("time worked", seconds(run["worked_seconds"]), _worked_note(run)),
         KeyFigure(
-            "documents an hour", figure(run["documents_per_hour"]),
+            "documents per hour", figure(run["documents_per_hour"]),
             f"{figure(run['answers_per_hour'])} answers" if many else "",
         ),
         KeyFigure("throughput", figure(run["tokens_per_second"], "tokens/s"), "prompts and outputs, all workers"),

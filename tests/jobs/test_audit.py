@@ -109,6 +109,11 @@ def test_rows_figures_and_page_of_an_audit(
     out = capsys.readouterr().out
     for name in ("dense-fp32", "sampled@0.3-fp32", "release@0.3-fp32", found["advice"]["headline"][:30]):
         assert name in out
+    page = " ".join((tmp_path / "audit.html").read_text(encoding="utf-8").split())
+    assert f"Asked of each document: &#34;{found['question']}&#34;" in page
+    assert "1 document as long as the longest prompt" in page
+    assert "1 documents" not in page
+    assert "95% interval" in out
     figures_file = tmp_path / "audit.json"
     for pair, steady in (([1.0, 9.0], False), ([1.0, 1.0], True)):
         found["arms"][0]["repeat_seconds"] = pair
@@ -259,6 +264,11 @@ def test_a_job_file_is_audited_as_it_is(documents: Path, model: Path, tmp_path: 
     ("flags", "message"),
     [
         ("--sample 0", "--sample must be at least 1"),
+        ("--known -3", "--known must be at least 0, got -3"),
+        ("--show -1", "--show must be at least 0, got -1"),
+        (f"--output {__file__}", "test_audit.py is a file; give a folder"),
+        (f"--output {__file__}/audit", "test_audit.py is a file; give a folder"),
+        ("--essay nowhere.txt", "--essay nowhere.txt: it cannot be read: No such file or directory; give a text file"),
         ("--least-rouge 2", "--least-rouge must lie in 0..1"),
         ("--preset relaese", "invalid choice"),
         ("--load-format dummy --model llama-3.1-8b", "needs a folder with a config.json: .*No such file"),
@@ -272,6 +282,14 @@ def test_mistakes_are_told_in_one_line(flags: str, message: str, documents: Path
     given = ["--input", str(documents), "--model", str(model), "--output", str(tmp_path), "--device", "cpu"]
     with pytest.raises(JobError, match=message):
         main([*given, *flags.split()])
+
+
+def test_the_page_says_which_of_several_questions_was_asked(documents: Path, model: Path, tmp_path: Path) -> None:
+    flags = ("--sample", "1", "--preset", "sampled", "--known", "0", "--lengths", "--max-new-tokens", "4")
+    given = ["--input", str(documents), "--model", str(model), "--output", str(tmp_path), "--device", "cpu", *flags]
+    assert main([*given, "--question", "Why?", "--question", "Who?"]) == 0
+    page = (tmp_path / "audit.html").read_text(encoding="utf-8")
+    assert "Asked of each document, the first of 2 questions: &#34;Why?&#34;" in page
 
 
 # -- the page
@@ -523,7 +541,7 @@ def test_what_loses_known_answers_is_never_recommended() -> None:
     lossy = figures("release-bf16", 300, 1.0, 1.0, known=known(0.2))
     alone = recommend([DENSE, lossy], Limits(), 500)
     assert (alone.verdict, alone.arm) == ("stay", "dense-bf16")
-    assert "not recommended: it loses 20 points of lookups, of which dense finds 90%" in alone.reasons[0][1]
+    assert "not recommended: it loses 20 points of lookups, of which dense finds 90% (64 asked;" in alone.reasons[0][1]
     assert "loses known answers" in alone.headline
     beside = recommend([DENSE, lossy, figures("sampled-bf16", 150, 0.97, 0.95)], Limits(), 500)
     assert (beside.verdict, beside.arm) == ("use", "sampled-bf16")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from functools import cache
@@ -19,7 +20,7 @@ from jobs.evaluate.options import options_of, parser
 from jobs.evaluate.plots import by_time
 from jobs.evaluate.rows import SCHEMA, read_rows
 from jobs.evaluate.run import load_readers
-from jobs.evaluate.summary import summarise
+from jobs.evaluate.summary import ARMS_NOTE, DENSE_NOTE, PREDICTION_NOTE, RECALL_NOTE, print_summary, summarise
 from jobs.evaluate.texts import make_texts, read_text
 from jobs.known.prompts import Reading, Tokenizer, make_document, read_prompts
 from jobs.known.reader import Answer, Arm, Reader, Reference
@@ -322,10 +323,18 @@ def test_job_writes_rows_and_report(
         ("dense", "fp8", "fp32"), ("sampled", "fp8", "fp32"),
     }  # fmt: skip
     assert "fp8 - fp32: dense, 600 tokens, points of recall: all" in said
-    assert "KL inside" in (out / "summary.txt").read_text()
+    text = (out / "summary.txt").read_text()
+    assert max(map(len, text.splitlines())) <= 120, "no wider than a terminal"
+    for note in (DENSE_NOTE, ARMS_NOTE, RECALL_NOTE, PREDICTION_NOTE):
+        assert note in " ".join(text.split()), "what the columns mean"
+    assert text.count("read 600 tokens densely") == 2, "in both precisions: the budget covers all of it"
+    sparse = json.loads((out / "summary.json").read_text())
+    sparse["settings"][1]["mean_density"] = 0.9
+    print_summary(sparse, printed := io.StringIO())
+    assert printed.getvalue().count("read 600 tokens densely") == 1
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["--report", str(out), str(out), "--output", str(tmp_path / "again")]) == 0
-    assert "0 plots are in" in (told := capsys.readouterr().err)
+    assert "rows: summary.txt, summary.json are in" in (told := capsys.readouterr().err)
     assert "for plots: pip install -e '.[bench]'" in told
     again = json.loads((tmp_path / "again/summary.json").read_text())
     assert again["settings"] == summary["settings"]  # rows that come twice count once
@@ -376,12 +385,16 @@ def test_user_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return str(error.value)
 
     assert "did you mean 'summary'" in refused("--tasks", "sumary")
+    assert "too few for a document" in (told := refused("--tasks", "summary", "--lengths", "300"))
+    assert told.endswith("give larger --lengths or fewer --questions")
     assert "takes up to 40960 tokens; --rope-scaling stretches that" in refused("--lengths", "50000")
     assert "is not one of 16, 32" in refused("--block-size", "48")
     assert "'fp9' is not one of auto, fp32" in refused("--precision", "bf16,fp9")
     assert "must be above 1" in refused("--rope-scaling", "1")
     assert "holds no rows" in refused("--report", str(tmp_path))
-    assert "cannot be read as UTF-8" in refused("--essay", str(tmp_path / "none.txt"))
+    assert "cannot be read: No such file" in refused("--essay", str(tmp_path / "none.txt"))
+    assert f"{__file__} is a file; give a folder" in refused("--output", __file__)
+    assert "model folder '/nowhere' does not exist" in refused("--model", "/nowhere")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     assert "cannot be read as UTF-8" in refused("--essay", str(tmp_path / "binary.txt"))
     (tmp_path / "empty.txt").write_text(" \n")

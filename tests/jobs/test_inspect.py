@@ -20,6 +20,7 @@ import stem_core.selection
 from jobs.inspect.__main__ import PAGE, chosen_layers, main
 from jobs.inspect.capture import Capture, _why_dense, capture
 from jobs.inspect.cells import Grid, LayerCells
+from jobs.inspect.charts import map_chart
 from jobs.inspect.page import PATTERNS
 from jobs.inspect.pictures import DARK, LIGHT, map_colours, maps_picture, mostly_rule
 from jobs.page.numbers import stretches
@@ -164,6 +165,10 @@ def test_stripes_are_named(name: str, share: Callable[[np.ndarray, np.ndarray], 
     cells.by_score[:] = share(np.arange(60)[:, None], np.arange(60))
     assert cells.pattern().name == name
     assert set(PATTERNS) >= {name}
+    cells.by_score[:] = 0
+    assert cells.pattern().name == "none", "no stripes where nothing was chosen"
+    told = map_chart(2, cells, 960).note
+    assert "Half of the chosen blocks" not in told
 
 
 def test_colours_tell_rule_from_score() -> None:
@@ -269,6 +274,15 @@ def test_mistakes_are_one_line(
     assert line.startswith("error: ")
     assert re.search(message, line), line
     assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_read_or_written_is_told_by_its_flag(tmp_path: Path, model: Path, run: Any) -> None:
+    code, _, told = run("--document", tmp_path / "none.txt", "--model", model, "--output", tmp_path / "out")
+    assert (code, told.count("--input")) == (1, 0)
+    assert f"--document {tmp_path}/none.txt: does not exist" in told
+    (tmp_path / "file").write_text("x")
+    code, _, told = run("--document", tmp_path / "file.txt", "--model", model, "--output", tmp_path / "file")
+    assert (code, told) == (1, f"error: --output {tmp_path}/file: {tmp_path}/file is a file; give a folder\n")
 
 
 def test_several_documents_need_an_id(tmp_path: Path, model: Path, run: Any) -> None:

@@ -23,7 +23,7 @@ from jobs.report import documents
 from jobs.report.__main__ import main
 from jobs.report.changes import changes
 from jobs.report.documents import Wanted, passages, read_documents
-from jobs.report.outputs import answer_fields, read_rows
+from jobs.report.outputs import answer_fields, outputs, read_rows
 from jobs.report.results import load_runs
 from pipeline.job import manifest
 from pipeline.results.rows import result_schema, to_table
@@ -189,7 +189,7 @@ def test_outputs_without_a_passage_are_found(tmp_path: Path, report: Report, vis
     page.locator(".rows a").click()
     page.wait_for_selector("dialog[open] .pane")
     assert "; no passage of the document was found" in page.locator(".reader-body").inner_text()
-    assert "may be right all the same" in page.locator(".pane").first.inner_text()
+    assert "may be right all the same" in page.locator(".reader-body").inner_text()
     copied, no_passage = (badge.bounding_box() for badge in page.locator("#reader-name .badge").all())
     assert no_passage["x"] - copied["x"] - copied["width"] > 4, "they do not stick together"
     page.keyboard.press("Escape")
@@ -258,8 +258,9 @@ def big_list(number: int) -> Outputs:
     texts = [f"Output {n} says key{n * 7919 % 10007}x. " + " ".join(FACTS[n % 20 : n % 20 + 16]) for n in range(number)]
     entries = [
         Entry(
-            name=f"report-{n:05}.txt", group=int(n > 40), panes=[Pane("Output", [(text, "")])], tokens=n, seconds=n / 9,
-            document=n, evidence=[Evidence(0, 20, 0, 20, 0.5)], facts=[("prompt", "9 tokens")],
+            name=f"report-{n:05}.txt", group=int(n > 40), tokens=n, seconds=n / 9, document=n,
+            panes=[Pane("Output", [(text, "")], evidence=[Evidence(0, 20, 0, 20, 0.5)])],
+            facts=[("prompt", "9 tokens")],
         )
         for n, text in enumerate(texts)
     ]  # fmt: skip
@@ -337,7 +338,7 @@ def two_runs(tmp_path: Path) -> list[Path]:
 
 
 def test_what_changed_between_two_runs(tmp_path: Path) -> None:
-    found = changes(*load_runs([str(folder) for folder in two_runs(tmp_path)]), most=99)
+    found = changes(*load_runs([str(folder) for folder in two_runs(tmp_path)]), documents="none", inputs=(), most=99)
     groups = [(entry.name, found.groups[entry.group].name) for entry in found.entries]
     assert groups[0] == ("worse", "worse")
     assert {name for name, group in groups[1:3] if group == "better"} == {"better", "cut"}
@@ -347,6 +348,10 @@ def test_what_changed_between_two_runs(tmp_path: Path) -> None:
         [("The tower leans by ", ""), (number, "only"), (" metres.", "")] for number in ("3", "5")
     ]  # fmt: skip
     assert found.entries[4].panes[1].note == "This run has no such row."
+    assert found.note.startswith("The list has the outputs and marks of two")
+    assert found.entries[0].panes[1].note.startswith("ok, the output was cut off at its greatest length"), (
+        "each its own"
+    )
 
 
 def test_two_wordings_of_a_question_are_compared_by_document(tmp_path: Path) -> None:
@@ -356,14 +361,14 @@ def test_two_wordings_of_a_question_are_compared_by_document(tmp_path: Path) -> 
         for key, text in wordings.items()
     ]
     folders = [write(tmp_path / str(at), dict.fromkeys("ab", "text"), rows) for at, rows in enumerate(asked)]
-    found = changes(*load_runs([str(folder) for folder in folders]), most=99)
+    found = changes(*load_runs([str(folder) for folder in folders]), documents="none", inputs=(), most=99)
     assert [(entry.name, found.groups[entry.group].name) for entry in found.entries] == [("a", "same"), ("b", "same")]
     told = [pane.note.split(";")[0] for pane in found.entries[0].panes]
     assert told == [f'asked: "{text}"' for text in wordings.values()]
 
     more = [*asked[1], *(row(name, "other", question_id="cost", question="What did it cost?") for name in "ab")]
     several = write(tmp_path / "several", dict.fromkeys("ab", "text"), more)
-    found = changes(*load_runs([str(folders[0]), str(several)]), most=99)
+    found = changes(*load_runs([str(folders[0]), str(several)]), documents="none", inputs=(), most=99)
     assert {found.groups[entry.group].name for entry in found.entries} == {"alone"}, (
         "nobody knows which belong together"
     )
@@ -377,8 +382,75 @@ def test_two_runs_in_a_browser(tmp_path: Path, report: Report, visit: Callable[.
     page.locator(".rows a", has_text="differs").click()
     page.wait_for_selector("dialog[open] ins.only")
     assert page.locator("ins.only").all_inner_texts() == ["3", "5"]
-    assert page.locator(".pane h3").all_inner_texts() == ["one", "two"]
+    assert page.locator(".pane h3").all_inner_texts() == ["one", "two", "Document"]
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE
+
+
+def test_two_outputs_beside_their_document(tmp_path: Path, report: Report, visit: Callable[..., Any]) -> None:
+    text = "\U0001f600 " + " ".join(FACTS)
+    said = [f"In short: {FACTS[3]}", f"{FACTS[3]} {FACTS[30]}"]
+    one, two = (
+        [row("told.txt", output, evidence=spans(output, text, *facts)), *more]
+        for output, facts, more in ((said[0], FACTS[3:4], [row("gone.txt")]), (said[1], (FACTS[3], FACTS[30]), []))
+    )
+    folders = [
+        write(tmp_path / name, dict.fromkeys(names, text), rows)
+        for name, names, rows in (("one", ("told.txt", "gone.txt"), one), ("two", ("told.txt",), two))
+    ]
+    assert report(*folders)[::2] == (0, "")
+    page = visit(folders[0] / "comparison.html")
+    page.locator(".rows a", has_text="told.txt").click()
+    page.wait_for_selector("dialog[open] .claim")
+    assert page.locator(".pane h3").all_inner_texts() == ["one", "two", "Document"]
+    claims, marks = page.locator(".claim"), page.locator(".document mark")
+    assert claims.all_inner_texts() == [f"{FACTS[3]}1", f"{FACTS[3]}2", f"{FACTS[30]}3"]
+    assert page.locator("ins.only").all_inner_texts()[:2] == ["In", "short"], "what differs is marked, too"
+    claims.nth(2).click()
+    assert page.evaluate("document.activeElement.innerText") == f"3{FACTS[30]}"
+    marks.nth(0).get_by_text("1", exact=True).click()
+    assert page.evaluate("document.activeElement.closest('.pane').querySelector('h3').innerText") == "one"
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("document.querySelector('#reader-name').innerText.startsWith('gone')")
+    assert FACTS[0] in page.locator(".document").inner_text(), "read where the first run found it"
+
+
+@pytest.mark.parametrize("width", [PHONE, 768, 1280])
+def test_both_outputs_and_their_document_fit(
+    width: int, tmp_path: Path, report: Report, visit: Callable[..., Any]
+) -> None:
+    text = " ".join(FACTS)
+    folders = [
+        write(tmp_path / name, {"long.txt": text * 9}, [row("long.txt", f"{name} {text}")]) for name in ("one", "two")
+    ]
+    assert report(*folders)[0] == 0
+    page = visit(folders[0] / "comparison.html", width=width)
+    page.locator(".rows a", has_text="long.txt").click()
+    page.wait_for_selector("dialog[open] .document")
+    boxes = [page.locator(".pane").nth(at).bounding_box() for at in range(3)]
+    assert all(box["x"] >= 0 and box["x"] + box["width"] <= width and box["height"] > 150 for box in boxes)
+    apart = all(
+        one["x"] + one["width"] <= other["x"] or one["y"] + one["height"] <= other["y"]
+        for at, one in enumerate(boxes) for other in boxes[at + 1 :]
+    )  # fmt: skip
+    assert apart, boxes
+
+
+def test_passages_of_another_text_are_not_marked_in_this_one(tmp_path: Path) -> None:
+    """Neither those of a run that read another text, nor any once the document has changed."""
+    texts = {"a": f"New words. {FACTS[3]}"}
+    rows = [
+        [row("a", FACTS[3], evidence=spans(FACTS[3], text, FACTS[3]), input_hash=made_from, input_stamp="old")]
+        for text, made_from in ((FACTS[3], "0" * 16), (texts["a"], "1" * 16))
+    ]
+    folders = [str(write(tmp_path / str(at), texts, each)) for at, each in enumerate(rows)]
+    runs = load_runs(folders)
+    (single,) = outputs(runs[1], documents="full", inputs=(), most=9).entries
+    assert "without evidence" in single.document_note
+    assert single.panes[0].evidence is None
+
+    pair = changes(*runs, documents="none", inputs=(), most=9).entries[0]
+    assert [pane.evidence is not None for pane in pair.panes] == [False, True]
+    assert "The first run read another text of it" in pair.document_note
 
 
 # -- documents and what is packed
@@ -468,11 +540,11 @@ def test_passages_hold_their_spans_and_little_else() -> None:
 
 def test_offsets_are_those_of_javascript() -> None:
     assert wide_characters("a\U0001f600b\U0001f600").tolist() == [1, 3]
-    entry = Entry("n", 0, [Pane("o", [("\U0001f600ab", "")])], evidence=[Evidence(1, 3, 2, 4, None)], document=0)
+    entry = Entry("n", 0, [Pane("o", [("\U0001f600ab", "")], evidence=[Evidence(1, 3, 2, 4, None)])], document=0)
     excerpt = Excerpt([(0, "x\U0001f600\U0001f600y")], 4, wide_characters("x\U0001f600\U0001f600y"))
     blocks = dict(Outputs([Label("g", "g")], [Label("ok", "ok")], (), (), [entry], [excerpt]).blocks)
     (packed_row,) = json.loads(zlib.decompress(base64.b64decode(blocks["rows-0"]), -15))
-    assert packed_row["evidence"] == [[2, 4, 3, 6, None]]
+    assert packed_row["panes"][0]["evidence"] == [[2, 4, 3, 6, None]]
     (packed_document,) = json.loads(zlib.decompress(base64.b64decode(blocks["documents-0"]), -15))
     assert packed_document["length"] == 6
 
