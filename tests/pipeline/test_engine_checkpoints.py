@@ -577,3 +577,24 @@ def test_rows_and_fingerprints_know_adapter_and_scaling(tmp_path: Path) -> None:
 )
 def test_failures_of_configs_name_the_flag_that_helps(error: Exception, message: str) -> None:
     assert re.search(message, model_files.config_problem(error, "org/name", "v9"))
+
+
+def test_a_folder_that_is_mistyped_is_told_the_name_it_is_like(tmp_path: Path) -> None:
+    (tmp_path / "tiny-reader").mkdir()
+    (tmp_path / "tiny-reade.txt").touch()
+    error = OSError("We couldn't connect to 'https://huggingface.co' to load the files")
+    assert model_files.config_problem(error, str(tmp_path / "tiny-reade"), None).endswith("did you mean 'tiny-reader'?")
+
+
+def test_a_hub_that_is_not_reached_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def unreachable(model: str, *_: object) -> None:
+        asked.append(model)
+        raise OSError("We couldn't connect to 'https://huggingface.co' to load the files")
+
+    monkeypatch.setattr("pipeline.engine.model.loading.read_config", unreachable)
+    monkeypatch.setattr("pipeline.engine.model.loading.check_hub", lambda config: asked.append("for an adapter"))
+    with pytest.raises(ModelLoadError, match="the hub cannot be reached"):
+        load_config(EngineConfig("org/name", device="cpu"))
+    assert asked == ["org/name"]

@@ -71,14 +71,17 @@ def load_config(config: EngineConfig) -> Any:
     EngineError for a context that cannot be stretched.
     """
     check_folder(config.model)
-    check_hub(config)
     if config.adapter is not None:
         check_adapter(config.adapter)
     try:
         hf_config = read_config(config.model, config.revision, config.trust_remote_code)
     except Exception as error:
-        why = config_problem(error, config.model, config.revision) or first_line(error, 1000)
+        why = config_problem(error, config.model, config.revision)
+        if not why:  # not asked of a hub that was not reached
+            check_hub(config)
+            why = first_line(error, 1000)
         raise ModelLoadError(f"cannot read the config of model {config.model!r}: {why}") from error
+    check_hub(config)
     if config.rope_scaling is not None:
         stretch(hf_config, config.rope_scaling)
     return hf_config
