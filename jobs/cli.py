@@ -59,8 +59,11 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments:"):
             unknown = (message.split(":", 1)[1].split() or ["''"])[0]
             known = [option for action in self._actions for option in action.option_strings]
-            if unknown.startswith("-"):
-                message = f"{unknown} is not a flag{instead(unknown.split('=')[0], known, flag) or '; see --help'}"
+            name = unknown.split("=")[0]
+            if name in {flag(item.name) for item in declared()} - set(known):
+                message = f"{name} is a flag of jobs.summarize, and none of this command; see --help"
+            elif name.startswith("-"):
+                message = f"{unknown} is not a flag{instead(name, known, flag) or '; see --help'}"
             else:
                 message = (
                     f"{unknown} is not a flag, and belongs to none; put a text with spaces between quotes; see --help"

@@ -272,7 +272,7 @@ def test_a_job_file_is_audited_as_it_is(documents: Path, model: Path, tmp_path: 
         ("--least-rouge 2", "--least-rouge must lie in 0..1"),
         ("--preset relaese", "invalid choice"),
         ("--load-format dummy --model llama-3.1-8b", "needs a folder with a config.json: .*No such file"),
-        ("--workers 3", "--workers is not a flag"),
+        ("--workers 3", "--workers is a flag of jobs.summarize, and none of this command"),
         ("--report nowhere", "it holds no audit"),
         ("--block-size 17", "--block-size must be one of 16, 32"),
         ("--model nowhere/here/at-all", "does not exist"),

@@ -280,7 +280,7 @@ def test_a_batch_of_which_nothing_can_be_answered_starts_no_job(run: Run, tmp_pa
 
 def test_flags_that_speak_of_documents_are_not_there(run: Run, tmp_path: Path) -> None:
     path = batch(tmp_path, [asking("a", "A question")])
-    assert "--question is not a flag" in run("--input", path, "--output", "out", "--question", "Who?")[2]
+    assert "--question is a flag of jobs.summarize" in run("--input", path, "--output", "out", "--question", "Who?")[2]
     (tmp_path / "job.yaml").write_text("shard: 0/2\n")
     assert "shard has no meaning for a batch" in run("--config", tmp_path / "job.yaml", "--input", path)[2]
     assert "--input is missing" in run("--output", "out")[2]
