@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from kernels._common.prefixes import Prefixes, check_rows
+from kernels._common.prefixes import Prefixes
+from kernels._common.rows import check_rows
 from kernels._common.selection import BlockSelection
 from kernels._common.sizes import ceil_div
 from kernels._common.tma import tma_obstacle

@@ -7,17 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
-def check_rows(name: str, values: Tensor, dtype: torch.dtype, rows: int) -> None:
-    """Raise ValueError unless there is one number of that dtype for each row, behind one another as kernels read them.
-
-    (An expanded row flattens to a view in which all numbers are one.)
-    """
-    if values.shape != (rows,) or values.dtype != dtype or not values.is_contiguous():
-        raise ValueError(
-            f"{name} must be contiguous {str(dtype).removeprefix('torch.')} [{rows}], got {values.dtype} "
-            f"{tuple(values.shape)} with strides {values.stride()}"
-        )
+from kernels._common.rows import check_rows
 
 
 @dataclass(frozen=True)

@@ -125,3 +125,15 @@ def row_layout(op: str, x: Tensor) -> tuple[int, int, tuple[int, int, int]]:
         raise ValueError(f"{op}: the rows lie in memory at more than three strides: {x.stride()}; call .contiguous()")
     sizes, strides = [1] * (3 - len(sizes)) + sizes, [0] * (3 - len(strides)) + strides
     return sizes[1], sizes[2], (strides[0], strides[1], strides[2])
+
+
+def check_rows(name: str, values: Tensor, dtype: torch.dtype, rows: int) -> None:
+    """Raise ValueError unless there is one number of that dtype for each row, behind one another as kernels read them.
+
+    (An expanded row flattens to a view in which all numbers are one.)
+    """
+    if values.shape != (rows,) or values.dtype != dtype or not values.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous {str(dtype).removeprefix('torch.')} [{rows}], got {values.dtype} "
+            f"{tuple(values.shape)} with strides {values.stride()}"
+        )

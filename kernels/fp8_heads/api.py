@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels._common.fp8 import FP8, KEY_GROUP, HeadScales
-from kernels._common.rows import check_floating, choose_row_kernel
+from kernels._common.rows import check_floating, check_rows, choose_row_kernel
 from kernels.dispatch import Choice, implementation, on_its_gpu
 
 
@@ -83,11 +83,9 @@ def append_kv(
     """
     choice = choose_fp8_heads(k.device, impl)
     check_floating("append_kv", k, v, backward=choice.impl == "reference")
-    if k.ndim != 3 or k.shape != v.shape or slots.shape != k.shape[:1] or slots.dtype != torch.int64:
-        raise ValueError(
-            f"append_kv takes k and v [S, Hkv, D] and int64 slots [S], got {tuple(k.shape)}, {tuple(v.shape)}, "
-            f"{slots.dtype} {tuple(slots.shape)}"
-        )
+    if k.ndim != 3 or k.shape != v.shape:
+        raise ValueError(f"append_kv takes k and v [S, Hkv, D], got {tuple(k.shape)}, {tuple(v.shape)}")
+    check_rows("append_kv: slots", slots, torch.int64, k.shape[0])
     _check_arena("append_kv", k.shape[1], k.shape[2], scales, k_arena, vt_arena)
     if run < 1:
         raise ValueError(f"append_kv: run must be at least 1, got {run}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._common.prefixes import check_rows
+from kernels._common.rows import check_rows
 from kernels.dispatch import choose_portable, implementation, on_its_gpu
 
 # The longest and the shortest run of newest tokens that is looked for. Measured on extractions and summaries of

@@ -140,6 +140,13 @@ def test_writing_at_other_than_multiples_of_16_is_refused() -> None:
         write_kv(k, v, scales(), arenas(64)[0], arenas(64)[0], 0)
 
 
+def test_slots_that_are_not_behind_one_another_are_refused() -> None:
+    _, k, v = tensors(20)
+    slots = torch.zeros(1, dtype=torch.int64).expand(4)
+    with pytest.raises(ValueError, match=r"slots must be contiguous int64 \[4\], .* strides \(0,\)"):
+        append_kv(k[0].transpose(0, 1)[:4], v[0].transpose(0, 1)[:4], scales(), *arenas(64), slots)
+
+
 def test_a_gpu_without_fp8_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kernels.device.capability", lambda device: (8, 6))
     q = torch.empty(1, 4, 8, 64, device="meta")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from kernels.block_selection import select_blocks, share_budgets
 from kernels.block_sparse_attention import block_sparse_attention
-from kernels.decode_attention import decode_attention
+from kernels.decode_attention import Prefixes, decode_attention
 from kernels.oam_scores import KeySummary, oam_scores
 from kernels.sample_scores import sample_scores
 
@@ -160,6 +160,17 @@ def test_decode_attention_equals_attention_of_the_last_token():
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call(*tensors(32))
+
+
+@pytest.mark.parametrize("prefix", [False, True], ids=["own", "prefix"])
+def test_rows_that_are_not_behind_one_another_are_refused(prefix):
+    """One number that is seen as one for each row: the kernels would read what lies behind it."""
+    q, (_, k, v) = torch.zeros(4, 4, 8), tensors(16)
+    starts, lengths = torch.zeros(4, dtype=torch.int64), torch.ones(4, dtype=torch.int32)
+    seen = torch.zeros(1, 1, dtype=torch.int64).expand(1, 4).flatten()
+    prefixes = Prefixes(seen, lengths, torch.arange(4, dtype=torch.int32)[None], 4) if prefix else None
+    with pytest.raises(ValueError, match=r"starts must be contiguous int64 \[4\], .* strides \(0,\)"):
+        decode_attention(q, k[0], v[0], starts if prefix else seen, lengths, max_length=4, prefixes=prefixes)
 
 
 def test_chunks_out_of_order_are_refused():
