@@ -50,7 +50,7 @@ def decode(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
     problem = seal_problem(data)
     if problem:
         raise OSError(problem)
-    parquet = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+    parquet = pq.ParquetFile(pa.BufferReader(_in_arrow(data)), page_checksum_verification=True)
     names = parquet.schema_arrow.names
     lacking = [name for name in REQUIRED if name not in names]
     if lacking and problem is None:  # an earlier version, whose checksums do not cover the names of columns
@@ -62,6 +62,15 @@ def decode(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
     if columns is None or "question_id" in columns:
         return rows.append_column("question_id", pa.array([SUMMARY] * len(rows), pa.string()))
     return rows
+
+
+def _in_arrow(data: bytes) -> pa.Buffer:
+    """A copy in memory of Arrow's: one of its threads may be the last to let go of it, and aborts the process if that
+    needs Python's lock while Python ends."""
+    copied = pa.allocate_buffer(len(data))
+    with pa.FixedSizeBufferWriter(copied) as writer:
+        writer.write(data)
+    return copied
 
 
 def damage(store: Store, name: str) -> str:

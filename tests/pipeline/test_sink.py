@@ -309,6 +309,22 @@ def test_a_half_written_journal_is_ignored(tmp_path: Path) -> None:
     assert not (tmp_path / "compaction.json").exists()
 
 
+def test_what_arrow_reads_is_not_pythons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its threads may outlive Python, and abort the process if they then let go of an object of Python's."""
+    data = parts.encode(to_table([row("a")], result_schema()))
+    held = sys.getrefcount(data)
+    seen: list[int] = []
+
+    class Watched(pq.ParquetFile):  # type: ignore[misc]
+        def read(self, *arguments: Any, **settings: Any) -> pa.Table:
+            seen.append(sys.getrefcount(data))
+            return super().read(*arguments, **settings)
+
+    monkeypatch.setattr(pq, "ParquetFile", Watched)
+    assert parts.decode(data)["document_id"].to_pylist() == ["a"]
+    assert seen[0] <= held + 1, "decode's own argument, and no buffer of Arrow's"
+
+
 def test_rows_of_a_version_that_asked_one_question_are_of_the_summary(tmp_path: Path) -> None:
     store, sink = make(tmp_path)
     old = to_table([row("a", output="words")], result_schema()).drop(["question_id"])
