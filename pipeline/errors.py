@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import unicodedata
+from pathlib import Path
 
 from pipeline.redact import without_secrets
 from stem_core.settings import nearest
 
-__all__ = ["DocumentError", "JobError", "nearest", "one_line", "visible", "without_secrets"]
+__all__ = ["DocumentError", "JobError", "nearest", "nearest_beside", "one_line", "visible", "without_secrets"]
 
 # Unicode's control and format characters, ends of lines, and halves of characters: they command a terminal, or turn the
 # direction of writing.
@@ -34,6 +35,14 @@ class DocumentError(Exception):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+def nearest_beside(path: Path) -> str:
+    """As nearest(), of the names in the folder of a path that is not there; nothing if they cannot be listed."""
+    try:
+        return nearest(path.name, [entry.name for entry in path.parent.iterdir()])
+    except OSError:
+        return ""
 
 
 def one_line(error: BaseException | str, limit: int = 500) -> str:

@@ -6,7 +6,7 @@ import importlib.util
 import re
 from pathlib import Path
 
-from pipeline.errors import nearest
+from pipeline.errors import nearest_beside
 
 GGUF = ".gguf"
 GGUF_MAGIC = b"GGUF"
@@ -102,7 +102,8 @@ def config_problem(error: BaseException, model: str, revision: str | None) -> st
     if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled"} or "couldn't connect to" in text:
         return (
             "no such folder here, and the hub cannot be reached, nor was the model downloaded before: fetch it where "
-            f"there is network (hf download {model} --local-dir FOLDER), and give the folder{_like(model)}"
+            f"there is network (hf download {model} --local-dir FOLDER), and give the folder"
+            + nearest_beside(Path(model).expanduser())
         )
     if found := re.search(r"model type [`'\"]?([\w.-]+)[`'\"]? but Transformers does not recognize", text):
         return (
@@ -119,10 +120,3 @@ def _chain(error: BaseException) -> list[BaseException]:
         found.append(step)
         step = step.__cause__ or step.__context__
     return found
-
-
-def _like(model: str) -> str:
-    """The folder beside one that is not there whose name is most like its."""
-    path = Path(model).expanduser()
-    names = [each.name for each in path.parent.iterdir() if each.is_dir()] if path.parent.is_dir() else []
-    return nearest(path.name, names)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
-from pipeline.errors import JobError, nearest, one_line
+from pipeline.errors import JobError, nearest_beside, one_line
 from pipeline.interruptible import interruptible
 from pipeline.location import WILDCARD, is_remote, open_filesystem, printed, safe_name, split_location
 from pipeline.results.columns import valid_text
@@ -101,11 +101,7 @@ def _where_it_ends(path: Path) -> str:
     """Of a local path that does not exist: the last folder that does, and the name in it that is most like the next."""
     while not path.parent.is_dir():
         path = path.parent
-    try:
-        names = [entry.name for entry in path.parent.iterdir()]
-    except OSError:
-        names = []
-    return f": {path.parent} holds no {path.name!r}{nearest(path.name, names) or '; give a file, a folder or a glob'}"
+    return f": {path.parent} holds no {path.name!r}{nearest_beside(path) or '; give a file, a folder or a glob'}"
 
 
 def _walk(filesystem: FileSystem, base: str) -> Iterator[Found]:
