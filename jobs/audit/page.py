@@ -273,11 +273,9 @@ def _differing(audit: dict[str, Any], rows: Sequence[AuditRow]) -> list[Block]:
         if own and all(alike.exact_match for _, alike in own):
             blocks.append(Prose(f"With {describe(arm)} all outputs that were compared are the same as dense's."))
         for place, (row, alike) in enumerate(own[: audit["show"]]):
-            equal = alike.same_tokens
-            differs = f"differs {f'after {equal:,} equal tokens' if equal else 'from the first token on'}"
             told = (
                 f"{row.arm}: {row.document_id}, {row.from_engine.prompt_tokens:,} tokens, ROUGE-L {alike.rouge_l:.3f}, "
-                f"{'the same output' if alike.exact_match else differs}"
+                f"{'the same output' if alike.exact_match else differs_where(alike.same_tokens)}"
             )
             other = dense[row.document_id]
             texts = [
@@ -286,6 +284,13 @@ def _differing(audit: dict[str, Any], rows: Sequence[AuditRow]) -> list[Block]:
             ]
             blocks.append(SideBySide(texts, told) if place < OPEN else Details(told, [SideBySide(texts)]))
     return [*_asked(audit), *(blocks or [Prose("Nothing was compared.")])]
+
+
+def differs_where(equal: int) -> str:
+    """Where an output differs from dense's: behind `equal` leading tokens that both have."""
+    if not equal:
+        return "differs from the first token on"
+    return f"differs after {equal:,} equal token{'s' * (equal != 1)}"
 
 
 def _asked(audit: dict[str, Any]) -> list[Block]:

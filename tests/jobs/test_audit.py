@@ -21,7 +21,7 @@ from jobs.audit.figures import Crossover, crossover, mean, share, unseen
 from jobs.audit.likeness import exact_match, rouge_l, words
 from jobs.audit.measure import Point, Reference, check_reference, likeness_of, same_tokens
 from jobs.audit.options import Limits, options_of, parser
-from jobs.audit.page import verdict
+from jobs.audit.page import differs_where, verdict
 from jobs.audit.results import ROWS, SCHEMA, read_audit
 from jobs.audit.sample import choose
 from pipeline.engine import Completion
@@ -404,6 +404,12 @@ def test_intervals() -> None:
     assert unseen(8, 10**6) == pytest.approx(0.3123, abs=1e-4)
     assert unseen(60, 10**6) == pytest.approx(0.0487, abs=1e-4)
     assert unseen(5, 6) == pytest.approx(1 / 6)
+
+
+def test_where_an_output_differs_reads_right() -> None:
+    assert [differs_where(equal) for equal in (0, 1, 1200)] == [
+        "differs from the first token on", "differs after 1 equal token", "differs after 1,200 equal tokens",
+    ]  # fmt: skip
 
 
 def points(seconds: dict[int, float], sparse: bool = True) -> list[Point]:
