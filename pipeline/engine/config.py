@@ -38,7 +38,9 @@ class EngineError(JobError):
 
 
 class ModelRefusedError(EngineError):
-    """No engine runs the model, on whatever device: its attention, or the form of its weights, is not supported."""
+    """No engine runs the model, on whatever device: its attention, or the form of its weights, is not supported, or not
+    in the precision asked for.
+    """
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from kernels.fp8_heads.reference import restore_keys
 from pipeline import read_results
 from pipeline.engine import Engine, EngineConfig, EngineError, Request, estimate_plan
+from pipeline.engine.config import ModelRefusedError
 from pipeline.engine.kv.arena import ALIGNMENT, Extent, Fp8Arena, LayerShape
 from pipeline.engine.model.dummy import dummy_model
 from pipeline.engine.model.loading import load_config, load_model
@@ -289,12 +290,16 @@ def test_gpus_without_fp8_are_told_what_to_use(monkeypatch: pytest.MonkeyPatch) 
 def test_what_fp8_kernels_cannot_take_is_named(
     tmp_path: Path, attention: StemConfig, changes: dict[str, Any], message: str
 ) -> None:
+    """By a dry run and by a job in the same words, before weights are read; no worker after the first tries."""
     folder = small(tmp_path, "llama", **changes)
-    with pytest.raises(EngineError, match=message):
-        make(folder, attention=attention)
+    (folder / "model.safetensors").unlink()
     config = EngineConfig(str(folder), device="cpu", precision="fp8", attention=attention)
-    with pytest.raises(EngineError, match=message):
-        estimate_plan(config)
+    told = []
+    for call in (Engine, estimate_plan):
+        with pytest.raises(ModelRefusedError, match=message) as refused:
+            call(config)
+        told.append(str(refused.value))
+    assert told[0] == told[1]
 
 
 def test_blocks_are_refused_before_a_job_starts() -> None:

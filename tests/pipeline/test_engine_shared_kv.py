@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 from engine_models import run
 
 from pipeline.engine import Engine, EngineConfig, Request, estimate_plan
+from pipeline.engine.config import ModelRefusedError
 from pipeline.engine.kv.arena import Extent
 from pipeline.engine.run.prefill import Prefill
 from stem_core import StemConfig
@@ -36,6 +39,13 @@ def test_they_have_no_arena_of_their_own(saved: tuple[str, Any]) -> None:
     assert sorted(runner.shapes) == [0, 1, 2, 3]
     assert len(runner.new_arena(64).tensors()) == 8
     assert estimate_plan(EngineConfig(folder, device="cpu")).bytes_per_token == runner.bytes_per_token()
+
+
+def test_fp8_is_refused_before_weights_are_read(saved: tuple[str, Any], tmp_path: Path) -> None:
+    shutil.copy(Path(saved[0], "config.json"), tmp_path)
+    for call in (Engine, estimate_plan):
+        with pytest.raises(ModelRefusedError, match=r"\(shared KV\), as layer 4 of this model does: use bf16"):
+            call(EngineConfig(str(tmp_path), device="cpu", precision="fp8"))
 
 
 def test_layers_that_read_the_last_token_alone_run_in_the_last_chunk_alone(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -10,14 +10,13 @@ import torch
 
 from pipeline.engine.config import EngineConfig, EngineError
 from pipeline.engine.devices import GIB, device_memory, weight_bytes
-from pipeline.engine.kv.arena import ALIGNMENT, ID_BYTES, aligned
+from pipeline.engine.kv.arena import ALIGNMENT, ID_BYTES, LayerShape, aligned
 from pipeline.engine.kv.states import slots_for
 from pipeline.engine.model.loading import context_limit, load_config, stored_weights
-from pipeline.engine.model.meta_model import chunk_bytes, layer_shapes, meta_model, state_shapes
+from pipeline.engine.model.meta_model import cached_shapes, chunk_bytes, meta_model, state_shapes
 from pipeline.engine.model.placement import place
-from pipeline.engine.model.precision import DTYPES, Precision, check_fp8_attention, resolve_precision
+from pipeline.engine.model.precision import DTYPES, Precision, resolve_precision
 from stem_core.kv_scales import MOST_FP8_HEAD
-from stem_core.patch import attention_layers
 
 # On a CPU the arena shares memory with everything else on the machine.
 HOST_SHARE = 0.4
@@ -215,7 +214,7 @@ def estimate_plan(config: EngineConfig, total_bytes: int | None = None) -> Memor
     model = meta_model(config, hf_config, precision)
     layers = hf_config.get_text_config().num_hidden_layers
     states = state_shapes(model, precision)
-    per_token = _token_bytes(config, hf_config, precision, attention_layers(model) if states else None)
+    per_token = _token_bytes(cached_shapes(hf_config, model).values(), precision)
     all_states = slots_for(config.max_live) * sum(shape.nbytes for shape in states.values())
     reserve = chunk_bytes(config, hf_config, precision)
     if total_bytes is not None:
@@ -242,19 +241,13 @@ def estimate_plan(config: EngineConfig, total_bytes: int | None = None) -> Memor
     return replace(plan, dequantised_from=stored_weights(config, hf_config))
 
 
-def _token_bytes(
-    config: EngineConfig, hf_config: Any, precision: Precision, layers: Sequence[int] | None = None
-) -> int:
-    """A token's KV in all layers, or in those given. Raises EngineError for heads or blocks that fp8 cannot take."""
-    shapes = layer_shapes(hf_config)
-    if layers is not None:
-        shapes = [shapes[layer] for layer in layers]
-    if precision.fp8:
-        check_fp8_attention(dict(enumerate(shapes)), config.attention)
-    large = [precision.fp8 and shape.head_dim > MOST_FP8_HEAD for shape in shapes]
+def _token_bytes(shapes: Iterable[LayerShape], precision: Precision) -> int:
+    """A token's KV in layers of these shapes."""
     return sum(
-        shape.bytes_per_token(precision.dtype if wide else precision.kv_dtype)
-        for shape, wide in zip(shapes, large, strict=True)
+        shape.bytes_per_token(
+            precision.dtype if precision.fp8 and shape.head_dim > MOST_FP8_HEAD else precision.kv_dtype
+        )
+        for shape in shapes
     )
 
 

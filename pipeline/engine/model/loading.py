@@ -106,7 +106,7 @@ def load_model(config: EngineConfig, devices: Sequence[torch.device] | None = No
     hf_config = load_config(config)
     precision = resolve_precision(config.precision, devices[0], hf_config)
     try:
-        checked_architecture(config, hf_config, precision.dtype)
+        checked_architecture(config, hf_config, precision)
         placement = _placement(config, hf_config, precision, devices)
         stored_fp8 = prepare_quantized_config(hf_config)
         if config.load_format == "dummy":

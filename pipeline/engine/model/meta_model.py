@@ -10,43 +10,50 @@ from torch import nn
 from pipeline.engine.config import EngineConfig, ModelRefusedError
 from pipeline.engine.kv.arena import LayerShape
 from pipeline.engine.kv.states import CONV, RECURRENT, StateKey, StateShape
-from pipeline.engine.model.precision import Precision
+from pipeline.engine.model.precision import Precision, check_fp8_attention
 from pipeline.engine.model.text_part import model_class
 from stem_core.fp8 import quantize_linears
-from stem_core.patch import UnsupportedModelError, check_model
+from stem_core.patch import UnsupportedModelError, attention_layers, check_model
 
 # Allocator fragmentation, cuBLAS workspaces and what else a process takes unasked.
 SLACK_BYTES = 512 * 2**20
 
 
-def checked_architecture(config: EngineConfig, hf_config: Any, dtype: torch.dtype) -> nn.Module:
+def checked_architecture(config: EngineConfig, hf_config: Any, precision: Precision) -> nn.Module:
     """The architecture on the device "meta", which takes a quarter of a second for a model of 80 layers.
 
-    Raises ModelRefusedError where our kernels do not compute its attention.
+    Raises ModelRefusedError where our kernels do not compute its attention, or not in this precision.
     """
     with torch.device("meta"):
         model: nn.Module = model_class(hf_config, config.trust_remote_code).from_config(
-            hf_config, dtype=dtype, trust_remote_code=config.trust_remote_code
+            hf_config, dtype=precision.dtype, trust_remote_code=config.trust_remote_code
         )
     try:
         check_model(model)
     except UnsupportedModelError as error:
         raise ModelRefusedError(f"model {config.model!r} cannot run here: {error}") from error
+    if precision.fp8:
+        shapes = cached_shapes(hf_config, model)
+        check_fp8_attention(shapes, config.attention, set(attention_layers(model)) - set(shapes))
     return model
 
 
 def meta_model(config: EngineConfig, hf_config: Any, precision: Precision) -> nn.Module:
     """`checked_architecture`, its linears in fp8 if that is the precision. Raises what that raises."""
-    model = checked_architecture(config, hf_config, precision.dtype)
+    model = checked_architecture(config, hf_config, precision)
     with torch.device("meta"):
         return quantize_linears(model) if precision.fp8 else model
 
 
-def layer_shapes(hf_config: Any) -> list[LayerShape]:
-    """What each layer caches of a token, as far as the config tells; layers that read another's keys cache nothing."""
+def cached_shapes(hf_config: Any, model: nn.Module) -> dict[int, LayerShape]:
+    """By layer, what it caches of a token, as far as the config tells. model: on whatever device.
+
+    Left out are layers that read another's keys, and those that do not attend.
+    """
     text = hf_config.get_text_config()
-    layers = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", None) or 0)
-    return [_layer_shape(layer) for layer in _layer_configs(text)[:layers]]
+    own = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", None) or 0)
+    layers = _layer_configs(text)
+    return {layer: _layer_shape(layers[layer]) for layer in attention_layers(model) if layer < own}
 
 
 def state_shapes(model: nn.Module, precision: Precision) -> dict[StateKey, StateShape]:

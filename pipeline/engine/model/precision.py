@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,24 +88,34 @@ def resolve_precision(asked: str, device: torch.device, hf_config: Any) -> Preci
     return Precision("fp8", torch.float32 if device.type == "cpu" else torch.bfloat16)
 
 
-def check_fp8_attention(shapes: dict[int, LayerShape], attention: StemConfig | None) -> None:
-    """Raise EngineError for heads or blocks that the fp8 kernels cannot take, naming what to change."""
+def check_fp8_attention(
+    shapes: Mapping[int, LayerShape], attention: StemConfig | None, borrowing: Collection[int] = ()
+) -> None:
+    """Raise ModelRefusedError for layers, heads or blocks that the fp8 kernels cannot take, naming what to change.
+
+    shapes: by layer. borrowing: layers that read the keys and values of others.
+    """
+    if borrowing:
+        raise ModelRefusedError(
+            "precision 'fp8' does not take layers that read the keys and values of others (shared KV), as layer "
+            f"{min(borrowing)} of this model does: use bf16"
+        )
     least = 1 if attention is None else ESTIMATORS[attention.estimator].least_fp8_head
     for layer, shape in shapes.items():
         if shape.head_dim != shape.value_dim:
-            raise EngineError(
+            raise ModelRefusedError(
                 f"precision 'fp8' needs keys and values of one size, but layer {layer} has heads of {shape.head_dim} "
                 f"and {shape.value_dim}: use bf16"
             )
         if attention is not None and shape.head_dim < least:
             others = [name for name, known in ESTIMATORS.items() if known.least_fp8_head <= shape.head_dim]
-            raise EngineError(
+            raise ModelRefusedError(
                 f"precision 'fp8' takes estimator {attention.estimator!r} with heads of at least {least}, this model "
                 f"has heads of {shape.head_dim}: use bf16 or estimator {' or '.join(others)}"
             )
     obstacle = "" if attention is None else attention.fp8_obstacle()
     if obstacle:
-        raise EngineError(f"precision 'fp8': {obstacle}; change it or use another precision")
+        raise ModelRefusedError(f"precision 'fp8': {obstacle}; change it or use another precision")
 
 
 def check_wide_layers(calibration: Calibration, precision: Precision) -> None:

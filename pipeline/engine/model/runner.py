@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from kernels import compile_ahead
 from kernels.decode_attention import Prefixes
 from kernels.fp8_heads import FP8
-from pipeline.engine.config import EngineError
 from pipeline.engine.kv.arena import ALIGNMENT, Arena, Extent, Fp8Arena, LayerShape
 from pipeline.engine.kv.cache import DecodeCache, EngineCache, PrefillCache, ProbeCache, TailCache
 from pipeline.engine.kv.states import StateShapes, StateSlots, slots_for
@@ -85,13 +84,8 @@ class ModelRunner:
         self.laps.end("patch")
         self.devices = tuple(dict.fromkeys([self.device, *self.layer_devices.values()]))
         self.calibration = Calibration()
-        if self.precision.fp8 and self.sources:
-            raise EngineError(
-                f"precision 'fp8' does not take layers that read the keys and values of others (shared KV), as layer "
-                f"{min(self.sources)} of this model does: use bf16"
-            )
         if self.precision.fp8:
-            check_fp8_attention(self.shapes, attention)
+            check_fp8_attention(self.shapes, attention, self.sources)
         if compile_kernels is not None and compiled.made:
             compile_kernels(self)
             self.laps.end("kernels")
@@ -103,7 +97,7 @@ class ModelRunner:
     def attend(self, attention: StemConfig | None) -> None:
         """Change the attention of prefill. Raises EngineError for blocks that the precision cannot take."""
         if self.precision.fp8:
-            check_fp8_attention(self.shapes, attention)
+            check_fp8_attention(self.shapes, attention, self.sources)
         patch_model(self.model, attention)
         self._probe()
 
