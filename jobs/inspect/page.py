@@ -10,11 +10,23 @@ import numpy as np
 from jobs.inspect.capture import Capture
 from jobs.inspect.cells import LayerCells
 from jobs.inspect.charts import budget_charts, density_chart, map_chart
-from jobs.inspect.pictures import BY_HEADS, DARK, LIGHT, MANY, OF_A_CELL, map_colours, maps_picture
-from jobs.page import Block, Details, KeyFigure, KeyFigures, Picture, Prose, Section, Table
+from jobs.inspect.pictures import (
+    BY_HEADS,
+    DARK,
+    LIGHT,
+    MANY,
+    MAP_PIXELS,
+    OF_A_CELL,
+    SMALL_PIXELS,
+    key_picture,
+    map_colours,
+    map_picture,
+)
+from jobs.page import Block, Details, KeyFigure, KeyFigures, Picture, Pictures, Prose, Section, Table
 from jobs.page.numbers import NOTHING, share
 
 READ_MOST = 12
+BOTH = (LIGHT, DARK)
 PATTERNS = {
     "diagonals": "The stripes run along the diagonal: what counts in this layer is how far back a block lies.",
     "columns": "The stripes run straight down: the same blocks are read from everywhere below them, for what they say.",
@@ -81,7 +93,7 @@ def _overview(seen: Capture) -> list[Block]:
         _maps(
             "Every sparse layer, its heads together",
             maps,
-            "small maps of the blocks that each sparse layer keeps",
+            "map of the blocks that {} keeps",
             note="One map for each layer. Stripes along the diagonal are blocks at a fixed distance; stripes straight "
             "down are blocks that are read from everywhere below them.",
         ),
@@ -93,7 +105,7 @@ def _layer(seen: Capture, layer: int) -> list[Block]:
     cells = seen.layers[layer]
     heads = [(f"head {head}", cells, cells.shares(head)) for head in range(cells.heads)]
     picture = _maps(
-        f"Layer {layer}: each head", heads, f"a map for each of the {cells.heads} heads of layer {layer}",
+        f"Layer {layer}: each head", heads, f"map of the blocks that {{}} of layer {layer} keeps",
         note="All heads of a layer have the same budget; each spends it in its own way.", ends=OF_A_CELL,
     )  # fmt: skip
     blocks: list[Block] = [Prose(PATTERNS[cells.pattern().name]), map_chart(layer, cells, len(seen.prompt)), picture]
@@ -112,15 +124,15 @@ def _layer(seen: Capture, layer: int) -> list[Block]:
 def _maps(
     title: str, maps: Sequence[tuple[str, LayerCells, np.ndarray]], meaning: str, *,
     note: str, ends: tuple[str, str] = BY_HEADS,
-) -> Picture:  # fmt: skip
+) -> Pictures:  # fmt: skip
     """Small maps, (label, cells, shares) each, in light and in dark colours."""
-    light, dark = (
-        maps_picture(
-            title, [(name, map_colours(cells.grid, shares, palette)) for name, cells, shares in maps], ends, palette
-        )
-        for palette in (LIGHT, DARK)
-    )
-    return Picture(light, meaning, note=note, dark=dark)
+    pixels = MAP_PIXELS if len(maps) <= MANY else SMALL_PIXELS
+    pictures = []
+    for name, cells, shares in maps:
+        light, dark = (map_picture(map_colours(cells.grid, shares, palette), pixels, palette) for palette in BOTH)
+        pictures.append(Picture(light, meaning.format(name), name, dark=dark))
+    light, dark = (key_picture(ends, palette) for palette in BOTH)
+    return Pictures(pictures, title, note, Picture(light, "what the colours mean", dark=dark), pixels == SMALL_PIXELS)
 
 
 def _settings(seen: Capture) -> list[Block]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,11 +34,10 @@ DARK = Palette(
     page=(20, 23, 26), ink=(228, 231, 234), muted=(154, 164, 175), faint=(74, 82, 91),
     scale=((29, 33, 37), (51, 105, 155), (185, 220, 251)), rule=(214, 125, 48),
 )  # fmt: skip
-RULES = "kept by rule: sink (left), local (diagonal), rows that keep all"
-# A page of jobs.page is 1,016 pixels wide; four maps of 240 fit.
-SMALL_PIXELS, COLUMNS, MARGIN = 240, 4, 10
-# Where there are more maps than these, eight of 120 pixels.
-MANY, MANY_PIXELS, MANY_COLUMNS = 16, 120, 8
+RULES = ("kept by rule: sink (left), local (diagonal),", "rows that keep all")
+# A page of jobs.page is 1,016 pixels wide: four maps of 240 stand in a row, and of more than MANY eight small ones.
+MAP_PIXELS, MANY, SMALL_PIXELS = 240, 16, 120
+BAR_PIXELS = 100
 BY_HEADS, OF_A_CELL = ("by no head", "by all"), ("no block", "all of a cell")
 FONT = ImageFont.load_default(15)  # comes with Pillow
 
@@ -63,26 +61,32 @@ def mostly_rule(grid: Grid) -> np.ndarray:
     return (grid.by_rule * 2 >= grid.causal) & (grid.causal > 0)
 
 
-def maps_picture(
-    title: str, maps: Sequence[tuple[str, np.ndarray]], ends: tuple[str, str] = BY_HEADS, palette: Palette = LIGHT
-) -> bytes:
-    """PNG: small maps beside each other, (label, colours of map_colours in `palette`) each. ends: of the scale."""
-    columns, pixels = (COLUMNS, SMALL_PIXELS) if len(maps) <= MANY else (MANY_COLUMNS, MANY_PIXELS)
-    by = -(-len(maps[0][1]) // pixels)
-    cells = -(-len(maps[0][1]) // by)
-    scale = max(1, pixels // cells)
-    side = cells * scale
-    top, label, gap = 40, 22, 14
-    wide = max(side, *(round(FONT.getlength(name)) for name, _ in maps)) + MARGIN
-    width = max(min(len(maps), columns) * wide + MARGIN, _key_width(ends) + 2 * MARGIN)
-    height = top + -(-len(maps) // columns) * (side + label + gap) + 60
-    picture, draw = _canvas(width, height, palette)
-    _write(draw, (MARGIN, 12), title, palette.ink)
-    for place, (name, colours) in enumerate(maps):
-        x, y = MARGIN + place % columns * wide, top + place // columns * (side + label + gap)
-        _write(draw, (x, y), name, palette.muted)
-        _map(picture, draw, (x, y + label), colours, scale, palette, by)
-    _key(picture, draw, MARGIN, height - 52, ends, palette)
+def map_picture(colours: np.ndarray, pixels: int, palette: Palette = LIGHT) -> bytes:
+    """PNG: a map in a frame, at most `pixels` wide, its cells as squares.
+
+    colours: uint8 [cells, cells, 3], in `palette`; of more cells than pixels the means of squares are drawn.
+    """
+    image = Image.fromarray(colours).reduce(-(-len(colours) // pixels))
+    side = image.width * max(1, pixels // image.width)
+    picture, draw = _canvas(side + 2, side + 2, palette)
+    _map(picture, draw, (1, 1), np.asarray(image.resize((side, side), Image.Resampling.NEAREST)), palette)
+    return _png(picture)
+
+
+def key_picture(ends: tuple[str, str] = BY_HEADS, palette: Palette = LIGHT) -> bytes:
+    """PNG: what the colours mean, as wide as a phone at most. ends: of the scale."""
+    chosen = f"chosen by score: {ends[0]}"
+    bar = round(FONT.getlength(chosen)) + 10
+    width = bar + BAR_PIXELS + 10 + round(FONT.getlength(ends[1]))
+    width = max(width, *(round(FONT.getlength(line)) + 20 for line in RULES))
+    picture, draw = _canvas(width + 1, 20 * len(RULES) + 22, palette)
+    draw.rectangle((0, 1, 13, 14), palette.rule)
+    for place, line in enumerate(RULES):
+        _write(draw, (20, 20 * place), line, palette.muted)
+    top = 20 * len(RULES) + 2
+    _write(draw, (0, top), chosen, palette.muted)
+    _map(picture, draw, (bar, top + 1), _blues(np.linspace(0, 1, BAR_PIXELS)[None].repeat(14, 0), palette), palette)
+    _write(draw, (bar + BAR_PIXELS + 10, top), ends[1], palette.muted)
     return _png(picture)
 
 
@@ -102,30 +106,9 @@ def _write(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, colour: Co
 
 
 def _map(
-    picture: Image.Image, draw: ImageDraw.ImageDraw, at: tuple[int, int], colours: np.ndarray, scale: int,
-    palette: Palette, by: int = 1,
-) -> None:  # fmt: skip
-    """colours, uint8 [h, w, 3], in a frame: means of `by` by `by`, each a square of `scale` pixels."""
-    image = Image.fromarray(colours).reduce(by)
-    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    picture: Image.Image, draw: ImageDraw.ImageDraw, at: tuple[int, int], colours: np.ndarray, palette: Palette
+) -> None:
+    """colours, uint8 [h, w, 3], a pixel each, in a frame."""
+    image = Image.fromarray(colours)
     picture.paste(image, at)
     draw.rectangle((at[0] - 1, at[1] - 1, at[0] + image.width, at[1] + image.height), outline=palette.faint)
-
-
-def _key(
-    picture: Image.Image, draw: ImageDraw.ImageDraw, left: int, top: int, ends: tuple[str, str], palette: Palette
-) -> None:
-    """What the colours mean, in two lines."""
-    draw.rectangle((left, top, left + 13, top + 13), palette.rule)
-    _write(draw, (left + 20, top - 1), RULES, palette.muted)
-    chosen = f"chosen by score: {ends[0]}"
-    _write(draw, (left, top + 23), chosen, palette.muted)
-    bar = left + round(FONT.getlength(chosen)) + 10
-    _map(picture, draw, (bar, top + 24), _blues(np.linspace(0, 1, 120)[None].repeat(14, 0), palette), 1, palette)
-    _write(draw, (bar + 130, top + 23), ends[1], palette.muted)
-
-
-def _key_width(ends: tuple[str, str]) -> int:
-    """Pixels that `_key` takes."""
-    scale = sum(FONT.getlength(text) for text in (f"chosen by score: {ends[0]}", ends[1])) + 140
-    return round(max(scale, FONT.getlength(RULES) + 20))

@@ -127,6 +127,20 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Pictures:
+    """Small pictures that belong together, each below its title, as many in a row as fit.
+
+    On a phone two stand in a row, or three if they are `small`. key: says what the colours mean.
+    """
+
+    pictures: Sequence[Picture]
+    title: str = ""
+    note: str = ""
+    key: Picture | None = None
+    small: bool = False
+
+
+@dataclass(frozen=True)
 class Details:
     """Blocks that are shown when the summary line is clicked."""
 
@@ -134,7 +148,7 @@ class Details:
     blocks: Sequence[Block]
 
 
-Block = Prose | KeyFigures | Table | Chart | SideBySide | Picture | Details | Outputs
+Block = Prose | KeyFigures | Table | Chart | SideBySide | Picture | Pictures | Details | Outputs
 
 
 @dataclass(frozen=True)

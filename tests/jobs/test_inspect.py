@@ -22,7 +22,16 @@ from jobs.inspect.capture import Capture, _why_dense, capture
 from jobs.inspect.cells import Grid, LayerCells
 from jobs.inspect.charts import map_chart
 from jobs.inspect.page import PATTERNS
-from jobs.inspect.pictures import DARK, LIGHT, map_colours, maps_picture, mostly_rule
+from jobs.inspect.pictures import (
+    BY_HEADS,
+    DARK,
+    LIGHT,
+    OF_A_CELL,
+    key_picture,
+    map_colours,
+    map_picture,
+    mostly_rule,
+)
 from jobs.page.numbers import stretches
 from kernels.block_selection import BlockSelection, select_blocks
 from pipeline.errors import JobError
@@ -185,23 +194,21 @@ def test_colours_tell_rule_from_score() -> None:
     assert (dark[np.triu_indices(41, 1)] == DARK.page).all()
 
 
-def test_many_maps_fit_a_page() -> None:
-    """Of 32 heads eight small maps stand beside each other."""
-    one = np.zeros((190, 190, 3), np.uint8)
-    few, many = (opened(maps_picture("t", [("head 31", one)] * heads)) for heads in (16, 32))
-    assert max(few.width, many.width) <= 1016, "a page's width"
-    assert many.height < few.height, "and no longer than that of half the heads"
+def test_what_the_colours_mean_fits_a_phone() -> None:
+    for ends in (BY_HEADS, OF_A_CELL):
+        assert opened(key_picture(ends)).width <= 358, "a phone's width without its margins"
 
 
 @pytest.mark.parametrize(("cells", "by"), [(80, 1), (480, 2)])
 def test_a_map_is_drawn_as_it_is_or_as_means_of_squares(cells: int, by: int) -> None:
     colours = np.random.default_rng(0).integers(0, 255, (cells, cells, 3)).astype(np.uint8)
-    picture = np.asarray(opened(maps_picture("A title", [("head 0", colours)])), float)
-    (row, column), *_ = np.argwhere((picture == LIGHT.faint).all(-1)) + 1  # inside the frame
+    picture = np.asarray(opened(map_picture(colours, 240)), float)
     means = colours.reshape(cells // by, by, cells // by, by, 3).mean((1, 3))
-    drawn = picture[row : row + 240, column : column + 240]
+    drawn = picture[1:-1, 1:-1]
+    assert drawn.shape == (240, 240, 3)
     assert np.abs(drawn - means.repeat(240 * by // cells, 0).repeat(240 * by // cells, 1)).max() <= 0.5
-    assert (picture[:row] == LIGHT.ink).all(-1).any(), "a title above it"
+    for edge in (picture[0], picture[-1], picture[:, 0], picture[:, -1]):
+        assert (edge == LIGHT.faint).all(), "a frame around it"
 
 
 def opened(png: bytes) -> Image.Image:
@@ -220,7 +227,9 @@ def run(run_command: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple
     return partial(run_command, main)
 
 
-def test_the_page_in_a_browser(tmp_path: Path, model: Path, text: str, run: Any, open_page: Any) -> None:
+def test_the_page_in_a_browser(
+    tmp_path: Path, model: Path, text: str, run: Any, open_page: Any, visit: Callable[..., Any]
+) -> None:
     out, file = tmp_path / "out", tmp_path / "docs.jsonl"
     file.write_text(json.dumps({"id": "a<b>", "text": text}) + "\n" + json.dumps({"id": "other", "text": "x"}) + "\n")
     code, told, _ = run(
@@ -236,6 +245,11 @@ def test_the_page_in_a_browser(tmp_path: Path, model: Path, text: str, run: Any,
         for words in ("Layer 2", "Layer 6", "The stripes run", "the sink, at the left edge", "Layer 0: leading layer"):
             assert words in page.text
     assert "query token" in page.chart_text[0]
+    phone = visit(out / PAGE, width=390, shows="html[data-charts=drawn]")
+    assert phone.locator(".pictures").count() == 3, "of all layers, and of the heads of two"
+    assert not phone.evaluate(
+        "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length"
+    )
 
 
 def test_layers_are_chosen_to_differ(seen: Capture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
@@ -15,6 +16,7 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 from page_checks import DESKTOP, PHONE, CheckedPage
+from PIL import Image
 
 from jobs.page import (
     Chart,
@@ -22,6 +24,7 @@ from jobs.page import (
     KeyFigure,
     KeyFigures,
     Picture,
+    Pictures,
     Prose,
     Section,
     SideBySide,
@@ -55,6 +58,7 @@ def all_blocks(text: str) -> str:
         Section("Charts", [Chart(text, scatter, text), Chart("Bars", bars, height=200), Chart("Heat", heat)]),
         Section("Rest", [
             SideBySide([(text, text), ("b", "line 1\nline 2")], title=text), Picture(PIXEL, text, text, text),
+            Pictures([Picture(PIXEL, text, text, text)] * 3, text, text, Picture(PIXEL, text)),
             Details(text, [Prose(text), Chart("Inside", heat)]),
         ]),
     ]  # fmt: skip
@@ -134,6 +138,25 @@ def test_pictures_have_a_twin_for_the_night_and_wide_tables_fit_a_phone(tmp_path
         assert len({box.bounding_box()["y"] for box in cells}) == 4, "each in a line of its own"
         assert page.evaluate("document.documentElement.scrollWidth") <= PHONE
     assert len({box.bounding_box()["y"] for box in visit(file, shows="table").locator("td").all()}) == 1
+
+
+@pytest.mark.parametrize(("small", "width", "in_a_row"), [
+    (False, PHONE, 2), (True, PHONE, 3), (False, 768, 2), (False, DESKTOP, 4), (True, DESKTOP, 8),
+])  # fmt: skip
+def test_small_pictures_stand_in_rows_that_fit(
+    tmp_path: Path, visit: Any, small: bool, width: int, in_a_row: int
+) -> None:
+    file = tmp_path / "page.html"
+    side = 122 if small else 242  # as jobs.inspect has them
+    square = io.BytesIO()
+    Image.new("RGB", (side, side)).save(square, "PNG")
+    blocks = [Pictures([Picture(square.getvalue(), "a map", f"head {n}") for n in range(9)], small=small)]
+    file.write_text(render_page("t", "s", [Section("a", blocks)]), encoding="utf-8")
+    page = visit(file, width=width, shows=".pictures")
+    boxes = [box.bounding_box() for box in page.locator(".pictures img").all()]
+    assert [box["y"] for box in boxes].count(boxes[0]["y"]) == in_a_row
+    assert all(box["width"] == pytest.approx(box["height"]) and box["width"] > 100 for box in boxes), "not squeezed"
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_the_same_page_twice_is_the_same_bytes() -> None:
