@@ -140,6 +140,25 @@ def test_pictures_have_a_twin_for_the_night_and_wide_tables_fit_a_phone(tmp_path
     assert len({box.bounding_box()["y"] for box in visit(file, shows="table").locator("td").all()}) == 1
 
 
+def test_headers_take_two_lines_before_a_table_scrolls(tmp_path: Path, visit: Any) -> None:
+    """The first table of jobs.audit, which was 25 pixels too wide for 768."""
+    header = ("arm", "density", "first token", "times dense", "decode step", "docs/hour", "tokens agree", "ROUGE-L")
+    row = ("sampled@0.3-bf16", "0.298", "336 ms", "0.837", "9.57 ms", "9,297", "100.0%", "1.00")
+    file = tmp_path / "page.html"
+    file.write_text(render_page("t", "s", [Section("a", [Table(header, [row])])]), encoding="utf-8")
+    for width, lines in ((768, 2), (DESKTOP, 1)):
+        page = visit(file, width=width, shows="table")
+        assert page.evaluate("(box => box.scrollWidth - box.clientWidth)(document.querySelector('.scroll'))") == 0
+        heights = page.evaluate(
+            """[...document.querySelectorAll("th")].map(head => {
+              const range = document.createRange();
+              range.selectNodeContents(head);
+              return new Set([...range.getClientRects()].map(box => box.y)).size;
+            })"""
+        )
+        assert heights == [lines if " " in name else 1 for name in header], "no word is cut, and none at its hyphen"
+
+
 @pytest.mark.parametrize(("small", "width", "in_a_row"), [
     (False, PHONE, 2), (True, PHONE, 3), (False, 768, 2), (False, DESKTOP, 4), (True, DESKTOP, 8),
 ])  # fmt: skip
