@@ -87,7 +87,10 @@ def local_environment() -> Iterator[None]:
     Without the latter Ray writes a token file to the home directory, after which a plain `ray start` demands it.
     """
     wanted: dict[str, str | None] = {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        # Else Ray starts a Python process for every CPU as soon as it is up, which nobody needs here, and while they
+        # import, our workers' imports take longer: 11.2 s instead of 8.7 on 32 CPUs.
+        "RAY_prestart_worker_first_driver": os.environ.get("RAY_prestart_worker_first_driver", "0"),
     }
     if "RAY_AUTH_MODE" not in os.environ:
         # Ray sets the mode itself, and leaves it.

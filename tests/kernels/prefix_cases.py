@@ -137,7 +137,11 @@ def check(case: Shared, impl: str, device: str, fp8: bool) -> None:
         exact = attend_one(q[s], k, v, torch.float64, sinks)
         eager = float((attend_one(q[s], k, v, low, sinks) - exact).abs().max())
         error = float((got[s].cpu().double() - exact).abs().max())
-        rounding = (2.0**-19 if case.dtype == FP32 else 2.0**-22) * float(exact.abs().max())
+        if case.dtype == FP32:
+            # A kernel's exp2 knows a weight to 2^-22. Values of both signs cancel in the result; that does not.
+            rounding = 2.0**-20 * float(attend_one(q[s], k, v.abs(), torch.float64, None).max())
+        else:
+            rounding = 2.0**-22 * float(exact.abs().max())
         assert error <= (8 if low == FP32 else 1.5) * eager + rounding, (s, error, eager)
 
 

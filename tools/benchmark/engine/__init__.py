@@ -158,8 +158,8 @@ def main(arguments: argparse.Namespace) -> int:
                 vllm_peer.run_phase(run, config, precision, lengths, vocabulary, place)
         _errors(run, config, stem, vocabulary)
     show(run.results)
-    if not plot(run.results, run.folder / "engine.png"):
-        print("no plot: matplotlib is missing (pip install -e '.[bench]')")
+    if why := plot(run.results, run.folder / "engine.png"):
+        print(f"no plot: {why}")
     print(f"written to {run.folder / 'engine.json'}")
     return 1 if run.results["failed"] else 0
 

@@ -196,14 +196,15 @@ def show(results: dict[str, Any]) -> None:
             console.print(f"{kind}: {line}", highlight=False)
 
 
-def plot(results: dict[str, Any], path: Path) -> bool:
-    """First token and decode step by length, documents an hour, saved as an image. False where matplotlib is not
-    installed.
+def plot(results: dict[str, Any], path: Path) -> str:
+    """First token and decode step by length, documents an hour, as far as they were measured, saved as an image.
+
+    Returns why there is none, empty if there is.
     """
     try:
         import matplotlib
     except ImportError:
-        return False
+        return "matplotlib is missing (pip install -e '.[bench]')"
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -213,30 +214,37 @@ def plot(results: dict[str, Any], path: Path) -> bool:
     measured |= {f"Stemline {arm}": found for arm, found in results.get("engine", {}).items()}
     measured = {name: found for name, found in measured.items() if found.get("latency") or found.get("job")}
     lengths = sorted({point["prompt_tokens"] for found in measured.values() for point in found.get("latency", [])})
-    figure, (first, step, job) = plt.subplots(1, 3, figsize=(13, 4))
-    for number, (name, found) in enumerate(measured.items()):
-        points = sorted(found.get("latency", []), key=lambda point: int(point["prompt_tokens"]))
-        for axes, key in ((first, "first_token_seconds"), (step, "decode_step_ms")):
-            there = [point for point in points if key in point]
-            values = [point[key] for point in there]
-            axes.plot([p["prompt_tokens"] for p in there], values, "o-", label=name, color=f"C{number}")
-        if found.get("job"):
-            job.barh(name, found["job"]["documents_per_hour"], color=f"C{number}")
-    for axes, title in ((first, "seconds to first token"), (step, "milliseconds of a decode step, one document")):
+    jobs = {name: found["job"]["documents_per_hour"] for name, found in measured.items() if found.get("job")}
+    curves = [("first_token_seconds", "seconds to first token")] if lengths else []
+    curves += [("decode_step_ms", "milliseconds of a decode step, one document")] if lengths else []
+    if not curves and not jobs:
+        return "neither latency nor job was measured"
+    colours = {name: f"C{number}" for number, name in enumerate(measured)}
+    panels = len(curves) + bool(jobs)
+    figure, every = plt.subplots(1, panels, figsize=(13 * panels / 3, 4), squeeze=False)
+    for axes, (key, title) in zip(every[0], curves, strict=False):
+        for name, found in measured.items():
+            points = sorted((p for p in found.get("latency", []) if key in p), key=lambda p: int(p["prompt_tokens"]))
+            tokens, values = [p["prompt_tokens"] for p in points], [p[key] for p in points]
+            axes.plot(tokens, values, "o-", label=name, color=colours[name])
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [f"{length // 1024}K" for length in lengths])
         axes.set_title(title)
         axes.grid(alpha=0.3)
-    first.set_yscale("log")
-    step.set_ylim(bottom=0)
-    first.legend()
-    job.invert_yaxis()
-    job.set_title("documents an hour, the whole job")
+    if curves:
+        every[0][0].set_yscale("log")
+        every[0][0].legend()
+        every[0][1].set_ylim(bottom=0)
+    if jobs:
+        last = every[0][-1]
+        last.barh(list(jobs), list(jobs.values()), color=[colours[name] for name in jobs])
+        last.invert_yaxis()
+        last.set_title("documents an hour, the whole job")
     figure.suptitle(f"{results['shape']}, {results['stamp'].get('gpu', results['stamp']['device'])}")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
-    return True
+    return ""
 
 
 def _agreement(check: dict[str, Any]) -> str:
