@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 
+import psutil
 import pytest
 
 from pipeline.errors import JobError
@@ -83,6 +85,17 @@ def test_a_ray_that_does_not_start_is_one_line(
     assert ended
 
 
+def worker_processes() -> list[str]:
+    """Command lines of the processes that Ray has started for tasks and actors below this one."""
+    lines = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            lines.append(" ".join(process.cmdline()))
+    # The raylet's own line names the script, too.
+    started = [line for line in lines if "default_worker.py" in line and "/raylet " not in line]
+    return started + [line for line in lines if line.startswith("ray::IDLE")]
+
+
 @pytest.mark.ray
 def test_ray_starts_more_than_once_in_a_process() -> None:
     """Each time with a token of its own, though Ray keeps the first that it reads."""
@@ -95,4 +108,5 @@ def test_ray_starts_more_than_once_in_a_process() -> None:
         with ray_pool.connected("local") as cluster:
             assert cluster.local
             assert tokens() != before
+            assert not worker_processes(), "they would compete with our workers' imports"
         assert tokens() == before
