@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from tools.benchmark.engine.agreement import check_agreement, report_prompts
 from tools.benchmark.engine.baseline import BaselinePoint, job_baseline
 from tools.benchmark.engine.breakdown import breakdown, group_of, own_kernels
 from tools.benchmark.engine.phases import union_length
-from tools.benchmark.engine.report import rows
+from tools.benchmark.engine.report import plot, rows
 
 TINY = str(Path(__file__).parents[2] / "models" / "tiny-reader")
 FLAGS = (
@@ -24,6 +26,41 @@ FLAGS = (
     "--block-size 16 --dense-layers 1 --chunk-tokens 64 --batches 1 2 --baseline-steps 2 "
     "--agreement-tokens 1000"
 ).split()
+
+
+def test_a_plot_has_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job alone ended in matplotlib's error, "Data cannot be log-scaled", after everything was measured."""
+    drawn: list[tuple[str, Any]] = []
+    pyplot = FakePyplot(drawn)
+    monkeypatch.setitem(sys.modules, "matplotlib", SimpleNamespace(use=lambda _: None, pyplot=pyplot))
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", pyplot)
+    job = {"documents_per_hour": 90.0}
+    point = {"prompt_tokens": 4096, "first_token_seconds": 0.1, "decode_step_ms": 3.0}
+    about = {"shape": "a shape", "stamp": {"device": "cpu"}}
+    for arm, panels in (({"job": job}, 1), ({"latency": [point]}, 2), ({"job": job, "latency": [point]}, 3)):
+        drawn.clear()
+        assert plot({**about, "engine": {"stem-fp8": arm}}, tmp_path / "engine.png") == ""
+        assert ("subplots", panels) in drawn
+        assert (("set_yscale", "log") in drawn) == ("latency" in arm)
+    assert plot({**about, "engine": {"stem-fp8": {"questions": {}}}}, tmp_path / "none.png") == (
+        "neither latency nor job was measured"
+    )
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install" in plot({**about, "engine": {}}, tmp_path / "none.png")
+
+
+class FakePyplot:
+    """What of matplotlib.pyplot a plot calls, noted: the tests' environment is without it."""
+
+    def __init__(self, drawn: list[tuple[str, Any]]) -> None:
+        self._drawn = drawn
+
+    def subplots(self, rows: int, columns: int, **_: Any) -> tuple[Any, list[list[Any]]]:
+        self._drawn.append(("subplots", columns))
+        return self, [[self] * columns]
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *values, **_: self._drawn.append((name, values[0] if values else None))
 
 
 def test_phases_end_in_a_file_and_a_table(tmp_path: Path) -> None:
