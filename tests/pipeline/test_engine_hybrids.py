@@ -12,11 +12,11 @@ import torch
 import transformers
 from engine_models import generate, prompts, run, save_model
 
-from pipeline.engine import Engine, EngineConfig, EngineError, Request, describe
+from pipeline.engine import Engine, EngineConfig, Request, describe
 from pipeline.engine.config import Completion
 from pipeline.engine.kv.arena import ALIGNMENT, ID_BYTES, Extent
 from pipeline.engine.kv.cache import EngineCache, UnsupportedCacheError
-from pipeline.engine.kv.states import CONV, RECURRENT, StateKey, StateShape, StateSlots
+from pipeline.engine.kv.states import CONV, RECURRENT, StateKey, StateShape, StateSlots, slots_for
 from pipeline.engine.memory.plan import estimate_plan
 from pipeline.engine.model.loading import load_runner
 from pipeline.engine.probes.teacher_forcing import TeacherForcingEngine
@@ -256,9 +256,28 @@ def test_no_document_goes_on_from_a_step_that_failed(qwen: Path, monkeypatch: py
     assert outputs(engine, texts) == [generate(qwen, text, NEW) for text in texts]
 
 
-def test_given_outputs_cannot_be_read(qwen: Path) -> None:
-    with pytest.raises(EngineError, match="layers of linear attention"):
-        TeacherForcingEngine(config(qwen))
+@pytest.mark.parametrize("family", ["qwen3_5", "lfm2", "nemotron_h", "falcon_h1"])
+def test_given_outputs_are_read_and_leave_nothing_behind(family: str, tmp_path: Path) -> None:
+    """With the probabilities that transformers gives them, also behind a document that ends with its first token."""
+    folder, texts = save_model(tmp_path, family), prompts(LENGTHS[:3])
+    given = prompts([7, 5, 1], seed=5)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    engine = TeacherForcingEngine(config(folder, max_live=2))
+    found: dict[str, torch.Tensor] = {}
+    new = [NEW, NEW, 1]
+    for i, token_ids in enumerate(given):
+        engine.expect(str(i), token_ids.tolist(), lambda rows, i=i: found.update({str(i): rows.clone()}))  # type: ignore[misc]
+    done = run(engine, [Request(str(i), text, new[i]) for i, text in enumerate(texts)])
+    for i, (text, token_ids) in enumerate(zip(texts, given, strict=True)):
+        assert done[str(i)].status == "ok", done[str(i)].error
+        with torch.inference_mode():
+            whole = torch.as_tensor(np.concatenate([text, token_ids]))[None]
+            expected = model(whole).logits[0, len(text) - 1 : -1].float().log_softmax(-1)
+        torch.testing.assert_close(found[str(i)], expected, atol=2e-4, rtol=1e-4)
+        assert done[str(i)].token_ids == generate(folder, text, new[i])
+    states = engine._arena.states
+    assert states is not None
+    assert states.free == slots_for(2) - 1, "every slot was given back"
 
 
 def test_an_attention_of_its_own_is_refused(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:

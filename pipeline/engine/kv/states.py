@@ -86,6 +86,10 @@ class StateSlots:
         """Slots that nobody has."""
         return len(self._free)
 
+    def has(self, start: int) -> bool:
+        """Whether the extent that begins at `start` has a slot."""
+        return start in self._slots
+
     def enter(self, start: int, seen: int, end: int) -> int:
         """The slot of the document whose extent begins at `start`, of which tokens [seen, end) are about to be read.
 
@@ -116,6 +120,17 @@ class StateSlots:
         from_slot, to_slot = self._slots[source], self.enter(target, 0, read)
         for state in self.states.values():
             state[to_slot] = state[from_slot]
+
+    def saved(self, start: int) -> dict[StateKey, Tensor]:
+        """A copy of the states of the document whose extent begins at `start`, for write()."""
+        slot = self._slots[start]
+        return {key: state[slot].clone() for key, state in self.states.items()}
+
+    def write(self, start: int, saved: Mapping[StateKey, Tensor]) -> None:
+        """Put back what saved() gave, into the slot of the document whose extent begins at `start`."""
+        slot = self._slots[start]
+        for key, state in self.states.items():
+            state[slot] = saved[key]
 
     def rows(self, starts: Tensor, lengths: Tensor) -> Tensor:
         """Slots int64 [S] of the rows of a decode batch; idle ones (length 0) have the last. Waits for nothing."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from kernels.fp8_heads import KEY_GROUP
-from pipeline.engine.config import EngineConfig, EngineError
+from pipeline.engine.config import EngineConfig
 from pipeline.engine.document import Document
 from pipeline.engine.engine import Engine
 from pipeline.engine.kv.arena import Extent
+from pipeline.engine.kv.states import StateKey
 from pipeline.engine.model.runner import ModelRunner
 
 # Gets log-probabilities float32 [tokens, V], on the engine's device; row i stands before token i of the output.
@@ -24,20 +26,14 @@ class TeacherForcingEngine(Engine):
 
     Nothing else changes: prompts are prefilled and outputs written as by Engine. What is read lies where the document's
     own output will be written over it. The first row is the prefill's; the others go through the decode path, a few in
-    one batch of rows that share the document's extent and differ in how much of it they see.
-
-    Raises EngineError for a model with recurrent states, which cannot go back behind what was read.
+    one batch of rows that share the document's extent and differ in how much of it they see. A model with recurrent
+    states, which rows cannot share, reads one token after the other, and gets its states back.
 
     forcing_seconds: wall time spent so, which is in no completion's prefill_seconds or decode_seconds.
     """
 
     def __init__(self, config: EngineConfig, runner: ModelRunner | None = None) -> None:
         super().__init__(config, runner)
-        if self._runner.states:
-            raise EngineError(
-                f"model {config.model!r} has layers of linear attention, whose states go on with every token that is "
-                "read: given outputs cannot be read beside its own; use a model whose layers all attend"
-            )
         self.forcing_seconds = 0.0
         self._expected: dict[str, tuple[list[int], Note]] = {}
 
@@ -52,8 +48,10 @@ class TeacherForcingEngine(Engine):
     def _start_decoding(self, document: Document, logits: Tensor) -> None:
         extent = document.extent
         assert extent is not None
-        super()._start_decoding(document, logits)
         token_ids, note = self._expected.pop(document.request.request_id, ([], None))
+        states = self._arena.states if note is not None else None
+        saved = None if states is None or document.prefix is not None else states.saved(extent.start)
+        super()._start_decoding(document, logits)
         if note is None:
             return
         if document.prefix is not None:
@@ -65,10 +63,32 @@ class TeacherForcingEngine(Engine):
         if len(token_ids) > room:
             raise ValueError(f"an output of {len(token_ids)} tokens is to be read, the request has room for {room}")
         # A document that ended with its first token has given its extent back, but nothing has been written there yet.
-        note(self._read_along(document, extent, logits, token_ids))
+        with self._states_of(extent, document.prompt_tokens, saved):
+            note(self._read_along(document, extent, logits, token_ids))
         if logits.is_cuda:
             torch.cuda.synchronize(logits.device)
         self.forcing_seconds += time.perf_counter() - begin
+
+    @contextmanager
+    def _states_of(self, extent: Extent, tokens: int, saved: Mapping[StateKey, Tensor] | None) -> Iterator[None]:
+        """Inside, the extent has the states behind its `tokens` tokens, whatever is read; behind it, too, if it is
+        still a document's.
+        """
+        states = self._arena.states
+        if states is None or saved is None:
+            yield
+            return
+        alive = states.has(extent.start)
+        if not alive:
+            states.enter(extent.start, 0, tokens)
+        states.write(extent.start, saved)
+        try:
+            yield
+        finally:
+            if alive:
+                states.write(extent.start, saved)
+            else:
+                states.release(extent.start)
 
     def _read_along(self, document: Document, extent: Extent, logits: Tensor, token_ids: list[int]) -> Tensor:
         """float32 [tokens, V]."""
@@ -76,7 +96,8 @@ class TeacherForcingEngine(Engine):
         device = logits.device
         inputs = torch.tensor(token_ids[:-1], device=device)
         positions = torch.arange(document.prompt_tokens, document.prompt_tokens + len(inputs), device=device)
-        for first, last in spans(document.prompt_tokens, document.prompt_tokens + len(inputs)):
+        ends = document.prompt_tokens, document.prompt_tokens + len(inputs)
+        for first, last in spans(*ends) if self._arena.states is None else ((i, i + 1) for i in range(*ends)):
             part = slice(first - document.prompt_tokens, last - document.prompt_tokens)
             lengths = positions[part] + 1
             rows = self._runner.decode(
