@@ -110,7 +110,8 @@ class Summarizer:
                 rows[document.document_id] = failed_rows(document, "error", document.error)
             else:
                 todo.append(document)
-        told = Progress(len(todo), sum(document.size_bytes for document in todo)) if progress else None
+        size, most = sum(each.size_bytes for each in todo), self._questions.most_tokens(self._config.max_new_tokens)
+        told = Progress(len(todo), size, most=most) if progress else None
 
         def done(found: list[Row], document: Document) -> None:
             rows[document.document_id] = found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -27,10 +27,36 @@ __all__ = [
     "Request",
     "Sampling",
     "SharedPrompt",
+    "SoFar",
     "Status",
 ]
 
 Status = Literal["ok", "error", "oom", "too_long"]
+
+
+class SoFar(NamedTuple):
+    """How far a request is, or a document with all its requests.
+
+    read, written: tokens of the prompt, and of the output. prefill_seconds: of prompts and prefixes that are read to
+    their end.
+    decode_seconds: of its steps. size_bytes: of a document, as its listing has it; 0 for a request.
+    """
+
+    read: int
+    written: int
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    size_bytes: int = 0
+
+    def and_(self, other: SoFar) -> SoFar:
+        """Both together."""
+        return SoFar(
+            self.read + other.read,
+            self.written + other.written,
+            self.prefill_seconds + other.prefill_seconds,
+            self.decode_seconds + other.decode_seconds,
+            self.size_bytes + other.size_bytes,
+        )
 
 
 class EngineError(JobError):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from pipeline.engine.config import Completion, Request, Status
+from pipeline.engine.config import Completion, Request, SoFar, Status
 from pipeline.engine.kv.arena import ALIGNMENT, Extent, aligned
 from pipeline.engine.memory.plan import MemoryPlan
 from pipeline.engine.run.batch import MAX_STOP_IDS, RowStart
@@ -76,6 +76,12 @@ class Document:
     def documents(self) -> Sequence[Document]:
         """As for a Prefix: those that wait with this place in the line."""
         return (self,)
+
+    @property
+    def so_far(self) -> SoFar:
+        """Of a prompt that is read; the prefix is not its own."""
+        seconds = max(0.0, self.first_token - self.started)
+        return SoFar(len(self.prompt_ids), len(self.tokens), seconds, self.decode_seconds)
 
     def row_start(self) -> RowStart:
         """What the decode batch must know of the document."""

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.engine.config import Completion, EngineConfig, EngineError, Request, SharedPrompt, Status
+from pipeline.engine.config import Completion, EngineConfig, EngineError, Request, SharedPrompt, SoFar, Status
 from pipeline.engine.describe import describe_engine, describe_kernels, few_whole_layers, slower_paths
 from pipeline.engine.devices import check_devices, is_out_of_memory, release_memory
 from pipeline.engine.document import Document, Meter, WaitingLine, accept, checked_ids
@@ -123,17 +123,15 @@ class Engine:
         return extents.capacity - extents.free_tokens, extents.capacity
 
     @property
-    def tokens_done(self) -> dict[str, tuple[int, int]]:
-        """By request_id, of those that have begun: tokens of the prompt that are read, and of the output that are
-        written so far. Those of a prefix are told of one of the requests behind it.
-        """
-        done = {each.request.request_id: (len(each.prompt_ids), len(each.tokens)) for each in self._live.values()}
+    def so_far(self) -> dict[str, SoFar]:
+        """By request_id, how far those are that have begun. A prefix is told of one of the requests behind it."""
+        done = {each.request.request_id: each.so_far for each in self._live.values()}
         if self._prefilling is not None and isinstance(self._prefilling.prefill, Prefill):
-            done[self._prefilling.request.request_id] = self._prefilling.prefill.start, 0
+            done[self._prefilling.request.request_id] = SoFar(self._prefilling.prefill.start, 0)
         for prefix in self._prefixes:
             name = (*prefix.live, *prefix.waiting)[0].request.request_id
-            read, written = done.get(name, (0, 0))
-            done[name] = read + (prefix.prefill.start if prefix.prefill else prefix.is_read * prefix.tokens), written
+            read = prefix.prefill.start if prefix.prefill else prefix.is_read * prefix.tokens
+            done[name] = done.get(name, SoFar(0, 0)).and_(SoFar(read, 0, prefix.owed_seconds))
         return done
 
     def plan(self) -> MemoryPlan:

@@ -84,6 +84,11 @@ class Prefix:
         """The prefix was read, or reading it failed."""
         self.seconds = time.perf_counter() - self.started
 
+    @property
+    def owed_seconds(self) -> float:
+        """Seconds in which it was read, as long as no request has paid for them."""
+        return 0.0 if self._charged else self.seconds
+
     def charge(self) -> tuple[int, float]:
         """For a request that ends: the prefix's tokens that were read for another one, and the seconds that are its to
         pay. The first that ends of those that share it pays.

@@ -115,7 +115,8 @@ class _Run:
         self._begun = time.monotonic()
         self._laps = laps
         self._plan, self._store, self._messages = plan, store, messages
-        self._progress = progress or Progress(len(plan.pending), plan.pending.total_bytes)
+        most = plan.survey.questions.most_tokens(config.max_new_tokens)
+        self._progress = progress or Progress(len(plan.pending), plan.pending.total_bytes, most=most)
         self._metrics = JobMetrics(self._progress.message)
         self._sink = Sink(
             store,

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TextIO
 
+from pipeline.engine.config import SoFar
 from pipeline.errors import visible
 from pipeline.job.time_left import TimeLeft
 from pipeline.results.rows import Row
@@ -19,7 +20,7 @@ TERMINAL_EVERY = 0.5
 class Progress:
     """Counts finished documents and tells about them, and how long the others will take (pipeline.job.time_left).
 
-    total_bytes: of the texts still to do.
+    total_bytes: of the texts still to do. most: tokens that the outputs of a document can have together.
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class Progress:
         documents: int,
         total_bytes: int,
         *,
+        most: int = 256,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -38,8 +40,8 @@ class Progress:
         self._begun = self._shown_at = self._counted_at = clock()
         self._done = self._answers = self._failed = self._cut = self._tokens = 0
         self._live = self._starting = self._held = 0
-        self._reading: dict[str, tuple[int, int]] = {}
-        self._time_left = TimeLeft()
+        self._reading: dict[str, SoFar] = {}
+        self._time_left = TimeLeft(most)
         self._ready = self._shown = False
 
     def add(self, rows: Sequence[Row], size_bytes: int) -> None:
@@ -60,8 +62,8 @@ class Progress:
         self._count_time()
         self._live, self._starting, self._held = live, starting, held
 
-    def reading(self, documents: Mapping[str, tuple[int, int]]) -> None:
-        """By document_id, of those that workers hold: tokens that are read and that are written so far."""
+    def reading(self, documents: Mapping[str, SoFar]) -> None:
+        """How far the documents are that workers hold, by document_id."""
         self._reading = dict(documents)
 
     def start_clock(self) -> None:
@@ -100,7 +102,7 @@ class Progress:
         parts = [(0, f"{self._done:,}/{self._documents:,} documents")]  # the larger the number, the sooner left out
         if self._answers > self._done:
             parts.append((2, f"{self._answers:,} answers"))
-        tokens = self._tokens + sum(map(sum, self._reading.values()))
+        tokens = self._tokens + sum(each.read + each.written for each in self._reading.values())
         if not tokens and self._held:
             parts.append((3, f"{self._held:,} in work for {duration(seconds)}"))
         elif self._ready or not self._starting:
@@ -116,7 +118,7 @@ class Progress:
             parts.append((3, f"starting {workers} for {duration(seconds)}"))
             parts.append((5, "a large model takes minutes"))
         if (left := self._seconds_left()) is not None:
-            parts.append((2, f"about {duration(left)} left"))
+            parts.append((2, f"{'at most' if self._time_left.is_bound else 'about'} {duration(left)} left"))
         while width and len(parts) > 1 and len(_joined(parts)) > width:
             parts.remove(max(parts))
         return _joined(parts)[:width]
@@ -129,9 +131,8 @@ class Progress:
 
     def _seconds_left(self) -> float | None:
         self._count_time()
-        documents = self._documents - self._done
-        done = self._reading.values()
-        return self._time_left.seconds(documents, self._bytes_left, self._held, done, self._live) if documents else None
+        work = self._reading.values()
+        return self._time_left.seconds(self._documents - self._done, self._bytes_left, work, self._live)
 
     def _tell(self) -> None:
         if self._terminal:

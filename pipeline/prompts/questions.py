@@ -49,6 +49,10 @@ class Questions:
         own = {self.own_column: "--questions-column"} if self.own_column else {}
         return dict.fromkeys(template_columns(template), "--prompt-file: {{ column }}") | own
 
+    def most_tokens(self, max_new_tokens: int) -> int:
+        """That the outputs of a document can have together, of its own questions one; max_new_tokens: the job's."""
+        return sum(task.max_new_tokens or max_new_tokens for task in self.every)
+
     def frame(self) -> dict[str, str]:
         """What stands around questions and documents: the template, the system message."""
         task = self.every[0]

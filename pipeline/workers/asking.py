@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
-from pipeline.engine.config import Completion, Request, SharedPrompt
+from pipeline.engine.config import Completion, Request, SharedPrompt, SoFar
 from pipeline.errors import DocumentError
 from pipeline.prompts.prompt import Prompt
 from pipeline.prompts.stops import StopStrings
@@ -184,15 +184,15 @@ class Asking:
             for ask, request, future in zip(asks, requests, futures, strict=True)
         )
         outcomes = await _together(waits)
-        self._work.read += len(prompts[0].prefix)
+        self._work.so_far = self._work.so_far.and_(SoFar(len(prompts[0].prefix), 0))
         return outcomes
 
     async def _ended(self, ask: Ask, request: Request, ending: Awaitable[Completion], place: Place) -> Outcome:
         """The outcome of a request."""
         completion = await ending
         self._work.requests.remove(request.request_id)
-        self._work.read += len(request.prompt_ids)
-        self._work.written += len(completion.token_ids)
+        ended = len(request.prompt_ids), len(completion.token_ids)
+        self._work.so_far = self._work.so_far.and_(SoFar(*ended, completion.prefill_seconds, completion.decode_seconds))
         ask.completions.append(completion)
         ask.fields.queue_seconds += completion.queue_seconds
         begin = time.perf_counter()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-from pipeline.engine.config import Completion, SharedPrompt
+from pipeline.engine.config import Completion, SharedPrompt, SoFar
 from pipeline.errors import JobError, one_line
 
 
@@ -23,7 +23,7 @@ class EngineLike(Protocol):
     @property
     def arena_use(self) -> tuple[int, int]: ...
     @property
-    def tokens_done(self) -> dict[str, tuple[int, int]]: ...
+    def so_far(self) -> dict[str, SoFar]: ...
 
     def add_shared(self, shared: SharedPrompt) -> None: ...
     def step(self) -> list[Completion]: ...
@@ -105,10 +105,10 @@ class EngineLoop:
         self._calls.put(drop)
         return future
 
-    def tokens_done(self) -> Future[dict[str, tuple[int, int]]]:
+    def so_far(self) -> Future[dict[str, SoFar]]:
         """What the engine says of its requests between two steps; a hung engine never does."""
-        future: Future[dict[str, tuple[int, int]]] = Future()
-        self._calls.put(lambda engine: future.set_result(engine.tokens_done))
+        future: Future[dict[str, SoFar]] = Future()
+        self._calls.put(lambda engine: future.set_result(engine.so_far))
         return future
 
     def close(self, wait: float = 0.0) -> None:
@@ -172,7 +172,7 @@ class _Broken:
         self._failure = failure
 
     @property
-    def tokens_done(self) -> dict[str, tuple[int, int]]:
+    def so_far(self) -> dict[str, SoFar]:
         return {}
 
     def add_shared(self, shared: SharedPrompt) -> None:

@@ -18,6 +18,7 @@ import ray
 from ray import _raylet
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from pipeline.engine.config import SoFar
 from pipeline.errors import JobError, one_line, without_secrets
 from pipeline.imports import ROOT
 from pipeline.source import Document
@@ -213,8 +214,8 @@ class RayPool:
         self._starting: dict[WorkerId, float] = {}  # in the order of their starts
         self._count = 0
         self._held: dict[WorkerId, set[str]] = {}  # their documents
-        self._asked: dict[WorkerId, Future[dict[str, tuple[int, int]]]] = {}  # how far they are
-        self._reading: dict[WorkerId, dict[str, tuple[int, int]]] = {}  # what they said last
+        self._asked: dict[WorkerId, Future[dict[str, SoFar]]] = {}  # how far they are
+        self._reading: dict[WorkerId, dict[str, SoFar]] = {}  # what they said last
         self._ask_again = 0.0
 
     def start(self) -> WorkerId:
@@ -249,7 +250,7 @@ class RayPool:
             with contextlib.suppress(RayError):
                 ray.kill(actor, no_restart=True)
 
-    def reading(self) -> dict[str, tuple[int, int]] | None:
+    def reading(self) -> dict[str, SoFar] | None:
         """Worker.reading of all workers together, as they said when asked a while ago, without the documents that have
         ended since; None between two such questions.
 

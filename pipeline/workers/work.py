@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.engine.config import Completion, EngineConfig, Sampling
+from pipeline.engine.config import Completion, EngineConfig, Sampling, SoFar
 from pipeline.prompts.prompt import PromptBuilder
 from pipeline.prompts.questions import Questions
 from pipeline.prompts.task import Task
@@ -20,6 +20,9 @@ from pipeline.source import Document
 # How long after its deadline a document may still hold the reader or the engine before the worker counts as hung. The
 # end of a neighbour's prefill is one step of the engine, tens of seconds for a long prompt in a large model.
 GRACE_SECONDS = 60.0
+
+
+NOTHING = SoFar(0, 0)
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class Work:
     fields: what its rows have in common, and the seconds that are spent once for all questions. columns: texts of the
     columns in its prompts. text: of the document. requests: ids of those that are in the engine. chunk_tokens: prefill
     steps at most so long; None: as the engine's configuration says. asks: its questions, once it is read.
-    read, written: tokens of prompts and outputs that the engine is done with.
+    so_far: of the requests that the engine is done with.
     """
 
     document: Document
@@ -121,8 +124,7 @@ class Work:
     chunk_tokens: int | None = None
     requests: list[str] = field(default_factory=list)
     asks: list[Ask] = field(default_factory=list)
-    read: int = 0
-    written: int = 0
+    so_far: SoFar = NOTHING
 
 
 def request_id(document_id: str, question: str, part: str) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from threading import Thread
 from typing import Any
 
+from pipeline.engine.config import SoFar
 from pipeline.engine.laps import Laps
 from pipeline.imports import check_kernels, collecting_later
 from pipeline.results.columns import utc_now
@@ -102,14 +103,14 @@ class Worker:
         if hasattr(self, "_loop"):
             self._loop.close(wait)
 
-    async def reading(self) -> dict[str, tuple[int, int]]:
-        """How far it is with the documents that it holds: by document_id, tokens that are read and that are written."""
-        requests = await asyncio.wrap_future(self._loop.tokens_done())
-        done = {name: (work.read, work.written) for name, work in self._works.items()}
-        for request, (read, written) in requests.items():
+    async def reading(self) -> dict[str, SoFar]:
+        """How far it is with the documents that it holds, by document_id."""
+        requests = await asyncio.wrap_future(self._loop.so_far())
+        done = {name: work.so_far._replace(size_bytes=work.document.size_bytes) for name, work in self._works.items()}
+        for request, so_far in requests.items():
             name = document_of(request)
             if name in done:
-                done[name] = done[name][0] + read, done[name][1] + written
+                done[name] = done[name].and_(so_far)
         return done
 
     async def process(self, document: Document, careful: bool = False) -> list[Row]:

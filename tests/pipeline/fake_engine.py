@@ -46,7 +46,7 @@ class FakeEngine:
         return sum(len(request.prompt_ids) for request in self._waiting), 4 * self.max_context
 
     @property
-    def tokens_done(self) -> dict[str, tuple[int, int]]:
+    def so_far(self) -> dict[str, Any]:
         return {}
 
     def add_shared(self, shared: SharedPrompt) -> None:

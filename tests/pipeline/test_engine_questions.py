@@ -236,24 +236,32 @@ def test_the_last_one_frees_the_prefix(folder: Path, when: str) -> None:
     assert list(finish(engine)) == ["x"]
 
 
+def tokens(engine: Engine) -> dict[str, tuple[int, int]]:
+    """By request, those that are read and written so far."""
+    return {name: (each.read, each.written) for name, each in engine.so_far.items()}
+
+
 def test_it_says_how_much_is_read(folder: Path) -> None:
     engine = make(folder, chunk_tokens=128)
     [question] = ask(prefixes=[300], tails=[5, 9])
     engine.add_shared(question)
-    assert engine.tokens_done == {}
-    steps = []
+    assert tokens(engine) == {}
+    steps, timed = [], []
     for _ in range(5):
         engine.step()
-        steps.append(engine.tokens_done)
+        steps.append(tokens(engine))
+        timed.append({(each.prefill_seconds > 0, each.decode_seconds > 0) for each in engine.so_far.values()})
+    # Seconds are told of what is read to its end: the prefix, then each tail; and of steps, from the second token on.
+    assert timed == [{(False, False)}, {(True, False)}, {(True, False)}, {(True, False)}, {(True, True)}]
     # The prefix is read to 256, its last 44 tokens with each tail; a prompt that is read has its first token.
     first, second = (request.request_id for request in question.requests)
     alone, both = 256 + 44 + 5, {first: (256 + 44 + 5, 1), second: (44 + 9, 1)}
     assert steps[:4] == [{first: (128, 0)}, {first: (256, 0)}, {first: (alone, 1)}, both]
     assert steps[4] == {first: (alone, 2), second: (44 + 9, 2)}
     assert engine.abort(first)
-    assert engine.tokens_done == {second: (256 + 44 + 9, 2)}, "who is left has read the prefix"
+    assert tokens(engine) == {second: (256 + 44 + 9, 2)}, "who is left has read the prefix"
     finish(engine)
-    assert engine.tokens_done == {}
+    assert tokens(engine) == {}
 
 
 def test_it_says_how_much_of_a_prompt_alone_is_read(folder: Path) -> None:
@@ -262,7 +270,7 @@ def test_it_says_how_much_of_a_prompt_alone_is_read(folder: Path) -> None:
     steps = []
     for _ in range(3):
         engine.step()
-        steps.append(engine.tokens_done)
+        steps.append(tokens(engine))
     assert steps == [{"x": (128, 0)}, {"x": (200, 1)}, {"x": (200, 2)}]
 
 

@@ -11,20 +11,21 @@ import struct
 import termios
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import pytest
 from fake_engine import FakeEngine
 from result_rows import make_row
 
-from pipeline.engine.config import EngineConfig
+from pipeline import summarize
+from pipeline.engine.config import EngineConfig, SoFar
 from pipeline.errors import JobError
 from pipeline.job.job import run
 from pipeline.job.progress import TERMINAL_EVERY, Progress
 from pipeline.results.rows import Row
 from pipeline.settings.config import JobConfig
 
-OK = {"prompt_tokens": 1_234_000, "output_tokens": 567}
+OK = {"prompt_tokens": 1_234_000, "output_tokens": 567, "prefill_seconds": 120 / 49}
 
 
 class Screen:
@@ -154,10 +155,27 @@ def test_what_is_read_of_documents_in_work_counts(clock: Clock) -> None:
     progress.workers(1, 0, 2)
     progress.start_clock()
     clock.now += 60.0
-    progress.reading({"d": (90_000, 0), "e": (10_000, 0)})
+    progress.reading({"d": SoFar(90_000, 0), "e": SoFar(10_000, 0)})
     assert progress.line() == "0/2 documents · 100,000 tokens · 1,667 tokens/s"
+    progress.reading({"d": SoFar(99_000, 100, 59.0, 1.0, 1_000_000), "e": SoFar(0, 0, 0.0, 0.0, 1_000_000)})
+    assert progress.line().endswith(" · at most 1:03 left"), "no output has ended; both may come to 256 tokens"
     progress.add([make_row("d", "d.txt", prompt_tokens=99_000, output_tokens=1_000)], 1_000_000)
-    assert progress.line().startswith("1/2 documents · 110,000 tokens · ")
+    assert progress.line().startswith("1/2 documents · 100,000 tokens · ")
+    assert " · about " in progress.line()
+
+
+def test_it_knows_how_long_outputs_can_be(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(documents: int, total_bytes: int, *, most: int) -> Progress:
+        raise JobError(f"at most {most} tokens")
+
+    monkeypatch.setattr("pipeline.job.job.Progress", told)
+    monkeypatch.setattr("pipeline.api.Progress", told)
+    (tmp_path / "a.txt").write_text("A text.")
+    settings: Any = {"model": str(model), "device": "cpu", "question": ["What?", "Why?"], "max_new_tokens": 20}
+    with pytest.raises(JobError, match="at most 40 tokens"):
+        run(JobConfig(input=str(tmp_path), output=str(tmp_path / "out"), **settings))
+    with pytest.raises(JobError, match="at most 40 tokens"):
+        summarize(["A text."], **settings, engine_factory="fake_engine:FakeEngine", progress=True)
 
 
 @pytest.mark.parametrize("dumb", [False, True])

@@ -238,7 +238,9 @@ def test_progress_tells_tokens_rate_failures_and_time_left() -> None:
     progress.start_clock()
     progress.workers(1, 0, 1)
     now[0] = 10.0
-    progress.add([make_row("a", "x", "ok", prompt_tokens=90, output_tokens=10, prefill_seconds=4.0)], 200)
+    progress.add(
+        [make_row("a", "x", "ok", prompt_tokens=90, output_tokens=10, prefill_seconds=4.0, decode_seconds=6.0)], 200
+    )
     # 600 bytes are to be read, at 4 seconds for 200, and two outputs to be written, at 6 seconds for one.
     assert progress.line() == "2/4 documents · 100 tokens · 10 tokens/s · 1 failed · about 0:24 left"
     progress.tick()

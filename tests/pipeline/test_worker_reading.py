@@ -7,14 +7,17 @@ import io
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import pytest
+from fake_engine import FakeEngine
 from patience import patient
 from result_rows import make_row
 
 from pipeline import summarize
+from pipeline.engine.config import Completion, SoFar
 from pipeline.job.progress import Progress
 from pipeline.results.rows import Row
 from pipeline.source import Document, Locator
@@ -31,11 +34,11 @@ FAKE: dict[str, Any] = {"engine_factory": "fake_engine:FakeEngine", "device": "c
 class Loop:
     """A loop around an engine that is at work at these requests."""
 
-    def __init__(self, requests: dict[str, tuple[int, int]]) -> None:
+    def __init__(self, requests: dict[str, SoFar]) -> None:
         self._requests = requests
 
-    def tokens_done(self) -> Future[dict[str, tuple[int, int]]]:
-        future: Future[dict[str, tuple[int, int]]] = Future()
+    def so_far(self) -> Future[dict[str, SoFar]]:
+        future: Future[dict[str, SoFar]] = Future()
         future.set_result(self._requests)
         return future
 
@@ -45,7 +48,14 @@ def document(name: str) -> Document:
 
 
 def work(name: str, read: int = 0, written: int = 0) -> Work:
-    return Work(document(name), cast(Any, None), 0.0, read=read, written=written)
+    return Work(document(name), cast(Any, None), 0.0, so_far=SoFar(read, written, 2.0 * read, 3.0 * written))
+
+
+class TimedEngine(FakeEngine):
+    """Takes 2 seconds to read each request, and 3 to write."""
+
+    def step(self) -> list[Completion]:
+        return [replace(each, prefill_seconds=2.0, decode_seconds=3.0) for each in super().step()]
 
 
 @pytest.mark.parametrize("questions", [["What?"], ["What?", "Why?"]])
@@ -60,22 +70,28 @@ def test_what_has_ended_counts_as_what_it_came_to(
         return works[-1]
 
     monkeypatch.setattr("pipeline.workers.worker.Work", kept)
-    rows = summarize(["A text."], model=model, question=questions, max_new_tokens=50, **FAKE).to_pylist()
+    more = {**FAKE, "engine_factory": f"{__name__}:TimedEngine"}
+    rows = summarize(["A text."], model=model, question=questions, max_new_tokens=50, **more).to_pylist()
     read = sum(row["prompt_tokens"] - row["prefix_tokens"] for row in rows)
-    assert [(work.read, work.written) for work in works] == [(read, sum(row["output_tokens"] for row in rows))]
+    ended = SoFar(read, sum(row["output_tokens"] for row in rows), 2.0 * len(rows), 3.0 * len(rows))
+    assert [work.so_far for work in works] == [ended]
 
 
 def test_reading_is_what_the_engine_is_at_and_what_it_is_done_with() -> None:
     worker = Worker.__new__(Worker)
     at_work = {
-        request_id("a#b", "what", ""): (300, 20),
-        request_id("a#b", "why", ""): (50, 4),
-        request_id("parts", "what", "3.1"): (100, 1),
-        request_id("gone", "what", ""): (9, 9),
+        request_id("a#b", "what", ""): SoFar(300, 20, 3.0, 0.2),
+        request_id("a#b", "why", ""): SoFar(50, 4, 0.5, 0.1),
+        request_id("parts", "what", "3.1"): SoFar(100, 1),
+        request_id("gone", "what", ""): SoFar(9, 9),
     }
     worker._loop = cast(Any, Loop(at_work))
     worker._works = {"a#b": work("a#b"), "parts": work("parts", 400, 30), "not tokenized": work("not tokenized")}
-    assert asyncio.run(worker.reading()) == {"a#b": (350, 24), "parts": (500, 31), "not tokenized": (0, 0)}
+    assert asyncio.run(worker.reading()) == {
+        "a#b": (350, 24, 3.5, pytest.approx(0.3), 6000),
+        "parts": (500, 31, 800.0, 90.0, 6000),
+        "not tokenized": (0, 0, 0.0, 0.0, 6000),
+    }
 
 
 class OneStep(Worker):
@@ -89,8 +105,8 @@ class OneStep(Worker):
     async def load(self) -> dict[str, Any]:
         return {}
 
-    async def reading(self) -> dict[str, tuple[int, int]]:
-        return {"a": (600, 0), "b": (50, 0)}
+    async def reading(self) -> dict[str, SoFar]:
+        return {"a": SoFar(600, 0), "b": SoFar(50, 0)}
 
     async def process(self, document: Document, careful: bool = False) -> list[Row]:
         while not OneStep.release or document.document_id != "a":

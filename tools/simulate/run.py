@@ -112,7 +112,7 @@ def simulate(plan: Plan) -> Outcome:
         driver_seconds=plan.driver_ms / 1000, seed=plan.seed, start_spread=plan.start_spread,
     )  # fmt: skip
     writer = _Writer(plan, pool)
-    progress = Progress(len(listing), listing.total_bytes, stream=io.StringIO(), clock=pool.clock)
+    progress = Progress(len(listing), listing.total_bytes, most=plan.new_tokens, stream=io.StringIO(), clock=pool.clock)
     finished = np.zeros(plan.documents, dtype=np.uint8)
     attempts = memory = 0
     next_look = 0.0  # at the memory
