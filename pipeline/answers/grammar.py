@@ -15,22 +15,28 @@ from pipeline.errors import JobError, one_line
 class Grammar:
     """A schema compiled for a tokenizer. matcher() starts an output.
 
+    Copies of one of llguidance's matchers share a lexer, and its lock: masks of theirs are computed one after the other,
+    whatever threads there are. So each output has a matcher compiled for it, or one of an output that has ended, whose
+    lexer knows most states already.
     Raises JobError if the tokenizer is of a kind that llguidance does not read.
     """
 
     def __init__(self, schema: str, tokenizer: Any, eos_ids: tuple[int, ...] = ()) -> None:
         """schema: its JSON text. tokenizer: of transformers. eos_ids: end outputs; unset: the tokenizer's."""
-        from llguidance import LLMatcher
-
-        known = _tokenizer(tokenizer, eos_ids)
-        self._words = -(-known.vocab_size // 32)
-        self._start = LLMatcher(known, grammar_text(schema), log_level=0)
-        if self._start.is_error():
-            raise JobError(f"--schema: {one_line(self._start.get_error(), 200)}")
+        self._known, self._text = _tokenizer(tokenizer, eos_ids), grammar_text(schema)
+        self._words = -(-self._known.vocab_size // 32)
+        self._free = [self._compiled()]
+        if self._free[0].is_error():
+            raise JobError(f"--schema: {one_line(self._free[0].get_error(), 200)}")
 
     def matcher(self) -> Matcher:
         """What follows one output, from its first token on."""
-        return Matcher(self._start.deep_copy(), self._words)
+        return Matcher(self._free.pop() if self._free else self._compiled(), self._words, self._free)
+
+    def _compiled(self) -> Any:
+        from llguidance import LLMatcher
+
+        return LLMatcher(self._known, self._text, log_level=0)
 
 
 def _tokenizer(tokenizer: Any, eos_ids: tuple[int, ...]) -> Any:
@@ -53,12 +59,13 @@ def _tokenizer(tokenizer: Any, eos_ids: tuple[int, ...]) -> Any:
 class Matcher:
     """Which tokens may come next in one output. Deterministic: it follows from the tokens alone.
 
-    raw: llguidance's matcher. words: of 32 tokens, that its masks have.
+    raw: llguidance's matcher. words: of 32 tokens, that its masks have. free: where close() leaves it for other outputs.
     """
 
-    def __init__(self, raw: Any, words: int) -> None:
+    def __init__(self, raw: Any, words: int, free: list[Any]) -> None:
         self.raw = raw
         self.words = words
+        self._free = free
 
     @property
     def complete(self) -> bool:
@@ -83,6 +90,13 @@ class Matcher:
     def go_back(self, tokens: int) -> None:
         """Forget the newest `tokens` of what was taken."""
         self.raw.rollback(tokens)
+
+    def close(self) -> None:
+        """The output has ended: another one may have this matcher, which must not be used here any more."""
+        self.raw.reset()
+        if not self.raw.is_error():  # it would stay broken
+            self._free.append(self.raw)
+        self.raw = None
 
 
 class MaskFiller:

@@ -541,6 +541,9 @@ class Engine:
         """Take the document out of wherever it is; the arena extent and the row are free afterwards."""
         document.finished = True
         document.prefill = None
+        if document.constraint is not None:
+            document.constraint.matcher.close()
+            document.constraint = None
         if document in self._waiting:
             self._waiting.remove(document)
         if self._prefilling is document:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,7 @@ def test_a_matcher_that_fails_ends_its_own_document_alone(alone: dict[str, list[
 
         def matcher(self) -> Matcher:
             whole = grammar("flat").matcher()
-            return Failing(whole.raw, whole.words)
+            return Failing(whole.raw, whole.words, [])
 
     asked = [request(1, None, WARM, 40), Request("x", prompt(0), NEW, WARM, grammar=Broken()), request(3, "list")]
     done = run(make(), asked)
@@ -165,6 +166,33 @@ def test_a_matcher_that_fails_ends_its_own_document_alone(alone: dict[str, list[
     assert "cannot go on by its grammar" in done["x"].error
     assert done["3-list"].status == "ok"
     assert done["1-None"].token_ids == alone["1-None"]
+
+
+def test_an_ended_outputs_matcher_serves_the_next() -> None:
+    """It knows most states already; it must be as new, and nobody else's. One that failed serves nobody."""
+    mine = Grammar(json.dumps(SCHEMAS["flat"]), tokens().tokenizer)
+    first, second = mine.matcher(), mine.matcher()
+    assert first.raw is not second.raw
+    fresh, raw = first.raw.compute_logit_bias(), first.raw
+    for token in tokens().encode_data('{"').tolist():
+        first.take(token)
+    assert first.raw.compute_logit_bias() != fresh
+    first.close()
+    again = mine.matcher()
+    assert again.raw is raw
+    assert again.raw.compute_logit_bias() == fresh
+    second.take(0)  # no answer begins so
+    assert second.error
+    broken = second.raw
+    second.close()
+    assert mine.matcher().raw is not broken
+
+    engine = make(max_live=2)
+    run(engine, [Request(str(i), prompt(i), NEW, WARM, grammar=mine) for i in range(6)])
+    engine.add(Request("aborted", prompt(0), NEW, WARM, grammar=mine))
+    engine.step()
+    engine.abort("aborted")
+    assert len(mine._free) == 2, "as many as ran at once"
 
 
 def test_a_vocabulary_larger_than_the_tokenizers(tmp_path: Path) -> None:
