@@ -15,7 +15,7 @@ from pipeline.errors import JobError, one_line
 class Grammar:
     """A schema compiled for a tokenizer. matcher() starts an output.
 
-    Copies of one of llguidance's matchers share a lexer, and its lock: masks of theirs are computed one after the other,
+    Copies of one of llguidance's matchers share a lexer, and its lock: their masks are computed one after the other,
     whatever threads there are. So each output has a matcher compiled for it, or one of an output that has ended, whose
     lexer knows most states already.
     Raises JobError if the tokenizer is of a kind that llguidance does not read.
@@ -59,7 +59,7 @@ def _tokenizer(tokenizer: Any, eos_ids: tuple[int, ...]) -> Any:
 class Matcher:
     """Which tokens may come next in one output. Deterministic: it follows from the tokens alone.
 
-    raw: llguidance's matcher. words: of 32 tokens, that its masks have. free: where close() leaves it for other outputs.
+    raw: llguidance's matcher. words: of 32 tokens, that its masks have. free: where close() leaves it for others.
     """
 
     def __init__(self, raw: Any, words: int, free: list[Any]) -> None:
