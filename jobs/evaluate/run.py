@@ -39,7 +39,13 @@ def run(options: Options) -> dict[str, Any]:
     if folder.exists():
         shutil.rmtree(folder)  # an evaluation is one run; several are put together by --report
     stopped, told = "", time.monotonic()
+    warm: set[int] = set()
     for part, document in enumerate(documents(options, style, tokenizer)):
+        length = document.length if isinstance(document, Text) else document.document.length
+        if options.device.type == "cuda" and length not in warm:
+            # Kernels compile for seconds, more than a prefill takes, and differ by length: no row should have that.
+            warm.add(length)
+            read_document(document, readers, arms, tokenizer)
         rows = read_document(document, readers, arms, tokenizer)
         write_rows(rows, folder, part)
         seconds = time.monotonic() - begun

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from jobs.evaluate import run as evaluate_run
 from jobs.evaluate.__main__ import main
 from jobs.evaluate.arms import CONTROLS, attention_mass, make_arms, random_scores, window_scores
 from jobs.evaluate.haystacks import KINDS, TASKS
@@ -21,7 +22,7 @@ from jobs.evaluate.plots import by_time
 from jobs.evaluate.rows import SCHEMA, read_rows
 from jobs.evaluate.run import load_readers
 from jobs.evaluate.summary import ARMS_NOTE, DENSE_NOTE, PREDICTION_NOTE, RECALL_NOTE, print_summary, summarise
-from jobs.evaluate.texts import make_texts, read_text
+from jobs.evaluate.texts import Text, make_texts, read_text
 from jobs.known.prompts import Reading, Tokenizer, make_document, read_prompts
 from jobs.known.reader import Answer, Arm, Reader, Reference
 from jobs.known.results import Row, recall_of
@@ -376,6 +377,24 @@ def test_the_frontier_takes_each_arm_at_its_median_time() -> None:
     ]
     rows.append({"arm": "paper", "precision": "bf16", "kl": None, "prefill_seconds": 1.0})
     assert by_time(rows, "kl") == {("dense", "bf16"): (2.0, 0.0), ("sampled", "bf16"): (1.2, pytest.approx(0.2))}
+
+
+@pytest.mark.parametrize(("device", "more"), [("cpu", 0), ("cuda", 1)])
+def test_a_gpu_reads_the_first_document_of_a_length_twice(
+    device: str, more: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two texts of each of two lengths; what compiling takes is in no row's seconds."""
+    texts = [Text(f"{length}-{i}", length, np.arange(length), length - 64) for length in (300, 500) for i in range(2)]
+    read: list[str] = []
+    monkeypatch.setattr(evaluate_run, "load_readers", lambda options: [])
+    monkeypatch.setattr(evaluate_run, "describe", lambda *_: [])
+    monkeypatch.setattr(evaluate_run, "documents", lambda *_: iter(texts))
+    monkeypatch.setattr(evaluate_run, "read_document", lambda document, *_: read.append(document.name) or [])
+    monkeypatch.setattr(evaluate_run, "write_rows", lambda rows, folder, part: None)
+    flags = ["--model", str(MODEL), "--load-format", "dummy", "--tasks", "text", "--output", str(tmp_path)]
+    options = options_of(parser("").parse_args(flags), torch.device(device))
+    evaluate_run.run(options)
+    assert [read.count(text.name) for text in texts] == [1 + more, 1, 1 + more, 1]
 
 
 def test_user_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
