@@ -48,7 +48,7 @@ WORK = {
     "tools.benchmark scaling": ("tools.benchmark.scaling.prepare",),
     "tools.benchmark selection": ("tools.benchmark.selection.copy_bandwidth",),
     "jobs.demo": ("jobs.demo.__main__.run_arm",),
-    "jobs.evaluate": ("jobs.evaluate.run.load_readers",),
+    "jobs.evaluate": ("jobs.evaluate.run.load_readers", "jobs.evaluate.__main__.read_rows"),
     "tools.evidence": ("tools.evidence.make_case",),
     "tools.faults blows": ("tools.faults.blows.blows",),
     "tools.faults bucket": ("tools.faults.bucket.bucket",),
