@@ -43,7 +43,7 @@ def _refuse_protected(archive: Archive) -> None:
 
 
 def _spine(archive: Archive) -> list[str]:
-    """The names of the chapters' files, in reading order."""
+    """The names of the chapters' files, in reading order. Items of the spine may be places in one file."""
     packages = _xml(archive.read(_CONTAINER), _CONTAINER).xpath("//*[local-name()='rootfile']/@full-path")
     if not packages:
         raise ConversionError(f"it is no EPUB file: {_CONTAINER} names no package")
@@ -59,7 +59,7 @@ def _spine(archive: Archive) -> list[str]:
         if items[idref].get("media-type") in _PAGES:  # a picture has no text
             path = unquote(urlsplit(items[idref].get("href", "")).path)
             names.append(posixpath.normpath(posixpath.join(posixpath.dirname(packages[0]), path)))
-    return names
+    return list(dict.fromkeys(names))
 
 
 def _chapter(data: bytes, encoding: str) -> str:

@@ -190,6 +190,10 @@ class TestEpub:
         chapters = {"a.xhtml": "<p>text</p>"}
         fonts = encryption("http://www.idpf.org/2008/embedding")
         assert text(tmp_path, "a.epub", epub(chapters, fonts)) == "text"
+    def test_places_in_a_chapter_are_no_chapters(self, tmp_path: Path) -> None:
+        data = epub({"a.xhtml": "<p>one</p>", "a.xhtml#2": "", "b.xhtml": "<p>two</p>", "a.xhtml#3": ""})
+        assert text(tmp_path, "a.epub", data) == "one\n\ntwo"
+
         locked = encryption("http://www.w3.org/2001/04/xmlenc#aes128-cbc")
         assert "protected against copying (DRM)" in told(tmp_path, "a.epub", epub(chapters, locked))
 
