@@ -44,7 +44,7 @@ PACKAGES = ("jobs", "kernels", "pipeline", "stem_core", "tools")
 OTHER_FLAGS = {
     "--address", "--config", "--dashboard-host", "--documents", "--driver-ms", "--dtype", "--failures", "--format",
     "--from-file", "--head", "--help", "--json", "--local-dir", "--no-resume", "--no-wait", "--ray-overhead",
-    "--rows", "--web", "--working-dir",
+    "--rows", "--skip-text", "--web", "--working-dir",
 }  # fmt: skip
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "head_dim": 128}
 SHAPES: dict[str, dict[str, Any]] = {

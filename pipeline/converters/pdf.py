@@ -11,6 +11,8 @@ BETWEEN_PAGES = "\n\n"
 _END, _END_WITHIN = b"%%EOF", 1024
 # Where a larger share of the pages are pictures the text is not the document's.
 _MOST_PICTURES = 0.5
+# A picture over so much of a page, and no more characters than this: a scan with a stamp or a page number.
+_OF_A_PAGE, _OF_A_STAMP = 0.8, 200
 
 
 def convert(data: bytes, encoding: str) -> Converted:
@@ -21,29 +23,39 @@ def convert(data: bytes, encoding: str) -> Converted:
         raise ConversionError("it has no pages")
     pages: list[str] = []
     starts: list[int] = []
-    length, pictures = 0, 0
+    length, pictures, stamped = 0, 0, 0
     for number in range(count):
         text, is_picture = _page(document, number, count)
         starts.append(length)
         pages.append(text)
-        pictures += is_picture
+        pictures += is_picture and not text
+        stamped += is_picture and bool(text)
         length += len(text) + len(BETWEEN_PAGES)
         if length > MOST_BYTES:
             raise ConversionError(f"its text has more than {MOST_BYTES:,} characters; no more are read")
-    note = _note(pictures, count, any(pages))
+    note = _note(pictures, stamped, count, any(pages))
     return Converted(BETWEEN_PAGES.join(pages), tuple(starts), note)
 
 
-def _note(pictures: int, count: int, any_text: bool) -> str:
-    """What is missing of a document some of whose pages hold no text. Raises ConversionError if too many do."""
-    if not pictures:
-        if not any_text:
-            raise ConversionError(f"its {count:,} pages are blank")
-        return ""
+def _note(pictures: int, stamped: int, count: int, any_text: bool) -> str:
+    """What is missing of a document some of whose pages are pictures. Raises ConversionError if too many hold no text.
+
+    stamped: pages with a few words. Whoever recognised a scan's text leaves some, such as title pages; and slides may
+    be so, which is why it is no error.
+    """
+    if not pictures and not any_text:
+        raise ConversionError(f"its {count:,} pages are blank")
     what = f"{pictures:,} of {count:,} pages hold pictures and no text"
-    if not any_text or pictures > _MOST_PICTURES * count:
-        raise ConversionError(f"{what}, as scans do; run OCR first: ocrmypdf IN.pdf OUT.pdf")
-    return f"{what}; if they are scans, run OCR first: ocrmypdf IN.pdf OUT.pdf"
+    ocr = "run OCR first: ocrmypdf --skip-text IN.pdf OUT.pdf"
+    if pictures and (not any_text or pictures > _MOST_PICTURES * count):
+        raise ConversionError(f"{what}, as scans do; {ocr}")
+    notes = [f"{what}; if they are scans, {ocr}"] if pictures else []
+    if pictures + stamped > _MOST_PICTURES * count:
+        notes.append(
+            f"{stamped:,} of {count:,} pages are pictures with a few words, as scans with a stamp are; "
+            "if so, run OCR first: ocrmypdf --redo-ocr IN.pdf OUT.pdf"
+        )
+    return "; ".join(notes)
 
 
 def _opened(data: bytes) -> Any:
@@ -68,7 +80,7 @@ def _opened(data: bytes) -> Any:
 
 
 def _page(document: Any, number: int, count: int) -> tuple[str, bool]:
-    """A page's text, and whether it holds something, but no text."""
+    """A page's text, and whether it is a picture: it holds something, but no text, or next to none on a picture."""
     import pypdfium2
     import pypdfium2.raw as pdfium
 
@@ -80,11 +92,22 @@ def _page(document: Any, number: int, count: int) -> tuple[str, bool]:
                 text = _tidy(holder.get_text_range())
             finally:
                 holder.close()
-            return text, not text and pdfium.FPDFPage_CountObjects(page) > 0
+            if text:
+                return text, len(text) <= _OF_A_STAMP and _covered(page) >= _OF_A_PAGE
+            return text, pdfium.FPDFPage_CountObjects(page) > 0
         finally:
             page.close()
     except pypdfium2.PdfiumError as error:
         raise ConversionError(f"its page {number + 1:,} of {count:,} cannot be read: {error}") from None
+
+
+def _covered(page: Any) -> float:
+    """The share of a page that pictures cover; they do not overlap on scans."""
+    import pypdfium2.raw as pdfium
+
+    width, height = page.get_size()
+    boxes = [picture.get_bounds() for picture in page.get_objects(filter=[pdfium.FPDF_PAGEOBJ_IMAGE])]
+    return float(sum((right - left) * (top - bottom) for left, bottom, right, top in boxes) / (width * height))
 
 
 def _tidy(text: str) -> str:

@@ -11,16 +11,17 @@ WORD = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
 Texts = Sequence[tuple[float, float, str]]  # x, y, what stands there
 
 
-def pdf(pages: Sequence[Texts | str | None], encrypt: str = "") -> bytes:
+def pdf(pages: Sequence[Texts | str | None], encrypt: str = "", behind: bool = False) -> bytes:
     """A PDF file. A page is a text, texts at places of it, "" for a blank one, None for a picture without text.
 
     encrypt: the dictionary of an encryption that nothing here carries out: readers ask for the password.
+    behind: whether a picture fills each page behind its text.
     """
     font = len(pages) * 2 + 3
     kids = " ".join(f"{3 + 2 * i} 0 R" for i in range(len(pages)))
     objects = ["<< /Type /Catalog /Pages 2 0 R >>", f"<< /Type /Pages /Kids [{kids}] /Count {len(pages)} >>"]
     for number, page in enumerate(pages):
-        drawn = _drawn(page)
+        drawn = f"{'q 612 0 0 792 0 0 cm /I Do Q ' * behind}{_drawn(page)}"
         resources = f"/Resources << /Font << /F {font} 0 R >> /XObject << /I {font + 1} 0 R >> >>"
         objects.append(
             f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] {resources} /Contents {4 + 2 * number} 0 R >>"

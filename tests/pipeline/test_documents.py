@@ -75,16 +75,31 @@ class TestPdf:
 
     def test_a_scan_is_told_with_what_to_do(self, tmp_path: Path) -> None:
         error = told(tmp_path, "a.pdf", pdf([None, None, ""]))
-        assert error == "2 of 3 pages hold pictures and no text, as scans do; run OCR first: ocrmypdf IN.pdf OUT.pdf"
+        assert error == (
+            "2 of 3 pages hold pictures and no text, as scans do; run OCR first: ocrmypdf --skip-text IN.pdf OUT.pdf"
+        )
         assert told(tmp_path, "a.pdf", pdf([None, None, "a cover sheet"])).startswith("2 of 3 pages")
 
     def test_a_few_pictures_among_pages_are_noted(self, tmp_path: Path) -> None:
         found, kept = read(tmp_path, "a.pdf", pdf(["one", None, "three", "four"]))
         assert found == "one\n\n\n\nthree\n\nfour"
         assert kept.note == (
-            "1 of 4 pages hold pictures and no text; if they are scans, run OCR first: ocrmypdf IN.pdf OUT.pdf"
+            "1 of 4 pages hold pictures and no text; "
+            "if they are scans, run OCR first: ocrmypdf --skip-text IN.pdf OUT.pdf"
         )
         assert kept.page_starts == (0, 5, 7, 14)
+
+    def test_scans_with_a_stamp_are_noted(self, tmp_path: Path) -> None:
+        stamped = [f"Page {i} of 4" for i in range(4)]
+        found, kept = read(tmp_path, "a.pdf", pdf(stamped, behind=True))
+        assert found == "\n\n".join(stamped)
+        assert kept.note == (
+            "4 of 4 pages are pictures with a few words, as scans with a stamp are; "
+            "if so, run OCR first: ocrmypdf --redo-ocr IN.pdf OUT.pdf"
+        )
+        recognised = ["A line that was recognised.\n" * 9] * 2
+        for others in (pdf([*recognised, "A title page"], behind=True), pdf(stamped)):
+            assert read(tmp_path, "a.pdf", others)[1].note == ""
 
     def test_one_without_anything_is_told(self, tmp_path: Path) -> None:
         assert told(tmp_path, "a.pdf", pdf(["", ""])) == "its 2 pages are blank"
@@ -374,7 +389,8 @@ def test_a_file_that_hangs_holds_up_no_other_document(
         assert row["total_seconds"] < limit, "it did not wait for the one that hangs"
         assert row["page_starts"] == ([0, 8, 10] if name.endswith("pdf") else None)
         assert row["input_note"] == (
-            "1 of 3 pages hold pictures and no text; if they are scans, run OCR first: ocrmypdf IN.pdf OUT.pdf"
+            "1 of 3 pages hold pictures and no text; "
+            "if they are scans, run OCR first: ocrmypdf --skip-text IN.pdf OUT.pdf"
             if name.endswith("pdf")
             else None
         )
