@@ -13,10 +13,17 @@ from typing import Any
 from pipeline.converters.protocol import ConversionError, Converted
 from pipeline.decoding import EncodingError, decode, mark_of
 
-# The names by which pages call ASCII and Latin-1 mean Windows' code page, as in browsers (WHATWG Encoding, 4.2).
-_WINDOWS = ("ascii", "iso8859-1")
+# What pages mean by these names is a larger set of characters, as in browsers (WHATWG Encoding, 4.2).
+_AS_IN_BROWSERS = {
+    "ascii": "cp1252", "iso8859-1": "cp1252", "iso8859-9": "cp1254", "iso8859-11": "cp874", "tis-620": "cp874",
+    "gb2312": "gb18030", "gbk": "gb18030", "big5": "big5hkscs", "shift_jis": "cp932", "euc_kr": "cp949",
+}  # fmt: skip
 _DECLARED = re.compile(rb"""<(?:meta\b[^>]*?\bcharset|\?xml\b[^>]*?\bencoding)\s*=\s*["']?\s*([\w.:-]+)""", re.I)
 _DECLARED_WITHIN = 4096
+# Of the elements that browsers begin a new line for, those that inscriptis would run together.
+_BLOCKS = ("dl", "dt", "section", "form", "fieldset", "legend", "details", "summary", "optgroup", "option", "center")
+# Elements in a line that a reader sees apart from their neighbours; "text" is one of a drawing (SVG).
+_APART = ("button", "select", "textarea", "text")
 _UNSEEN = "//script|//style|//template|//noscript|//nav|//*[@hidden]|//comment()|//processing-instruction()"
 
 
@@ -35,7 +42,7 @@ def decoded(data: bytes, encoding: str) -> str:
             raise ConversionError(f"it declares an encoding that is not known: {found[1].decode('ascii')!r}") from None
         # A declaration in ASCII letters cannot be one in UTF-16.
         declared = "utf-8" if declared.startswith(("utf-16", "utf-32")) else declared
-        return data.decode("cp1252" if declared in _WINDOWS else declared, errors="replace")
+        return data.decode(_AS_IN_BROWSERS.get(declared, declared), errors="replace")
     try:
         return decode(data, mark or encoding)
     except EncodingError as error:
@@ -57,7 +64,6 @@ def page_text(source: str) -> str:
 
 def tree_text(tree: Any) -> str:
     """The text of a tree of HTML elements, as a page is laid out."""
-    from inscriptis.css_profiles import STRICT_CSS_PROFILE
     from inscriptis.html_engine import Inscriptis
     from inscriptis.model.config import ParserConfig
 
@@ -66,7 +72,28 @@ def tree_text(tree: Any) -> str:
             element.drop_tree()
     for block in tree.xpath("//pre"):
         _flatten(block)
-    return tidy(Inscriptis(tree, ParserConfig(css=STRICT_CSS_PROFILE, display_links=False)).get_text())
+    for numbered in tree.xpath("//ol[@start]/li[1][not(@value)]"):
+        numbered.set("value", numbered.getparent().get("start"))
+    return tidy(Inscriptis(tree, ParserConfig(css=_layout(), display_links=False)).get_text())
+
+
+def _layout() -> dict[str, Any]:
+    """How elements are laid out, as in browsers: inscriptis' profile and what it lacks."""
+    from inscriptis.css_profiles import STRICT_CSS_PROFILE
+    from inscriptis.html_properties import Display, VerticalAlignment
+    from inscriptis.model.html_element import HtmlElement
+
+    cell = HtmlElement(valign=VerticalAlignment.top)  # what a row is about begins on its first line
+    return (
+        STRICT_CSS_PROFILE
+        | {tag: HtmlElement(display=Display.block) for tag in _BLOCKS}
+        | {tag: HtmlElement(prefix=" ", suffix=" ", limit_whitespace_affixes=True) for tag in _APART}
+        | {
+            "dd": HtmlElement(display=Display.block, padding_inline=4),
+            "td": cell,
+            "th": cell,
+        }
+    )
 
 
 def _flatten(block: Any) -> None:
@@ -79,6 +106,10 @@ def _flatten(block: Any) -> None:
 
 
 def tidy(text: str) -> str:
-    """Text without what layout leaves: spaces at the ends of lines, long gaps in them, many empty lines."""
+    """Text without what layout leaves: spaces at the ends of lines, long gaps in them, many empty lines.
+
+    Nor are there soft hyphens, which nobody sees within a line.
+    """
+    text = text.replace("\u00ad", "")
     lines = [re.sub(r"(?<=\S)[ \u00a0]{9,}(?=\S)", 8 * " ", line.rstrip()) for line in text.splitlines()]
     return re.sub(r"\n{4,}", "\n\n\n", "\n".join(lines)).strip("\n")

@@ -190,6 +190,10 @@ class TestEpub:
         data = epub(chapters, spine=list(reversed(chapters)))
         assert text(tmp_path, "a.epub", data) == "first one\n\nTwo\n\nsecond one"
 
+    def test_places_in_a_chapter_are_no_chapters(self, tmp_path: Path) -> None:
+        data = epub({"a.xhtml": "<p>one</p>", "a.xhtml#2": "", "b.xhtml": "<p>two</p>", "a.xhtml#3": ""})
+        assert text(tmp_path, "a.epub", data) == "one\n\ntwo"
+
     def test_chapters_in_other_encodings(self, tmp_path: Path) -> None:
         page = '<?xml version="1.0" encoding="iso-8859-1"?><html><body><p>caf\xe9</p></body></html>'
         assert text(tmp_path, "a.epub", epub({"a.xhtml": page.encode("latin-1")})) == "café"
@@ -205,10 +209,6 @@ class TestEpub:
         chapters = {"a.xhtml": "<p>text</p>"}
         fonts = encryption("http://www.idpf.org/2008/embedding")
         assert text(tmp_path, "a.epub", epub(chapters, fonts)) == "text"
-    def test_places_in_a_chapter_are_no_chapters(self, tmp_path: Path) -> None:
-        data = epub({"a.xhtml": "<p>one</p>", "a.xhtml#2": "", "b.xhtml": "<p>two</p>", "a.xhtml#3": ""})
-        assert text(tmp_path, "a.epub", data) == "one\n\ntwo"
-
         locked = encryption("http://www.w3.org/2001/04/xmlenc#aes128-cbc")
         assert "protected against copying (DRM)" in told(tmp_path, "a.epub", epub(chapters, locked))
 
@@ -251,6 +251,9 @@ class TestHtml:
         [
             ('<meta charset="cp1252">', "cp1252"),
             ('<meta charset="iso-8859-1">', "cp1252"),
+            ('<meta charset="Shift_JIS">', "cp932"),
+            ('<meta charset="gb2312">', "gb18030"),
+            ('<meta charset="euc-kr">', "cp949"),
             ("<meta http-equiv='Content-Type' content='text/html; charset=Shift_JIS'>", "shift_jis"),
             ('<?xml version="1.0" encoding="koi8-r"?>', "koi8-r"),
             ("", "utf-16"),
@@ -258,7 +261,10 @@ class TestHtml:
         ],
     )
     def test_the_encoding_that_it_declares(self, tmp_path: Path, head: str, encoding: str) -> None:
-        word = {"cp1252": "“caf\xe9”", "shift_jis": "日本", "koi8-r": "слово"}.get(encoding, "“é日”")
+        word = {
+            "cp1252": "“caf\xe9”", "shift_jis": "日本", "koi8-r": "слово", "cp932": "①髙", "gb18030": "朱镕基",
+            "cp949": "똠방",
+        }.get(encoding, "“é日”")  # fmt: skip
         page = f"{head}<html><body><p>{word}</p></body></html>"
         assert text(tmp_path, "a.html", page.encode(encoding)) == word
 
@@ -268,6 +274,30 @@ class TestHtml:
         assert error.startswith("invalid UTF-8 at byte 9")
         assert error.endswith("it looks like cp1252: give --encoding cp1252 if it is")
         assert "café" in text(tmp_path, "a.html", page, encoding="cp1252")
+
+    def test_what_stands_on_lines_of_its_own_stays_there(self, tmp_path: Path) -> None:
+        page = (
+            "<dl><dt>term</dt><dd>what it is</dd><dt>other</dt><dd>more<dl><dt>inner</dt><dd>last</dd></dl></dd></dl>"
+            "<section>one</section><section>two</section><details><summary>short</summary>long</details>"
+            "<select><option>a</option><option>b</option></select><button>Edit</button><button>Delete</button>"
+        )
+        assert text(tmp_path, "a.html", page.encode()).splitlines() == [
+            "term", "    what it is", "other", "    more", "    inner", "        last", "one", "two", "short", "long",
+            "a", "b", "Edit Delete",
+        ]  # fmt: skip
+
+    def test_a_row_of_a_table_begins_on_its_first_line(self, tmp_path: Path) -> None:
+        page = b"<table><tr><th>Item<td>first line<br>second line<br>third line<td>9.50</table>"
+        lines = text(tmp_path, "a.html", page).splitlines()
+        assert lines[0].split() == ["Item", "first", "line", "9.50"]
+        assert [line.split() for line in lines[1:]] == [["second", "line"], ["third", "line"]]
+
+    def test_numbers_of_a_list_begin_where_it_says(self, tmp_path: Path) -> None:
+        page = b"<ol start=7><li>a<li>b</ol><ol start=7><li value=9>c</ol><ol><li>d</ol>"
+        assert text(tmp_path, "a.html", page).split() == ["7.", "a", "8.", "b", "9.", "c", "1.", "d"]
+
+    def test_soft_hyphens_divide_no_words(self, tmp_path: Path) -> None:
+        assert text(tmp_path, "a.html", b"<p>in&shy;vis&#173;ible") == "invisible"
 
     def test_deep_nesting_loses_nothing_without_a_word(self, tmp_path: Path) -> None:
         def nested(depth: int) -> bytes:
