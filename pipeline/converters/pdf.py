@@ -102,10 +102,12 @@ def _page(document: Any, number: int, count: int) -> tuple[str, bool]:
 
 
 def _covered(page: Any) -> float:
-    """The share of a page that pictures cover; they do not overlap on scans."""
+    """The share of a page that pictures cover; they do not overlap on scans. Of a page that shows nothing, 0."""
     import pypdfium2.raw as pdfium
 
     width, height = page.get_size()
+    if not width * height:  # cut to a place where the page is not
+        return 0.0
     boxes = [picture.get_bounds() for picture in page.get_objects(filter=[pdfium.FPDF_PAGEOBJ_IMAGE])]
     return float(sum((right - left) * (top - bottom) for left, bottom, right, top in boxes) / (width * height))
 

@@ -101,6 +101,13 @@ class TestPdf:
         for others in (pdf([*recognised, "A title page"], behind=True), pdf(stamped)):
             assert read(tmp_path, "a.pdf", others)[1].note == ""
 
+    def test_a_page_that_is_cut_to_nothing_keeps_its_text(self, tmp_path: Path) -> None:
+        whole = pdf(["one"])
+        cut = whole.replace(b"/MediaBox [0 0 612 792]", b"/MediaBox [0 0 612 792] /CropBox [9999 9999 9999.5 9999.5]")
+        assert cut != whole
+        found, kept = read(tmp_path, "a.pdf", cut)
+        assert (found, kept.note) == ("one", "")
+
     def test_one_without_anything_is_told(self, tmp_path: Path) -> None:
         assert told(tmp_path, "a.pdf", pdf(["", ""])) == "its 2 pages are blank"
         assert told(tmp_path, "a.pdf", pdf([])).startswith("it is no PDF file, or a damaged one")
