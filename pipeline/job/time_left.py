@@ -78,7 +78,7 @@ class TimeLeft:
             return None
         size = self._bytes + sum(each.size_bytes for each in begun)
         read = self._read + sum(each.read for each in begun)
-        length = read / size * size_bytes / documents  # tokens of a prompt that is left
+        length = read / max(1, size) * size_bytes / documents  # tokens of a prompt that is left
         written = self._written + sum(each.written for each in decoding)
         decode_seconds = self._decode_seconds + sum(each.decode_seconds for each in decoding)
         self._learn_steps(written, decode_seconds, sum(each.read for each in decoding) / workers)
@@ -106,7 +106,8 @@ class TimeLeft:
     def _learn_steps(self, written: int, seconds: float, together: float) -> None:
         """From what was written since this was last asked, and the seconds of its steps."""
         new = written - self._before[0], seconds - self._before[1]
-        self._steps += _sums((self._before[2] + together) / 2, *new)
+        if new[0] > 0 <= new[1]:  # less is there where a worker was lost, and what it had in work with it
+            self._steps += _sums((self._before[2] + together) / 2, *new)
         self._before = written, seconds, together
 
     def _output(self, written: int, decoding: int) -> float:

@@ -273,3 +273,22 @@ def test_nothing_is_said_before_something_is_known() -> None:
     failed.add([make_row("d", "d.txt", "error")], 4000)
     failed.add([make_row("d", "d.txt", "too_long", prompt_tokens=1 << 20)], 4000)
     assert failed.seconds(2, 8000, [], 1) is None
+
+
+def test_a_lost_worker_and_sizes_that_are_not_known_break_nothing() -> None:
+    """What it had written is gone; a step is as dear as before. A listing may give no size."""
+    read = SoFar(1000, 51, 10.0, 5.1, 4000)
+    alone, lost = TimeLeft(256), TimeLeft(256)
+    for time_left in (alone, lost):
+        time_left.passed(15.0)
+        time_left.seconds(3, 12_000, [read], 1)
+    lost.seconds(3, 12_000, [], 1)
+    lost.add([row("a", 1000, 1, 10.0, 0.1)], 4000)
+    lost.seconds(2, 8000, [], 1)
+    alone.add([row("a", 1000, 1, 10.0, 0.1)], 4000)
+    assert lost.seconds(2, 8000, [read], 1) == pytest.approx(alone.seconds(2, 8000, [read], 1), rel=0.01)
+
+    unsized = TimeLeft(256)
+    assert unsized.seconds(1, 0, [read._replace(size_bytes=0)], 1) is not None
+    unsized.add([row("a", 1000, 100, 10.0, 5.0)], 0)
+    assert unsized.seconds(1, 0, [], 1) is not None
