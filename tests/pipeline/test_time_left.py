@@ -11,7 +11,7 @@ import pytest
 from result_rows import make_row
 
 from pipeline.engine.config import SoFar
-from pipeline.job.time_left import TimeLeft
+from pipeline.job.time_left import TimeLeft, _line
 from pipeline.results.rows import Row
 
 MOST, CHUNK, BYTES = 256, 2048, 4
@@ -275,20 +275,21 @@ def test_nothing_is_said_before_something_is_known() -> None:
     assert failed.seconds(2, 8000, [], 1) is None
 
 
-def test_a_lost_worker_and_sizes_that_are_not_known_break_nothing() -> None:
-    """What it had written is gone; a step is as dear as before. A listing may give no size."""
-    read = SoFar(1000, 51, 10.0, 5.1, 4000)
-    alone, lost = TimeLeft(256), TimeLeft(256)
-    for time_left in (alone, lost):
-        time_left.passed(15.0)
-        time_left.seconds(3, 12_000, [read], 1)
-    lost.seconds(3, 12_000, [], 1)
-    lost.add([row("a", 1000, 1, 10.0, 0.1)], 4000)
-    lost.seconds(2, 8000, [], 1)
-    alone.add([row("a", 1000, 1, 10.0, 0.1)], 4000)
-    assert lost.seconds(2, 8000, [read], 1) == pytest.approx(alone.seconds(2, 8000, [read], 1), rel=0.01)
+def test_a_lost_worker_changes_no_price() -> None:
+    """What it had in work is gone, and so are the tokens that were told. A step took 10 ms and 10 µs for each token."""
+    time_left = TimeLeft(256)
+    first = SoFar(1000, 100, 10.0, 100 * (0.01 + 1e-5 * 500), 4000)  # half of its prompt together, since the last look
+    second = SoFar(9000, 100, 90.0, 100 * (0.01 + 1e-5 * 5500), 36_000)
+    time_left.seconds(3, 52_000, [first], 1)
+    time_left.seconds(3, 52_000, [first, second], 1)
+    time_left.seconds(3, 52_000, [], 1)
+    third = SoFar(3000, 50, 30.0, 50 * (0.01 + 1e-5 * 1500), 12_000)
+    time_left.seconds(3, 52_000, [third], 1)
+    assert _line(time_left._steps) == pytest.approx((0.01, 1e-5))
 
-    unsized = TimeLeft(256)
-    assert unsized.seconds(1, 0, [read._replace(size_bytes=0)], 1) is not None
-    unsized.add([row("a", 1000, 100, 10.0, 5.0)], 0)
-    assert unsized.seconds(1, 0, [], 1) is not None
+
+def test_a_listing_may_give_no_sizes() -> None:
+    time_left = TimeLeft(256)
+    assert time_left.seconds(1, 0, [SoFar(1000, 51, 10.0, 5.1, 0)], 1) is not None
+    time_left.add([row("a", 1000, 100, 10.0, 5.0)], 0)
+    assert time_left.seconds(1, 0, [], 1) is not None
