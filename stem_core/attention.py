@@ -15,7 +15,7 @@ from kernels.block_sparse_attention import block_sparse_attention
 from kernels.block_sparse_attention_fp8 import block_sparse_attention_fp8
 from kernels.decode_attention import decode_attention
 from kernels.decode_attention_fp8 import decode_attention_fp8
-from kernels.fp8_heads import quantize_heads
+from kernels.fp8_heads import FP8, HeadScales, bias_columns, key_bias, quantize_heads
 from stem_core.budget import PromptBudget
 from stem_core.config import StemConfig
 from stem_core.context import DecodeContext, PrefillContext, PromptGoesOn, QuantizedKV, StemContext
@@ -139,10 +139,11 @@ class _Chunk:
                 window=self.window, return_lse=with_lse,
             )  # fmt: skip
         else:
+            kv, scales = self.quantized, self.quantized.scales
             found = block_sparse_attention_fp8(
-                quantize_heads(q, self.quantized.scales.q), self.quantized.k[None], self.quantized.vt[None],
-                self.quantized.scales, selection, query_start=first, block_size=self.block_size, scale=self.scale,
-                window=self.window, dtype=q.dtype, return_lse=with_lse,
+                quantize_heads(q, scales.q, scales.q_mean), kv.k[None], kv.vt[None], scales, selection,
+                query_start=first, block_size=self.block_size, scale=self.scale, window=self.window,
+                bias=None if kv.bias is None else kv.bias[None], dtype=q.dtype, return_lse=with_lse,
             )  # fmt: skip
         if isinstance(found, Tensor):
             return found
@@ -159,6 +160,12 @@ class _Chunk:
             row = (first - self.start) // self.block_size
             part = BlockSelection(selection.indices[:, :, row : row + 1], selection.counts[:, :, row : row + 1])
             probe.add(index, self.attend(part, first, last), self.attend(None, first, last))
+
+
+def empty_bias(scales: HeadScales, tokens: int) -> Tensor:
+    """Room for what the mean query adds to the scores of a document's keys (kernels.fp8_heads.key_bias)."""
+    kv_heads = len(scales.k)
+    return torch.empty(kv_heads, tokens, bias_columns(len(scales.q) // kv_heads), dtype=FP8, device=scales.k.device)
 
 
 def _leave_to_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
@@ -254,6 +261,8 @@ class _Call:
         config = None if context.dense else self.policy.config
         budget = replace(self.policy, config=config).budget(context.prompt_length, window)
         quantized = context.quantized.get(layer)
+        if quantized is not None and quantized.scales.q_mean is not None:
+            quantized = replace(quantized, bias=self.key_bias(context, quantized.scales))
         attend = partial(
             stem_prefill, q, k, v, scale=self.scale, window=window, sinks=self.sinks, quantized=quantized
         )  # fmt: skip
@@ -285,6 +294,15 @@ class _Call:
                     chunk.measure_only(probe, selection)
             raise PromptGoesOn
         return attend(config, budget, start=start, keys=keys, probe=probe, select=select)
+
+    def key_bias(self, context: PrefillContext, scales: HeadScales) -> Tensor:
+        """What the mean query adds to the scores of the document's keys so far; this chunk's are new."""
+        bias = context.bias.get(self.policy.layer)
+        if bias is None:
+            bias = empty_bias(scales, context.prompt_length)
+            context.bias[self.policy.layer] = bias
+        key_bias(self.k, scales, bias, context.start)
+        return bias
 
     def whole_cache(self) -> Tensor:
         """Plain `model(...)` and `model.generate(...)`: a prompt in one piece, or a few tokens after a cache.

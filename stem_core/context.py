@@ -39,12 +39,15 @@ class QuantizedKV:
     """Where one layer's keys and values lie in fp8 (kernels.fp8_heads), with the scales of its heads.
 
     k: float8_e4m3fn [Hkv, T, D]. vt: float8_e4m3fn [Hkv, D, T], 16 dividing T; values transposed, keys permuted.
+    bias: float8_e4m3fn [Hkv, T, columns], what the mean query adds to the keys' scores (kernels.fp8_heads.key_bias), in
+        the prefill of a layer whose scales have a q_mean; else None.
     In a prefill token t of the document is row t; in a decode step T is the whole arena.
     """
 
     k: Tensor
     vt: Tensor
     scales: HeadScales
+    bias: Tensor | None = None
 
 
 # Makes a sparse layer's selection in place of stem_core.selection.stem_selection: (layer, then its arguments).
@@ -64,6 +67,8 @@ class PrefillContext:
         noted.
     quantized: of the layers that are in fp8, the document's keys and values, this chunk's included: their attention
         runs in fp8, and the keys and values that the model hands over are those of the chunk alone.
+    bias: of those layers, what the mean query adds to the scores of the document's keys (QuantizedKV.bias), filled by
+        the attention.
     last_layer: the attention layer that runs last, if a chunk that the prompt goes on behind may end there: its keys
         and values are in the cache by then, and nobody reads what would follow (see PromptGoesOn).
     probe: gets the sparse layers' output errors; None: nothing is measured.
@@ -78,6 +83,7 @@ class PrefillContext:
     queries: dict[int, int] = field(default_factory=dict)
     attention_keys: dict[int, Tensor] | None = None
     quantized: Mapping[int, QuantizedKV] = field(default_factory=dict)
+    bias: dict[int, Tensor] = field(default_factory=dict)
     last_layer: int | None = None
     probe: ErrorProbe | None = None
     dense: bool = False

@@ -20,10 +20,12 @@ def attend_to_blocks(
     scale: float,
     window: int | None,
     round_weights: Callable[[Tensor], Tensor] | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See kernels.block_sparse_attention. Works a query block at a time on the keys that it keeps: no N x N tensor.
 
     round_weights: what becomes of the unnormalised probabilities before they are summed and meet the values (fp8).
+    bias: float32 [N, H, Lk], added to the products q k^T before they are scaled.
     Returns out [N, H, Lq, D] in q's dtype (a view of [N, Lq, H, D]) and lse float32 [N, H, Lq].
     """
     N, H, Lq, D = q.shape
@@ -46,6 +48,7 @@ def attend_to_blocks(
         else:
             tokens, keys, values = _gather(k, v, selection, row, block_size, query_start + end)
             queries = q[:, :, begin:end]
+            tokens_seen = tokens.clamp(max=query_start + end - 1)
         if window is None and not uneven:
             tokens = tokens[..., -block_size:]  # only keys of the query block itself can be hidden
         visible = tokens[..., None, :] <= positions[:, None]
@@ -53,7 +56,14 @@ def attend_to_blocks(
             visible &= tokens[..., None, :] > positions[:, None] - window
         if selection is None:
             visible = visible.repeat(1, 1, H // kv_heads, 1)
-        part, part_lse = _softmax_attention(queries, keys, values, visible, scale, round_weights)
+        added = None
+        if bias is not None:
+            if selection is None:
+                added = bias[:, :, first : query_start + end].unflatten(1, (kv_heads, -1))
+                added = added.repeat_interleave(end - begin, 2)
+            else:
+                added = bias.gather(2, tokens_seen)[:, :, None]
+        part, part_lse = _softmax_attention(queries, keys, values, visible, scale, round_weights, added)
         out[:, :, begin:end] = part.reshape(N, H, end - begin, D)
         lse[:, :, begin:end] = part_lse.reshape(N, H, end - begin)
     return out, lse
@@ -87,6 +97,7 @@ def _softmax_attention(
     visible: Tensor,
     scale: float,
     round_weights: Callable[[Tensor], Tensor] | None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of q [..., T, D] to k, v [..., K, D]: (out, lse), computed in float32 or wider.
 
@@ -94,6 +105,8 @@ def _softmax_attention(
     """
     compute = torch.promote_types(q.dtype, torch.float32)
     scores = torch.matmul(q.to(compute) * scale, k.to(compute).mT)
+    if bias is not None:
+        scores += bias * scale
     scores[..., -visible.shape[-1] :].masked_fill_(~visible, -torch.inf)
     largest = scores.amax(dim=-1, keepdim=True)
     weights = scores.sub_(largest).exp_()

@@ -81,7 +81,7 @@ def launch(
     operands: tuple[Any, ...],
     tensors: tuple[Tensor, ...],
     lse: Tensor | None,
-    scales: tuple[Tensor, ...],
+    own: tuple[Any, ...],
     selection: BlockSelection | None,
     query_start: int,
     block_size: int,
@@ -92,7 +92,7 @@ def launch(
 ) -> None:
     """Run `kernel` on `operands`: the tensors q, k, v and out, or descriptors of them.
 
-    scales: further arguments, after the selection. block_d: D padded. constants: what the kernel alone takes.
+    own: further arguments, after the selection. block_d: D padded. constants: what the kernel alone takes.
     """
     q, k, _, out = tensors
     N, H, Lq, D = q.shape
@@ -107,7 +107,7 @@ def launch(
         out if lse is None else lse,
         indices,
         counts,
-        *scales,
+        *own,
         *(stride for tensor in tensors for stride in tensor.stride()[:3]),
         Lq,
         query_start,

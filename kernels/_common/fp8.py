@@ -13,12 +13,19 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0  # largest finite e4m3fn
 # Keys are permuted within groups of this many.
 KEY_GROUP = 16
+# What the parts of a key's bias are multiplied with (kernels.fp8_heads.key_bias): four significant bits each, up to
+# 448 * 256.
+BIAS_WEIGHTS = (256.0, 16.0, 1.0, 0.0625)
+BIAS_PARTS = len(BIAS_WEIGHTS)
 _EVERY = torch.arange(256, dtype=torch.uint8).view(FP8).float()  # by its bits
 
 
 @dataclass(frozen=True)
 class HeadScales:
     """Scales of one layer: value = e4m3 * scale. q: float32 [H]; k, v: float32 [Hkv]; contiguous, above 0.
+
+    q_mean: float32 [H, D], contiguous; taken from queries before they are rounded, in a prefill. Its products with the
+    keys before those are rounded are added to the scores (kernels.fp8_heads.key_bias). None: nothing.
 
     k_shift: float32 [Hkv, D], contiguous; taken from keys before they are rounded, and never added again: it changes
     all logits of a query by the same, so that its softmax stays (unless it has sinks). None: nothing.
@@ -28,6 +35,7 @@ class HeadScales:
     k: Tensor
     v: Tensor
     k_shift: Tensor | None = None
+    q_mean: Tensor | None = None
 
     def shifted(self, k: Tensor) -> Tensor:
         """k [Hkv, ..., D] less the shift; float32 if there is one."""
@@ -46,7 +54,15 @@ class HeadScales:
                 )
             if not tensor.is_contiguous():
                 raise ValueError(f"scales.{name} must be contiguous")
-        shift = self.k_shift
+        mean, shift = self.q_mean, self.k_shift
+        if mean is not None and (
+            mean.ndim != 2 or len(mean) != heads or mean.dtype != torch.float32 or not mean.is_contiguous()
+            or mean.device != device
+        ):  # fmt: skip
+            raise ValueError(
+                f"scales.q_mean must be contiguous float32 [{heads}, D] on {device}, got {mean.dtype} "
+                f"{tuple(mean.shape)} on {mean.device}"
+            )
         if shift is not None and (
             shift.ndim != 2 or len(shift) != kv_heads or shift.dtype != torch.float32 or not shift.is_contiguous()
             or shift.device != device
@@ -80,6 +96,24 @@ def widen(values: Tensor) -> Tensor:
     if values.device.type != "cpu":
         return values.float()
     return _EVERY.index_select(0, values.contiguous().view(torch.uint8).flatten().int()).view(values.shape)
+
+
+def split_bias(bias: Tensor) -> Tensor:
+    """Biases, any shape -> e4m3 [..., BIAS_PARTS], whose sum times BIAS_WEIGHTS they are, to 2^-16 and saturated."""
+    parts = []
+    for weight in BIAS_WEIGHTS:
+        parts.append((bias / weight).float().clamp(-FP8_MAX, FP8_MAX).to(FP8))
+        bias = bias - widen(parts[-1]) * weight
+    return torch.stack(parts, dim=-1)
+
+
+def join_bias(parts: Tensor, group: int) -> Tensor:
+    """A bias as kernels take it, e4m3 [N, Hkv, T, columns], of `group` heads a KV head -> contiguous float32 [N, H, T].
+
+    Waits for nothing on a GPU."""
+    by_part = widen(parts[..., : group * BIAS_PARTS]).unflatten(-1, (group, BIAS_PARTS)).unbind(-1)
+    of_heads = torch.stack([part * weight for part, weight in zip(by_part, BIAS_WEIGHTS, strict=True)]).sum(0)
+    return of_heads.movedim(-1, 2).flatten(1, 2).contiguous()
 
 
 def store_order(values: Tensor) -> Tensor:

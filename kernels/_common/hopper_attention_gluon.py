@@ -35,7 +35,7 @@ HALF = 64  # query rows of one consumer warpgroup
 
 @gluon.jit
 def produce(
-    q_desc, k_desc, v_desc, indices, counts, order, q_s, k_s, v_s, q_full, q_empty, full, empty,
+    q_desc, k_desc, v_desc, indices, counts, order, own, q_s, k_s, v_s, q_full, q_empty, full, empty,
     rows, lanes, row0, max_blocks,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
     ORDERED: gl.constexpr, LOAD_BLOCKS: gl.constexpr,
@@ -63,13 +63,14 @@ def produce(
                 )
             q_phase ^= 1
             stage, phase = LOAD_BLOCKS(
-                k_desc, v_desc, kept, row0 + row, count, n, kv_head, k_s, v_s, full, empty, stage, phase, STAGES, DENSE
-            )
+                k_desc, v_desc, own, kept, row0 + row, count, n, head, kv_head, k_s, v_s, full, empty, stage, phase,
+                STAGES, DENSE, GROUP,
+            )  # fmt: skip
 
 
 @gluon.jit
 def consume(
-    WARPGROUP: gl.constexpr, o_desc, lse, counts, order, scales, q_s, k_s, v_s, one_s, o_s,
+    WARPGROUP: gl.constexpr, o_desc, lse, counts, order, own, q_s, k_s, v_s, o_s,
     q_full, q_empty, full, empty, rows, lanes, row0, n_queries, log2_scale,
     D: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
     ORDERED: gl.constexpr, WITH_LSE: gl.constexpr, DECLARE: gl.constexpr, ATTEND: gl.constexpr,
@@ -87,16 +88,16 @@ def consume(
             flat_head = n * (KV_HEADS * GROUP) + head
             count = row0 + row + 1 if DENSE else gl.load(counts + (flat_head * rows + row))
             stage, phase, q_phase = ATTEND(
-                WARPGROUP, o_desc, lse, scales, q, k_s, v_s, one_s, o_s, q_full, q_empty, full, empty,
+                WARPGROUP, o_desc, lse, own, q, k_s, v_s, o_s, q_full, q_empty, full, empty,
                 stage, phase, q_phase, n, head, kv_head, flat_head, row, count, n_queries, log2_scale,
-                D, STAGES, WITH_LSE,
+                D, STAGES, WITH_LSE, GROUP,
             )  # fmt: skip
     tma.store_wait(0)
 
 
 @gluon.jit
 def run_roles(
-    q_desc, k_desc, v_desc, o_desc, lse, indices, counts, order, scales, one_s,
+    q_desc, k_desc, v_desc, o_desc, lse, indices, counts, order, own,
     rows, lanes, row0, n_queries, max_blocks, log2_scale,
     D: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
     ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
@@ -104,7 +105,8 @@ def run_roles(
 ):  # fmt: skip
     """Shared memory, barriers (full = data has landed, empty = both warpgroups are done with it), three roles.
 
-    scales, one_s: handed on to ATTEND, which alone knows them. DECLARE: what a consumer declares before its tiles."""
+    own: handed on to LOAD_BLOCKS and ATTEND, which alone know it. DECLARE: what a consumer declares before its tiles.
+    """
     q_s = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, 64, D], q_desc.layout)
     k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, 128, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)  # noqa: RUF005
@@ -123,28 +125,40 @@ def run_roles(
     fence_async_shared()
     # The producer warp is padded to four: 12 warps with 168 registers at entry, then 240 / 240 / 24.
     gl.warp_specialize([
-        (consume, (0, o_desc, lse, counts, order, scales, q_s, k_s, v_s, one_s, o_s,
+        (consume, (0, o_desc, lse, counts, order, own, q_s, k_s, v_s, o_s,
                    q_full, q_empty, full, empty, rows, lanes, row0, n_queries, log2_scale,
                    D, KV_HEADS, GROUP, STAGES, DENSE, ORDERED, WITH_LSE, DECLARE, ATTEND)),
-        (consume, (1, o_desc, lse, counts, order, scales, q_s, k_s, v_s, one_s, o_s,
+        (consume, (1, o_desc, lse, counts, order, own, q_s, k_s, v_s, o_s,
                    q_full, q_empty, full, empty, rows, lanes, row0, n_queries, log2_scale,
                    D, KV_HEADS, GROUP, STAGES, DENSE, ORDERED, WITH_LSE, DECLARE, ATTEND)),
-        (produce, (q_desc, k_desc, v_desc, indices, counts, order, q_s, k_s, v_s, q_full, q_empty, full, empty,
+        (produce, (q_desc, k_desc, v_desc, indices, counts, order, own, q_s, k_s, v_s, q_full, q_empty, full, empty,
                    rows, lanes, row0, max_blocks, KV_HEADS, GROUP, STAGES, DENSE, ORDERED, LOAD_BLOCKS)),
     ], [4, 1], [240, 24])  # fmt: skip
 
 
 # ---------------------------------------------------------------- parts of a tile
 @gluon.jit
-def issue_scores(q, k_s, stage, D: gl.constexpr, S_LAYOUT: gl.constexpr):
-    """Q K^T of the block in a stage, float32 [64, 128], in flight."""
+def issue_scores(q, k_s, bias, stage, D: gl.constexpr, S_LAYOUT: gl.constexpr):
+    """Q K^T of the block in a stage, float32 [64, 128], in flight.
+
+    bias: None, or weights [64, 32] and parts [stages, 1, 1, 128, 32] of what is added for each key, in shared memory:
+    one more product, with which the sum begins. As numbers in registers they would cost the softmax 10% of its time."""
     key = k_s.index(stage).reshape([128, D]).permute((1, 0))
-    return warpgroup_mma(q, key, gl.zeros([64, 128], gl.float32, S_LAYOUT), use_acc=False, is_async=True)
+    s = gl.zeros([64, 128], gl.float32, S_LAYOUT)
+    if bias is None:
+        s = warpgroup_mma(q, key, s, use_acc=False, is_async=True)
+    else:
+        weights, parts = bias
+        s = warpgroup_mma(
+            weights, parts.index(stage).reshape([128, 32]).permute((1, 0)), s, use_acc=False, is_async=True
+        )
+        s = warpgroup_mma(q, key, s, is_async=True)
+    return s
 
 
 @gluon.jit
 def diagonal_scores(
-    WARPGROUP: gl.constexpr, q, k_s, full, empty, stage, phase,
+    WARPGROUP: gl.constexpr, q, k_s, bias, full, empty, stage, phase,
     D: gl.constexpr, STAGES: gl.constexpr, S_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Masked scores of the tile's first block, the diagonal one, and the next stage and phase.
@@ -152,7 +166,7 @@ def diagonal_scores(
     The causal mask also hides the keys past the last token, which TMA has filled with zeros: they lie behind every
     query of the prompt."""
     mbarrier.wait(full.index(stage), phase)
-    s = warpgroup_mma_wait(0, deps=[issue_scores(q, k_s, stage, D, S_LAYOUT)])
+    s = warpgroup_mma_wait(0, deps=[issue_scores(q, k_s, bias, stage, D, S_LAYOUT)])
     mbarrier.arrive(empty.index(stage))
     stage, phase = advance(stage, phase, STAGES)
     local = gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT)) + opaque(WARPGROUP * 64)
@@ -188,7 +202,7 @@ def launch(
     k: Tensor,
     v: Tensor,
     value_box: tuple[int, int],
-    scales: tuple[Tensor, ...],
+    own: tuple[Any, ...],
     selection: BlockSelection | None,
     query_start: int,
     scale: float,
@@ -198,7 +212,7 @@ def launch(
 ) -> tuple[Tensor, Tensor | None]:
     """Run `kernel` on q [N, H, Lq, D], on k and v cut to the tokens that may be read, and give (out in `dtype`, lse).
 
-    value_box: the last two dimensions of a block of v. scales: further arguments, after `order`. stages: of the ring.
+    value_box: the last two dimensions of a block of v. own: further arguments, after `order`. stages: of the ring.
     """
     N, H, Lq, D = q.shape
     kv_heads = k.shape[1]
@@ -218,7 +232,7 @@ def launch(
         indices,
         counts,
         counts if order is None else order,
-        *scales,
+        *own,
         rows,
         N * kv_heads,
         query_start // HOPPER_BLOCK,

@@ -26,15 +26,22 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from kernels._common.attention import HOPPER_BLOCK
-from kernels._common.hopper_attention_gluon import diagonal_scores, issue_scores, launch, run_roles, send, store_lse
+from kernels._common.hopper_attention_gluon import (
+    diagonal_scores,
+    issue_scores,
+    launch,
+    run_roles,
+    send,
+    store_lse,
+)
 from kernels._common.hopper_gluon import advance, growth_declare, growth_note, growth_seen, row_max, row_sum_partial
 from kernels._common.selection import BlockSelection
 
 
 @gluon.jit
 def load_blocks(
-    k_desc, v_desc, kept, diagonal, count, n, kv_head, k_s, v_s, full, empty, stage, phase,
-    STAGES: gl.constexpr, DENSE: gl.constexpr,
+    k_desc, v_desc, own, kept, diagonal, count, n, head, kv_head, k_s, v_s, full, empty, stage, phase,
+    STAGES: gl.constexpr, DENSE: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """count + 1 steps: K of block j (j < count), V of block j - 1. The diagonal block goes first."""
     TILE: gl.constexpr = k_desc.block_type.nbytes  # of V too
@@ -61,9 +68,9 @@ def load_blocks(
 
 @gluon.jit
 def attend(
-    WARPGROUP: gl.constexpr, o_desc, lse, scales, q, k_s, v_s, one_s, o_s, q_full, q_empty, full, empty,
+    WARPGROUP: gl.constexpr, o_desc, lse, own, q, k_s, v_s, o_s, q_full, q_empty, full, empty,
     stage, phase, q_phase, n, head, kv_head, flat_head, row, count, n_queries, log2_scale,
-    D: gl.constexpr, STAGES: gl.constexpr, WITH_LSE: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, WITH_LSE: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """64 query rows of one tile."""
     dtype: gl.constexpr = o_desc.dtype
@@ -75,7 +82,7 @@ def attend(
     # Prologue: the diagonal block.
     mbarrier.wait(q_full.index(WARPGROUP), q_phase)
     q_phase ^= 1
-    s, stage, phase = diagonal_scores(WARPGROUP, q, k_s, full, empty, stage, phase, D, STAGES, s_layout)
+    s, stage, phase = diagonal_scores(WARPGROUP, q, k_s, None, full, empty, stage, phase, D, STAGES, s_layout)
     m = row_max(s, row_layout)
     weights = gl.exp2(s * log2_scale - (m * log2_scale)[:, None])
     total = row_sum_partial(weights)
@@ -83,7 +90,7 @@ def attend(
     p = gl.convert_layout(weights.to(dtype), p_layout)
     mbarrier.wait(full.index(stage), phase)
     for _ in range(count - 1):
-        s = issue_scores(q, k_s, stage, D, s_layout)
+        s = issue_scores(q, k_s, None, stage, D, s_layout)
         o_next = warpgroup_mma(p, v_s.index(stage).reshape([128, D]), o, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
         m_next = growth_note(m, gl.maximum(m, row_max(s, row_layout)), WARPGROUP)
@@ -127,7 +134,7 @@ def block_sparse_attention_hopper(
     ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
 ):  # fmt: skip
     run_roles(
-        q_desc, k_desc, v_desc, o_desc, lse, indices, counts, order, None, None,
+        q_desc, k_desc, v_desc, o_desc, lse, indices, counts, order, None,
         rows, lanes, row0, n_queries, max_blocks, log2_scale,
         D, KV_HEADS, GROUP, STAGES, DENSE, ORDERED, WITH_LSE, load_blocks, growth_declare, attend,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from kernels._common.attention import HOPPER_DIMS, HOPPER_TYPES, check_prefill, 
 from kernels._common.fp8 import FP8, KEY_GROUP, HeadScales, fp8_obstacle
 from kernels._common.selection import BlockSelection
 from kernels.dispatch import Choice, on_its_gpu
+from kernels.fp8_heads import bias_columns
 
 # Tensor cores sum 32 products of fp8 at a time.
 BLOCK_SIZES = (32, 64, 128, 256)
@@ -23,12 +24,13 @@ def choose_block_sparse_attention_fp8(
     vt: Tensor | None = None,
     query_start: int = 0,
     window: int | None = None,
+    bias: Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Choice:
     """The implementation that `block_sparse_attention_fp8` uses for queries like `q` (only its shape and device count).
 
-    k, vt, query_start, window and dtype matter to the Hopper path only. Raises ValueError if `impl` names one that
-    cannot run, and for "auto" on a GPU without fp8.
+    k, vt, query_start, window, bias and dtype matter to the Hopper path only. Raises ValueError if `impl` names one
+    that cannot run, and for "auto" on a GPU without fp8.
     """
 
     def obstacle() -> str:
@@ -37,7 +39,7 @@ def choose_block_sparse_attention_fp8(
             wrong = f"the Hopper path takes D 64 and 128 and gives bfloat16 or float16, got {q.shape[-1]} and {dtype}"
         # Queries in another type stand for those that are quantised from them.
         read = (tensor for tensor in (q, k, vt) if tensor is not None and tensor.dtype == FP8)
-        return hopper_obstacle(q.device, wrong, block_size, query_start, window, read)
+        return hopper_obstacle(q.device, wrong, block_size, query_start, window, (*read, bias))
 
     return choose_with_hopper("block_sparse_attention_fp8", q.device, impl, obstacle, missing=fp8_obstacle(q.device))
 
@@ -54,11 +56,12 @@ def block_sparse_attention_fp8(
     block_size: int = 128,
     scale: float | None = None,
     window: int | None = None,
+    bias: Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
     return_lse: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(q k^T * scale) v as `kernels.block_sparse_attention`, of e4m3 operands with one scale a head.
+    """softmax((q k^T + bias) * scale) v as `kernels.block_sparse_attention`, of e4m3 operands with one scale a head.
 
     q: float8_e4m3fn [N, H, Lq, D], the tokens [query_start, query_start + Lq), of which there must be a multiple of
         block_size before the first if there is a selection.
@@ -67,33 +70,38 @@ def block_sparse_attention_fp8(
         adds must be finite (`kernels.fp8_heads.write_kv` writes zeros). Any strides with a contiguous last dimension.
     scales: what the operands are to be multiplied with, by head.
     selection, scale, window, return_lse: as for `kernels.block_sparse_attention`.
+    bias: float8_e4m3fn [N, Hkv, T, columns], T >= query_start + Lq: what is added to the products of a key, in their
+        units, as kernels.fp8_heads.key_bias writes it: what the mean that was taken from the queries adds. None:
+        nothing.
     dtype: of the output. P is rounded to e4m3 too, times 2^8. Products are summed on two levels: up to 128 keys by the
         tensor core, which on Hopper keeps about 14 bits of such a sum, and those sums in float32.
     Returns out [N, H, Lq, D] (memory laid out [N, Lq, H, D]) and with `return_lse` float32 [N, H, Lq].
     Raises ValueError for shapes or types that do not fit, or where fp8 cannot run.
     """
-    _check(q, k, vt, scales, selection, query_start, block_size, scale, window)
+    _check(q, k, vt, scales, selection, query_start, block_size, scale, window, bias)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     blocks = 128 if selection is None else block_size
     choice = choose_block_sparse_attention_fp8(
-        q, blocks, impl, k=k, vt=vt, query_start=query_start, window=window, dtype=dtype
+        q, blocks, impl, k=k, vt=vt, query_start=query_start, window=window, bias=bias, dtype=dtype
     )
     lse: Tensor | None
     if choice.impl == "gluon":
         from kernels.block_sparse_attention_fp8 import gluon
 
-        out, lse = gluon.block_sparse_attention_fp8(q, k, vt, scales, selection, query_start, scale, dtype, return_lse)
+        out, lse = gluon.block_sparse_attention_fp8(
+            q, k, vt, scales, selection, query_start, scale, bias, dtype, return_lse
+        )
     elif choice.impl == "triton":
         from kernels.block_sparse_attention_fp8 import triton
 
         out, lse = triton.block_sparse_attention_fp8(
-            q, k, vt, scales, selection, query_start, block_size, scale, window, dtype, return_lse
+            q, k, vt, scales, selection, query_start, block_size, scale, window, bias, dtype, return_lse
         )
     else:
         from kernels.block_sparse_attention_fp8 import reference
 
         out, lse = reference.block_sparse_attention_fp8(
-            q, k, vt, scales, selection, query_start, block_size, scale, window, dtype
+            q, k, vt, scales, selection, query_start, block_size, scale, window, bias, dtype
         )
     if not return_lse:
         return out
@@ -111,6 +119,7 @@ def _check(
     block_size: int,
     scale: float | None,
     window: int | None,
+    bias: Tensor | None,
 ) -> None:
     shapes = f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(vt.shape)}"
     if q.ndim != 4 or k.ndim != 4 or vt.ndim != 4:
@@ -127,6 +136,18 @@ def _check(
         raise ValueError(
             f"queries [{query_start}, {known}) must lie inside the {k.shape[2]} keys, and vt hold {known} values "
             f"rounded up to {KEY_GROUP}, got {vt.shape[3]}"
+        )
+    columns = bias_columns(H // k.shape[1])
+    if bias is not None and (
+        bias.ndim != 4
+        or (bias.shape[0], bias.shape[1], bias.shape[3]) != (N, k.shape[1], columns)
+        or bias.shape[2] < known
+        or bias.dtype != FP8
+        or bias.stride(-1) != 1
+    ):
+        raise ValueError(
+            f"bias must be {FP8} [{N}, {k.shape[1]}, at least {known}, {columns}] with a contiguous last dimension, "
+            f"got {bias.dtype} {tuple(bias.shape)}"
         )
     check_prefill(q, selection, query_start, block_size, BLOCK_SIZES, scale, window)
     scales.check(H, k.shape[1], q.device)

@@ -16,7 +16,8 @@ over a whole row of 32K positive values came out 57% too small. Each block's P V
 float32 (the same multiply-add that rescales O). Both halves of D share the 32 registers of that partial sum, which a
 whole one would spill. The row sums are of P as rounded to e4m3 and cost no additions: a product with ones.
 
-A stage of the ring holds (K_{j+1}, V_{j-1}): one full and one empty barrier a step. P is scaled by 2^8 and stays in
+A stage of the ring holds (K_{j+1}, V_{j-1}) and, where there is one, the parts of the bias of block j + 1, with
+which S_{j+1} begins: one full and one empty barrier a step. P is scaled by 2^8 and stays in
 registers; its columns need no shuffle because V^T is stored with its keys permuted (kernels.fp8_heads).
 """
 
@@ -27,10 +28,18 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels._common.attention import HOPPER_BLOCK
-from kernels._common.fp8 import KEY_GROUP, HeadScales
-from kernels._common.hopper_attention_gluon import diagonal_scores, issue_scores, launch, run_roles, send, store_lse
+from kernels._common.fp8 import BIAS_PARTS, KEY_GROUP, HeadScales
+from kernels._common.hopper_attention_gluon import (
+    diagonal_scores,
+    issue_scores,
+    launch,
+    run_roles,
+    send,
+    store_lse,
+)
 from kernels._common.hopper_fp8_gluon import halves, pack_fp8, weights_operand
 from kernels._common.hopper_gluon import advance, row_max
 from kernels._common.selection import BlockSelection
@@ -40,11 +49,14 @@ from kernels.block_sparse_attention_fp8.step import WEIGHT_BITS, issue_half, iss
 
 @gluon.jit
 def load_blocks(
-    k_desc, v_desc, kept, diagonal, count, n, kv_head, k_s, v_s, full, empty, stage, phase,
-    STAGES: gl.constexpr, DENSE: gl.constexpr,
+    k_desc, v_desc, own, kept, diagonal, count, n, head, kv_head, k_s, v_s, full, empty, stage, phase,
+    STAGES: gl.constexpr, DENSE: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """count + 2 steps: K of block j (j < count), V of block j - 2."""
+    scales, one_s, bias_desc, bias = own
     TILE: gl.constexpr = k_desc.block_type.nbytes  # of V^T too
+    column = head % GROUP // 4 * 16  # TMA takes multiples of 16 bytes
+    BIAS: gl.constexpr = 0 if bias_desc is None else bias_desc.block_type.nbytes
     # The diagonal block, then the others. block, block1, block2 are blocks j, j - 1 and j - 2; they start as
     # different values: Triton finds what a loop carries by comparing handles, and would drop block2 = block1.
     block = diagonal
@@ -61,15 +73,20 @@ def load_blocks(
                 )
             else:
                 if j < 2:
-                    mbarrier.expect(full.index(stage), TILE)
+                    mbarrier.expect(full.index(stage), TILE + BIAS)
                 else:
-                    mbarrier.expect(full.index(stage), 2 * TILE)
+                    mbarrier.expect(full.index(stage), 2 * TILE + BIAS)
                     tma.async_copy_global_to_shared(
                         v_desc, [n, kv_head, 0, block2 * 128], full.index(stage), v_s.index(stage)
                     )
                 tma.async_copy_global_to_shared(
                     k_desc, [n, kv_head, block * 128, 0], full.index(stage), k_s.index(stage)
                 )
+                if bias_desc is not None:
+                    weights, parts = bias
+                    tma.async_copy_global_to_shared(
+                        bias_desc, [n, kv_head, block * 128, column], full.index(stage), parts.index(stage)
+                    )
             stage, phase = advance(stage, phase, STAGES)
         block2 = block1
         block1 = block
@@ -79,21 +96,25 @@ def load_blocks(
 
 @gluon.jit
 def attend(
-    WARPGROUP: gl.constexpr, o_desc, lse, scales, q, k_s, v_s, one_s, o_s, q_full, q_empty, full, empty,
+    WARPGROUP: gl.constexpr, o_desc, lse, own, q, k_s, v_s, o_s, q_full, q_empty, full, empty,
     stage, phase, q_phase, n, head, kv_head, flat_head, row, count, n_queries, log2_scale,
-    D: gl.constexpr, STAGES: gl.constexpr, WITH_LSE: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, WITH_LSE: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """64 query rows of one tile."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     h_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // 2, 32])
     t_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
+    scales, one_s, bias_desc, shared_bias = own
+    bias = shared_bias
+    if bias_desc is not None:
+        bias = (shared_bias[0].index(head % GROUP % 4), shared_bias[1])
     q_scale, k_scale, v_scale = scales
     ones = one_s.permute((1, 0))
     factor = gl.load(q_scale + head) * gl.load(k_scale + kv_head) * log2_scale
     mbarrier.wait(q_full.index(WARPGROUP), q_phase)
     q_phase ^= 1
-    s, stage, phase = diagonal_scores(WARPGROUP, q, k_s, full, empty, stage, phase, D, STAGES, s_layout)
+    s, stage, phase = diagonal_scores(WARPGROUP, q, k_s, bias, full, empty, stage, phase, D, STAGES, s_layout)
     m = row_max(s, row_layout) * factor
     x_a, x_b = halves(s * factor - (m - WEIGHT_BITS)[:, None])
     packed_a = pack_fp8(gl.exp2(x_a))
@@ -104,7 +125,7 @@ def attend(
     total = gl.zeros([64, 8], gl.float32, t_layout)
     mbarrier.wait(full.index(stage), phase)
     if count > 1:
-        s = warpgroup_mma_wait(0, deps=[issue_scores(q, k_s, stage, D, s_layout)])
+        s = warpgroup_mma_wait(0, deps=[issue_scores(q, k_s, bias, stage, D, s_layout)])
         mbarrier.arrive(empty.index(stage))
         stage, phase = advance(stage, phase, STAGES)
         m_next = gl.maximum(m, row_max(s, row_layout) * factor)
@@ -115,11 +136,11 @@ def attend(
         mbarrier.wait(full.index(stage), phase)
         for _ in range(count - 2):
             stage, phase, x, packed_a, packed_b, o_lo, o_hi, total, shrink0, shrink, m = step(
-                q, k_s, v_s, ones, full, empty, stage, phase, x, packed_a, packed_b, o_lo, o_hi, total,
+                q, k_s, v_s, bias, ones, full, empty, stage, phase, x, packed_a, packed_b, o_lo, o_hi, total,
                 shrink0, shrink, m, factor, count, STAGES, D, s_layout, h_layout, t_layout, True,
             )  # fmt: skip
         stage, phase, x, packed_a, packed_b, o_lo, o_hi, total, shrink0, shrink, m = step(
-            q, k_s, v_s, ones, full, empty, stage, phase, x, packed_a, packed_b, o_lo, o_hi, total,
+            q, k_s, v_s, bias, ones, full, empty, stage, phase, x, packed_a, packed_b, o_lo, o_hi, total,
             shrink0, shrink, m, factor, count, STAGES, D, s_layout, h_layout, t_layout, False,
         )  # fmt: skip
     # The last block's P V, normalisation, output.
@@ -147,6 +168,18 @@ def attend(
 
 
 @gluon.jit
+def bias_weights(HEAD: gl.constexpr):
+    """BIAS_WEIGHTS in the columns of head HEAD of four, and zeros: by their bits, int8 [64, 32]."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
+    column = gl.arange(0, 32, gl.SliceLayout(0, layout))[None, :].broadcast_to([64, 32]) - 4 * HEAD
+    bits = gl.full([64, 32], 0, gl.int8, layout)
+    bits = gl.where(column == 0, gl.full([64, 32], 0x78, gl.int8, layout), bits)
+    bits = gl.where(column == 1, gl.full([64, 32], 0x58, gl.int8, layout), bits)
+    bits = gl.where(column == 2, gl.full([64, 32], 0x38, gl.int8, layout), bits)
+    return gl.where(column == 3, gl.full([64, 32], 0x18, gl.int8, layout), bits)
+
+
+@gluon.jit
 def declare_nothing(WARPGROUP: gl.constexpr):
     pass
 
@@ -154,7 +187,7 @@ def declare_nothing(WARPGROUP: gl.constexpr):
 # Lengths change from call to call: specialising on them (== 1, % 16 == 0) would only compile the kernel again.
 @gluon.jit(do_not_specialize=["rows", "lanes", "row0", "n_queries", "max_blocks"])
 def block_sparse_attention_fp8_hopper(
-    q_desc, k_desc, v_desc, o_desc, lse, indices, counts, order, q_scale, k_scale, v_scale,
+    q_desc, k_desc, v_desc, o_desc, lse, indices, counts, order, q_scale, k_scale, v_scale, bias_desc,
     rows, lanes, row0, n_queries, max_blocks, log2_scale,
     D: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
     ORDERED: gl.constexpr, WITH_LSE: gl.constexpr,
@@ -163,11 +196,31 @@ def block_sparse_attention_fp8_hopper(
     # 1.0 by its bits: ptxas 12.8 converts a constant to fp8 wrongly.
     bits = gl.full([8, 128], 0x38, gl.int8, gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
     one_s.store(bits.to(k_desc.dtype, bitcast=True))
+    scales = (q_scale, k_scale, v_scale)
+    if bias_desc is None:
+        own = (scales, one_s, bias_desc, bias_desc)
+    else:
+        weights = gl.allocate_shared_memory(
+            k_desc.dtype, [4, 64, 32], gl.NVMMASharedLayout(32, element_bitwidth=8, rank=2)
+        )
+        for i in gl.static_range(4):
+            weights.index(i).store(bias_weights(i).to(k_desc.dtype, bitcast=True))
+        parts = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, 128, 32], bias_desc.layout)
+        own = (scales, one_s, bias_desc, (weights, parts))  # type: ignore[assignment]
     run_roles(
-        q_desc, k_desc, v_desc, o_desc, lse, indices, counts, order, (q_scale, k_scale, v_scale), one_s,
+        q_desc, k_desc, v_desc, o_desc, lse, indices, counts, order, own,
         rows, lanes, row0, n_queries, max_blocks, log2_scale,
         D, KV_HEADS, GROUP, STAGES, DENSE, ORDERED, WITH_LSE, load_blocks, declare_nothing, attend,
     )  # fmt: skip
+
+
+def _bias_descriptor(bias: Tensor, known: int, group: int) -> TensorDescriptor:
+    """Of bias [N, Hkv, T, columns]: boxes of 32 columns, as many as a wgmma multiplies. Keys that are not there and
+    columns behind the last head's are zeros; those of other heads are multiplied by 0 and have to be finite."""
+    seen = bias[:, :, :known, : group * BIAS_PARTS]
+    strides = [stride if length > 1 else 16 for length, stride in zip(seen.shape[:-1], seen.stride()[:-1], strict=True)]
+    layout = gl.NVMMASharedLayout(32, element_bitwidth=8, rank=4)
+    return TensorDescriptor(seen, list(seen.shape), [*strides, 1], [1, 1, HOPPER_BLOCK, 32], layout)
 
 
 def block_sparse_attention_fp8(
@@ -178,14 +231,17 @@ def block_sparse_attention_fp8(
     selection: BlockSelection | None,
     query_start: int,
     scale: float,
+    bias: Tensor | None,
     dtype: torch.dtype,
     return_lse: bool,
     stages: int = 4,
 ) -> tuple[Tensor, Tensor | None]:
     """See kernels.block_sparse_attention_fp8, which has checked shapes, types, strides and the device."""
     known = query_start + q.shape[2]  # what lies past it is never read, but for the values that share its group of 16
+    group = q.shape[1] // k.shape[1]
     values = vt[..., : ceil_div(known, KEY_GROUP) * KEY_GROUP]
     return launch(
         block_sparse_attention_fp8_hopper, q, k[:, :, :known], values, (q.shape[-1], HOPPER_BLOCK),
-        (scales.q, scales.k, scales.v), selection, query_start, scale, dtype, return_lse, stages,
+        (scales.q, scales.k, scales.v, None if bias is None else _bias_descriptor(bias, known, group)),
+        selection, query_start, scale, dtype, return_lse, stages,
     )  # fmt: skip

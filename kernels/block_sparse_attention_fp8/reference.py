@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels._common.attention_reference import attend_to_blocks
-from kernels._common.fp8 import FP8, HeadScales, restore_keys, widen
+from kernels._common.fp8 import FP8, HeadScales, join_bias, restore_keys, widen
 from kernels._common.selection import BlockSelection
 
 # Probabilities are at most 1: times 2^8 they use e4m3 down to 2^-17 of the row's largest.
@@ -28,6 +28,7 @@ def block_sparse_attention_fp8(
     block_size: int,
     scale: float,
     window: int | None,
+    bias: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """See kernels.block_sparse_attention_fp8. Products and sums in float32. The sum that P is divided by is of P as
@@ -36,7 +37,7 @@ def block_sparse_attention_fp8(
     The kernels differ: they round P relative to the largest score so far, not to the row's, and the portable one
     divides by the sum of P before it is rounded, whose bias many keys even out (a tenth of a percent at 1,000).
     """
-    known = query_start + q.shape[2]
+    known, group = query_start + q.shape[2], q.shape[1] // k.shape[1]
     v = restore_keys(vt[..., : -(-known // 16) * 16])[..., :known].mT
     out, lse = attend_to_blocks(
         widen(q) * scales.q[:, None, None],
@@ -48,5 +49,6 @@ def block_sparse_attention_fp8(
         scale,
         window,
         round_weights,
+        None if bias is None else join_bias(bias, group) * (scales.q * scales.k.repeat_interleave(group))[:, None],
     )
     return out.to(dtype), lse

@@ -35,8 +35,8 @@ def rescale(x, factor, more):
 
 @gluon.jit
 def step(
-    q, k_s, v_s, ones, full, empty, stage, phase, x, packed_a, packed_b, o_lo, o_hi, total, shrink0, shrink, m, factor,
-    count, STAGES: gl.constexpr, D: gl.constexpr, S_LAYOUT: gl.constexpr, H_LAYOUT: gl.constexpr,
+    q, k_s, v_s, bias, ones, full, empty, stage, phase, x, packed_a, packed_b, o_lo, o_hi, total, shrink0, shrink, m,
+    factor, count, STAGES: gl.constexpr, D: gl.constexpr, S_LAYOUT: gl.constexpr, H_LAYOUT: gl.constexpr,
     T_LAYOUT: gl.constexpr, MORE: gl.constexpr,
 ):  # fmt: skip
     """One block. shrink0 belongs to the block whose P is packed, shrink to the block whose scores are x.
@@ -56,7 +56,7 @@ def step(
     hi = issue_half(p, v_s, stage, 1, D, H_LAYOUT)
     sums = issue_total(p, ones, T_LAYOUT)
     if MORE:
-        s = issue_scores(q, k_s, stage, D, S_LAYOUT)
+        s = issue_scores(q, k_s, bias, stage, D, S_LAYOUT)
     fence(count)
     p_b = gl.exp2(x_b)
     current = stage

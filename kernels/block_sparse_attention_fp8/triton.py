@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels import device
 from kernels._common.attention import allocate_output
 from kernels._common.attention_triton import Tiling, hide, keys_before, launch, place_of_tile, token_of_step
-from kernels._common.fp8 import HeadScales
+from kernels._common.fp8 import HeadScales, join_bias
 from kernels._common.fp8_triton import key_at
 from kernels._common.selection import BlockSelection
 from kernels._common.sizes import power_of_2
@@ -24,11 +24,12 @@ WEIGHT_BITS = tl.constexpr(8.0)  # P times 2^8: e4m3 then covers 2^-17 .. 1 of t
 
 @triton.jit
 def _step(
-    acc, m, total, q, k, vt, k_stride_t, v_stride_d, token, positions, known, factor, window,
+    acc, m, total, q, k, vt, bias, k_stride_t, v_stride_d, token, positions, known, factor, window,
     TILE_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the keys [token, token + TILE_N) of one head; 16 divides token. CAUSAL: with causal mask and
-    bounds. m and total are in the log2 domain of scores * factor, total times 2^WEIGHT_BITS."""
+    bounds. bias: None, or where this head's begins. m and total are in the log2 domain of scores * factor, total times
+    2^WEIGHT_BITS."""
     place = tl.arange(0, TILE_N)
     dims = tl.arange(0, BLOCK_D)
     keys = token + key_at(place)
@@ -48,6 +49,8 @@ def _step(
         key_tile = tl.load(k_pointers)
         value_tile = tl.load(v_pointers)
     s = tl.dot(q, tl.trans(key_tile))
+    if bias is not None:
+        s += (tl.load(bias + keys, inside, other=0.0) if CAUSAL else tl.load(bias + keys))[None, :]
     s = hide(s, positions, keys, window, CAUSAL, WINDOW)
     m_next = tl.maximum(m, tl.max(s, 1) * factor)
     # With a window a row may not have met a visible key yet: -inf - -inf would be NaN.
@@ -65,7 +68,8 @@ def _step(
 # Lengths change from call to call: specialising on them would only compile the kernel again.
 @triton.jit(do_not_specialize=["n_queries", "query_start", "rows", "max_blocks", "window"])
 def block_sparse_attention_fp8_kernel(
-    q, k, vt, out, lse, indices, counts, q_scale, k_scale, v_scale,
+    q, k, vt, out, lse, indices, counts, q_scale, k_scale, v_scale, bias,
+    bias_stride_h,
     q_stride_n, q_stride_h, q_stride_t, k_stride_n, k_stride_h, k_stride_t,
     v_stride_n, v_stride_h, v_stride_d, out_stride_n, out_stride_h, out_stride_t,
     n_queries, query_start, rows, max_blocks, log2_scale, window,
@@ -92,6 +96,8 @@ def block_sparse_attention_fp8_kernel(
     k += n.to(tl.int64) * k_stride_n + kv_head.to(tl.int64) * k_stride_h
     vt += n.to(tl.int64) * v_stride_n + kv_head.to(tl.int64) * v_stride_h
     query = tl.load(q + offsets.to(tl.int64)[:, None] * q_stride_t + dims[None, :], inside, other=0.0)
+    if bias is not None:
+        bias += flat_head.to(tl.int64) * bias_stride_h
     factor = tl.load(q_scale + head) * tl.load(k_scale + kv_head) * log2_scale
     m = tl.full([TILE_M], -float("inf"), tl.float32)
     total = tl.zeros([TILE_M], tl.float32)
@@ -101,7 +107,7 @@ def block_sparse_attention_fp8_kernel(
     diagonal = first // TILE_N * TILE_N if DENSE else (query_start // BLOCK_SIZE + row) * BLOCK_SIZE
     for token in tl.range(diagonal, tl.minimum(first + TILE_M, known), TILE_N, num_stages=1):
         acc, m, total = _step(
-            acc, m, total, query, k, vt, k_stride_t, v_stride_d, token, positions, known, factor, window,
+            acc, m, total, query, k, vt, bias, k_stride_t, v_stride_d, token, positions, known, factor, window,
             TILE_N, D, BLOCK_D, True, WINDOW,
         )  # fmt: skip
 
@@ -113,7 +119,7 @@ def block_sparse_attention_fp8_kernel(
     for index in range(begin, end):
         token = token_of_step(index, kept, BLOCK_SIZE, PER_BLOCK, TILE_N, DENSE)
         acc, m, total = _step(
-            acc, m, total, query, k, vt, k_stride_t, v_stride_d, token, positions, known, factor, window,
+            acc, m, total, query, k, vt, bias, k_stride_t, v_stride_d, token, positions, known, factor, window,
             TILE_N, D, BLOCK_D, False, WINDOW,
         )  # fmt: skip
 
@@ -147,6 +153,7 @@ def block_sparse_attention_fp8(
     block_size: int,
     scale: float,
     window: int | None,
+    bias: Tensor | None,
     dtype: torch.dtype,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -155,8 +162,13 @@ def block_sparse_attention_fp8(
     out, lse = allocate_output(q, dtype, return_lse)
     tiling = choose_tiling(device.capability(q.device), block_d, block_size if selection is not None else None)
     tensors = (q, k, vt, out)
+    # As numbers that are added, [N, H, T]: as one more product, which the Hopper path makes of the parts, ptxas 12.8
+    # gives the weights registers that it never writes.
+    known = query_start + q.shape[2]
+    added = None if bias is None else join_bias(bias[:, :, :known], q.shape[1] // k.shape[1])
+    of_bias = (added, 0 if added is None else known)
     launch(
-        block_sparse_attention_fp8_kernel, tiling, tensors, tensors, lse, (scales.q, scales.k, scales.v),
-        selection, query_start, block_size, block_d, scale, window,
+        block_sparse_attention_fp8_kernel, tiling, tensors, tensors, lse,
+        (scales.q, scales.k, scales.v, *of_bias), selection, query_start, block_size, block_d, scale, window,
     )  # fmt: skip
     return out, lse

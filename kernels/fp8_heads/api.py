@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._common.fp8 import FP8, KEY_GROUP, HeadScales
+from kernels._common.fp8 import BIAS_PARTS, FP8, KEY_GROUP, HeadScales
 from kernels._common.rows import check_floating, check_rows, choose_row_kernel
 from kernels.dispatch import Choice, implementation, on_its_gpu
 
@@ -16,10 +16,11 @@ def choose_fp8_heads(device: torch.device, impl: str = "auto") -> Choice:
 
 
 @on_its_gpu
-def quantize_heads(x: Tensor, scale: Tensor, *, impl: str = "auto") -> Tensor:
-    """x / scale in e4m3, saturated at +-448 (infinities too; NaN stays NaN).
+def quantize_heads(x: Tensor, scale: Tensor, mean: Tensor | None = None, *, impl: str = "auto") -> Tensor:
+    """(x - mean) / scale in e4m3, saturated at +-448 (infinities too; NaN stays NaN).
 
     x: [N, H, L, D] bfloat16, float16 or float32, any strides with a contiguous last dimension. scale: float32 [H].
+    mean: float32 [H, D], contiguous; None: nothing.
     Returns float8_e4m3fn [N, H, L, D], a view of [N, L, H, D]. Raises ValueError for shapes or types that do not fit.
     """
     choice = choose_fp8_heads(x.device, impl)
@@ -29,7 +30,44 @@ def quantize_heads(x: Tensor, scale: Tensor, *, impl: str = "auto") -> Tensor:
             f"quantize_heads takes x [N, H, L, D] and a contiguous float32 scale [H], got {tuple(x.shape)}, "
             f"{scale.dtype} {tuple(scale.shape)}"
         )
-    return implementation("fp8_heads", choice).quantize_heads(x, scale)
+    if mean is not None:
+        _check_mean("quantize_heads", mean, x.shape[1], x.shape[3])
+    return implementation("fp8_heads", choice).quantize_heads(x, scale, mean)
+
+
+@on_its_gpu
+def key_bias(k: Tensor, scales: HeadScales, bias: Tensor, start: int, *, impl: str = "auto") -> None:
+    """Write what the mean query adds to the scores of a chunk's keys, in units of products of rounded queries and keys:
+    scales.q_mean . (k[t] - scales.k_shift) / (scales.q * scales.k).
+
+    A bias lies in BIAS_PARTS numbers of e4m3, to be multiplied with BIAS_WEIGHTS and added: tensor cores do that on the
+    way to the scores, which costs little. It is exact to 2^-16 of itself or to 2^-14, and saturated at 448 * 256.
+
+    k: [1, Hkv, L, D] bfloat16, float16 or float32 (positions encoded, not rounded to fp8), any strides with a
+        contiguous last dimension. bias: float8_e4m3fn [Hkv, T, bias_columns(heads of a KV head)], contiguous, T >=
+        start + L: head g of a KV head has the columns [4g, 4g + 4) of the rows [start, start + L), which are written.
+        A key's sums depend on nothing but the key. Raises ValueError for what does not fit.
+    """
+    choice = choose_fp8_heads(k.device, impl)
+    check_floating("key_bias", k, backward=choice.impl == "reference")
+    if k.ndim != 4 or k.shape[0] != 1:
+        raise ValueError(f"key_bias takes k [1, Hkv, L, D], got {tuple(k.shape)}")
+    heads, kv_heads = len(scales.q), k.shape[1]
+    scales.check(None, kv_heads, k.device)
+    if scales.q_mean is None or heads % kv_heads:
+        raise ValueError(
+            f"key_bias needs scales with a q_mean for a multiple of {kv_heads} heads, got {heads} heads and "
+            f"{'no' if scales.q_mean is None else 'a'} q_mean"
+        )
+    _check_mean("key_bias", scales.q_mean, heads, k.shape[3])
+    columns, end = bias_columns(heads // kv_heads), start + k.shape[2]
+    if bias.ndim != 3 or bias.shape[::2] != (kv_heads, columns) or bias.dtype != FP8 or not bias.is_contiguous():
+        raise ValueError(
+            f"key_bias: bias must be contiguous {FP8} [{kv_heads}, T, {columns}], got {bias.dtype} {tuple(bias.shape)}"
+        )
+    if start < 0 or end > bias.shape[1]:
+        raise ValueError(f"key_bias: the chunk [{start}, {end}) must lie inside the {bias.shape[1]} rows of bias")
+    implementation("fp8_heads", choice).key_bias(k, scales, bias, start)
 
 
 @on_its_gpu
@@ -90,6 +128,18 @@ def append_kv(
     if run < 1:
         raise ValueError(f"append_kv: run must be at least 1, got {run}")
     implementation("fp8_heads", choice).append_kv(k, v, scales, k_arena, vt_arena, slots, run)
+
+
+def bias_columns(group: int) -> int:
+    """Columns of a bias of `group` query heads a KV head: BIAS_PARTS each, rounded up to what TMA can address."""
+    return -(-group * BIAS_PARTS // 16) * 16
+
+
+def _check_mean(op: str, mean: Tensor, heads: int, dim: int) -> None:
+    if mean.shape != (heads, dim) or mean.dtype != torch.float32 or not mean.is_contiguous():
+        raise ValueError(
+            f"{op}: the mean must be contiguous float32 [{heads}, {dim}], got {mean.dtype} {tuple(mean.shape)}"
+        )
 
 
 def _check_arena(op: str, heads: int, dim: int, scales: HeadScales, k_arena: Tensor, vt_arena: Tensor) -> None:

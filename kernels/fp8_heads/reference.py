@@ -5,12 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._common.fp8 import KEY_GROUP, HeadScales, quantize, restore_keys, store_order
+from kernels._common.fp8 import KEY_GROUP, HeadScales, quantize, restore_keys, split_bias, store_order
 
 
-def quantize_heads(x: Tensor, scale: Tensor) -> Tensor:
+def quantize_heads(x: Tensor, scale: Tensor, mean: Tensor | None) -> Tensor:
     """See kernels.fp8_heads."""
+    if mean is not None:
+        x = x.float() - mean[:, None]
     return quantize(x.transpose(1, 2), scale[:, None]).contiguous().transpose(1, 2)
+
+
+def key_bias(k: Tensor, scales: HeadScales, bias: Tensor, start: int) -> None:
+    """See kernels.fp8_heads. Sums in float64, so that they do not depend on how many keys there are."""
+    assert scales.q_mean is not None
+    kv_heads, tokens, dim = k.shape[1:]
+    means = (scales.q_mean.double() / scales.q[:, None]).view(kv_heads, -1, dim)
+    products = means @ scales.shifted(k[0]).double().mT / scales.k[:, None, None]  # [Hkv, G, L]
+    parts = split_bias(products).movedim(1, 2).flatten(2)
+    bias[:, start : start + tokens, : parts.shape[-1]] = parts
 
 
 def write_kv(k: Tensor, v: Tensor, scales: HeadScales, k_arena: Tensor, vt_arena: Tensor, start: int) -> None:

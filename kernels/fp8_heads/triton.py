@@ -7,17 +7,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.fp8 import FP8, KEY_GROUP, HeadScales
+from kernels._common.fp8 import BIAS_PARTS, FP8, KEY_GROUP, HeadScales
 from kernels._common.fp8_triton import key_at, place_of, to_fp8
 
 GROUP = tl.constexpr(KEY_GROUP)
+PARTS = tl.constexpr(BIAS_PARTS)
 # Of a program. Transposed values are stored in runs of this many bytes: whole lines of the cache.
 TOKENS = 128
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def quantize_kernel(
-    x, y, scale, tokens, stride_n, stride_h, stride_t, D: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr
+    x, y, scale, mean, tokens, stride_n, stride_h, stride_t,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Program (head, token tile, n). y: [N, tokens, H, D], contiguous."""
     head = tl.program_id(0)
@@ -27,8 +29,36 @@ def quantize_kernel(
     inside = (token < tokens)[:, None] & (d < D)[None, :]
     x += n * stride_n + head.to(tl.int64) * stride_h
     tile = tl.load(x + token.to(tl.int64)[:, None] * stride_t + d[None, :], inside, other=0.0)
+    if mean is not None:
+        tile = tile.to(tl.float32) - tl.load(mean + head * D + d, d < D, other=0.0)[None, :]
     row = (n * tokens + token) * tl.num_programs(0) + head
     tl.store(y + row[:, None] * D + d[None, :], to_fp8(tile, tl.load(scale + head)), inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "start"])
+def bias_kernel(
+    k, bias, q_scale, k_scale, k_shift, q_mean, tokens, start, k_stride_h, k_stride_t, bias_stride_h,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, SHARING: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Program (KV head, token tile), for the SHARING query heads of the KV head."""
+    kv_head = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    d = tl.arange(0, BLOCK_D)
+    inside = (token < tokens)[:, None] & (d < D)[None, :]
+    tile = tl.load(k + kv_head * k_stride_h + token.to(tl.int64)[:, None] * k_stride_t + d[None, :], inside, other=0.0)
+    tile = tile.to(tl.float32)
+    if k_shift is not None:
+        tile -= tl.load(k_shift + kv_head * D + d, d < D, other=0.0)[None, :]
+    row = bias + kv_head * bias_stride_h + (start + token).to(tl.int64) * COLUMNS
+    for g in range(SHARING):
+        head = kv_head * SHARING + g
+        mean = tl.load(q_mean + head * D + d, d < D, other=0.0)
+        rest = tl.sum(tile * mean[None, :], 1) / (tl.load(q_scale + head) * tl.load(k_scale + kv_head))
+        for part in tl.static_range(PARTS):
+            # The weight is 2^8, 2^4, 1, 2^-4: BIAS_WEIGHTS.
+            value = to_fp8(rest, 2.0 ** (8 - 4 * part))
+            tl.store(row + (g * PARTS + part), value, token < tokens)
+            rest -= value.to(tl.float32) * 2.0 ** (8 - 4 * part)
 
 
 @triton.jit(do_not_specialize=["tokens", "start_group"])
@@ -93,14 +123,24 @@ def append_kernel(
     tl.store(target, to_fp8(columns, tl.load(v_scale + head)), real[:, None] & written[None, :])
 
 
-def quantize_heads(x: Tensor, scale: Tensor) -> Tensor:
+def quantize_heads(x: Tensor, scale: Tensor, mean: Tensor | None) -> Tensor:
     """See kernels.fp8_heads."""
     N, H, L, D = x.shape
     y = torch.empty(N, L, H, D, dtype=FP8, device=x.device)
     quantize_kernel[(H, triton.cdiv(L, TOKENS), N)](
-        x, y, scale, L, *x.stride()[:3], D=D, BLOCK_D=triton.next_power_of_2(D), TOKENS=TOKENS, num_warps=8
+        x, y, scale, mean, L, *x.stride()[:3], D=D, BLOCK_D=triton.next_power_of_2(D), TOKENS=TOKENS, num_warps=8
     )
     return y.transpose(1, 2)
+
+
+def key_bias(k: Tensor, scales: HeadScales, bias: Tensor, start: int) -> None:
+    """See kernels.fp8_heads."""
+    _, kv_heads, L, D = k.shape
+    bias_kernel[(kv_heads, triton.cdiv(L, TOKENS))](
+        k, bias, scales.q, scales.k, scales.k_shift, scales.q_mean, L, start, *k.stride()[1:3], bias.stride(0),
+        D=D, BLOCK_D=triton.next_power_of_2(D), TOKENS=TOKENS, SHARING=len(scales.q) // kv_heads, COLUMNS=bias.shape[2],
+        num_warps=8,
+    )  # fmt: skip
 
 
 def write_kv(k: Tensor, v: Tensor, scales: HeadScales, k_arena: Tensor, vt_arena: Tensor, start: int) -> None:

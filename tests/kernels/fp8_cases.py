@@ -12,10 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels._common.fp8 import join_bias, split_bias
 from kernels.block_selection import BlockSelection
 from kernels.block_sparse_attention_fp8 import block_sparse_attention_fp8
 from kernels.decode_attention_fp8 import decode_attention_fp8
-from kernels.fp8_heads import FP8, KEY_GROUP, HeadScales, append_kv, quantize_heads, write_kv
+from kernels.fp8_heads import (
+    BIAS_PARTS,
+    FP8,
+    KEY_GROUP,
+    HeadScales,
+    append_kv,
+    bias_columns,
+    key_bias,
+    quantize_heads,
+    write_kv,
+)
 from kernels.fp8_heads.reference import quantize, restore_keys, store_order
 from kernels.oam_scores import KeySummary, key_sums_dtype, oam_scores
 from kernels.sample_scores import sample_scores
@@ -56,6 +67,19 @@ class Inputs:
     scales: HeadScales
     selection: BlockSelection | None
     exact: tuple[Tensor, Tensor, Tensor]  # float64 q [N, H, Lq, D]; k, v [N, Hkv, known, D]
+    bias: Tensor | None  # e4m3 [N, Hkv, T, columns]
+
+    def exact_with_bias(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`exact`, with a dimension of q and k more for each head of a KV head, which adds that head's bias."""
+        q, k, v = self.exact
+        if self.bias is None:
+            return self.exact
+        heads, group = q.shape[1], q.shape[1] // k.shape[1]
+        units = self.scales.q.double() * self.scales.k.double().repeat_interleave(group)
+        bias = join_bias(self.bias[:, :, : k.shape[2]], group).double() * units[:, None]
+        ones = torch.eye(group, dtype=q.dtype, device=q.device).repeat(heads // group, 1)
+        q = torch.cat([q, ones[None, :, None].expand(*q.shape[:3], group)], dim=-1)
+        return q, torch.cat([k, bias.unflatten(1, (-1, group)).mT], dim=-1), v
 
 
 def power_of_two_scale(x: Tensor, headroom: float = 4.0) -> Tensor:
@@ -89,6 +113,14 @@ def make_inputs(case: Case, device: str) -> Inputs:
     padded[..., :known] = v8.mT
     v_arena[..., 32 : 32 + stored] = store_order(padded)
     k_arena, v_arena = k_arena.to(device), v_arena.to(device)
+    group = case.heads // case.kv_heads
+    columns = bias_columns(group)
+    bias_arena = torch.full((case.batch, case.kv_heads, extent + 64, columns), NAN, dtype=torch.uint8).view(FP8)
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    units = (scales.q * scales.k.repeat_interleave(group) * scale).view(case.kv_heads, 1, group)
+    biases = torch.randn(case.batch, case.kv_heads, known, group, generator=generator) * 3 / units
+    bias_arena[:, :, 32 : 32 + known, : group * BIAS_PARTS] = split_bias(biases).flatten(3)
+    bias_arena = bias_arena.to(device)
     selection = random_selection(case, generator) if case.keep is not None else None
     if selection is not None:
         selection = BlockSelection(selection.indices.to(device), selection.counts.to(device))
@@ -99,6 +131,8 @@ def make_inputs(case: Case, device: str) -> Inputs:
         HeadScales(*(s.to(device) for s in (scales.q, scales.k, scales.v))),
         selection,
         exact,  # type: ignore[arg-type]
+        # Without one, too.
+        bias_arena[:, :, 32 : 32 + extent] if case.start or case.queries % 2 else None,
     )
 
 
@@ -131,6 +165,7 @@ def check_attention(case: Case, impl: str, device: str) -> None:
             block_size=case.block_size,
             scale=case.scale,
             window=case.window,
+            bias=inputs.bias,
             dtype=case.dtype,
             return_lse=True,
             impl=impl,
@@ -147,7 +182,7 @@ def check_attention(case: Case, impl: str, device: str) -> None:
     assert out.transpose(1, 2).is_contiguous()
     assert not out.isnan().any(), "rows were not written, or NaN outside of the known keys was read"
 
-    q, k, v = inputs.exact
+    q, k, v = inputs.exact_with_bias()
     visible = visible_keys(case, inputs.selection, device)
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     true_out, true_lse = eager(q, k, v, visible, scale)
@@ -171,7 +206,7 @@ def bits(x: Tensor) -> Tensor:
 
 def check_writing(length: int, dtype: torch.dtype, head_dim: int, impl: str, device: str) -> None:
     """quantize_heads, write_kv and append_kv equal torch's own conversion, bit for bit, and write nothing else: without
-    a shift of the keys, and with one.
+    a shift of the keys, and with one. key_bias is as exact as float32, and a key's the same in any chunk.
     """
     for shifted in (False, True):
         _check_writing(length, dtype, head_dim, shifted, impl, device)
@@ -190,9 +225,10 @@ def _check_writing(length: int, dtype: torch.dtype, head_dim: int, shifted: bool
     def wanted(x: Tensor, scale: Tensor) -> Tensor:
         return (x.float() * (1.0 / scale)).clamp(-448, 448).to(FP8)
 
-    q8 = quantize_heads(k, scales.q, impl=impl)
+    q8 = quantize_heads(k, scales.q, shift, impl=impl)
     assert q8.transpose(1, 2).is_contiguous()
-    assert torch.equal(bits(q8.contiguous()), bits(wanted(k, scales.q[:, None, None]).contiguous()))
+    less = k.float() - (0 if shift is None else shift[:, None])
+    assert torch.equal(bits(q8.contiguous()), bits(wanted(less, scales.q[:, None, None]).contiguous()))
     assert bool(q8.float().isfinite().all())
 
     start, tokens = 32, 80 + room
@@ -252,6 +288,37 @@ def check_runs(impl: str, device: str) -> None:
         append_kv(k[i : i + 1], v[i : i + 1], scales, *wanted, flat[i : i + 1], impl="reference")
     assert torch.equal(bits(arenas[0])[:, :scratch], bits(wanted[0])[:, :scratch])
     assert torch.equal(bits(arenas[1])[..., :scratch], bits(wanted[1])[..., :scratch])
+
+
+def check_key_bias(length: int, dtype: torch.dtype, head_dim: int, impl: str, device: str) -> None:
+    """As exact as float32, where it belongs and nowhere else, and a key's the same in any chunk."""
+    generator = torch.Generator().manual_seed(length)
+    heads, kv_heads, start = 6, 2, 5
+    k = torch.randn(length, kv_heads, head_dim, generator=generator).to(dtype).to(device).transpose(0, 1)[None]
+    mean = torch.randn(heads, head_dim, generator=generator).to(device)
+    shift = torch.randn(kv_heads, head_dim, generator=generator).to(device)
+    scales = HeadScales(
+        2.0 ** torch.arange(-3, 3, device=device), *(2.0 ** torch.arange(-1, 1, device=device) for _ in range(2)),
+        shift, mean,
+    )  # fmt: skip
+    shape = (2, kv_heads, start + length + 7, bias_columns(heads // kv_heads))
+    whole, pieces = torch.full(shape, NAN, dtype=torch.uint8, device=device).view(FP8)
+    key_bias(k, scales, whole, start, impl=impl)
+    cut = length // 3
+    key_bias(k[:, :, cut:], scales, pieces, start + cut, impl=impl)
+    key_bias(k[:, :, :cut] if cut else k[:, :, :1], scales, pieces, start, impl=impl)
+    assert torch.equal(bits(whole), bits(pieces))
+    filled = ~whole.float().isnan()
+    assert filled[:, start : start + length, :12].all()
+    assert filled.sum() == kv_heads * length * 12
+    keys = (k[0].float() - shift[:, None]).double().repeat_interleave(3, 0)
+    units = scales.q.double() * scales.k.double().repeat_interleave(3)
+    products = keys * mean.double()[:, None]
+    got = join_bias(whole[None, :, start : start + length], heads // kv_heads)[0].double() * units[:, None]
+    true = products.sum(-1)
+    # The last part's smallest number is 2^-13.
+    limit = 2.0**-16 * true.abs() + 2.0**-20 * products.abs().sum(-1) + 2.0**-14 * units[:, None]
+    assert ((got - true).abs() <= limit).all()
 
 
 DECODE = [

@@ -15,7 +15,7 @@ import torch
 
 from kernels.block_selection import BlockSelection
 from kernels.dispatch import triton_version
-from kernels.fp8_heads import FP8, HeadScales
+from kernels.fp8_heads import FP8, HeadScales, bias_columns
 from tests.kernels import offline, sass
 
 BF16 = torch.bfloat16
@@ -32,6 +32,10 @@ def empty(*shape: int, dtype: torch.dtype = FP8) -> torch.Tensor:
 
 def scales() -> HeadScales:
     return HeadScales(*(empty(n, dtype=torch.float32) for n in (HEADS, KV_HEADS, KV_HEADS)))
+
+
+def bias() -> torch.Tensor:
+    return empty(1, KV_HEADS, 2 * LENGTH, bias_columns(HEADS // KV_HEADS))
 
 
 def operands(
@@ -76,7 +80,9 @@ def test_portable_attention(
     q, k, vt, selection = operands(dim, block_size)
 
     def launch() -> None:
-        triton.block_sparse_attention_fp8(q, k, vt, scales(), selection, 0, block_size or 128, 0.1, window, BF16, lse)
+        triton.block_sparse_attention_fp8(
+            q, k, vt, scales(), selection, 0, block_size or 128, 0.1, window, bias(), BF16, lse
+        )
 
     if capability == HOPPER:
         with offline.compiling(capability) as compiled:
@@ -99,7 +105,7 @@ def test_hopper_attention(dim: int, block_size: int | None, return_lse: bool) ->
 
     q, k, vt, selection = operands(dim, block_size)
     with offline.compiling(HOPPER) as compiled:
-        gluon.block_sparse_attention_fp8(q, k, vt, scales(), selection, 0, 0.1, BF16, return_lse)
+        gluon.block_sparse_attention_fp8(q, k, vt, scales(), selection, 0, 0.1, bias(), BF16, return_lse)
     report = offline.report(compiled[0])
     assert report.spills <= SPILLS_ALLOWED, str(report)
     assert report.registers == 168, str(report)  # the budget of 12 warps; setmaxnreg moves them to the consumers
@@ -122,8 +128,12 @@ def test_writing(dim: int, capability: tuple[int, int]) -> None:
     few = x[0, :, :3].transpose(0, 1)
     shifted = replace(scales(), k_shift=empty(KV_HEADS, dim, dtype=torch.float32))
 
+    means = empty(KV_HEADS, dim, dtype=torch.float32)
+
     def launch() -> None:
-        triton.quantize_heads(x, scales().k)
+        triton.quantize_heads(x, scales().k, None)
+        triton.quantize_heads(x, scales().k, means)
+        triton.key_bias(x, replace(shifted, q_mean=empty(HEADS, dim, dtype=torch.float32)), bias()[0], 0)
         for by in (scales(), shifted):
             triton.write_kv(x, x, by, *arenas, 0)
             triton.append_kv(few, few, by, *arenas, slots)

@@ -66,6 +66,7 @@ def test_twice_in_chunks_and_with_every_block(impl: str) -> None:
 @pytest.mark.parametrize(("length", "dtype", "head_dim"), [(1, BF16, 64), (70, BF16, 96), (128, torch.float16, 128)])
 def test_writing(length: int, dtype: torch.dtype, head_dim: int, poisoned: None) -> None:
     cases.check_writing(length, dtype, head_dim, "triton", "cuda")
+    cases.check_key_bias(length, dtype, head_dim, "triton", "cuda")
 
 
 def test_writing_runs() -> None:

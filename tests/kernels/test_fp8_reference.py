@@ -69,6 +69,7 @@ def test_attention_equals_the_formula() -> None:
 def test_cases_hold_for_the_reference(case: Case, poisoned: None) -> None:
     cases.check_attention(case, "reference", "cpu")
     cases.check_writing(70, torch.bfloat16, 96, "reference", "cpu")
+    cases.check_key_bias(70, torch.bfloat16, 96, "reference", "cpu")
     cases.check_decode(cases.DECODE[1], "reference", "cpu")
 
 
@@ -114,6 +115,7 @@ def test_a_document_in_chunks_and_token_by_token(length: int) -> None:
         ({"query_start": 20}, "must lie inside the 16 keys"),
         ({"block_size": 16}, r"block_size must be one of \(32"),
         ({"scales": HeadScales(torch.ones(4), torch.ones(2), torch.ones(3))}, r"scales.v must be float32 \[2\]"),
+        ({"bias": torch.zeros(1, 2, 7, 16).to(FP8)}, r"bias must be torch.float8_e4m3fn \[1, 2, at least 8, 16\]"),
         ({"impl": "cuda"}, "impl='cuda' is not known"),
         ({"impl": "gluon"}, "cannot run"),
     ],

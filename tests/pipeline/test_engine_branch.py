@@ -87,9 +87,10 @@ def test_a_branch_that_would_attend_otherwise_is_refused(tmp_path: Path, prompts
         uneven.branch(prompts[1], Extent(0, ROOM))
 
 
-def test_a_dense_branch_attends_to_everything(tmp_path: Path, prompts: list[np.ndarray]) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "fp8"])
+def test_a_dense_branch_attends_to_everything(tmp_path: Path, prompts: list[np.ndarray], precision: str) -> None:
     """Behind a dense prefill it is the same whatever the layers' policy; behind a sparse one it is not."""
-    used = runner(tmp_path, "fp32", None)
+    used = runner(tmp_path, precision, None)
     arena = used.new_arena(ROOM)
     expected = run(Prefill(used, arena, Extent(0, ROOM), prompts[0], 8, CHUNK, every_row=True))
     trunk = Prefill(used, arena, Extent(0, ROOM), prompts[0][:SHARED], 8, CHUNK, every_row=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from pipeline import read_results
 from pipeline.engine import Engine, EngineConfig, EngineError, Request, estimate_plan
 from pipeline.engine.config import ModelRefusedError
 from pipeline.engine.kv.arena import ALIGNMENT, Extent, Fp8Arena, LayerShape
+from pipeline.engine.memory.rehearsal import key_state_bytes
 from pipeline.engine.model.dummy import dummy_model
 from pipeline.engine.model.loading import load_config, load_model
 from pipeline.engine.model.placement import whole
 from pipeline.engine.model.precision import Precision, resolve_precision
-from pipeline.engine.model.runner import CALIBRATION_TOKENS, calibration_prompts
+from pipeline.engine.model.runner import CALIBRATION_TOKENS, ModelRunner, calibration_prompts
+from pipeline.engine.run.prefill import Prefill
 from pipeline.errors import JobError
 from pipeline.job.job import run_job
 from pipeline.settings.config import JobConfig
@@ -330,6 +333,38 @@ def test_job_in_fp8(tmp_path: Path) -> None:
     assert "prefill: fp8" in row["kernel"]
     with pytest.raises(JobError, match="--force"):
         run_job(**(settings | {"precision": "fp32"}))
+
+
+def test_a_mean_query_costs_no_precision(tmp_path: Path) -> None:
+    """Queries that are mostly the same, in a channel that hardly turns: nearer to float32 than if they were rounded."""
+    folder = save_model(tmp_path, "qwen2", initializer_range=0.05, head_dim=32, eos_token_id=None)
+    tensors = load_file(folder / "model.safetensors")
+    for layer in range(3):
+        tensors[f"model.layers.{layer}.self_attn.q_proj.bias"].view(4, 32)[:, [15, 31]] = torch.tensor([30.0, -30.0])
+        tensors[f"model.layers.{layer}.self_attn.k_proj.weight"].mul_(2)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (prompt,) = prompts([600])
+
+    def logits(precision: str, mean: bool = True) -> torch.Tensor:
+        config = EngineConfig(str(folder), device="cpu", precision=precision)
+        runner = ModelRunner(load_model(config), None)
+        scales = runner.calibration.scales
+        if precision == "fp8":
+            # A byte of each part of each head, in rows of 16.
+            assert key_state_bytes(runner, 600) == 3 * 600 * 2 * 16
+        if not mean:
+            plain = {layer: heads and replace(heads, q_mean=None) for layer, heads in scales.items()}
+            runner.calibration = replace(runner.calibration, scales=plain)
+        prefill = Prefill(runner, runner.new_arena(640), Extent(0, 640), prompt, 8, 256, every_row=True)
+        found = []
+        while not prefill.done:
+            rows = list(range(prefill.start, min(600, prefill.start + 256)))
+            found.append(prefill.step(rows))
+        return torch.cat(found)  # type: ignore[arg-type]
+
+    exact = logits("fp32")
+    error, rounded = ((logits("fp8", mean) - exact).norm() / exact.norm() for mean in (True, False))
+    assert error < 0.8 * rounded, (error, rounded)
 
 
 def test_dummy_weights_are_the_same_in_every_precision(tmp_path: Path) -> None:

@@ -119,6 +119,22 @@ def test_what_all_keys_have_in_common_is_taken_from_them():
     assert all(calibration.errors[layer] < 0.8 * errors[layer] for layer in errors)
 
 
+def test_what_all_queries_have_in_common_is_taken_from_them():
+    model = biased()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(0.05)
+            layer.self_attn.q_proj.bias.zero_().view(4, 16)[:, [7, 15]] = torch.tensor([50.0, -40.0])
+    calibration = calibrate(model, prompts(3))
+    for scales in calibration.scales.values():
+        assert scales.q_mean.shape == (4, 16)
+        assert torch.equal(scales.q_mean, scales.q_mean.bfloat16().float()), "the same on every GPU"
+        assert (scales.q_mean[:, [7, 15]] - torch.tensor([50.0, -40.0])).abs().max() < 1
+    plain = {layer: replace(heads, q_mean=None) for layer, heads in calibration.scales.items()}
+    errors = rounding_errors(model, prompts(3), plain)
+    assert all(calibration.errors[layer] < 0.6 * errors[layer] for layer in errors), (calibration.errors, errors)
+
+
 def test_layers_with_sinks_keep_their_keys():
     scales = calibrate(biased(sinks=True), prompts(3), context=4096).scales
     assert scales

@@ -23,7 +23,8 @@ BIAS_LIMIT, ERROR_LIMIT, LSE_LIMIT = 1e-3, 3e-3, 1e-3
 MIN_KEYS = 1000
 
 # Of a query head: q [Lq, D] and its k, v [>= known, D], the very numbers that the kernel reads, in any type.
-Operands = Callable[[int], tuple[Tensor, Tensor, Tensor]]
+# q, k, v of a head, and what is added to the scores of its keys before they are scaled, if anything is.
+Operands = Callable[[int], tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,10 @@ def row_errors(
     sums = torch.zeros(4, len(rows), dtype=torch.float64, device=out.device)
     fewest = torch.full_like(rows, end)
     for head in range(heads):
-        q, k, v = operands(head)
+        q, k, v, *bias = operands(head)
         visible = visible_keys(rows, end, start, window, block_size, selection, head)
-        scores = q[rows - start].double() @ k[:end].double().mT * q.shape[-1] ** -0.5
+        scores = q[rows - start].double() @ k[:end].double().mT
+        scores = (scores + sum(added[:end] for added in bias)) * q.shape[-1] ** -0.5
         scores = scores.masked_fill(~visible, -torch.inf)
         true = scores.softmax(-1) @ v[:end].double()
         got = out[0, head, rows - start].double()

@@ -214,7 +214,7 @@ def _check_rows(same: Case, even: Operands, row: dict[str, Any]) -> None:
     call, selection = same.prepare()
     out = call()
     assert isinstance(out, Tensor)
-    errors = row_errors(out, same.fp8.exact if same.fp8 else plain_operands(*even), selection)
+    errors = row_errors(out, same.fp8.biased if same.fp8 else plain_operands(*even), selection)
     row |= {"bias": worst_bias(errors), "rows": [asdict(error) for error in errors]}
     if problem := problem_of(errors):
         raise ArithmeticError(problem)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from kernels.compile_ahead import compiling_ahead
-from kernels.fp8_heads import HeadScales
+from kernels.fp8_heads import HeadScales, bias_columns
 from pipeline.engine.devices import device_memory, tensor_bytes
 from pipeline.engine.kv.arena import Arena, Extent, aligned
 from pipeline.engine.model.runner import ModelRunner
@@ -18,6 +18,7 @@ from pipeline.engine.run.batch import DecodeBatch
 from pipeline.engine.run.decode import DecodeRunner
 from pipeline.engine.run.prefill import Prefill, chunk_size
 from pipeline.engine.run.readings import probe_readings
+from stem_core.attention import empty_bias
 from stem_core.context import PrefillContext
 from stem_core.errors import first_line
 from stem_core.estimators import KeyState
@@ -54,7 +55,11 @@ def _launch(runner: ModelRunner, context: int, chunk_tokens: int, rows: int, loo
         # Any scales do.
         scales = {
             layer: HeadScales(
-                torch.ones_like(found.q), ones := torch.ones_like(found.v), ones, torch.zeros_like(found.k_sum)
+                torch.ones_like(found.q),
+                ones := torch.ones_like(found.v),
+                ones,
+                torch.zeros_like(found.k_sum),
+                torch.zeros_like(found.q_sum),
             )
             for layer, found in seen.items()
         }
@@ -133,13 +138,20 @@ def key_states(
 
 
 def key_state_bytes(runner: ModelRunner, prompt_tokens: int, on: torch.device | None = None) -> int:
-    """Bytes of key_states(), of which nothing is allocated."""
+    """Bytes of key_states(), of which nothing is allocated, and of the biases of keys in fp8."""
     states = key_states(runner, prompt_tokens, torch.device("meta"), on).values()
-    return tensor_bytes(tensor for state in states for tensor in state.tensors)
+    biases = sum(
+        prompt_tokens * len(scales.k) * bias_columns(len(scales.q) // len(scales.k))
+        for layer, scales in runner.calibration.scales.items()
+        if scales is not None and (on is None or runner.layer_devices[layer] == on)
+    )
+    return tensor_bytes(tensor for state in states for tensor in state.tensors) + biases
 
 
 def _past_keys(runner: ModelRunner, context: PrefillContext) -> None:
-    """Key states as earlier chunks of zeros would have left them."""
+    """Key states and biases as earlier chunks of zeros would have left them."""
+    for layer, kv in context.quantized.items():
+        context.bias[layer] = empty_bias(kv.scales, context.prompt_length).zero_()
     context.keys.update(key_states(runner, context.prompt_length))
     for layer, state in context.keys.items():
         for tensor in state.tensors:

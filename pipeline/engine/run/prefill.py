@@ -68,6 +68,13 @@ def dense_instead(runner: ModelRunner, plan: AttentionPlan, prompt_tokens: int, 
     return AttentionPlan("dense", reason, sum(densities) / len(densities), densities, plan.output_error)
 
 
+def _longer(bias: Tensor, tokens: int) -> Tensor:
+    """A copy of [Hkv, T, columns] with room for so many tokens."""
+    longer = bias.new_empty(bias.shape[0], max(tokens, bias.shape[1]), bias.shape[2])
+    longer[:, : bias.shape[1]] = bias
+    return longer
+
+
 class Prefill:
     """The prefill of one document. Without a max_output_error nothing here waits for the device.
 
@@ -153,6 +160,7 @@ class Prefill:
             prompt_length=len(prompt_ids),
             keys={layer: copy(state) for layer, state in self._context.keys.items()},
             quantized=self._arena.quantized(branch._extent),
+            bias={layer: _longer(bias, len(prompt_ids)) for layer, bias in self._context.bias.items()},
             dense=dense,
         )
         return branch

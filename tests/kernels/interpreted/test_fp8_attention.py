@@ -61,6 +61,7 @@ def test_writing(
     length: int, dtype: torch.dtype, head_dim: int, impl: str, poisoned: None, rounding_to_nearest: None
 ) -> None:
     cases.check_writing(length, dtype, head_dim, impl, "cpu")
+    cases.check_key_bias(length, dtype, head_dim, impl, "cpu")
 
 
 def test_writing_runs(rounding_to_nearest: None) -> None:
