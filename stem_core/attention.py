@@ -299,8 +299,12 @@ class _Call:
         """What the mean query adds to the scores of the document's keys so far; this chunk's are new."""
         bias = context.bias.get(self.policy.layer)
         if bias is None:
-            bias = empty_bias(scales, context.prompt_length)
-            context.bias[self.policy.layer] = bias
+            if context.start:
+                raise RuntimeError(
+                    f"the prefill begins at token {context.start} in fp8 and does not know what the mean query adds to "
+                    "the keys before it (PrefillContext.bias): begin at 0, or branch from the prefill that read them"
+                )
+            bias = context.bias[self.policy.layer] = empty_bias(scales, context.prompt_length)
         key_bias(self.k, scales, bias, context.start)
         return bias
 

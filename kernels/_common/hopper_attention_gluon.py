@@ -142,7 +142,7 @@ def issue_scores(q, k_s, bias, stage, D: gl.constexpr, S_LAYOUT: gl.constexpr):
     """Q K^T of the block in a stage, float32 [64, 128], in flight.
 
     bias: None, or weights [64, 32] and parts [stages, 1, 1, 128, 32] of what is added for each key, in shared memory:
-    one more product, with which the sum begins. As numbers in registers they would cost the softmax 10% of its time."""
+    one more product, with which the sum begins."""
     key = k_s.index(stage).reshape([128, D]).permute((1, 0))
     s = gl.zeros([64, 128], gl.float32, S_LAYOUT)
     if bias is None:

@@ -66,7 +66,7 @@ def _step(
 
 
 # Lengths change from call to call: specialising on them would only compile the kernel again.
-@triton.jit(do_not_specialize=["n_queries", "query_start", "rows", "max_blocks", "window"])
+@triton.jit(do_not_specialize=["n_queries", "query_start", "rows", "max_blocks", "window", "bias_stride_h"])
 def block_sparse_attention_fp8_kernel(
     q, k, vt, out, lse, indices, counts, q_scale, k_scale, v_scale, bias,
     bias_stride_h,

@@ -102,6 +102,15 @@ def test_a_dense_branch_attends_to_everything(tmp_path: Path, prompts: list[np.n
     assert not torch.allclose(run(cut.branch(prompts[0], Extent(0, ROOM), dense=True)), expected, atol=1e-2)
 
 
+def test_a_prefill_in_fp8_begins_at_the_beginning(tmp_path: Path, prompts: list[np.ndarray]) -> None:
+    """What the mean query adds to the keys before it is kept by the prefill that read them, not with them."""
+    used = runner(tmp_path, "fp8", None)
+    prefill = Prefill(used, used.new_arena(ROOM), Extent(0, ROOM), prompts[0], 8, CHUNK, every_row=True)
+    prefill._context.start = CHUNK
+    with pytest.raises(RuntimeError, match="begins at token 192 in fp8"):
+        prefill.step()
+
+
 def test_logits_of_any_rows(tmp_path: Path, prompts: list[np.ndarray]) -> None:
     used = runner(tmp_path, "fp32", sparse())
     ids = prompts[0]
