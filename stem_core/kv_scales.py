@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from kernels.fp8_heads import FP8_MAX, HeadScales
 from kernels.fp8_heads.reference import quantize
 from stem_core.attention import attention_forward
+from stem_core.context import PrefillContext
 from stem_core.patch import ATTENTION_NAME
 from stem_core.policy import LayerPolicy
 
@@ -229,12 +230,17 @@ def _watching(note: _Note) -> Iterator[None]:
 
 @torch.inference_mode()
 def _read(model: nn.Module, prompts: Sequence[Sequence[int]], start: int = 0) -> None:
-    """start: the position at which each prompt begins."""
+    """start: the position at which each prompt begins.
+
+    Densely, whatever the layers' policy: so what is found does not depend on it, and arms of an evaluation have the
+    same scales as jobs.
+    """
     device = next(model.parameters()).device
     for prompt in prompts:
         ids = torch.tensor([list(map(int, prompt))], device=device)
         places = {} if not start else {"position_ids": start + torch.arange(len(prompt), device=device)[None]}
-        model(input_ids=ids, use_cache=False, logits_to_keep=1, **places)
+        context = PrefillContext(prompt_length=len(prompt), dense=True)
+        model(input_ids=ids, use_cache=False, logits_to_keep=1, stem_context=context, **places)
 
 
 def _squares(q: Tensor, k: Tensor, v: Tensor, scales: HeadScales, scale: float | None) -> Tensor:

@@ -406,6 +406,19 @@ def test_scales_are_those_of_real_documents_within_a_factor_of_two() -> None:
             assert bool((room < 16 * 2 * 2).all()), (layer, name, room)
 
 
+def test_calibration_does_not_depend_on_the_preset(tmp_path: Path) -> None:
+    """The mean query is that of dense attention, so that arms of an evaluation and jobs have the same."""
+    folder = small(tmp_path, "llama")
+    dense, sparse = (make(folder, attention=attention)._runner.calibration.scales for attention in (None, STEM))
+    for layer, heads in dense.items():
+        other = sparse[layer]
+        assert heads is not None
+        assert other is not None
+        assert heads.q_mean is not None
+        assert other.q_mean is not None
+        assert torch.equal(heads.q_mean, other.q_mean)
+
+
 def test_calibration_prompts_are_fixed() -> None:
     made = calibration_prompts(1000, 7)
     assert made == calibration_prompts(1000, 7)
