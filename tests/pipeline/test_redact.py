@@ -136,4 +136,5 @@ def test_values_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_long_texts_take_no_long_time(piece: str) -> None:
     begun = time.process_time()
     one_line(piece * (300_000 // len(piece)))
-    assert time.process_time() - begun < 5.0
+    # Linear: up to 6 s on a slow CPU. What is quadratic takes minutes.
+    assert time.process_time() - begun < 20.0
