@@ -162,10 +162,13 @@ class _Chunk:
             probe.add(index, self.attend(part, first, last), self.attend(None, first, last))
 
 
-def empty_bias(scales: HeadScales, tokens: int) -> Tensor:
-    """Room for what the mean query adds to the scores of a document's keys (kernels.fp8_heads.key_bias)."""
-    kv_heads = len(scales.k)
-    return torch.empty(kv_heads, tokens, bias_columns(len(scales.q) // kv_heads), dtype=FP8, device=scales.k.device)
+def empty_bias(scales: HeadScales, tokens: int, device: torch.device | None = None) -> Tensor:
+    """Room for what the mean query adds to the scores of a document's keys (kernels.fp8_heads.key_bias).
+
+    device: None is that of the scales.
+    """
+    kv_heads, device = len(scales.k), scales.k.device if device is None else device
+    return torch.empty(kv_heads, tokens, bias_columns(len(scales.q) // kv_heads), dtype=FP8, device=device)
 
 
 def _leave_to_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:

@@ -54,23 +54,15 @@ class HeadScales:
                 )
             if not tensor.is_contiguous():
                 raise ValueError(f"scales.{name} must be contiguous")
-        mean, shift = self.q_mean, self.k_shift
-        if mean is not None and (
-            mean.ndim != 2 or len(mean) != heads or mean.dtype != torch.float32 or not mean.is_contiguous()
-            or mean.device != device
-        ):  # fmt: skip
-            raise ValueError(
-                f"scales.q_mean must be contiguous float32 [{heads}, D] on {device}, got {mean.dtype} "
-                f"{tuple(mean.shape)} on {mean.device}"
-            )
-        if shift is not None and (
-            shift.ndim != 2 or len(shift) != kv_heads or shift.dtype != torch.float32 or not shift.is_contiguous()
-            or shift.device != device
-        ):  # fmt: skip
-            raise ValueError(
-                f"scales.k_shift must be contiguous float32 [{kv_heads}, D] on {device}, got {shift.dtype} "
-                f"{tuple(shift.shape)} on {shift.device}"
-            )
+        for name, matrix, length in (("q_mean", self.q_mean, heads), ("k_shift", self.k_shift, kv_heads)):
+            if matrix is not None and (
+                matrix.ndim != 2 or len(matrix) != length or matrix.dtype != torch.float32
+                or not matrix.is_contiguous() or matrix.device != device
+            ):  # fmt: skip
+                raise ValueError(
+                    f"scales.{name} must be contiguous float32 [{length}, D] on {device}, got {matrix.dtype} "
+                    f"{tuple(matrix.shape)} on {matrix.device}"
+                )
 
 
 def fp8_obstacle(device: torch.device) -> str:

@@ -26,14 +26,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from kernels._common.attention import HOPPER_BLOCK
-from kernels._common.hopper_attention_gluon import (
-    diagonal_scores,
-    issue_scores,
-    launch,
-    run_roles,
-    send,
-    store_lse,
-)
+from kernels._common.hopper_attention_gluon import diagonal_scores, issue_scores, launch, run_roles, send, store_lse
 from kernels._common.hopper_gluon import advance, growth_declare, growth_note, growth_seen, row_max, row_sum_partial
 from kernels._common.selection import BlockSelection
 

@@ -32,14 +32,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels._common.attention import HOPPER_BLOCK
 from kernels._common.fp8 import BIAS_PARTS, KEY_GROUP, HeadScales
-from kernels._common.hopper_attention_gluon import (
-    diagonal_scores,
-    issue_scores,
-    launch,
-    run_roles,
-    send,
-    store_lse,
-)
+from kernels._common.hopper_attention_gluon import diagonal_scores, issue_scores, launch, run_roles, send, store_lse
 from kernels._common.hopper_fp8_gluon import halves, pack_fp8, weights_operand
 from kernels._common.hopper_gluon import advance, row_max
 from kernels._common.selection import BlockSelection

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from kernels.compile_ahead import compiling_ahead
-from kernels.fp8_heads import HeadScales, bias_columns
+from kernels.fp8_heads import HeadScales
 from pipeline.engine.devices import device_memory, tensor_bytes
 from pipeline.engine.kv.arena import Arena, Extent, aligned
 from pipeline.engine.model.runner import ModelRunner
@@ -140,12 +140,12 @@ def key_states(
 def key_state_bytes(runner: ModelRunner, prompt_tokens: int, on: torch.device | None = None) -> int:
     """Bytes of key_states(), of which nothing is allocated, and of the biases of keys in fp8."""
     states = key_states(runner, prompt_tokens, torch.device("meta"), on).values()
-    biases = sum(
-        prompt_tokens * len(scales.k) * bias_columns(len(scales.q) // len(scales.k))
+    biases = [
+        empty_bias(scales, prompt_tokens, torch.device("meta"))
         for layer, scales in runner.calibration.scales.items()
         if scales is not None and (on is None or runner.layer_devices[layer] == on)
-    )
-    return tensor_bytes(tensor for state in states for tensor in state.tensors) + biases
+    ]
+    return tensor_bytes([*biases, *(tensor for state in states for tensor in state.tensors)])
 
 
 def _past_keys(runner: ModelRunner, context: PrefillContext) -> None:
