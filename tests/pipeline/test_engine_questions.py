@@ -132,7 +132,9 @@ def test_prefix_is_read_once_and_paid_once(folder: Path) -> None:
         return behind(ids, *args)
 
     engine._runner.prefill, engine._runner.read_behind = count, count_behind  # type: ignore[method-assign]
+    begin = time.perf_counter()
     done = together(engine, [question], [])
+    elapsed = time.perf_counter() - begin
     # Whole units; each request reads the rest with its own.
     assert sum(tokens for kind, tokens in read if kind == 0) == 256
     assert [done[f"0.{i}"].prompt_tokens for i in range(len(TAILS))] == [300 + tail for tail in TAILS]
@@ -140,9 +142,11 @@ def test_prefix_is_read_once_and_paid_once(folder: Path) -> None:
     assert len(paid) == 1
     assert [c.prefix_tokens for c in done.values() if c is not paid[0]] == [256] * (len(TAILS) - 1)
     assert paid[0] is next(iter(done.values())), "the one that ends first"
-    assert paid[0].prefill_seconds >= 1.0 > sum(c.prefill_seconds for c in done.values() if c is not paid[0])
+    assert paid[0].prefill_seconds >= 1.0
+    # Were the second of sleep in the figures of two, they would add up to more than passed.
+    assert sum(c.prefill_seconds for c in done.values()) <= elapsed
     assert all((c.time_to_first_token or 0) == pytest.approx(c.prefill_seconds) for c in done.values())
-    assert max(c.queue_seconds for c in done.values()) < 1.0
+    assert max(c.queue_seconds for c in done.values()) <= elapsed - 1.0
     assert all(c.attention == "stem" and c.density == paid[0].density and c.kernel for c in done.values())
     assert sum(c.prompt_tokens - c.prefix_tokens for c in done.values()) == sum(tokens for _, tokens in read)
 
