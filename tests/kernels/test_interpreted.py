@@ -1,4 +1,4 @@
-"""Runs the tests in interpreted/ in three processes of their own, with Triton's interpreter on the CPU."""
+"""Runs each file of interpreted/ in a process of its own, with Triton's interpreter on the CPU."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ import pytest
 from patience import patient
 
 FOLDER = Path(__file__).parent / "interpreted"
-FILES = sorted(map(str, FOLDER.glob("test_*.py")))
 # The interpreter multiplies by NumPy, whose OpenBLAS has kernels for each kind of x86 CPU. By some of them (Haswell's,
 # which newer AMD ones get) a row of a product depends on the other rows: bits could not be compared. Any CPU has these.
 SAME_PRODUCTS = {"OPENBLAS_CORETYPE": "Nehalem"}
 
 
-@pytest.mark.parametrize("files", [FILES[first::3] for first in range(3)], ids=["0", "1", "2"])
-def test_interpreted(files: list[str]) -> None:
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("test_*.py")), ids=lambda file: file.stem)
+def test_interpreted(file: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", **SAME_PRODUCTS}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)]
     done = subprocess.run(
         command, env=environment, cwd=FOLDER.parents[2], capture_output=True, text=True, timeout=patient(300)
     )
