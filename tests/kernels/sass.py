@@ -82,6 +82,21 @@ def undefined_reads(cubin: bytes) -> list[str]:
     ]
 
 
+def inner_loops(cubin: bytes, opcode: str) -> list[list[Instruction]]:
+    """The innermost loops among those that hold an instruction whose name contains `opcode`: all from the target of a
+    backward branch to the branch."""
+    instructions, labels = disassemble(cubin)
+    spans = [
+        range(labels[target], index + 1)
+        for index, instruction in enumerate(instructions)
+        for target in instruction.targets
+        if instruction.opcode == "BRA" and labels.get(target, index + 1) <= index
+    ]
+    held = [span for span in spans if any(opcode in instructions[index].opcode for index in span)]
+    inner = [a for a in held if not any(b != a and b.start >= a.start and b.stop <= a.stop for b in held)]
+    return [instructions[span.start : span.stop] for span in inner]
+
+
 def clears_one_bit(text: str) -> bool:
     """Whether an instruction clears a bit of a register in place: ptxas keeps a predicate there, and of such a register
     it tests single bits alone, each after it was set or cleared.
