@@ -12,7 +12,8 @@ Most of a query is the mean query of its head, too (60 to 84% of the energy in Q
 taken from the queries of a prefill before they are rounded, and its products with the keys as they were before rounding
 are added to the scores (SageAttention2's smoothing of queries, arXiv 2411.10958, by a mean from the calibration): so
 neither is its own rounding felt, nor what it makes of the rounding of the keys. Of Qwen2.5-Coder-0.5B it takes 29% off
-the KL of fp8 along a text of 2,048 tokens. Decoding keeps its queries in 16 bits and adds nothing.
+the KL of fp8 along a text of 2,048 tokens. Decoding, and the reading of a question behind its document, keep their
+queries in 16 bits and add nothing.
 
 Calibration also measures what rounding still does to each layer's output; a layer that it harms (WIDE_ERROR) gets no
 scales: it is wide, its queries, keys and values stay in the model's own type. So do those of layers whose heads the fp8
@@ -40,7 +41,7 @@ from stem_core.policy import LayerPolicy
 
 HEADROOM = 16.0
 # A layer whose attention output e4m3 changes by more than this share is wide. Found with the engine's calibration
-# prompts (pipeline.engine.model.runner): Qwen2.5-0.5B 16% in layer 0, at most 6% in others; tiny-reader at most 5%.
+# prompts (pipeline.engine.model.runner): Qwen2.5-0.5B 20% in layer 0, at most 11% in others; tiny-reader at most 5%.
 # With keys as they are, Qwen2.5-1.5B had 36 and 47% in layer 0, which alone ruined the model, and at most 17% in
 # others: the limit is halfway, as factors, between 17 and 36%.
 WIDE_ERROR = 0.25
@@ -116,7 +117,8 @@ LayerScales = Mapping[int, HeadScales | None]
 class Calibration:
     """What a calibration run found, by layer.
 
-    scales: None for a wide layer. errors: of the attention's output by rounding q, k and v (see rounding_errors).
+    scales: None for a wide layer. errors: of the attention's output in fp8, in a prefill or in decoding, whichever is
+    larger (see rounding_errors).
     """
 
     scales: LayerScales = field(default_factory=dict)
@@ -163,15 +165,16 @@ def calibrate(
     if not seen:
         raise ValueError(f"no attention layer of {type(model).__name__} ran through Stem: call patch_model first")
     scales = {layer: _scales(layer, found, headroom) for layer, found in sorted(seen.items())}
-    errors = rounding_errors(model, prompts, scales)
+    errors = {layer: max(found) for layer, found in rounding_errors(model, prompts, scales).items()}
     kept = {i: None if i in wide or errors[i] > WIDE_ERROR else found for i, found in scales.items()}
     return Calibration(kept, errors)
 
 
 def rounding_errors(
     model: nn.Module, prompts: Sequence[Sequence[int]], scales: Mapping[int, HeadScales]
-) -> dict[int, float]:
-    """By layer, the error of the attention's output where q, k and v are rounded to e4m3, as a share of its norm.
+) -> dict[int, tuple[float, float]]:
+    """By layer, the errors of the attention's output in fp8 as shares of its norm: in a prefill, where q, k and v are
+    rounded to e4m3, and in decoding, where whole queries meet rounded keys and values.
 
     Over all heads and prompts together; causal softmax in float32, whatever window, selection or sinks the layer has.
     """
@@ -184,7 +187,10 @@ def rounding_errors(
     with _watching(note):
         _read(model, prompts)
     sums = {layer: found.tolist() for layer, found in sorted(squares.items())}
-    return {layer: math.sqrt(error / norm) if norm else 0.0 for layer, (error, norm) in sums.items()}
+    return {
+        layer: (math.sqrt(prefill / norm), math.sqrt(decode / norm)) if norm else (0.0, 0.0)
+        for layer, (prefill, decode, norm) in sums.items()
+    }
 
 
 @contextmanager
@@ -244,7 +250,8 @@ def _read(model: nn.Module, prompts: Sequence[Sequence[int]], start: int = 0) ->
 
 
 def _squares(q: Tensor, k: Tensor, v: Tensor, scales: HeadScales, scale: float | None) -> Tensor:
-    """Sums of squares float32 [2]: of the error, of the output. One kv head's heads at a time: memory stays small."""
+    """Sums of squares float32 [3]: of the errors in a prefill and in decoding, of the output. One kv head's heads at a
+    time: memory stays small."""
     q, k, v = (x[0, :, :ERROR_TOKENS].float() for x in (q, k, v))
     k = scales.shifted(k)
     common = torch.zeros_like(q[:, :1]) if scales.q_mean is None else scales.q_mean[:, None]
@@ -254,14 +261,15 @@ def _squares(q: Tensor, k: Tensor, v: Tensor, scales: HeadScales, scale: float |
     ]
     attend = partial(_causal_attention, scale=q.shape[-1] ** -0.5 if scale is None else scale)
     group = q.shape[0] // k.shape[0]
-    sums = torch.zeros(2, device=q.device)
+    sums = torch.zeros(3, device=q.device)
     for head in range(k.shape[0]):
         queries = slice(head * group, (head + 1) * group)
         exact = attend(q[queries], k[head], v[head])
         q8, k8, v8 = rounded
         # [G, 1, L]: what the mean query adds to every score of a key.
-        got = attend(q8[queries], k8[head], v8[head], bias=common[queries] @ k[head].mT)
-        sums += torch.stack([(got - exact).square().sum(), exact.square().sum()])
+        prefill = attend(q8[queries], k8[head], v8[head], bias=common[queries] @ k[head].mT)
+        decode = attend(q[queries], k8[head], v8[head])
+        sums += torch.stack([(x - y).square().sum() for x, y in ((prefill, exact), (decode, exact), (exact, 0.0))])
     return sums
 
 

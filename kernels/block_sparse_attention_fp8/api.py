@@ -144,10 +144,11 @@ def _check(
         or bias.shape[2] < known
         or bias.dtype != FP8
         or bias.stride(-1) != 1
+        or bias.device != q.device
     ):
         raise ValueError(
             f"bias must be {FP8} [{N}, {k.shape[1]}, at least {known}, {columns}] with a contiguous last dimension, "
-            f"got {bias.dtype} {tuple(bias.shape)}"
+            f"on {q.device}, got {bias.dtype} {tuple(bias.shape)} on {bias.device}"
         )
     check_prefill(q, selection, query_start, block_size, BLOCK_SIZES, scale, window)
     scales.check(H, k.shape[1], q.device)

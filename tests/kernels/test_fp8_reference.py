@@ -116,6 +116,7 @@ def test_a_document_in_chunks_and_token_by_token(length: int) -> None:
         ({"block_size": 16}, r"block_size must be one of \(32"),
         ({"scales": HeadScales(torch.ones(4), torch.ones(2), torch.ones(3))}, r"scales.v must be float32 \[2\]"),
         ({"bias": torch.zeros(1, 2, 7, 16).to(FP8)}, r"bias must be torch.float8_e4m3fn \[1, 2, at least 8, 16\]"),
+        ({"bias": torch.zeros(1, 2, 8, 16, device="meta").to(FP8)}, "on cpu, got torch.float8_e4m3fn .* on meta"),
         ({"impl": "cuda"}, "impl='cuda' is not known"),
         ({"impl": "gluon"}, "cannot run"),
     ],
