@@ -112,7 +112,7 @@ def test_hopper_attention(dim: int, block_size: int | None, return_lse: bool) ->
     assert len(loops) == 2, "one for each consumer warpgroup"
     for loop in loops:
         assert not [instruction.text for instruction in loop if instruction.opcode.startswith(("STL", "LDL"))]
-    assert report.spills <= 3 * SPILLS_ALLOWED, str(report)
+    assert report.spills <= (1 if return_lse else 3) * SPILLS_ALLOWED, str(report)
     assert report.registers == 168, str(report)  # the budget of 12 warps; setmaxnreg moves them to the consumers
     assert report.shared <= SHARED_LIMIT[HOPPER], str(report)
     assert not report.warnings, str(report)
