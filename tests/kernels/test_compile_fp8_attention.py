@@ -101,7 +101,7 @@ def test_portable_attention(
 @pytest.mark.parametrize("block_size", [128, None], ids=["sparse", "dense"])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_hopper_attention(dim: int, block_size: int | None, return_lse: bool) -> None:
-    """The loop over blocks spills nothing; what one warpgroup reloads for each tile costs nothing beside its blocks."""
+    """The loop over blocks spills nothing; what one warpgroup reloads once a tile is little beside its blocks."""
     from kernels.block_sparse_attention_fp8 import gluon
 
     q, k, vt, selection = operands(dim, block_size)
