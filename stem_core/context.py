@@ -69,7 +69,7 @@ class PrefillContext:
         runs in fp8, and the keys and values that the model hands over are those of the chunk alone.
     bias: of those layers, what the mean query adds to the scores of the document's keys (QuantizedKV.bias), filled by
         the attention.
-    last_layer: the attention layer that runs last, if a chunk that the prompt goes on behind may end there: its keys
+    last_layer: the attention layer that runs last, if tokens that the prompt goes on behind may end there: their keys
         and values are in the cache by then, and nobody reads what would follow (see PromptGoesOn).
     probe: gets the sparse layers' output errors; None: nothing is measured.
     dense: every layer attends to all that its window lets it see, whatever its policy says.
@@ -93,8 +93,8 @@ class PrefillContext:
 class PromptGoesOn(Exception):  # noqa: N818 - nothing went wrong
     """Raised by the attention of PrefillContext.last_layer, in place of a result, when the prompt goes on.
 
-    Only the keys and values of such a chunk are needed; the rest of its last layer, a share 1 / layers of the prefill,
-    would be computed for nobody.
+    Only the keys and values of such tokens are needed; the rest of their last layer would be computed for nobody. Whole
+    chunks end so, and all blocks but the last of a prompt's last chunk (pipeline.engine.model.last_layer).
     """
 
 

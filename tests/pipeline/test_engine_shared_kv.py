@@ -68,6 +68,15 @@ def test_layers_that_read_the_last_token_alone_run_in_the_last_chunk_alone(
     assert calls == ([1, 1, 1] if gemma4 else [128, 128, 1, 1, 1])
 
 
+def test_layers_behind_the_last_one_with_keys_get_every_row(saved: tuple[str, Any]) -> None:
+    """Only the layer that runs last leaves rows out (test_engine_last_layer): in Gemma 4 others follow it."""
+    folder, whole = saved
+    runner = engine(folder, STEM)._runner
+    layers = runner.model.get_decoder().layers  # type: ignore[operator]
+    replaced = [index for index, layer in enumerate(layers) if "forward" in vars(layer)]
+    assert replaced == ([] if "Gemma4" in type(whole).__name__ else [len(layers) - 1])
+
+
 def test_every_row_of_a_prompt_can_be_read(saved: tuple[str, Any]) -> None:
     """As likelihoods are: then all queries come to these layers, too."""
     folder, whole = saved

@@ -16,6 +16,7 @@ from pipeline.engine.kv.arena import ALIGNMENT, Arena, Extent, Fp8Arena, LayerSh
 from pipeline.engine.kv.cache import DecodeCache, EngineCache, PrefillCache, ProbeCache, TailCache
 from pipeline.engine.kv.states import StateShapes, StateSlots, slots_for
 from pipeline.engine.laps import Laps
+from pipeline.engine.model.last_layer import answer_for_the_end
 from pipeline.engine.model.precision import check_fp8_attention, check_wide_layers, model_precision
 from pipeline.engine.model.requirements import (
     check_head_sizes,
@@ -81,6 +82,8 @@ class ModelRunner:
         counting = nullcontext(compile_ahead.Compiled()) if compile_kernels is None else compile_ahead.counting()
         with counting as compiled:
             self._probe()
+        if self.last_layer is not None:
+            answer_for_the_end(self.model, self.last_layer)
         self.laps.end("patch")
         self.devices = tuple(dict.fromkeys([self.device, *self.layer_devices.values()]))
         self.calibration = Calibration()

@@ -82,8 +82,8 @@ class Prefill:
     the same extent, as soon as a sampled query block of these is beyond it. What is sampled, and so the decision,
     depends neither on other documents nor on chunk_tokens.
 
-    prompt_ids: int64 [prompt tokens]. chunk_tokens: see chunk_size(). every_row: run the last layer on all chunks, for
-    those who look at every row, and measure nothing; otherwise only on the last one, since nothing else reads its
+    prompt_ids: int64 [prompt tokens]. chunk_tokens: see chunk_size(). every_row: run the last layer on all tokens, for
+    those who look at every row, and measure nothing; otherwise only on the last block, since nothing else reads its
     output. select: see PrefillContext. plan: how the prompt attends, as far as it is known.
     """
 
