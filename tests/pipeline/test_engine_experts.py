@@ -56,7 +56,8 @@ def test_logits_stay_close_to_float32s(folder: Path) -> None:
 def test_the_plan_counts_a_byte_for_a_weight(folder: Path) -> None:
     plan = estimate_plan(config_of(folder))
     assert plan.weight_bytes == weight_bytes(load_model(config_of(folder)))
-    assert plan.weight_bytes < estimate_plan(config_of(folder, precision="fp32")).weight_bytes / 2
+    # Embedding and output head, k, v and the last of three layers keep their four bytes.
+    assert plan.weight_bytes < 0.6 * estimate_plan(config_of(folder, precision="fp32")).weight_bytes
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -80,14 +81,14 @@ def test_random_experts_are_in_wide_types_one_layer_at_a_time(tmp_path: Path, mo
     wide: list[int] = []
     quantize = dummy.quantize_linears
 
-    def watched(model: nn.Module, *, fill: Any, **options: Any) -> nn.Module:
+    def watched(model: nn.Module, skip: Any, *, fill: Any, **options: Any) -> nn.Module:
         def fill_and_count(name: str, module: nn.Module) -> None:
             fill(name, module)
             held = [weight for experts in find_experts(model).values() for weight in experts.parameters()]
             wide.append(sum(weight.ndim == 3 and not weight.is_meta for weight in held))
 
         models.append(model)
-        return quantize(model, fill=fill_and_count, **options)
+        return quantize(model, skip, fill=fill_and_count, **options)
 
     monkeypatch.setattr(dummy, "quantize_linears", watched)
     load_model(config_of(save_model(tmp_path, "qwen3_moe"), load_format="dummy"))

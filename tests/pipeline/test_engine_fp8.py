@@ -20,6 +20,7 @@ from pipeline.engine import Engine, EngineConfig, EngineError, Request, estimate
 from pipeline.engine.config import ModelRefusedError
 from pipeline.engine.kv.arena import ALIGNMENT, Extent, Fp8Arena, LayerShape
 from pipeline.engine.memory.rehearsal import key_state_bytes
+from pipeline.engine.model import loading
 from pipeline.engine.model.dummy import dummy_model
 from pipeline.engine.model.loading import load_config, load_model
 from pipeline.engine.model.placement import whole
@@ -124,7 +125,8 @@ def test_selection_does_not_depend_on_chunks(tmp_path: Path, monkeypatch: pytest
         engine = make(folder, attention=STEM, chunk_tokens=chunk_tokens)
         found.clear()
         run(engine, [Request("a", prompts([700])[0], 1)])
-        # Chunk by chunk, in each its two sparse layers.
+        # Chunk by chunk, in each its two sparse layers; the last one takes a prompt's last block apart.
+        found[-2:] = [torch.cat(found[-2:], dim=1)]
         masks.append(torch.stack([torch.cat(found[layer::2], dim=1) for layer in range(2)]))
     assert masks[0].shape == (2, 4, 22, 22)
     assert torch.equal(masks[0], masks[1])
@@ -205,7 +207,8 @@ def test_memory_halves_and_the_plan_says_so(tmp_path: Path) -> None:
     assert engine._arena.nbytes == (plan.arena_tokens + ALIGNMENT) * plan.bytes_per_token
     assert estimate.weight_bytes <= plan.weight_bytes < estimate.weight_bytes + 4096
     wide = estimate_plan(EngineConfig(str(folder), device="cpu", precision="fp32", arena_tokens=1000))
-    assert estimate.weight_bytes < 0.6 * wide.weight_bytes
+    # All but the embedding, k, v and the last of three layers take a byte in place of four.
+    assert estimate.weight_bytes < 0.7 * wide.weight_bytes
 
 
 def test_an_8b_model_fits_a_24_gb_card(tmp_path: Path) -> None:
@@ -220,8 +223,9 @@ def test_an_8b_model_fits_a_24_gb_card(tmp_path: Path) -> None:
     plan = estimate_plan(config, total_bytes=int(40 * 2**30 / 0.4))
     assert plan.bytes_per_token == 65_536
     linears = 32 * (4096 * (4096 + 1024) * 2 + 3 * 4096 * 14_336)
-    assert linears < plan.weight_bytes - 2 * 128_256 * 4096 * 4 < 1.01 * linears
-    assert linears + 2 * 128_256 * 4096 * 2 + plan.bytes_per_token * 131_328 < 17 * 2**30
+    kept = 31 * 2 * 4096 * 1024 + linears // 32  # k and v, and the last layer
+    assert linears + 3 * kept < plan.weight_bytes - 2 * 128_256 * 4096 * 4 < 1.01 * (linears + 3 * kept)
+    assert linears + kept + 2 * 128_256 * 4096 * 2 + plan.bytes_per_token * 131_328 < 17.5 * 2**30
 
 
 def quantised_checkpoint(folder: Path, target: Path) -> dict[str, torch.Tensor]:
@@ -245,7 +249,7 @@ def quantised_checkpoint(folder: Path, target: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def test_fp8_checkpoint_loads_as_it_is(tmp_path: Path) -> None:
+def test_fp8_checkpoint_loads_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = small(tmp_path / "wide", "qwen3")
     tensors = quantised_checkpoint(folder, tmp_path / "fp8")
     text = prompts([200])[0]
@@ -256,6 +260,7 @@ def test_fp8_checkpoint_loads_as_it_is(tmp_path: Path) -> None:
     assert isinstance(linear, Fp8Linear)
     assert torch.equal(linear.weight.view(torch.uint8), tensors[f"{name}.weight"].view(torch.uint8))
     logits = last_logits(engine, text)
+    monkeypatch.setattr(loading, "sensitive_linears", lambda model: ("lm_head",))
     own = last_logits(make(folder), text)
     assert float((logits - own).norm() / own.norm()) < 1e-3, "quantising the same weights here gives the same model"
     with pytest.raises(EngineError, match=r"precision 'bf16' does not go with this checkpoint.*use fp8"):

@@ -10,7 +10,7 @@ from torch import nn
 
 from kernels.quantize import quantize_rows
 from kernels.skinny_linear import MAX_ROWS
-from stem_core.fp8 import Fp8Linear, describe_fp8, quantize_linears, scaled_linear
+from stem_core.fp8 import Fp8Linear, describe_fp8, quantize_linears, scaled_linear, sensitive_linears
 from stem_core.fuse import fuse_model, fusions, unfuse_model
 from tests.stem_core.test_fuse import LAYERS, prompt, tiny
 
@@ -185,11 +185,46 @@ def test_what_stays_in_its_dtype_is_named():
         "fast_accumulation": False,
     }
     assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
-    # q stays, k and v are fp8: they cannot be one GEMM
+
+
+@torch.no_grad()
+def test_projections_of_two_kinds_are_no_one_gemm():
+    model = tiny("llama")
+    ids = prompt()
+    quantize_linears(model, skip=("lm_head", "model.layers.0.self_attn.k_proj", "model.layers.1.self_attn.q_proj"))
+    alone = model(ids).logits
     fuse_model(model)
     reasons = {f.module: f.reason for f in fusions(model) if f.kind == "qkv_projection"}
     assert reasons["model.layers.0.self_attn"] == "the projections are not plain linears of one kind"
+    # k and v are
     assert reasons["model.layers.1.self_attn"] == ""
+    attention = model.model.layers[1].self_attn
+    assert ["forward" in vars(linear) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)] == [
+        False, True, True,
+    ]  # fmt: skip
+    assert relative(model(ids).logits, alone) < 0.02
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen3_moe"])
+@torch.no_grad()
+def test_what_is_sensitive_to_rounding_stays(family):
+    model = quantize_linears(tiny(family), sensitive_linears(tiny(family)))
+    last = f"model.layers.{LAYERS - 1}."
+    kinds = {name: type(m) for name, m in model.named_modules() if type(m) in (nn.Linear, Fp8Linear)}
+    wide = {name for name, kind in kinds.items() if kind is nn.Linear}
+    kept = {"lm_head", "k_proj", "v_proj"}
+    assert wide == {name for name in kinds if name.startswith(last) or name.rpartition(".")[2] in kept}
+    assert describe_fp8(model)["experts"] == (LAYERS if family == "qwen3_moe" else 0)
+    alone = model(prompt()).logits
+    fuse_model(model)
+    fused = {f.module for f in fusions(model) if f.kind == "qkv_projection" and not f.reason}
+    assert len(fused) == (0 if family == "phi3" else LAYERS)
+    assert relative(model(prompt()).logits, alone) < 0.02
+
+
+def test_a_model_of_one_layer_has_something_in_fp8():
+    model = quantize_linears(tiny("llama", num_hidden_layers=1), sensitive_linears(tiny("llama", num_hidden_layers=1)))
+    assert describe_fp8(model)["linears"] == 5
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from pipeline.engine.config import EngineConfig
 from pipeline.engine.model.placement import Placement
 from pipeline.engine.model.precision import Precision
 from pipeline.engine.model.text_part import model_class
-from stem_core.fp8 import is_experts_class, quantize_linears
+from stem_core.fp8 import is_experts_class, quantize_linears, sensitive_linears
 
 
 def dummy_model(
@@ -44,7 +44,7 @@ def dummy_model(
             model._init_weights(module)
 
     if precision.fp8:
-        quantize_linears(model, fast_accumulation=config.fp8_fast_accumulation, fill=fill)
+        quantize_linears(model, sensitive_linears(model), fast_accumulation=config.fp8_fast_accumulation, fill=fill)
     for name, module in list(model.named_modules()):
         if _filled_later(module):
             fill(name, module)

@@ -36,7 +36,7 @@ from pipeline.engine.model.self_check import is_tested, self_check
 from pipeline.engine.model.text_part import model_class
 from pipeline.model_files import config_problem, is_gguf
 from stem_core.errors import first_line
-from stem_core.fp8 import Fp8Linear, prepare_quantized_config, quantize_linears, storage
+from stem_core.fp8 import Fp8Linear, prepare_quantized_config, quantize_linears, sensitive_linears, storage
 
 # A context that no arena reaches, for configs that state none.
 UNBOUNDED = 1 << 40
@@ -179,7 +179,12 @@ def _from_files(
     if config.adapter is not None:
         model = merge_adapter(model, config.adapter)
     if to_quantize:
-        return quantize_linears(model, fast_accumulation=config.fp8_fast_accumulation, device=placement.device_of)
+        return quantize_linears(
+            model,
+            sensitive_linears(model),
+            fast_accumulation=config.fp8_fast_accumulation,
+            device=placement.device_of,
+        )
     for module in model.modules():  # those of a checkpoint that is stored in fp8
         if isinstance(module, Fp8Linear):
             module.fast_accumulation = config.fp8_fast_accumulation
