@@ -15,7 +15,7 @@ from kernels.block_sparse_attention import block_sparse_attention
 from kernels.block_sparse_attention_fp8 import block_sparse_attention_fp8
 from kernels.decode_attention import decode_attention
 from kernels.decode_attention_fp8 import decode_attention_fp8
-from kernels.fp8_heads import FP8, HeadScales, bias_columns, key_bias, quantize_heads
+from kernels.fp8_heads import FP8, HeadScales, bias_shape, key_bias, quantize_heads
 from stem_core.budget import PromptBudget
 from stem_core.config import StemConfig
 from stem_core.context import DecodeContext, PrefillContext, PromptGoesOn, QuantizedKV, StemContext
@@ -167,8 +167,8 @@ def empty_bias(scales: HeadScales, tokens: int, device: torch.device | None = No
 
     device: None is that of the scales.
     """
-    kv_heads, device = len(scales.k), scales.k.device if device is None else device
-    return torch.empty(kv_heads, tokens, bias_columns(len(scales.q) // kv_heads), dtype=FP8, device=device)
+    shape = bias_shape(len(scales.q), len(scales.k), tokens)
+    return torch.empty(shape, dtype=FP8, device=scales.k.device if device is None else device)
 
 
 def _leave_to_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:

@@ -39,7 +39,7 @@ class QuantizedKV:
     """Where one layer's keys and values lie in fp8 (kernels.fp8_heads), with the scales of its heads.
 
     k: float8_e4m3fn [Hkv, T, D]. vt: float8_e4m3fn [Hkv, D, T], 16 dividing T; values transposed, keys permuted.
-    bias: float8_e4m3fn [Hkv, T, columns], what the mean query adds to the keys' scores (kernels.fp8_heads.key_bias), in
+    bias: float8_e4m3fn [Hkv, P, T, 16], what the mean query adds to the keys' scores (kernels.fp8_heads.key_bias), in
         the prefill of a layer whose scales have a q_mean; else None.
     In a prefill token t of the document is row t; in a decode step T is the whole arena.
     """

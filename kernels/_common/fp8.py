@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import device as device_module
+from kernels._common.sizes import ceil_div
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0  # largest finite e4m3fn
@@ -17,6 +18,8 @@ KEY_GROUP = 16
 # 448 * 256.
 BIAS_WEIGHTS = (256.0, 16.0, 1.0, 0.0625)
 BIAS_PARTS = len(BIAS_WEIGHTS)
+BIAS_HEADS = 4  # whose parts lie beside one another: 16 bytes
+BIAS_KEYS = 8  # of so many keys one behind the other: 128 bytes, what TMA brings at a time
 _EVERY = torch.arange(256, dtype=torch.uint8).view(FP8).float()  # by its bits
 
 
@@ -100,12 +103,18 @@ def split_bias(bias: Tensor) -> Tensor:
 
 
 def join_bias(parts: Tensor, group: int) -> Tensor:
-    """A bias as kernels take it, e4m3 [N, Hkv, T, columns], of `group` heads a KV head -> contiguous float32 [N, H, T].
+    """A bias as kernels take it, e4m3 [N, Hkv, P, T, 16], of `group` heads a KV head -> contiguous float32 [N, H, T].
 
     Waits for nothing on a GPU."""
-    by_part = widen(parts[..., : group * BIAS_PARTS]).unflatten(-1, (group, BIAS_PARTS)).unbind(-1)
+    by_part = widen(parts).unflatten(-1, (BIAS_HEADS, BIAS_PARTS)).unbind(-1)
     of_heads = torch.stack([part * weight for part, weight in zip(by_part, BIAS_WEIGHTS, strict=True)]).sum(0)
-    return of_heads.movedim(-1, 2).flatten(1, 2).contiguous()
+    return of_heads.movedim(-1, 3).flatten(2, 3)[:, :, :group].flatten(1, 2).contiguous()
+
+
+def bias_shape(heads: int, kv_heads: int, tokens: int) -> tuple[int, int, int, int]:
+    """[Hkv, P, T, 16] of a bias for so many keys: P planes of BIAS_HEADS heads each, T a multiple of BIAS_KEYS."""
+    planes = ceil_div(heads // kv_heads, BIAS_HEADS)
+    return kv_heads, planes, ceil_div(tokens, BIAS_KEYS) * BIAS_KEYS, BIAS_HEADS * BIAS_PARTS
 
 
 def store_order(values: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ def run_roles(
 def issue_scores(q, k_s, bias, stage, D: gl.constexpr, S_LAYOUT: gl.constexpr):
     """Q K^T of the block in a stage, float32 [64, 128], in flight.
 
-    bias: None, or weights [64, 32] and parts [stages, 1, 1, 128, 32] of what is added for each key, in shared memory:
+    bias: None, or weights [64, 32] and parts [stages, 128, 32] of what is added for each key, in shared memory:
     one more product, with which the sum begins."""
     key = k_s.index(stage).reshape([128, D]).permute((1, 0))
     s = gl.zeros([64, 128], gl.float32, S_LAYOUT)
@@ -149,9 +149,7 @@ def issue_scores(q, k_s, bias, stage, D: gl.constexpr, S_LAYOUT: gl.constexpr):
         s = warpgroup_mma(q, key, s, use_acc=False, is_async=True)
     else:
         weights, parts = bias
-        s = warpgroup_mma(
-            weights, parts.index(stage).reshape([128, 32]).permute((1, 0)), s, use_acc=False, is_async=True
-        )
+        s = warpgroup_mma(weights, parts.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
         s = warpgroup_mma(q, key, s, is_async=True)
     return s
 

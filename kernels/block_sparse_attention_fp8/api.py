@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from kernels._common.attention import HOPPER_DIMS, HOPPER_TYPES, check_prefill, choose_with_hopper, hopper_obstacle
-from kernels._common.fp8 import FP8, KEY_GROUP, HeadScales, fp8_obstacle
+from kernels._common.fp8 import FP8, KEY_GROUP, HeadScales, bias_shape, fp8_obstacle
 from kernels._common.selection import BlockSelection
 from kernels.dispatch import Choice, on_its_gpu
-from kernels.fp8_heads import bias_columns
 
 # Tensor cores sum 32 products of fp8 at a time.
 BLOCK_SIZES = (32, 64, 128, 256)
@@ -70,9 +69,9 @@ def block_sparse_attention_fp8(
         adds must be finite (`kernels.fp8_heads.write_kv` writes zeros). Any strides with a contiguous last dimension.
     scales: what the operands are to be multiplied with, by head.
     selection, scale, window, return_lse: as for `kernels.block_sparse_attention`.
-    bias: float8_e4m3fn [N, Hkv, T, columns], T >= query_start + Lq: what is added to the products of a key, in their
-        units, as kernels.fp8_heads.key_bias writes it: what the mean that was taken from the queries adds. None:
-        nothing.
+    bias: float8_e4m3fn [N, Hkv, P, T, 16], T >= query_start + Lq: what is added to the products of a key, in their
+        units, as kernels.fp8_heads.key_bias writes it: what the mean that was taken from the queries adds. Rows of a
+        plane lie one behind the other. None: nothing.
     dtype: of the output. P is rounded to e4m3 too, times 2^8. Products are summed on two levels: up to 128 keys by the
         tensor core, which on Hopper keeps about 14 bits of such a sum, and those sums in float32.
     Returns out [N, H, Lq, D] (memory laid out [N, Lq, H, D]) and with `return_lse` float32 [N, H, Lq].
@@ -137,18 +136,14 @@ def _check(
             f"queries [{query_start}, {known}) must lie inside the {k.shape[2]} keys, and vt hold {known} values "
             f"rounded up to {KEY_GROUP}, got {vt.shape[3]}"
         )
-    columns = bias_columns(H // k.shape[1])
-    if bias is not None and (
-        bias.ndim != 4
-        or (bias.shape[0], bias.shape[1], bias.shape[3]) != (N, k.shape[1], columns)
-        or bias.shape[2] < known
-        or bias.dtype != FP8
-        or bias.stride(-1) != 1
-        or bias.device != q.device
-    ):
-        raise ValueError(
-            f"bias must be {FP8} [{N}, {k.shape[1]}, at least {known}, {columns}] with a contiguous last dimension, "
-            f"on {q.device}, got {bias.dtype} {tuple(bias.shape)} on {bias.device}"
-        )
+    if bias is not None:
+        tokens = max(known, bias.shape[3] if bias.ndim == 5 else 0)
+        wanted = (N, *bias_shape(H, k.shape[1], tokens))
+        contiguous = bias.stride()[-2:] == (wanted[-1], 1)
+        if bias.shape != wanted or bias.dtype != FP8 or not contiguous or bias.device != q.device:
+            raise ValueError(
+                f"bias must be {FP8} {list(wanted)} on {q.device}, its last two dimensions contiguous, got "
+                f"{bias.dtype} {list(bias.shape)}, strides {bias.stride()}, on {bias.device}"
+            )
     check_prefill(q, selection, query_start, block_size, BLOCK_SIZES, scale, window)
     scales.check(H, k.shape[1], q.device)

@@ -31,13 +31,29 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels._common.attention import HOPPER_BLOCK
-from kernels._common.fp8 import BIAS_PARTS, KEY_GROUP, HeadScales
+from kernels._common.fp8 import BIAS_KEYS, KEY_GROUP, HeadScales
 from kernels._common.hopper_attention_gluon import diagonal_scores, issue_scores, launch, run_roles, send, store_lse
 from kernels._common.hopper_fp8_gluon import halves, pack_fp8, weights_operand
 from kernels._common.hopper_gluon import advance, row_max
 from kernels._common.selection import BlockSelection
 from kernels._common.sizes import ceil_div
+from kernels._common.tma import tma_strides
 from kernels.block_sparse_attention_fp8.step import WEIGHT_BITS, issue_half, issue_total, rescale, step
+
+# Parts of 128 keys, [128, 32], as a wgmma reads them without a swizzle: the 16 columns of all keys, one key behind the
+# other as in memory, then the other 16, which stay zeros.
+PARTS_LAYOUT = gl.constexpr(
+    gl.SharedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [0, 8], [1, 0], [2, 0], [4, 0], [8, 0], [16, 0], [32, 0], [64, 0], [0, 16]],
+        alignment=128,
+    )
+)
+
+
+@gluon.jit
+def as_rows(parts, bias_desc):
+    """The first half of parts [128, 32], as TMA writes it: 16 rows of 128 bytes, 8 keys each."""
+    return parts._reinterpret(bias_desc.dtype, bias_desc.block_type.shape, bias_desc.layout)
 
 
 @gluon.jit
@@ -48,7 +64,7 @@ def load_blocks(
     """count + 2 steps: K of block j (j < count), V of block j - 2."""
     scales, one_s, bias_desc, bias = own
     TILE: gl.constexpr = k_desc.block_type.nbytes  # of V^T too
-    column = head % GROUP // 4 * 16  # TMA takes multiples of 16 bytes
+    plane = head % GROUP // 4  # BIAS_HEADS
     BIAS: gl.constexpr = 0 if bias_desc is None else bias_desc.block_type.nbytes
     # The diagonal block, then the others. block, block1, block2 are blocks j, j - 1 and j - 2; they start as
     # different values: Triton finds what a loop carries by comparing handles, and would drop block2 = block1.
@@ -78,8 +94,9 @@ def load_blocks(
                 if bias_desc is not None:
                     weights, parts = bias
                     tma.async_copy_global_to_shared(
-                        bias_desc, [n, kv_head, block * 128, column], full.index(stage), parts.index(stage)
-                    )
+                        bias_desc, [n, kv_head, plane, block * 16, 0], full.index(stage),
+                        as_rows(parts.index(stage), bias_desc),
+                    )  # fmt: skip
             stage, phase = advance(stage, phase, STAGES)
         block2 = block1
         block1 = block
@@ -198,7 +215,10 @@ def block_sparse_attention_fp8_hopper(
         )
         for i in gl.static_range(4):
             weights.index(i).store(bias_weights(i).to(k_desc.dtype, bitcast=True))
-        parts = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, 128, 32], bias_desc.layout)
+        parts = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 128, 32], PARTS_LAYOUT)
+        nothing = gl.full([128, 32], 0, gl.int8, gl.BlockedLayout([1, 16], [16, 2], [4, 1], [1, 0]))
+        for stage in gl.static_range(STAGES):
+            parts.index(stage).store(nothing.to(k_desc.dtype, bitcast=True))
         own = (scales, one_s, bias_desc, (weights, parts))  # type: ignore[assignment]
     run_roles(
         q_desc, k_desc, v_desc, o_desc, lse, indices, counts, order, own,
@@ -207,13 +227,13 @@ def block_sparse_attention_fp8_hopper(
     )  # fmt: skip
 
 
-def _bias_descriptor(bias: Tensor, known: int, group: int) -> TensorDescriptor:
-    """Of bias [N, Hkv, T, columns]: boxes of 32 columns, as many as a wgmma multiplies. Keys that are not there and
-    columns behind the last head's are zeros; those of other heads are multiplied by 0 and have to be finite."""
-    seen = bias[:, :, :known, : group * BIAS_PARTS]
-    strides = [stride if length > 1 else 16 for length, stride in zip(seen.shape[:-1], seen.stride()[:-1], strict=True)]
-    layout = gl.NVMMASharedLayout(32, element_bitwidth=8, rank=4)
-    return TensorDescriptor(seen, list(seen.shape), [*strides, 1], [1, 1, HOPPER_BLOCK, 32], layout)
+def _bias_descriptor(bias: Tensor) -> TensorDescriptor:
+    """Of bias [N, Hkv, P, T, 16] as rows of 128 bytes, in boxes of 128 keys; past T there are zeros. What past the last
+    token is in memory meets only keys that are masked."""
+    rows = bias.unflatten(3, (-1, BIAS_KEYS)).flatten(4)
+    layout = gl.NVMMASharedLayout(0, element_bitwidth=8, rank=5)
+    box = [1, 1, 1, HOPPER_BLOCK // BIAS_KEYS, rows.shape[-1]]
+    return TensorDescriptor(rows, list(rows.shape), tma_strides(rows), box, layout)
 
 
 def block_sparse_attention_fp8(
@@ -231,10 +251,9 @@ def block_sparse_attention_fp8(
 ) -> tuple[Tensor, Tensor | None]:
     """See kernels.block_sparse_attention_fp8, which has checked shapes, types, strides and the device."""
     known = query_start + q.shape[2]  # what lies past it is never read, but for the values that share its group of 16
-    group = q.shape[1] // k.shape[1]
     values = vt[..., : ceil_div(known, KEY_GROUP) * KEY_GROUP]
     return launch(
         block_sparse_attention_fp8_hopper, q, k[:, :, :known], values, (q.shape[-1], HOPPER_BLOCK),
-        (scales.q, scales.k, scales.v, None if bias is None else _bias_descriptor(bias, known, group)),
+        (scales.q, scales.k, scales.v, None if bias is None else _bias_descriptor(bias)),
         selection, query_start, scale, dtype, return_lse, stages,
     )  # fmt: skip

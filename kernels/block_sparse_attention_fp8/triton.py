@@ -165,7 +165,7 @@ def block_sparse_attention_fp8(
     # As numbers that are added, [N, H, T]: as one more product, which the Hopper path makes of the parts, ptxas 12.8
     # gives the weights registers that it never writes.
     known = query_start + q.shape[2]
-    added = None if bias is None else join_bias(bias[:, :, :known], q.shape[1] // k.shape[1])
+    added = None if bias is None else join_bias(bias[:, :, :, :known], q.shape[1] // k.shape[1])
     of_bias = (added, 0 if added is None else known)
     launch(
         block_sparse_attention_fp8_kernel, tiling, tensors, tensors, lse,

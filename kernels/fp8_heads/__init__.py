@@ -28,17 +28,22 @@ becomes 448, which e4m3 holds exactly. That counts where one channel dominates a
 of two. Values past the calibrated range saturate at 448 * scale.
 """
 
-from kernels._common.fp8 import BIAS_PARTS, BIAS_WEIGHTS, FP8, FP8_MAX, KEY_GROUP, HeadScales, fp8_obstacle, join_bias
-from kernels.fp8_heads.api import (
-    append_kv,
-    bias_columns,
-    choose_fp8_heads,
-    key_bias,
-    quantize_heads,
-    write_kv,
+from kernels._common.fp8 import (
+    BIAS_KEYS,
+    BIAS_PARTS,
+    BIAS_WEIGHTS,
+    FP8,
+    FP8_MAX,
+    KEY_GROUP,
+    HeadScales,
+    bias_shape,
+    fp8_obstacle,
+    join_bias,
 )
+from kernels.fp8_heads.api import append_kv, choose_fp8_heads, key_bias, quantize_heads, write_kv
 
 __all__ = [
+    "BIAS_KEYS",
     "BIAS_PARTS",
     "BIAS_WEIGHTS",
     "FP8",
@@ -46,7 +51,7 @@ __all__ = [
     "KEY_GROUP",
     "HeadScales",
     "append_kv",
-    "bias_columns",
+    "bias_shape",
     "choose_fp8_heads",
     "fp8_obstacle",
     "join_bias",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._common.fp8 import BIAS_PARTS, FP8, KEY_GROUP, HeadScales
+from kernels._common.fp8 import FP8, KEY_GROUP, HeadScales, bias_shape
 from kernels._common.rows import check_floating, check_rows, choose_row_kernel
 from kernels.dispatch import Choice, implementation, on_its_gpu
 
@@ -44,8 +44,9 @@ def key_bias(k: Tensor, scales: HeadScales, bias: Tensor, start: int, *, impl: s
     way to the scores, which costs little. It is exact to 2^-16 of itself or to 2^-14, and saturated at 448 * 256.
 
     k: [1, Hkv, L, D] bfloat16, float16 or float32 (positions encoded, not rounded to fp8), any strides with a
-        contiguous last dimension. bias: float8_e4m3fn [Hkv, T, bias_columns(heads of a KV head)], contiguous, T >=
-        start + L: head g of a KV head has the columns [4g, 4g + 4) of the rows [start, start + L), which are written.
+        contiguous last dimension. bias: float8_e4m3fn [Hkv, P, T, 16] of bias_shape(H, Hkv, at least start + L),
+        contiguous: head g of a KV head has the columns [4 (g % 4), 4 (g % 4) + 4) of plane g / 4; the rows
+        [start, start + L) are written, with zeros where a plane has no head.
         A key's sums depend on nothing but the key. Raises ValueError for what does not fit.
     """
     choice = choose_fp8_heads(k.device, impl)
@@ -60,13 +61,13 @@ def key_bias(k: Tensor, scales: HeadScales, bias: Tensor, start: int, *, impl: s
             f"{'no' if scales.q_mean is None else 'a'} q_mean"
         )
     _check_mean("key_bias", scales.q_mean, heads, k.shape[3])
-    columns, end = bias_columns(heads // kv_heads), start + k.shape[2]
-    if bias.ndim != 3 or bias.shape[::2] != (kv_heads, columns) or bias.dtype != FP8 or not bias.is_contiguous():
-        raise ValueError(
-            f"key_bias: bias must be contiguous {FP8} [{kv_heads}, T, {columns}], got {bias.dtype} {tuple(bias.shape)}"
-        )
-    if start < 0 or end > bias.shape[1]:
-        raise ValueError(f"key_bias: the chunk [{start}, {end}) must lie inside the {bias.shape[1]} rows of bias")
+    end = start + k.shape[2]
+    tokens = bias.shape[2] if bias.ndim == 4 else end
+    wanted = bias_shape(heads, kv_heads, tokens)
+    if bias.shape != wanted or bias.dtype != FP8 or not bias.is_contiguous():
+        raise ValueError(f"key_bias: bias must be contiguous {FP8} {list(wanted)}, got {bias.dtype} {list(bias.shape)}")
+    if start < 0 or end > tokens:
+        raise ValueError(f"key_bias: the chunk [{start}, {end}) must lie inside the {tokens} rows of bias")
     implementation("fp8_heads", choice).key_bias(k, scales, bias, start)
 
 
@@ -128,11 +129,6 @@ def append_kv(
     if run < 1:
         raise ValueError(f"append_kv: run must be at least 1, got {run}")
     implementation("fp8_heads", choice).append_kv(k, v, scales, k_arena, vt_arena, slots, run)
-
-
-def bias_columns(group: int) -> int:
-    """Columns of a bias of `group` query heads a KV head: BIAS_PARTS each, rounded up to what TMA can address."""
-    return -(-group * BIAS_PARTS // 16) * 16
 
 
 def _check_mean(op: str, mean: Tensor, heads: int, dim: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._common.fp8 import KEY_GROUP, HeadScales, quantize, restore_keys, split_bias, store_order
+from kernels._common.fp8 import BIAS_HEADS, KEY_GROUP, HeadScales, quantize, restore_keys, split_bias, store_order
 
 
 def quantize_heads(x: Tensor, scale: Tensor, mean: Tensor | None) -> Tensor:
@@ -21,8 +21,8 @@ def key_bias(k: Tensor, scales: HeadScales, bias: Tensor, start: int) -> None:
     kv_heads, tokens, dim = k.shape[1:]
     means = (scales.q_mean.double() / scales.q[:, None]).view(kv_heads, -1, dim)
     products = means @ scales.shifted(k[0]).double().mT / scales.k[:, None, None]  # [Hkv, G, L]
-    parts = split_bias(products).movedim(1, 2).flatten(2)
-    bias[:, start : start + tokens, : parts.shape[-1]] = parts
+    parts = split_bias(torch.nn.functional.pad(products, (0, 0, 0, -products.shape[1] % BIAS_HEADS)))
+    bias[:, :, start : start + tokens] = parts.unflatten(1, (-1, BIAS_HEADS)).movedim(2, 3).flatten(3)
 
 
 def write_kv(k: Tensor, v: Tensor, scales: HeadScales, k_arena: Tensor, vt_arena: Tensor, start: int) -> None:

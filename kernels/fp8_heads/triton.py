@@ -7,11 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common.fp8 import BIAS_PARTS, FP8, KEY_GROUP, HeadScales
+from kernels._common.fp8 import BIAS_HEADS, BIAS_PARTS, FP8, KEY_GROUP, HeadScales
 from kernels._common.fp8_triton import key_at, place_of, to_fp8
 
 GROUP = tl.constexpr(KEY_GROUP)
 PARTS = tl.constexpr(BIAS_PARTS)
+HEADS = tl.constexpr(BIAS_HEADS)
 # Of a program. Transposed values are stored in runs of this many bytes: whole lines of the cache.
 TOKENS = 128
 
@@ -35,10 +36,10 @@ def quantize_kernel(
     tl.store(y + row[:, None] * D + d[None, :], to_fp8(tile, tl.load(scale + head)), inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "start"])
+@triton.jit(do_not_specialize=["tokens", "start", "rows"])
 def bias_kernel(
-    k, bias, q_scale, k_scale, k_shift, q_mean, tokens, start, k_stride_h, k_stride_t, bias_stride_h,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, SHARING: tl.constexpr, COLUMNS: tl.constexpr,
+    k, bias, q_scale, k_scale, k_shift, q_mean, tokens, start, rows, k_stride_h, k_stride_t,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, SHARING: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
     """Program (KV head, token tile), for the SHARING query heads of the KV head."""
     kv_head = tl.program_id(0).to(tl.int64)
@@ -49,16 +50,18 @@ def bias_kernel(
     tile = tile.to(tl.float32)
     if k_shift is not None:
         tile -= tl.load(k_shift + kv_head * D + d, d < D, other=0.0)[None, :]
-    row = bias + kv_head * bias_stride_h + (start + token).to(tl.int64) * COLUMNS
-    for g in range(SHARING):
-        head = kv_head * SHARING + g
-        mean = tl.load(q_mean + head * D + d, d < D, other=0.0)
-        rest = tl.sum(tile * mean[None, :], 1) / (tl.load(q_scale + head) * tl.load(k_scale + kv_head))
-        for part in tl.static_range(PARTS):
-            # The weight is 2^8, 2^4, 1, 2^-4: BIAS_WEIGHTS.
-            value = to_fp8(rest, 2.0 ** (8 - 4 * part))
-            tl.store(row + (g * PARTS + part), value, token < tokens)
-            rest -= value.to(tl.float32) * 2.0 ** (8 - 4 * part)
+    for plane in range(PLANES):
+        row = bias + ((kv_head * PLANES + plane) * rows + start + token) * (HEADS * PARTS)
+        for column in tl.static_range(HEADS):
+            there = plane * HEADS + column < SHARING
+            head = kv_head * SHARING + tl.where(there, plane * HEADS + column, 0)
+            mean = tl.load(q_mean + head * D + d, (d < D) & there, other=0.0)
+            rest = tl.sum(tile * mean[None, :], 1) / (tl.load(q_scale + head) * tl.load(k_scale + kv_head))
+            for part in tl.static_range(PARTS):
+                # The weight is 2^8, 2^4, 1, 2^-4: BIAS_WEIGHTS.
+                value = to_fp8(rest, 2.0 ** (8 - 4 * part))
+                tl.store(row + (column * PARTS + part), value, token < tokens)
+                rest -= value.to(tl.float32) * 2.0 ** (8 - 4 * part)
 
 
 @triton.jit(do_not_specialize=["tokens", "start_group"])
@@ -137,8 +140,8 @@ def key_bias(k: Tensor, scales: HeadScales, bias: Tensor, start: int) -> None:
     """See kernels.fp8_heads."""
     _, kv_heads, L, D = k.shape
     bias_kernel[(kv_heads, triton.cdiv(L, TOKENS))](
-        k, bias, scales.q, scales.k, scales.k_shift, scales.q_mean, L, start, *k.stride()[1:3], bias.stride(0),
-        D=D, BLOCK_D=triton.next_power_of_2(D), TOKENS=TOKENS, SHARING=len(scales.q) // kv_heads, COLUMNS=bias.shape[2],
+        k, bias, scales.q, scales.k, scales.k_shift, scales.q_mean, L, start, bias.shape[2], *k.stride()[1:3],
+        D=D, BLOCK_D=triton.next_power_of_2(D), TOKENS=TOKENS, SHARING=len(scales.q) // kv_heads, PLANES=bias.shape[1],
         num_warps=8,
     )  # fmt: skip
 

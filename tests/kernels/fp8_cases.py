@@ -12,17 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels._common.fp8 import join_bias, split_bias
+from kernels._common.fp8 import BIAS_HEADS, join_bias, split_bias
 from kernels.block_selection import BlockSelection
 from kernels.block_sparse_attention_fp8 import block_sparse_attention_fp8
 from kernels.decode_attention_fp8 import decode_attention_fp8
 from kernels.fp8_heads import (
-    BIAS_PARTS,
     FP8,
     KEY_GROUP,
     HeadScales,
     append_kv,
-    bias_columns,
+    bias_shape,
     key_bias,
     quantize_heads,
     write_kv,
@@ -67,7 +66,7 @@ class Inputs:
     scales: HeadScales
     selection: BlockSelection | None
     exact: tuple[Tensor, Tensor, Tensor]  # float64 q [N, H, Lq, D]; k, v [N, Hkv, known, D]
-    bias: Tensor | None  # e4m3 [N, Hkv, T, columns]
+    bias: Tensor | None  # e4m3 [N, Hkv, P, T, 16]
 
     def exact_with_bias(self) -> tuple[Tensor, Tensor, Tensor]:
         """`exact`, with a dimension of q and k more for each head of a KV head, which adds that head's bias."""
@@ -76,7 +75,7 @@ class Inputs:
             return self.exact
         heads, group = q.shape[1], q.shape[1] // k.shape[1]
         units = self.scales.q.double() * self.scales.k.double().repeat_interleave(group)
-        bias = join_bias(self.bias[:, :, : k.shape[2]], group).double() * units[:, None]
+        bias = join_bias(self.bias[:, :, :, : k.shape[2]], group).double() * units[:, None]
         ones = torch.eye(group, dtype=q.dtype, device=q.device).repeat(heads // group, 1)
         q = torch.cat([q, ones[None, :, None].expand(*q.shape[:3], group)], dim=-1)
         return q, torch.cat([k, bias.unflatten(1, (-1, group)).mT], dim=-1), v
@@ -114,12 +113,13 @@ def make_inputs(case: Case, device: str) -> Inputs:
     v_arena[..., 32 : 32 + stored] = store_order(padded)
     k_arena, v_arena = k_arena.to(device), v_arena.to(device)
     group = case.heads // case.kv_heads
-    columns = bias_columns(group)
-    bias_arena = torch.full((case.batch, case.kv_heads, extent + 64, columns), NAN, dtype=torch.uint8).view(FP8)
+    shape = bias_shape(case.heads, case.kv_heads, extent + 64)
+    bias_arena = torch.full((case.batch, *shape), NAN, dtype=torch.uint8).view(FP8)
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     units = (scales.q * scales.k.repeat_interleave(group) * scale).view(case.kv_heads, 1, group)
     biases = torch.randn(case.batch, case.kv_heads, known, group, generator=generator) * 3 / units
-    bias_arena[:, :, 32 : 32 + known, : group * BIAS_PARTS] = split_bias(biases).flatten(3)
+    of_planes = torch.nn.functional.pad(biases, (0, -group % BIAS_HEADS)).unflatten(3, (-1, BIAS_HEADS))
+    bias_arena[:, :, :, 32 : 32 + known] = split_bias(of_planes).transpose(2, 3).flatten(4)
     bias_arena = bias_arena.to(device)
     selection = random_selection(case, generator) if case.keep is not None else None
     if selection is not None:
@@ -132,7 +132,7 @@ def make_inputs(case: Case, device: str) -> Inputs:
         selection,
         exact,  # type: ignore[arg-type]
         # Without one, too.
-        bias_arena[:, :, 32 : 32 + extent] if case.start or case.queries % 2 else None,
+        bias_arena[:, :, :, 32 : 32 + extent] if case.start or case.queries % 2 else None,
     )
 
 
@@ -301,7 +301,7 @@ def check_key_bias(length: int, dtype: torch.dtype, head_dim: int, impl: str, de
         2.0 ** torch.arange(-3, 3, device=device), *(2.0 ** torch.arange(-1, 1, device=device) for _ in range(2)),
         shift, mean,
     )  # fmt: skip
-    shape = (2, kv_heads, start + length + 7, bias_columns(heads // kv_heads))
+    shape = (2, *bias_shape(heads, kv_heads, start + length + 7))
     whole, pieces = torch.full(shape, NAN, dtype=torch.uint8, device=device).view(FP8)
     key_bias(k, scales, whole, start, impl=impl)
     cut = length // 3
@@ -309,12 +309,13 @@ def check_key_bias(length: int, dtype: torch.dtype, head_dim: int, impl: str, de
     key_bias(k[:, :, :cut] if cut else k[:, :, :1], scales, pieces, start, impl=impl)
     assert torch.equal(bits(whole), bits(pieces))
     filled = ~whole.float().isnan()
-    assert filled[:, start : start + length, :12].all()
-    assert filled.sum() == kv_heads * length * 12
+    assert filled[:, :, start : start + length].all()
+    assert filled.sum() == kv_heads * length * 16
+    assert not whole.float()[:, :, start : start + length, 12:].any(), "of the head that is not there"
     keys = (k[0].float() - shift[:, None]).double().repeat_interleave(3, 0)
     units = scales.q.double() * scales.k.double().repeat_interleave(3)
     products = keys * mean.double()[:, None]
-    got = join_bias(whole[None, :, start : start + length], heads // kv_heads)[0].double() * units[:, None]
+    got = join_bias(whole[None, :, :, start : start + length], heads // kv_heads)[0].double() * units[:, None]
     true = products.sum(-1)
     # The last part's smallest number is 2^-13.
     limit = 2.0**-16 * true.abs() + 2.0**-20 * products.abs().sum(-1) + 2.0**-14 * units[:, None]

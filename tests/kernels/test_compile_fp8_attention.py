@@ -15,7 +15,7 @@ import torch
 
 from kernels.block_selection import BlockSelection
 from kernels.dispatch import triton_version
-from kernels.fp8_heads import FP8, HeadScales, bias_columns
+from kernels.fp8_heads import FP8, HeadScales, bias_shape
 from tests.kernels import offline, sass
 
 BF16 = torch.bfloat16
@@ -35,7 +35,7 @@ def scales() -> HeadScales:
 
 
 def bias() -> torch.Tensor:
-    return empty(1, KV_HEADS, 2 * LENGTH, bias_columns(HEADS // KV_HEADS))
+    return empty(1, *bias_shape(HEADS, KV_HEADS, 2 * LENGTH))
 
 
 def operands(

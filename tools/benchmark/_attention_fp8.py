@@ -16,7 +16,7 @@ from kernels.fp8_heads import (
     FP8_MAX,
     KEY_GROUP,
     HeadScales,
-    bias_columns,
+    bias_shape,
     join_bias,
     key_bias,
     quantize_heads,
@@ -58,7 +58,8 @@ class Fp8Layer:
     def bias(self) -> Tensor:
         """What the mean query adds to the keys' scores, which prepare() fills."""
         kv_heads, tokens, _ = self.arenas[0].shape
-        return torch.empty(kv_heads, tokens, bias_columns(self._group), dtype=FP8, device=self.k.device)
+        shape = bias_shape(kv_heads * self._group, kv_heads, tokens)
+        return torch.empty(shape, dtype=FP8, device=self.k.device)
 
     def prepare(self) -> Tensor:
         """Quantise q, k and v, V transposed: what a layer pays besides its attention. Returns q in fp8."""
@@ -104,7 +105,7 @@ class Fp8Layer:
     def biased(self, head: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """exact(), and what is added to the scores of each key, float64 [L]."""
         kv_head, unit = head // self._group, self.scales.q[head] * self.scales.k[head // self._group]
-        biases = join_bias(self.bias[None, kv_head : kv_head + 1, : self.k.shape[2]], self._group)
+        biases = join_bias(self.bias[None, kv_head : kv_head + 1, :, : self.k.shape[2]], self._group)
         return *self.exact(head), biases[0, head % self._group].double() * unit
 
     def emulate(self, head: int, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
