@@ -192,6 +192,7 @@ def test_an_entry_in_the_table_is_all_that_a_new_estimator_takes(tmp_path: Path,
     engine = Engine(config)
     done = run(engine, [Request("a", prompt, 8)])["a"]
     assert done.token_ids == expected[0, 700:].tolist()
+    toy[-2:] = [torch.cat(toy[-2:], 2)]  # the last layer takes the prompt's last block apart
     for layer, counts in enumerate(whole):
         assert torch.equal(torch.cat(toy[layer :: len(whole)], 2), counts), "chunks select what the whole prompt does"
     assert "scores: toy reference (toys have no other)" in done.kernel
