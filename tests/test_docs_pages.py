@@ -191,7 +191,7 @@ def test_the_readme_links_to_anchors_that_are_there() -> None:
 
 def test_measured_peaks_are_those_of_the_speed_page() -> None:
     peaks = re.findall(r"= [\d.]+ GiB \| ([\d.]+ GiB) \|", text("docs/operations.md"))
-    assert peaks == ["33.0 GiB", "18.3 GiB", "19.2 GiB"]
+    assert peaks == ["33.0 GiB", "19.2 GiB"]
     assert all(peak in text("docs/speed.md") for peak in peaks)
 
 
@@ -215,10 +215,9 @@ def test_the_sizing_table_is_what_the_planner_says(
     values = SHAPES[model] | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "tie_word_embeddings": False}
     (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
     monkeypatch.setattr(EngineConfig, "torch_device", lambda self: torch.device("cuda", 0))
-    monkeypatch.setattr(plan, "resolve_precision", lambda *asked: Precision(precision, torch.bfloat16))
-    made_of = meta_model(
-        EngineConfig(""), plan.load_config(EngineConfig(str(tmp_path))), Precision(precision, torch.bfloat16)
-    )
+    made_in, hf_config = Precision(precision, torch.bfloat16), plan.load_config(EngineConfig(str(tmp_path)))
+    monkeypatch.setattr(plan, "resolve_precision", lambda *asked: made_in)
+    made_of = meta_model(EngineConfig(""), hf_config, made_in)
     monkeypatch.setattr(plan, "meta_model", lambda *model: made_of)
     config = EngineConfig(str(tmp_path), precision=precision, attention=StemConfig.preset("release"))
     said = []
@@ -230,7 +229,8 @@ def test_the_sizing_table_is_what_the_planner_says(
             continue
         said.append(f"{made.max_context:,} / {made.documents(33_024)} / {made.documents(131_072)}")
         assert f"{made.weight_bytes / GIB:.1f} GiB" == weights
-        assert f"{made.reserve_bytes / GIB:.1f} GiB" == chunk
+        assert f"{plan.chunk_bytes(config, hf_config, made_in) / GIB:.1f} GiB" == chunk
+        assert (made.reserve_bytes > plan.chunk_bytes(config, hf_config, made_in)) == (precision == "fp8")
         assert f"{made.bytes_per_token:,}" == per_token
     assert said == cells
 

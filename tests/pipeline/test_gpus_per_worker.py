@@ -98,13 +98,14 @@ def test_plan_of_a_70b_model_on_two_gpus(tmp_path: Path) -> None:
     assert [part.bytes_per_token for part in plan.devices] == [39 * 2048, 41 * 2048]
     assert plan.bytes_per_token == 80 * 2048
     first, second = plan.devices
-    assert first.weight_bytes - second.weight_bytes > 2**31, "4.2 GB of embeddings against two layers"
+    difference = first.weight_bytes - second.weight_bytes
+    assert 2**30 < difference < 2**31, "4.2 GB of embeddings against two layers and the last one's 16 bits"
     for part in plan.devices:
         need = part.weight_bytes + part.reserve_bytes + plan.arena_tokens * part.bytes_per_token
         assert need <= part.total_bytes == 80 << 30
-    assert plan.arena_tokens == 540_864
-    assert plan.documents(131_072) == 4
-    assert any("cuda:1: layers 39-79, weights 32.69 GiB" in line for line in plan.lines())
+    assert plan.arena_tokens == 509_568
+    assert plan.documents(131_072) == 3
+    assert any("cuda:1: layers 39-79, weights 34.11 GiB" in line for line in plan.lines())
     assert json.loads(json.dumps(plan.to_dict()))["devices"][1]["layers"] == "39-79"
     less = plan.shrunk(plan.arena_tokens - 1000)
     assert less.reserve_bytes - plan.reserve_bytes == 1000 * plan.bytes_per_token
@@ -119,7 +120,7 @@ def test_the_fullest_gpu_sets_the_arena(tmp_path: Path) -> None:
         EngineError, match=r"left for KV at .* bytes a token on cuda:\d: too little; .* more GPUs a worker"
     ):
         estimate_plan(EngineConfig(folder, precision="bf16", gpus=2), 64 << 30)
-    with pytest.raises(EngineError, match=r"arena_tokens=600000 need .* are free for KV on cuda:0; lower it"):
+    with pytest.raises(EngineError, match=r"arena_tokens=600000 need .* are free for KV on cuda:\d; lower it"):
         estimate_plan(EngineConfig(folder, precision="fp8", gpus=2, arena_tokens=600_000), 80 << 30)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
 
+from kernels.fp8_heads import BIAS_KEYS, bias_shape
 from pipeline.engine.config import EngineConfig, EngineError
 from pipeline.engine.devices import GIB, device_memory, weight_bytes
 from pipeline.engine.kv.arena import ALIGNMENT, ID_BYTES, LayerShape, aligned
@@ -214,7 +216,8 @@ def estimate_plan(config: EngineConfig, total_bytes: int | None = None) -> Memor
     model = meta_model(config, hf_config, precision)
     layers = hf_config.get_text_config().num_hidden_layers
     states = state_shapes(model, precision)
-    per_token = _token_bytes(cached_shapes(hf_config, model).values(), precision)
+    shapes = cached_shapes(hf_config, model).values()
+    per_token, biases = _token_bytes(shapes, precision), _bias_bytes(shapes, precision, hf_config)
     all_states = slots_for(config.max_live) * sum(shape.nbytes for shape in states.values())
     reserve = chunk_bytes(config, hf_config, precision)
     if total_bytes is not None:
@@ -226,17 +229,19 @@ def estimate_plan(config: EngineConfig, total_bytes: int | None = None) -> Memor
         there = [2 * weight_bytes(model) // len(devices)] * len(devices)
     placement = place(model, devices, there)
     counts = placement.counts or (layers,)
+    context = config.max_context or context_limit(hf_config)
     parts, left, first = [], [], 0
     for device, (free, total), weights, count in zip(
         devices, memory, placement.weight_bytes(model), counts, strict=True
     ):
         kept = max(reserve, int((free - weights) * (1 - HOST_SHARE))) if device.type == "cpu" else reserve
         share = per_token * count // sum(counts)
+        longest = min(context, max(0, free - weights - kept) // max(1, share))
+        kept += longest * biases * count // sum(counts)
         here_states = all_states * count // sum(counts)
         parts.append(DevicePlan(str(device), f"{first}-{first + count - 1}", total, weights, kept, share, here_states))
         left.append(free - weights - kept)
         first += count
-    context = config.max_context or context_limit(hf_config)
     plan = build_plan(config, precision, parts, left, context, estimated=True)
     return replace(plan, dequantised_from=stored_weights(config, hf_config))
 
@@ -248,6 +253,16 @@ def _token_bytes(shapes: Iterable[LayerShape], precision: Precision) -> int:
             precision.dtype if precision.fp8 and shape.head_dim > MOST_FP8_HEAD else precision.kv_dtype
         )
         for shape in shapes
+    )
+
+
+def _bias_bytes(shapes: Iterable[LayerShape], precision: Precision, hf_config: Any) -> int:
+    """What layers of these shapes keep for each token of the document that is being read in fp8."""
+    heads = hf_config.get_text_config().num_attention_heads
+    return sum(
+        prod(bias_shape(heads, shape.kv_heads, BIAS_KEYS)) // BIAS_KEYS
+        for shape in shapes
+        if precision.fp8 and shape.head_dim <= MOST_FP8_HEAD
     )
 
 
