@@ -68,7 +68,7 @@ def quantize_linears(
         setattr(model.get_submodule(parent), child, replacement)
         del linear.weight
     for name, experts in find_experts(model).items():
-        reason = "asked for" if _skipped(name, skip) else experts_obstacle(experts)
+        reason = "skipped" if _skipped(name, skip) else experts_obstacle(experts)
         if reason:
             kept[name] = reason
             continue
@@ -120,7 +120,7 @@ def _skipped(name: str, skip: Sequence[str]) -> bool:
 
 def _reason_to_keep(name: str, linear: nn.Linear, skip: Sequence[str], owners: Counter[int]) -> str:
     if _skipped(name, skip):
-        return "asked for"
+        return "skipped"
     if owners[_memory(linear.weight)] > 1:
         return "shares its weight"
     if linear.in_features % ALIGNMENT or linear.out_features % ALIGNMENT:
