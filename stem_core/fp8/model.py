@@ -88,7 +88,7 @@ def quantize_linears(
 def sensitive_linears(model: nn.Module) -> tuple[str, ...]:
     """What to skip where a rounding costs most and 16 bits cost little, by names for `quantize_linears`.
 
-    Keys and values, which every later token reads: 2 to 4% of the linears' weights with grouped queries. And the last
+    Keys and values, which every later token reads: 1.5 to 6% of the linears' weights with grouped queries. And the last
     layer's linears (experts are too large for what they matter): no layer evens its errors out, and of a prompt it
     writes keys and values, and runs to its end for the last block alone. Together a quarter to a third of what rounding
     all linears costs (KL; docs/quality.md).

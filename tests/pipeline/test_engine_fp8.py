@@ -255,6 +255,8 @@ def test_fp8_checkpoint_loads_as_it_is(tmp_path: Path, monkeypatch: pytest.Monke
     text = prompts([200])[0]
     engine = make(tmp_path / "fp8", precision="auto")
     assert engine.describe()["precision"] == "fp8"
+    estimate = estimate_plan(EngineConfig(str(tmp_path / "fp8"), device="cpu", arena_tokens=1000))
+    assert estimate.weight_bytes <= engine.plan().weight_bytes < estimate.weight_bytes + 4096, "all linears are in fp8"
     name = "model.layers.1.mlp.down_proj"
     linear = engine._runner.model.get_submodule(name)
     assert isinstance(linear, Fp8Linear)

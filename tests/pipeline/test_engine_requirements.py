@@ -18,7 +18,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from pipeline.engine import Engine, EngineConfig, EngineError
 from pipeline.engine.kv.arena import LayerShape
-from pipeline.engine.model import self_check
+from pipeline.engine.model import last_layer, self_check
 from pipeline.engine.model.loading import load_model, load_runner
 from pipeline.engine.model.requirements import check_head_sizes, check_layers, check_windows
 from pipeline.engine.model.runner import ModelRunner
@@ -215,6 +215,16 @@ def test_documents_that_change_each_other_are_noticed(
     monkeypatch.setattr(self_check, "TESTED_TYPES", frozenset())
     with pytest.raises(EngineError, match=rf"Qwen3ForCausalLM \(model type qwen3\) gives {FAULTS[fault]}"):
         load_runner(EngineConfig(str(folder), device="cpu", precision=precision, fuse=False))
+
+
+def test_a_last_layer_that_is_cut_wrongly_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions of the whole chunk's first rows for its last ones."""
+    cut = last_layer._rows
+    monkeypatch.setattr(last_layer, "_rows", lambda value, dim, rows: cut(value, dim, slice(0, rows.stop - rows.start)))
+    monkeypatch.setattr(self_check, "TESTED_TYPES", frozenset())
+    config = EngineConfig(str(save_model(tmp_path, "qwen3", initializer_range=0.1)), device="cpu", fuse=False)
+    with pytest.raises(EngineError, match="where its last layer is run to its end for a prompt's last block alone"):
+        load_runner(config)
 
 
 class Chaotic(Qwen3MLP):

@@ -133,8 +133,8 @@ _CHECKPOINTS = """
 ## Checkpoints
 
 All types are read from safetensors in bf16, fp16 or fp32. `--precision fp8` quantises linears and experts as they are
-loaded: "not its experts" means that those of a mixture stay in 16 bits, where transformers' interface for experts does
-not know them, or norms stand between them. That column follows from the model's structure; the
-tool runs float32 alone. What other formats are read, and what is refused with
-which advice, is in [Troubleshooting](troubleshooting.md).
+loaded, but for linears that make keys or values alone, and the last layer's. "Not its experts" means that those of a
+mixture stay in 16 bits, where transformers' interface for experts does not know them, or norms stand between them. That
+column follows from the model's structure; the tool runs float32 alone. What other formats are read, and what is refused
+with which advice, is in [Troubleshooting](troubleshooting.md).
 """

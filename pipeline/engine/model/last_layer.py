@@ -8,13 +8,16 @@ prefill which nobody would have read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from pipeline.engine.kv.cache import EngineCache
 from stem_core.context import PrefillContext, PromptGoesOn
 from stem_core.policy import DENSE_BLOCK_SIZE, LayerPolicy
 
@@ -23,10 +26,10 @@ ROWS = {"position_ids": -1, "position_embeddings": 1, "cache_position": 0, "per_
 
 
 def answer_for_the_end(model: nn.Module, attention_layer: int) -> bool:
-    """Let the decoder layer of that attention layer return the last block's rows alone, in a prefill's last chunk.
+    """Let the decoder layer of that attention layer compute the last block's rows alone, in a prefill's last chunk.
 
-    Of a patched model; in calls with PrefillContext.last_layer only. False, and nothing is changed, where decoder
-    layers follow it: they would miss the other rows.
+    Of a patched model; in calls with PrefillContext.last_layer only. Other rows are the layer's input then. False, and
+    nothing is changed, where decoder layers follow it.
     """
     found = _decoder_layer(model, attention_layer)
     if found is None:
@@ -51,39 +54,103 @@ def _decoder_layer(model: nn.Module, attention_layer: int) -> tuple[nn.Module, n
 
 
 def _last_block_only(forward: Callable[..., Any], attention: nn.Module) -> Callable[..., Any]:
+    signature = inspect.signature(forward)
+
     @wraps(forward)
-    def answer(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        context = kwargs.get("stem_context")
-        known = not args and not any(isinstance(value, Tensor) for name, value in kwargs.items() if name not in ROWS)
-        if not isinstance(context, PrefillContext) or context.last_layer is None or not known:
-            return forward(hidden_states, *args, **kwargs)
-        begin, end = context.start, context.start + hidden_states.shape[1]
-        last = (end - 1) // _block(attention) * _block(attention)  # where the last block begins
-        if end < context.prompt_length or last <= begin:
-            return forward(hidden_states, **kwargs)
-
-        def run(first: int, behind: int) -> Any:
-            """The layer as it would run on a chunk of the tokens [first, behind)."""
-            here = slice(first - begin, behind - begin)
-            rows = {name: _rows(kwargs[name], dim, here) for name, dim in ROWS.items() if name in kwargs}
-            context.start = kwargs["past_key_values"].seen = first
-            return forward(hidden_states[:, here], **(kwargs | rows))
-
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        given = _by_name(signature, args, kwargs)
+        call = None if given is None else _call(given)
+        if call is None or call.last is None:
+            return forward(*args, **kwargs)
         try:
             with suppress(PromptGoesOn):
-                run(begin, last)
-            return run(last, end)
+                forward(**call.rows(call.begin, call.last))
+            return call.whole(forward(**call.rows(call.last, call.end)))
         finally:
-            context.start = kwargs["past_key_values"].seen = begin
+            call.go_to(call.begin)
+
+    def _call(given: dict[str, Any]) -> _Call | None:
+        """None where not all that is given is known to have a row for each token, or none."""
+        hidden, *others = given
+        context = given.get("stem_context")
+        caches = [value for value in given.values() if isinstance(value, EngineCache)]
+        if not isinstance(context, PrefillContext) or context.last_layer is None or len(caches) != 1:
+            return None
+        if given[hidden].ndim != 3:
+            return None
+        length = given[hidden].shape[1]
+        for name in others:
+            if not all(name in ROWS and tensor.shape[ROWS[name]] == length for tensor in _tensors(given[name])):
+                return None
+        return _Call(given, hidden, context, caches[0], _block(attention))
 
     answer.answers_for_the_end = True  # type: ignore[attr-defined]
     return answer
+
+
+def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """The arguments of a call by their names, the first one first; None where some have none."""
+    found: dict[str, Any] = {}
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            found |= value
+        elif kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
+            found[name] = value
+        else:
+            return None
+    return found
+
+
+class _Call:
+    """A decoder layer's call on a chunk, the tokens [begin, end), that can be made of parts of it.
+
+    given: its arguments by name. hidden: the name of the hidden states, [1, L, hidden size].
+    """
+
+    def __init__(
+        self, given: dict[str, Any], hidden: str, context: PrefillContext, cache: EngineCache, block: int
+    ) -> None:
+        self.given, self.hidden, self.context, self.cache, self.block = given, hidden, context, cache, block
+        self.begin = context.start
+        self.end = context.start + given[hidden].shape[1]
+
+    @property
+    def last(self) -> int | None:
+        """Where the prompt's last block begins, if it ends in this chunk and is not all of it."""
+        last = (self.end - 1) // self.block * self.block
+        return None if self.end < self.context.prompt_length or last <= self.begin else last
+
+    def rows(self, first: int, behind: int) -> dict[str, Any]:
+        """Its arguments as if the chunk were the tokens [first, behind)."""
+        self.go_to(first)
+        here = slice(first - self.begin, behind - self.begin)
+        cut = {name: _rows(self.given[name], dim, here) for name, dim in ROWS.items() if name in self.given}
+        return self.given | cut | {self.hidden: self.given[self.hidden][:, here]}
+
+    def whole(self, out: Any) -> Any:
+        """What the layer gave for the last rows, behind its input's others: some models count them again."""
+        if isinstance(out, tuple):
+            return (self.whole(out[0]), *out[1:])
+        hidden = self.given[self.hidden]
+        return torch.cat([hidden[:, : hidden.shape[1] - out.shape[1]], out], dim=1)
+
+    def go_to(self, start: int) -> None:
+        self.context.start = self.cache.seen = start
 
 
 def _block(attention: nn.Module) -> int:
     policy = attention.stem_policy
     assert isinstance(policy, LayerPolicy)
     return DENSE_BLOCK_SIZE if policy.config is None else policy.config.block_size
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from _tensors(each)
 
 
 def _rows(value: Any, dim: int, rows: slice) -> Any:

@@ -12,7 +12,7 @@ from pipeline.engine.kv.arena import LayerShape
 from pipeline.engine.kv.states import CONV, RECURRENT, StateKey, StateShape
 from pipeline.engine.model.precision import Precision, check_fp8_attention
 from pipeline.engine.model.text_part import model_class
-from stem_core.fp8 import quantize_linears, sensitive_linears
+from stem_core.fp8 import quantize_linears, sensitive_linears, storage
 from stem_core.patch import UnsupportedModelError, attention_layers, check_model
 
 # Allocator fragmentation, cuBLAS workspaces and what else a process takes unasked.
@@ -41,8 +41,12 @@ def checked_architecture(config: EngineConfig, hf_config: Any, precision: Precis
 def meta_model(config: EngineConfig, hf_config: Any, precision: Precision) -> nn.Module:
     """`checked_architecture`, those linears in fp8 that the engine has in it. Raises what that raises."""
     model = checked_architecture(config, hf_config, precision)
+    if not precision.fp8:
+        return model
+    stored = storage(hf_config)
+    skip = ("lm_head",) if stored is not None and stored.kept else sensitive_linears(model)
     with torch.device("meta"):
-        return quantize_linears(model, sensitive_linears(model)) if precision.fp8 else model
+        return quantize_linears(model, skip)
 
 
 def cached_shapes(hf_config: Any, model: nn.Module) -> dict[int, LayerShape]:

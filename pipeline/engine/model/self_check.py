@@ -1,4 +1,5 @@
 """Two short documents, read whole and alone, then in chunks and together: the model must give the same both times.
+And one as jobs read it, whose last layer is run to its end for the last block alone.
 
 And what it gives without a cache, with its own positions: some count them from another number than 0.
 """
@@ -56,6 +57,7 @@ def self_check(runner: ModelRunner, random_weights: bool = False) -> None:
     alone = [trial.read_and_write([number], whole=True)[0] for number in (0, 1)]
     pair = trial.read_and_write([0, 1], whole=False)
     other = trial.read_and_write([0, 2], whole=False)[0]
+    ended = trial.read_to_the_end()
     by_itself = alone[0][0] if runner.precision.fp8 else trial.uncached()
 
     def problem(limit: float) -> str:
@@ -63,6 +65,8 @@ def self_check(runner: ModelRunner, random_weights: bool = False) -> None:
             return "gives other logits with a cache and positions counted from 0 than by itself"
         if any(difference(got[0], expected[0]) > limit for got, expected in zip(pair, alone, strict=True)):
             return f"gives other logits for a prompt that is read in chunks than for the whole: {_cause(runner)}"
+        if difference(ended, alone[0][0]) > limit:
+            return "gives other logits where its last layer is run to its end for a prompt's last block alone"
         if _usual(pair[0], other) > NEIGHBOUR or any(_usual(*both) > limit for both in zip(pair, alone, strict=True)):
             return f"gives other logits for documents together than for each alone: {_cause(runner)}"
         return ""
@@ -136,13 +140,19 @@ class _Trial:
         finally:
             hook.remove()
 
+    def read_to_the_end(self) -> Tensor:
+        """As the first logits of the first document, read whole, but as a job reads it (last_layer.py)."""
+        return self._prefill(0, LENGTHS[0], self._runner.last_layer)
+
     def uncached(self) -> Tensor:
         """Logits [V] behind the first document's prompt, without a cache."""
         return self._runner.uncached(self._ids[0][None, : LENGTHS[0]])[0]
 
-    def _prefill(self, number: int, chunk: int) -> Tensor:
+    def _prefill(self, number: int, chunk: int, last_layer: int | None = None) -> Tensor:
         extent, length = self._extents[number], LENGTHS[number]
-        context = PrefillContext(prompt_length=length, quantized=self._arena.quantized(extent), dense=True)
+        context = PrefillContext(
+            prompt_length=length, quantized=self._arena.quantized(extent), last_layer=last_layer, dense=True
+        )
         for start in range(0, length, chunk):
             context.start, end = start, min(start + chunk, length)
             logits = self._runner.prefill(

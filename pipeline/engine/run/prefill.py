@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels._common.sizes import ceil_div
 from kernels.fp8_heads import BIAS_KEYS
 from pipeline.engine.kv.arena import Arena, Extent
 from pipeline.engine.model.runner import ModelRunner
@@ -73,7 +72,7 @@ def dense_instead(runner: ModelRunner, plan: AttentionPlan, prompt_tokens: int, 
 def _longer(bias: Tensor, tokens: int) -> Tensor:
     """A copy of [Hkv, P, T, 16] with room for so many tokens."""
     known = bias.shape[2]
-    longer = bias.new_empty(*bias.shape[:2], max(known, ceil_div(tokens, BIAS_KEYS) * BIAS_KEYS), bias.shape[3])
+    longer = bias.new_empty(*bias.shape[:2], max(known, -(-tokens // BIAS_KEYS) * BIAS_KEYS), bias.shape[3])
     longer[:, :, :known] = bias
     return longer
 
