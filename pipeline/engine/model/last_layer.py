@@ -3,7 +3,7 @@
 Of a prompt nothing is kept behind the keys and values of the last layer but the logits of the last token. Earlier
 chunks leave that layer there (stem_core.context.PromptGoesOn), and so do the blocks of the last chunk before its last
 one: queries attend by the block, so that the last block is what the last token needs. That is a share 1 / layers of the
-prefill which nobody would have read.
+last chunk which nobody would have read.
 """
 
 from __future__ import annotations
