@@ -258,11 +258,13 @@ def _token_bytes(shapes: Iterable[LayerShape], precision: Precision) -> int:
 
 def _bias_bytes(shapes: Iterable[LayerShape], precision: Precision, hf_config: Any) -> int:
     """What layers of these shapes keep for each token of the document that is being read in fp8."""
+    if not precision.fp8:
+        return 0
     heads = hf_config.get_text_config().num_attention_heads
     return sum(
         prod(bias_shape(heads, shape.kv_heads, BIAS_KEYS)) // BIAS_KEYS
         for shape in shapes
-        if precision.fp8 and shape.head_dim <= MOST_FP8_HEAD
+        if shape.head_dim <= MOST_FP8_HEAD
     )
 
 
