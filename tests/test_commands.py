@@ -111,6 +111,7 @@ RUN_BY = {
     "make test": ".ci/run: make --no-print-directory test",
     "prometheus": "tests/pipeline/test_prometheus.py: test_all_panels_show_a_running_job",
     "pytest": ".ci/run: make --no-print-directory test",
+    "python examples/store_fp8.py": "tests/test_examples.py: def test_store_fp8",
     "stemline": "tests/test_commands.py: test_the_script_runs_commands",
     "ray job": "tests/jobs/test_submit.py: test_both_ways_of_submitting",
     "ray start": "tests/jobs/test_submit.py: def cluster",

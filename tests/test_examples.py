@@ -15,13 +15,17 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+from transformers import PreTrainedModel
 
 import stem_core.selection
 from kernels.block_selection import select_blocks
+from stem_core.fp8 import sensitive_linears
 
 ROOT = Path(__file__).parents[1]
 FINDINGS = {
@@ -58,6 +62,43 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         return capsys.readouterr().out
 
     return call
+
+
+def test_store_fp8(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llm-compressor is not here. What it is told: pieces of texts, and to leave the linears that the engine leaves."""
+    told: dict[str, Any] = {}
+    modules = {name: ModuleType(name) for name in ("datasets", "llmcompressor", "llmcompressor.modifiers")}
+    modules["llmcompressor.modifiers.quantization"] = quantization = ModuleType("quantization")
+    quantization.GPTQModifier = lambda **options: told.update(options)  # type: ignore[attr-defined]
+    modules["datasets"].Dataset = SimpleNamespace(from_dict=lambda columns: columns)  # type: ignore[attr-defined]
+    modules["llmcompressor"].oneshot = lambda **options: told.update(options)  # type: ignore[attr-defined]
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    save = PreTrainedModel.save_pretrained
+    monkeypatch.setattr(
+        PreTrainedModel,
+        "save_pretrained",
+        lambda self, out, save_compressed: told.update(compressed=save_compressed) or save(self, out),
+    )
+    text, other = (str(ROOT / "examples/documents" / name) for name in ("jargon-file.txt", "newton-opticks.txt"))
+    model = str(ROOT / "models/tiny-reader")
+    assert run("store_fp8.py", model, text, other, "out") == "written: out\n"
+    pieces = told["dataset"]["input_ids"]
+    assert {len(piece) for piece in pieces} == {1024}
+    assert told["num_calibration_samples"] == len(pieces) == 12
+    assert told["compressed"]
+    linears = {name for name, module in told["model"].named_modules() if isinstance(module, torch.nn.Linear)}
+    left = {
+        name for name in linears for kept in told["ignore"] if name == kept or re.match(kept.removeprefix("re:"), name)
+    }
+    skipped = sensitive_linears(told["model"])
+    assert left == {name for name in linears if name in skipped or name.rpartition(".")[2] in skipped}
+    for arguments, problem in (
+        ((model, text), "usage: "), ((model, text, "out"), "out exists already"),
+        ((model, text, "new"), "12,288 or more are needed"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit, match=problem):
+            run("store_fp8.py", *arguments)
 
 
 def test_patch_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
