@@ -16,9 +16,9 @@ over a whole row of 32K positive values came out 57% too small. Each block's P V
 float32 (the same multiply-add that rescales O). Both halves of D share the 32 registers of that partial sum, which a
 whole one would spill. The row sums are of P as rounded to e4m3 and cost no additions: a product with ones.
 
-The order of these steps is not what bounds the kernel: both halves of P V before S, S before the second half, and the
-warpgroups taking turns by named barriers in each of the three, measured within 3% of one another at 131,072 tokens on
-an H200, which was at its limit of power meanwhile (docs/speed.md).
+The order of these steps is not what bounds the kernel: both halves of P V before S, or S before the second half, and
+the warpgroups taking turns by named barriers in either, gave no more at 131,072 tokens on an H200, which was at its
+limit of power meanwhile; taking turns in the order above, or for all products of a step, gave less (docs/speed.md).
 
 A stage of the ring holds (K_{j+1}, V_{j-1}) and, where there is one, the parts of the bias of block j + 1, with
 which S_{j+1} begins: one full and one empty barrier a step. P is scaled by 2^8 and stays in

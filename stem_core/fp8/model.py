@@ -89,9 +89,9 @@ def sensitive_linears(model: nn.Module) -> tuple[str, ...]:
     """What to skip where a rounding costs most and 16 bits cost little, by names for `quantize_linears`.
 
     Keys and values, which every later token reads: 1.5 to 6% of the linears' weights with grouped queries. And the last
-    layer's linears (experts are too large for what they matter): no layer evens its errors out, and of a prompt it
-    writes keys and values, and runs to its end for the last block alone. Together a quarter to a third of what rounding
-    all linears costs (KL; docs/quality.md).
+    layer's linears (not its experts, which are most of a layer that has them): no layer evens its errors out, and of a
+    prompt it writes keys and values, and runs to its end for the last block alone. Together a quarter to a third of
+    what rounding all linears costs (KL; docs/quality.md).
     """
     linears = (name for name, module in model.named_modules() if type(module) is nn.Linear)
     layers = {name: int(found[1]) for name in linears if (found := re.search(r"\.(\d+)\.", name))}

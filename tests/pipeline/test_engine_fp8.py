@@ -19,6 +19,7 @@ from pipeline import read_results
 from pipeline.engine import Engine, EngineConfig, EngineError, Request, estimate_plan
 from pipeline.engine.config import ModelRefusedError
 from pipeline.engine.kv.arena import ALIGNMENT, Extent, Fp8Arena, LayerShape
+from pipeline.engine.memory.plan import HOST_SHARE
 from pipeline.engine.memory.rehearsal import key_state_bytes
 from pipeline.engine.model import loading
 from pipeline.engine.model.dummy import dummy_model
@@ -206,6 +207,9 @@ def test_memory_halves_and_the_plan_says_so(tmp_path: Path) -> None:
     assert "precision fp8" in plan.lines()[0]
     assert engine._arena.nbytes == (plan.arena_tokens + ALIGNMENT) * plan.bytes_per_token
     assert estimate.weight_bytes <= plan.weight_bytes < estimate.weight_bytes + 4096
+    given = estimate_plan(config, total_bytes=1 << 30)
+    left = int(((1 << 30) - given.weight_bytes) * (1 - HOST_SHARE))
+    assert given.reserve_bytes == left, "on a CPU the engine's own plan keeps a share, and no more for what is read"
     wide = estimate_plan(EngineConfig(str(folder), device="cpu", precision="fp32", arena_tokens=1000))
     # All but the embedding, k, v and the last of three layers take a byte in place of four.
     assert estimate.weight_bytes < 0.7 * wide.weight_bytes

@@ -234,10 +234,12 @@ def estimate_plan(config: EngineConfig, total_bytes: int | None = None) -> Memor
     for device, (free, total), weights, count in zip(
         devices, memory, placement.weight_bytes(model), counts, strict=True
     ):
-        kept = max(reserve, int((free - weights) * (1 - HOST_SHARE))) if device.type == "cpu" else reserve
         share = per_token * count // sum(counts)
-        longest = min(context, max(0, free - weights - kept) // max(1, share))
-        kept += longest * biases * count // sum(counts)
+        if device.type == "cpu":
+            kept = max(reserve, int((free - weights) * (1 - HOST_SHARE)))
+        else:
+            longest = min(context, max(0, free - weights - reserve) // max(1, share))
+            kept = reserve + longest * biases * count // sum(counts)
         here_states = all_states * count // sum(counts)
         parts.append(DevicePlan(str(device), f"{first}-{first + count - 1}", total, weights, kept, share, here_states))
         left.append(free - weights - kept)

@@ -58,8 +58,11 @@ def _last_block_only(forward: Callable[..., Any], attention: nn.Module) -> Calla
 
     @wraps(forward)
     def answer(*args: Any, **kwargs: Any) -> Any:
+        context = kwargs.get("stem_context")
+        if not isinstance(context, PrefillContext) or context.last_layer is None:
+            return forward(*args, **kwargs)
         given = _by_name(signature, args, kwargs)
-        call = None if given is None else _call(given)
+        call = None if given is None else _call(given, context)
         if call is None or call.last is None:
             return forward(*args, **kwargs)
         try:
@@ -69,14 +72,11 @@ def _last_block_only(forward: Callable[..., Any], attention: nn.Module) -> Calla
         finally:
             call.go_to(call.begin)
 
-    def _call(given: dict[str, Any]) -> _Call | None:
+    def _call(given: dict[str, Any], context: PrefillContext) -> _Call | None:
         """None where not all that is given is known to have a row for each token, or none."""
         hidden, *others = given
-        context = given.get("stem_context")
         caches = [value for value in given.values() if isinstance(value, EngineCache)]
-        if not isinstance(context, PrefillContext) or context.last_layer is None or len(caches) != 1:
-            return None
-        if given[hidden].ndim != 3:
+        if len(caches) != 1 or given[hidden].ndim != 3:
             return None
         length = given[hidden].shape[1]
         for name in others:
