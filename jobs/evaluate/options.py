@@ -27,6 +27,7 @@ ARMS_HELP = (
 )
 TASKS_HELP = f"all, kinds of documents ({', '.join((*KINDS, TEXT))}), or tasks ({', '.join(TASKS)})"
 PRECISIONS_HELP = f"one or more of {', '.join(BY_EXACTNESS)}, also as bf16,fp8; compared question by question"
+FP8_MODEL_HELP = "the same model as stored in fp8: read in its place in fp8, so that its weights' rounding is compared, too"
 BLOCK_HELP = "cut prompts into blocks of B tokens, sparse at any length: for small models (unset: as presets say)"
 
 
@@ -35,6 +36,7 @@ class Options:
     """A comparison as it will run; see --help for the meaning of each field."""
 
     model: str
+    fp8_model: str | None
     tokenizer: str
     revision: str | None
     load_format: str
@@ -73,6 +75,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--rope-scaling", type=float, metavar="FACTOR", help="stretch the model's context by YaRN")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--precision", nargs="+", default=["auto"], metavar="PRECISION", help=PRECISIONS_HELP)
+    add("--fp8-model", metavar="PATH_OR_ID", help=FP8_MODEL_HELP)
     add("--lengths", type=int, nargs="+", default=[16384, 32768], metavar="TOKENS", help="most tokens of a prompt")
     add("--tasks", nargs="+", default=list(USUAL_TASKS), metavar="TASK", help=TASKS_HELP)
     add("--arms", nargs="+", metavar="ARM", help=ARMS_HELP)
@@ -102,14 +105,21 @@ def options_of(flags: argparse.Namespace, device: torch.device) -> Options:
         raise JobError(f"--block-size: {flags.block_size} is not one of {', '.join(map(str, BLOCK_SIZES))}")
     if flags.rope_scaling is not None and not 1 < flags.rope_scaling <= 64:
         raise JobError(f"--rope-scaling must be above 1 and at most 64, got {flags.rope_scaling}")
+    precisions = _precisions(flags.precision)
+    if flags.fp8_model and ("fp8" not in precisions or flags.load_format == "dummy"):
+        raise JobError(
+            f"--fp8-model takes the place of --model in fp8 and has weights, got --precision {' '.join(precisions)} and "
+            f"--load-format {flags.load_format}; give --precision bf16 fp8"
+        )
     return Options(
         model=flags.model,
+        fp8_model=flags.fp8_model,
         tokenizer=flags.tokenizer or flags.model,
         revision=flags.revision,
         load_format=flags.load_format,
         rope_scaling=flags.rope_scaling,
         device=device,
-        precisions=_precisions(flags.precision),
+        precisions=precisions,
         lengths=tuple(flags.lengths),
         tasks=_tasks(flags.tasks),
         arms=tuple(flags.arms or (GPU_ARMS if on_gpu else CPU_ARMS)),

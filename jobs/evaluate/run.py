@@ -66,7 +66,7 @@ def load_readers(options: Options) -> list[Reader]:
     readers = []
     for precision in options.precisions:
         config = EngineConfig(
-            folder,
+            options.fp8_model or folder if precision == "fp8" else folder,
             device=str(options.device),
             precision=precision,
             chunk_tokens=options.chunk_tokens,
@@ -76,6 +76,11 @@ def load_readers(options: Options) -> list[Reader]:
             seed=options.seed,
         )
         readers.append(Reader(config, max(options.lengths) + MOST_ANSWER_TOKENS))
+    if readers[-1].vocabulary != readers[0].vocabulary:
+        raise JobError(
+            f"--fp8-model {options.fp8_model} has {readers[-1].vocabulary:,} tokens, --model {options.model} "
+            f"{readers[0].vocabulary:,}; expected the same model"
+        )
     if max(options.lengths) > readers[0].limit:
         raise JobError(
             f"--lengths {max(options.lengths)}: {options.model} takes up to {readers[0].limit} tokens; --rope-scaling "
@@ -134,6 +139,8 @@ def describe(options: Options, style: Style, arms: Sequence[Arm], readers: Seque
     """What will run, in lines for the person who waits for it."""
     texts = f"; stretches of plain text at each length: {options.texts}" if TEXT in options.tasks else ""
     precisions = " and ".join(reader.precision for reader in readers)
+    if options.fp8_model:
+        precisions += f" (as stored in {options.fp8_model})"
     lines = [
         f"{options.model} on {options.device} in {precisions}, questions worded as in {style.name}; kinds of "
         f"documents: {', '.join(options.kinds) or 'none'}; of each kind at each length: {options.documents}; questions "

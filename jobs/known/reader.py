@@ -110,7 +110,7 @@ class Reader:
         self._config = config
         self._runner = load_runner(config) if runner is None else runner
         self.device, self.precision = self._runner.device, self._runner.precision.name
-        self.limit = context_limit(self._runner.model.config)
+        self.limit, self.vocabulary = context_limit(self._runner.model.config), self._runner.vocabulary
         self._longest = longest
         self._stop_ids = stop_token_ids(self._runner.model)
         self._arm: Arm | None = None

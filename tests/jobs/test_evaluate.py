@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from functools import cache
 from itertools import pairwise
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from jobs.evaluate import run as evaluate_run
 from jobs.evaluate.__main__ import main
@@ -341,6 +343,22 @@ def test_job_writes_rows_and_report(
     assert again["settings"] == summary["settings"]  # rows that come twice count once
 
 
+def test_weights_stored_in_fp8_are_compared_with_the_model_itself(tmp_path: Path) -> None:
+    """A stored model alone would be compared with itself, its own weights exact."""
+    shutil.copytree(MODEL, stored := tmp_path / "stored")
+    tensors = load_file(stored / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("o_proj.weight"))
+    save_file(tensors | {name: tensors[name] * 1.5}, stored / "model.safetensors", {"format": "pt"})
+    flags = ["--model", MODEL, "--device", "cpu", "--lengths", "300", "--tasks", "text", "--arms", "dense", "--no-plots"]
+    kl = {}
+    for folder in (MODEL, str(stored)):
+        out = tmp_path / f"out{len(kl)}"
+        assert main([*flags, "--precision", "fp32", "fp8", "--fp8-model", folder, "--output", str(out)]) == 0
+        kl[folder] = {row["precision"]: row["kl"] for row in read_rows([out]) if row["task"] == "text inside"}
+    assert kl[str(stored)]["fp32"] == kl[MODEL]["fp32"] == 0
+    assert kl[str(stored)]["fp8"] > 2 * kl[MODEL]["fp8"]
+
+
 def test_summary_compares_question_by_question() -> None:
     def row(arm: str, precision: str, question: str, recall: float, task: str = "niah_noise") -> Row:
         known = dict.fromkeys(SCHEMA.names) | {"length": 900, "document": question[0], "task": task, "config": arm}
@@ -410,6 +428,20 @@ def test_user_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "is not one of 16, 32" in refused("--block-size", "48")
     assert "'fp9' is not one of auto, fp32" in refused("--precision", "bf16,fp9")
     assert "must be above 1" in refused("--rope-scaling", "1")
+    assert "give --precision bf16 fp8" in refused("--fp8-model", MODEL)
+    both = ("--precision", "fp32", "fp8", "--fp8-model", str(tmp_path / "other"))
+    shutil.copytree(MODEL, tmp_path / "other")
+    config = json.loads((tmp_path / "other/config.json").read_text())
+    (tmp_path / "other/config.json").write_text(json.dumps(config | {"vocab_size": 64}))
+    save_file(
+        {
+            name: tensor[:64] if "embed_tokens" in name or "lm_head" in name else tensor
+            for name, tensor in load_file(Path(MODEL, "model.safetensors")).items()
+        },
+        tmp_path / "other/model.safetensors",
+        {"format": "pt"},
+    )
+    assert "has 64 tokens, --model" in refused(*both, "--lengths", "300")
     assert "holds no rows" in refused("--report", str(tmp_path))
     assert "cannot be read: No such file" in refused("--essay", str(tmp_path / "none.txt"))
     assert f"{__file__} is a file; give a folder" in refused("--output", __file__)
