@@ -305,7 +305,7 @@ class _Call:
             if context.start:
                 raise RuntimeError(
                     f"the prefill begins at token {context.start} in fp8 and does not know what the mean query adds to "
-                    "the keys before it (PrefillContext.bias): begin at 0, or branch from the prefill that read them"
+                    "the keys before it (PrefillContext.bias): begin at 0"
                 )
             bias = context.bias[self.policy.layer] = empty_bias(scales, context.prompt_length)
         key_bias(self.k, scales, bias, context.start)

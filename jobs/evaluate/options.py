@@ -27,7 +27,9 @@ ARMS_HELP = (
 )
 TASKS_HELP = f"all, kinds of documents ({', '.join((*KINDS, TEXT))}), or tasks ({', '.join(TASKS)})"
 PRECISIONS_HELP = f"one or more of {', '.join(BY_EXACTNESS)}, also as bf16,fp8; compared question by question"
-FP8_MODEL_HELP = "the same model as stored in fp8: read in its place in fp8, so that its weights' rounding is compared, too"
+FP8_MODEL_HELP = (
+    "the same model as stored in fp8: read in its place in fp8, so that its weights' rounding is compared, too"
+)
 BLOCK_HELP = "cut prompts into blocks of B tokens, sparse at any length: for small models (unset: as presets say)"
 
 
@@ -108,8 +110,8 @@ def options_of(flags: argparse.Namespace, device: torch.device) -> Options:
     precisions = _precisions(flags.precision)
     if flags.fp8_model and ("fp8" not in precisions or flags.load_format == "dummy"):
         raise JobError(
-            f"--fp8-model takes the place of --model in fp8 and has weights, got --precision {' '.join(precisions)} and "
-            f"--load-format {flags.load_format}; give --precision bf16 fp8"
+            f"--fp8-model is read in fp8, and has weights; got --precision {' '.join(precisions)} and --load-format "
+            f"{flags.load_format}: give --precision bf16 fp8"
         )
     return Options(
         model=flags.model,

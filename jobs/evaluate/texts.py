@@ -72,13 +72,15 @@ def read_text(reader: Reader, text: Text, reference: Reference) -> tuple[Answer,
     fill = not reference
     length = text.prompt_tokens
     ids = torch.from_numpy(text.ids).to(reader.device)
-    prefill = reader.prefill(text.ids[:length], len(text.ids) - length)
-    begun = reader.now()
-    inside = reader.run(prefill, length, text.places)
-    seconds = reader.now() - begun
-    # What is decoded attends densely, to the keys and values that the arm left.
     behind_places = range(length, len(text.ids) - 1)
-    behind = reader.run(prefill.branch(text.ids, dense=True), len(text.ids), behind_places)
+    with reader.room(length) as document, reader.room(len(behind_places)) as place:
+        assert document is not None, "the arena is empty, and holds the longest text"
+        assert place is not None, "as much is free again"
+        begun = reader.now()
+        inside = reader.run(reader.prefill(text.ids[:length], document), text.places)
+        seconds = reader.now() - begun
+        # As what is decoded: densely, to the keys and values that the arm left.
+        behind = reader.behind(document, length, text.ids[length:-1], place)
 
     def answer(part: str, logits: torch.Tensor, places: Sequence[int]) -> Answer:
         found = Answer(reader.arm, None, length, density=reader.density(length), prefill_seconds=seconds)

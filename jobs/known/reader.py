@@ -1,15 +1,15 @@
-"""Documents read by the product's engine: one prefill for all that is asked of a document, and its answers together.
+"""Documents read by the product's engine as its jobs read them: a document once, and what is asked behind it.
 
-A prompt's selection depends on its own tokens and on how many blocks it has, not on what follows a row. So questions of
-one document whose prompts have the same number of blocks share the prefill of the tokens that they share, up to a
-block's border: exactly what chunked prefill does, and as exact. The rest of each question is read as in its own prefill
-(Prefill.branch), and all answers are decoded in one batch.
+All of a document's prompts begin with the same tokens. These are read once, as a prompt of their own length; what
+follows, each question has for itself, and reads it as a job does (pipeline.engine.config.SharedPrompt). The answers are
+decoded in one batch.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,17 +22,19 @@ from pipeline.engine import EngineConfig, EngineError
 from pipeline.engine.kv.arena import Extent, aligned
 from pipeline.engine.model.loading import context_limit, load_runner, stop_token_ids
 from pipeline.engine.model.runner import ModelRunner
+from pipeline.engine.prefix import Prefix
 from pipeline.engine.run.batch import IDLE, NOT_FINITE, DecodeBatch, RowStart
-from pipeline.engine.run.decode import DecodeRunner, StepKey, batch_bucket
+from pipeline.engine.run.decode import DecodeRunner, StepKey, batch_bucket, group_bucket
 from pipeline.engine.run.prefill import Prefill, attention_plan, chunk_size
+from pipeline.engine.run.tail import TailPrefill
 from stem_core.config import StemConfig
 from stem_core.context import Select
-from stem_core.policy import DENSE_BLOCK_SIZE
 
 # Logits [rows, V] that are compared in float32 at once.
 SLICE_ROWS = 256
-# Answers that are decoded as one batch, where the memory holds their documents.
+# Questions that are answered as one batch, where so many fit, and the tokens for which each has room on average.
 MOST_ROWS = 16
+ROW_TOKENS = 1024
 # Share of a GPU's free memory for keys and values; the rest is for chunks, logits and what is compared.
 KV_SHARE = 0.5
 
@@ -100,7 +102,7 @@ def likelihood(logits: Tensor, targets: Tensor) -> tuple[float, float]:
 
 
 class Reader:
-    """A model in one precision, with room for a document of `longest` tokens, answer included, and its answers' copies.
+    """A model in one precision, with room for a document of `longest` tokens, an answer included, and its questions.
 
     runner: a model that is loaded already; None loads it. Raises EngineError for a model or precision that cannot run
     here.
@@ -116,25 +118,20 @@ class Reader:
         self._arm: Arm | None = None
 
     def allocate(self, share: float) -> None:
-        """Make the arena, in a share of what memory is free. Raises EngineError if not even one answer fits."""
-        tokens = aligned(self._longest)
-        rows = 4
+        """Make the arena, in a share of what memory is free. Raises EngineError if it does not fit."""
+        # The tokens behind a document are never more than all of it.
+        tokens = aligned(self._longest) + max(aligned(self._longest), MOST_ROWS * ROW_TOKENS)
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0] * KV_SHARE * share
-            each = self._runner.bytes_per_token() * tokens + self._runner.state_bytes(1)
-            rows = min(MOST_ROWS, int(free // each) - 1)
-        if rows < 1:
-            raise EngineError(
-                f"keys and values of {tokens:,} tokens in {self.precision} do not fit {self.device} twice: give "
-                "shorter --lengths or fewer values of --precision"
-            )
-        self._arena = self._runner.new_arena((rows + 1) * tokens, documents=rows + 1)
-        extents = [self._arena.extents.allocate(tokens) for _ in range(rows + 1)]
-        self._extents = [extent for extent in extents if extent is not None]
-        self._batch = DecodeBatch(rows, self.device, self._runner.vocabulary)
+            if self._runner.bytes_per_token() * tokens + self._runner.state_bytes(MOST_ROWS + 1) > free:
+                raise EngineError(
+                    f"keys and values of {tokens:,} tokens in {self.precision} do not fit {self.device}: give shorter "
+                    "--lengths or fewer values of --precision"
+                )
+        self._arena = self._runner.new_arena(tokens, documents=MOST_ROWS + 1)
+        self._batch = DecodeBatch(MOST_ROWS, self.device, self._runner.vocabulary)
         on_gpu = self.device.type == "cuda"
         self._decode = DecodeRunner(self._runner, self._arena, self._batch, self._longest, on_gpu)
-        self._decode.prepare()
 
     def use(self, arm: Arm) -> None:
         """Switch to an arm's attention. Raises EngineError for blocks that the precision cannot take."""
@@ -147,35 +144,32 @@ class Reader:
 
         reference: filled where it is empty, else compared with.
         """
-        answers: list[Answer] = []
         fill = not reference
-        for index, prompts in enumerate(self._by_blocks(reading)):
-            # Whole blocks of dense attention under every arm, so that all look up the same.
-            unit = max(DENSE_BLOCK_SIZE, self._block_size)
-            shared = reading.shared // unit * unit
-            lookups = [item for item in reading.lookups if item.second[1] <= shared and not index]
-            lookups.sort(key=lambda item: item.second)
-            prefill = self.prefill(prompts[0].ids, prompts[0].max_new_tokens)
-            places = [place - 1 for item in lookups for place in range(*item.second)]
+        prompts = reading.prompts
+        tokens = Prefix.of(prompts[0].ids[: reading.shared], None, len(prompts), states=False).tokens
+        lookups = sorted((item for item in reading.lookups if item.second[1] <= tokens), key=lambda item: item.second)
+        with self.room(tokens) as document:
+            assert document is not None, "the arena is empty, and holds the longest document"
+            prefill = self.prefill(prompts[0].ids[:tokens], document)
             begun = self.now()
-            logits = self.run(prefill, shared, places)
+            logits = self.run(prefill, [place - 1 for item in lookups for place in range(*item.second)])
             seconds = self.now() - begun
-            density = self.density(len(prompts[0].ids))
+            answers = []
             values_of = logits.split([item.second[1] - item.second[0] for item in lookups]) if lookups else ()
             for item, mine in zip(lookups, values_of, strict=True):
-                answer = Answer(self.arm, reading, len(prompts[0].ids), lookup=item, density=density)
+                answer = Answer(self.arm, reading, len(prompts[0].ids), lookup=item)
                 answer.kl, _ = self.compare(item, mine, reference, fill)
                 values = torch.from_numpy(prompts[0].ids[slice(*item.second)]).to(self.device)
                 answer.nll, answer.top1 = likelihood(mine, values)
                 answer.correct = answer.top1 == 1.0
                 answers.append(answer)
             asked = [prompt for prompt in prompts if prompt.max_new_tokens]
-            for first in range(0, len(asked), self._batch.rows):
-                answers += self._ask(
-                    reading, prefill, asked[first : first + self._batch.rows], reference, fill, density
-                )
-            for answer in answers:
-                answer.prefill_seconds = answer.prefill_seconds or seconds
+            while asked:
+                found = self._ask(reading, document, tokens, asked, reference, fill)
+                answers += found
+                asked = asked[len(found) :]
+        for answer in answers:
+            answer.density, answer.prefill_seconds = self.density(tokens), seconds
         return answers
 
     @property
@@ -184,46 +178,49 @@ class Reader:
         assert self._arm is not None, "use() an arm first"
         return self._arm
 
-    @property
-    def _block_size(self) -> int:
-        return DENSE_BLOCK_SIZE if self.arm.config is None else self.arm.config.block_size
-
-    def _by_blocks(self, reading: Reading) -> list[list[Prompt]]:
-        """The prompts that may share a prefill: those of as many blocks; all where attention is dense."""
-        found: dict[int, list[Prompt]] = {}
-        for prompt in reading.prompts:
-            blocks = -(-len(prompt.ids) // self._block_size) if self.arm.config is not None else 0
-            found.setdefault(blocks, []).append(prompt)
-        return list(found.values())
-
     def density(self, prompt_tokens: int) -> tuple[float, float]:
         """Computed share of the causal blocks under the arm in use: of the sparsest layer, and over all layers."""
         plan = attention_plan(self._runner, prompt_tokens)
         return min(plan.density_by_layer), plan.density
 
-    def prefill(self, ids: np.ndarray, more: int) -> Prefill:
-        """A prefill under the arm in use, of int64 [tokens] with room for `more` behind them."""
+    @contextmanager
+    def room(self, tokens: int) -> Iterator[Extent | None]:
+        """A place for so many tokens until the end of the context; None where none is that large."""
+        place = self._arena.extents.allocate(tokens)
+        try:
+            yield place
+        finally:
+            if place is not None:
+                self._arena.release(place)
+
+    def prefill(self, ids: np.ndarray, place: Extent) -> Prefill:
+        """A prefill of a document, int64 [tokens], under the arm in use."""
         asked = self._config.chunk_tokens
         if self.arm.other_chunks:
             asked = min(asked, len(ids)) * 3 // 5
         chunk = chunk_size(asked, self.arm.config)
-        return Prefill(
-            self._runner, self._arena, self._extents[0], ids, more, chunk, every_row=True, select=self.arm.select
-        )
+        return Prefill(self._runner, self._arena, place, ids, 0, chunk, every_row=True, select=self.arm.select)
 
-    def run(self, prefill: Prefill, end: int, places: Sequence[int]) -> Tensor:
-        """Prefill up to `end`. Returns logits [len(places), V] at `places`, ascending, in the model's dtype."""
+    def run(self, prefill: Prefill, places: Sequence[int]) -> Tensor:
+        """Prefill all of it. Returns logits [len(places), V] at `places`, ascending, in the model's dtype."""
         found: list[Tensor] = []
         waiting = list(places)
-        while prefill.start < end:
-            last = min(end, prefill.start + prefill.chunk_tokens)
-            count = int(np.searchsorted(waiting, last))
+        while not prefill.done:
+            count = int(np.searchsorted(waiting, prefill.start + prefill.chunk_tokens))
             here, waiting = waiting[:count], waiting[count:]
-            logits = prefill.step(here or None, end)
+            logits = prefill.step(here or None)
             assert logits is not None
             if here:
                 found.append(logits)
         return torch.cat(found) if found else torch.empty(0, self._runner.vocabulary, device=self.device)
+
+    def behind(self, document: Extent, tokens: int, ids: np.ndarray, place: Extent) -> Tensor:
+        """Read int64 [L] into a place of their own, behind a document of so many tokens. Returns logits [L, V]."""
+        tail = TailPrefill(self._runner, self._arena, document, tokens, place, ids, self._longest)
+        found = []
+        while not tail.done:
+            found.append(tail.step(every_token=True))
+        return torch.cat(found)
 
     def compare(self, key: object, logits: Tensor, reference: Reference, fill: bool) -> tuple[float, float]:
         """`comparison` of the logits with the reference's of that key; fill: they are the reference."""
@@ -232,36 +229,53 @@ class Reader:
         return comparison(logits, reference[key].to(logits.device))
 
     def _ask(
-        self, reading: Reading, prefill: Prefill, prompts: Sequence[Prompt], reference: Reference, fill: bool,
-        density: tuple[float, float],
-    ) -> list[Answer]:  # fmt: skip
-        """Answers to some questions behind a prefill of what they share, decoded together."""
+        self,
+        reading: Reading,
+        document: Extent,
+        tokens: int,
+        prompts: Sequence[Prompt],
+        reference: Reference,
+        fill: bool,
+    ) -> list[Answer]:
+        """Answers to as many questions as there is room for, at least one, decoded together."""
         begun = self.now()
-        answers = []
-        for row, prompt in enumerate(prompts):
-            extent = Extent(self._extents[row + 1].start, len(prompt.ids) + prompt.max_new_tokens)
-            self._arena.copy(self._extents[0], extent, prefill.start)
-            logits = self.run(prefill.branch(prompt.ids, extent), len(prompt.ids), [len(prompt.ids) - 1])
-            answer = Answer(self.arm, reading, len(prompt.ids), prompt, density=density)
-            answer.kl, _ = self.compare(prompt.question, logits, reference, fill)
-            answers.append(answer)
-            start = RowStart(extent, len(prompt.ids), prompt.max_new_tokens, 0, self._stop_ids, 0.0, 1.0)
-            self._batch.begin(row, start)
-            self._batch.advance(logits, row, sampled=False)
-        for step in self._steps(len(prompts)):
-            for answer, token in zip(answers, step, strict=True):
-                if token == NOT_FINITE:
-                    raise EngineError(f"{self.arm.name}, {reading.document.name}: logits that are not finite")
-                answer.token_ids += [] if token == IDLE else [token]
+        answers: list[Answer] = []
+        with ExitStack() as held:
+            for row, prompt in enumerate(prompts[:MOST_ROWS]):
+                tail = prompt.ids[tokens:]
+                place = held.enter_context(self.room(len(tail) + prompt.max_new_tokens))
+                if place is None:
+                    break
+                logits = self.behind(document, tokens, tail, place)[-1:]
+                answer = Answer(self.arm, reading, len(prompt.ids), prompt)
+                answer.kl, _ = self.compare(prompt.question, logits, reference, fill)
+                answers.append(answer)
+                self._batch.begin(
+                    row,
+                    RowStart(
+                        place, len(prompt.ids), prompt.max_new_tokens, 0, self._stop_ids, 0.0, 1.0,
+                        prefix_start=document.start, prefix_tokens=tokens, bound=tokens,
+                    ),
+                )  # fmt: skip
+                self._batch.advance(logits, row, sampled=False)
+            self._decode_all(reading, answers)
         for answer in answers:
             answer.answer_seconds = (self.now() - begun) / len(answers)
         return answers
 
+    def _decode_all(self, reading: Reading, answers: Sequence[Answer]) -> None:
+        """Fill the answers' token_ids, from their first tokens on."""
+        for step in self._steps(len(answers)):
+            for answer, token in zip(answers, step, strict=True):
+                if token == NOT_FINITE:
+                    raise EngineError(f"{self.arm.name}, {reading.document.name}: logits that are not finite")
+                answer.token_ids += [] if token == IDLE else [token]
+
     def _steps(self, rows: int) -> Iterator[list[int]]:
         """The tokens of each row, step by step, until all have stopped."""
-        key = StepKey(batch_bucket(rows, self._batch.rows), sampled=False)
-        for row in range(rows, key.rows):
+        for row in range(rows, self._batch.rows):
             self._batch.clear(row)
+        key = StepKey(batch_bucket(rows, self._batch.rows), sampled=False, shared=group_bucket(rows))
         step = self._batch.report[:rows].tolist()
         while any(token != IDLE for token in step):
             yield step

@@ -29,7 +29,7 @@ from jobs.known.prompts import Reading, Tokenizer, make_document, read_prompts
 from jobs.known.reader import Answer, Arm, Reader, Reference
 from jobs.known.results import Row, recall_of
 from jobs.known.wording import REPORT, RULER
-from pipeline.engine import Engine, EngineConfig, Request
+from pipeline.engine import Engine, EngineConfig, Request, SharedPrompt
 from pipeline.engine.model.loading import context_limit, load_config, load_model
 from pipeline.errors import JobError
 
@@ -186,21 +186,23 @@ def test_arm_specs() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "fp8"])
 @pytest.mark.parametrize("spec", ["dense", "release:density=0.5", "sampled:base_blocks=8"])
 def test_reader_answers_as_the_engine(spec: str, precision: str) -> None:
-    """A shared prefill, chunks, copies and answers in one batch change no token."""
+    """It reads a document, and what is asked behind it, as a job's SharedPrompt is read."""
     chosen = arm(spec, block_size=32)
     answers = read(chosen, precision)
     config = EngineConfig(MODEL, device="cpu", precision=precision, attention=chosen.config, arena_tokens=4000)
     engine = Engine(config)
     asked, expected = {}, {}
-    whole = reading().prompts[0].ids
+    whole, shared = reading().prompts[0].ids, reading().shared
+    requests = []
     for index, answer in enumerate(answers):
         if answer.prompt is not None:
             asked[str(index)] = answer
-            engine.add(Request(str(index), answer.prompt.ids, answer.prompt.max_new_tokens))
+            requests.append(Request(str(index), answer.prompt.ids[shared:], answer.prompt.max_new_tokens))
         elif spec == "dense" and answer.lookup is not None:  # a prompt that ends before the value is said again
             first, last = answer.lookup.second
             expected[str(index)] = answer, whole[first:last].tolist()
             engine.add(Request(str(index), whole[:first], last - first))
+    engine.add_shared(SharedPrompt(whole[:shared], tuple(requests)))
     done = []
     while engine.has_work:
         done += engine.step()
@@ -218,7 +220,7 @@ def test_reader_answers_as_the_engine(spec: str, precision: str) -> None:
 
 
 def test_answers_do_not_depend_on_their_neighbours() -> None:
-    """Few rows at a time, and questions that share no prefill, answer as all together."""
+    """Questions that are asked alone are answered as all together."""
     chosen = arm("release:density=0.5")
     reader().use(chosen)
     together = reader().read(reading("essay"), {})
@@ -349,7 +351,19 @@ def test_weights_stored_in_fp8_are_compared_with_the_model_itself(tmp_path: Path
     tensors = load_file(stored / "model.safetensors")
     name = next(name for name in tensors if name.endswith("o_proj.weight"))
     save_file(tensors | {name: tensors[name] * 1.5}, stored / "model.safetensors", {"format": "pt"})
-    flags = ["--model", MODEL, "--device", "cpu", "--lengths", "300", "--tasks", "text", "--arms", "dense", "--no-plots"]
+    flags = [
+        "--model",
+        MODEL,
+        "--device",
+        "cpu",
+        "--lengths",
+        "300",
+        "--tasks",
+        "text",
+        "--arms",
+        "dense",
+        "--no-plots",
+    ]
     kl = {}
     for folder in (MODEL, str(stored)):
         out = tmp_path / f"out{len(kl)}"

@@ -14,13 +14,12 @@ from engine_models import generate, prompts, run, save_model
 
 from pipeline.engine import Engine, EngineConfig, Request, describe
 from pipeline.engine.config import Completion
-from pipeline.engine.kv.arena import ALIGNMENT, ID_BYTES, Extent
+from pipeline.engine.kv.arena import ALIGNMENT, ID_BYTES
 from pipeline.engine.kv.cache import EngineCache, UnsupportedCacheError
 from pipeline.engine.kv.states import CONV, RECURRENT, StateKey, StateShape, StateSlots, slots_for
 from pipeline.engine.memory.plan import estimate_plan
 from pipeline.engine.model.loading import load_runner
 from pipeline.engine.probes.teacher_forcing import TeacherForcingEngine
-from pipeline.engine.run.prefill import Prefill
 from stem_core import StemConfig, patch_model
 from stem_core.patch import UnsupportedModelError
 
@@ -195,31 +194,6 @@ def test_layers_behind_the_last_attention_are_not_skipped(qwen: Path, tmp_path: 
     assert load_runner(config(ends_attending)).last_layer == 2
     texts = prompts([300, 129])
     assert outputs(Engine(config(ends_attending)), texts) == [generate(ends_attending, text, NEW) for text in texts]
-
-
-def test_a_branch_takes_the_states_along(qwen: Path) -> None:
-    runner = load_runner(config(qwen))
-    shared, first, second = prompts([256, 300, 300])
-    first, second = np.concatenate([shared, first[256:]]), np.concatenate([shared, second[256:]])
-    own, place, other = Extent(0, 320), Extent(320, 320), Extent(640, 320)
-    arena = runner.new_arena(1024, documents=3)
-
-    def rest(prefill: Prefill) -> torch.Tensor:
-        while not prefill.done:
-            logits = prefill.step()
-        assert logits is not None
-        return logits
-
-    trunk = Prefill(runner, arena, own, first, NEW, 128, every_row=True)
-    while trunk.start < 256:
-        trunk.step()
-    arena.copy(own, place, 256)
-    branched = rest(trunk.branch(second, place))
-    expected = rest(Prefill(runner, arena, other, second, NEW, 128))
-    torch.testing.assert_close(branched, expected, atol=1e-4, rtol=1e-4)
-    rest(trunk.branch(first, own))  # goes on in the trunk's own place, and can do so once
-    with pytest.raises(ValueError, match="those behind 300 tokens, and a chunk behind 256"):
-        rest(trunk.branch(second, own))
 
 
 def test_slots() -> None:

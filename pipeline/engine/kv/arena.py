@@ -5,7 +5,7 @@ Offline lengths are bounded before a document starts (prompt + max_new_tokens), 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -200,18 +200,6 @@ class Arena:
         """Of the layers that are in fp8, the keys and values of an extent, or of the whole arena."""
         return {}
 
-    def copy(self, source: Extent, target: Extent, tokens: int) -> None:
-        """The first `tokens` tokens of one extent to another, and its states, which are those behind its last token."""
-        self._copy([self.ids[None], *self.k.values(), *self.v.values()], source, target, tokens)
-        if self.states is not None:
-            self.states.copy(source.start, target.start)
-
-    @staticmethod
-    def _copy(tensors: Sequence[Tensor], source: Extent, target: Extent, tokens: int) -> None:
-        """Tensors [Hkv, T, any]."""
-        for tensor in tensors:
-            tensor[:, target.start : target.start + tokens] = tensor[:, source.start : source.start + tokens]
-
     def fill(self, extent: Extent) -> None:
         """Random keys and values in an extent, for measuring."""
         for tensor in self.tensors():
@@ -275,11 +263,6 @@ class Fp8Arena(Arena):
             return self._whole
         part = slice(extent.start, extent.start + aligned(extent.tokens))
         return {i: QuantizedKV(kv.k[:, part], kv.vt[..., part], kv.scales) for i, kv in self._whole.items()}
-
-    def copy(self, source: Extent, target: Extent, tokens: int) -> None:
-        """See Arena. Whole units of ALIGNMENT are copied: values lie in groups of 16 keys."""
-        super().copy(source, target, tokens)
-        self._copy([vt.mT for vt in self.vt.values()], source, target, aligned(tokens))
 
     def fill(self, extent: Extent) -> None:
         """See Arena; the same in all heads."""

@@ -221,12 +221,13 @@ class ModelRunner:
         seen: int,
         bound: Tensor,
         max_length: int,
+        every_token: bool = False,
     ) -> Tensor:
         """Read a chunk of what stands behind a prefix: tokens [seen, seen + L) into an extent of their own, densely.
 
         ids: int64 [1, L]. prefix: where the prefix's prefix_tokens tokens lie, at most max_length. bound: int64 [1], as
-        for logits(). Returns logits [1, V] of the last token. Every token is a row of decode attention, and all of them
-        are one group: the prefix's keys are read once for many.
+        for logits(). Returns logits [1, V] of the last token, or [L, V] of each. Every token is a row of decode
+        attention, and all of them are one group: the prefix's keys are read once for many.
         """
         rows, device = ids.shape[1], ids.device
         positions = torch.arange(seen, seen + rows, device=device)
@@ -249,7 +250,8 @@ class ModelRunner:
         )
         cache = TailCache(arena, extent, prefix_tokens, seen, rows)
         arena.ids[extent.start + seen : extent.start + seen + rows] = ids[0]
-        return self.logits(ids, positions[None] + prefix_tokens, cache, context, bound)
+        logits = self.logits(ids, positions[None] + prefix_tokens, cache, context, bound, every_token=every_token)
+        return logits[0] if every_token else logits
 
     def decode(
         self,

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from copy import copy
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.fp8_heads import BIAS_KEYS
 from pipeline.engine.kv.arena import Arena, Extent
 from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.run.readings import ProbeReadings, probe_readings
@@ -67,14 +65,6 @@ def dense_instead(runner: ModelRunner, plan: AttentionPlan, prompt_tokens: int, 
     cut = [cutting_window(prompt_tokens, window) is not None for _, window in runner.layers]
     densities = tuple(old if windowed else 1.0 for old, windowed in zip(plan.density_by_layer, cut, strict=True))
     return AttentionPlan("dense", reason, sum(densities) / len(densities), densities, plan.output_error)
-
-
-def _longer(bias: Tensor, tokens: int) -> Tensor:
-    """A copy of [Hkv, P, T, 16] with room for so many tokens."""
-    known = bias.shape[2]
-    longer = bias.new_empty(*bias.shape[:2], max(known, -(-tokens // BIAS_KEYS) * BIAS_KEYS), bias.shape[3])
-    longer[:, :, :known] = bias
-    return longer
 
 
 class Prefill:
@@ -135,47 +125,14 @@ class Prefill:
     def done(self) -> bool:
         return self.start >= self._context.prompt_length
 
-    def branch(self, prompt_ids: np.ndarray, extent: Extent | None = None, dense: bool = False) -> Prefill:
-        """A prefill of another prompt that begins with the tokens prefilled here, which it does not read again.
-
-        For a prefill with every_row. Keys and values of these tokens must be in the branch's extent before its first
-        step (Arena.copy); without an extent it goes on in this one's. With a model that keeps states, only one branch
-        can. What follows them attends as in a prefill from the start, if they end at a block's border and both prompts
-        have as many blocks (budgets go by these; ValueError otherwise); with `dense`, densely, whatever was prefilled
-        here. Branches of one prefill run one after the other.
-        """
-        config = self._runner.layers[-1][0].config
-        if not dense and config is not None:
-            size = config.block_size
-            blocks = [-(-length // size) for length in (self._context.prompt_length, len(prompt_ids))]
-            if self.start % size or blocks[0] != blocks[1]:
-                raise ValueError(
-                    f"a branch behind {self.start} tokens, of {blocks[1]} blocks of {size} tokens where the prefill "
-                    f"has {blocks[0]}, would not attend as its own prefill: branch at a block's border, with as many "
-                    "blocks"
-                )
-        branch = copy(self)
-        branch._ids, branch._extent = self._runner.on_device(prompt_ids), extent or self._extent
-        branch._bound = self._bound - self._context.prompt_length + len(prompt_ids)
-        branch._context = replace(
-            self._context,
-            prompt_length=len(prompt_ids),
-            keys={layer: copy(state) for layer, state in self._context.keys.items()},
-            quantized=self._arena.quantized(branch._extent),
-            bias={layer: _longer(bias, len(prompt_ids)) for layer, bias in self._context.bias.items()},
-            dense=dense,
-        )
-        return branch
-
-    def step(self, rows: Sequence[int] | None = None, end: int | None = None) -> Tensor | None:
+    def step(self, rows: Sequence[int] | None = None) -> Tensor | None:
         """Run the next chunk. Returns logits [1, V] of its last token, which is the prompt's last one when done.
 
         None for an earlier chunk, unless every_row, and where the prefill begins again.
         rows: with every_row, positions in the prompt, of this chunk, whose logits [len(rows), V] are returned instead.
-        end: where the chunk ends at the latest.
         """
         begin = self._context.start
-        end = min(begin + self._chunk, self._context.prompt_length if end is None else end)
+        end = min(begin + self._chunk, self._context.prompt_length)
         wanted = None if rows is None else torch.tensor([row - begin for row in rows], device=self._ids.device)
         logits = None
         with suppress(PromptGoesOn):

@@ -47,11 +47,12 @@ class TailPrefill:
     def done(self) -> bool:
         return self._read == self._ids.shape[1]
 
-    def step(self) -> Tensor:
-        """Read the next chunk. Returns logits [1, V] of its last token."""
+    def step(self, every_token: bool = False) -> Tensor:
+        """Read the next chunk. Returns logits [1, V] of its last token, or [L, V] of each."""
         ids = self._ids[:, self._read : self._read + TAIL_CHUNK]
         logits = self._runner.read_behind(
-            ids, self._arena, self._prefix, self._prefix_tokens, self._extent, self._read, self._bound, self._max_length
-        )
+            ids, self._arena, self._prefix, self._prefix_tokens, self._extent, self._read, self._bound,
+            self._max_length, every_token,
+        )  # fmt: skip
         self._read += ids.shape[1]
         return logits

@@ -1,4 +1,4 @@
-"""Prefills that branch, rows of a prefill, selections by others: what jobs.evaluate reads with."""
+"""Rows of a prefill and of what stands behind it, selections by others: what jobs.evaluate reads with."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pipeline.engine.kv.arena import Extent
 from pipeline.engine.model.loading import load_model
 from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.run.prefill import Prefill
+from pipeline.engine.run.tail import TailPrefill
 from stem_core import StemConfig
 from stem_core.selection import stem_selection
 from tests.pipeline.engine_models import save_model
@@ -33,17 +34,13 @@ def runner(folder: Path, precision: str, attention: StemConfig | None) -> ModelR
     return ModelRunner(load_model(config), attention)
 
 
-def run(prefill: Prefill, end: int | None = None) -> Tensor:
+def run(prefill: Prefill) -> Tensor:
     """Logits of the last token."""
     logits = None
-    while prefill.start < (len_of(prefill) if end is None else end):
-        logits = prefill.step(end=end)
+    while not prefill.done:
+        logits = prefill.step()
     assert logits is not None
     return logits
-
-
-def len_of(prefill: Prefill) -> int:
-    return prefill._context.prompt_length
 
 
 @pytest.fixture(scope="module")
@@ -54,52 +51,19 @@ def prompts() -> list[np.ndarray]:
     return [np.concatenate([shared, rng.integers(3, 199, size=more)]) for more in (61, 40)]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp8"])
-@pytest.mark.parametrize("estimator", ["oam", "sample", "dense"])
-def test_a_branch_reads_as_its_own_prefill(
-    tmp_path: Path, prompts: list[np.ndarray], estimator: str, precision: str
-) -> None:
-    used = runner(tmp_path, precision, None if estimator == "dense" else sparse(estimator))
-    arena = used.new_arena(4 * ROOM)
-    extents = [Extent(index * ROOM, ROOM) for index in range(4)]
-    trunk = Prefill(used, arena, extents[0], prompts[0], 8, CHUNK, every_row=True)
-    run(trunk, SHARED)
+def test_logits_of_every_token_behind_a_prefix(tmp_path: Path, prompts: list[np.ndarray]) -> None:
+    used = runner(tmp_path, "fp32", None)
+    arena = used.new_arena(2 * ROOM)
+    ids, document, place = prompts[0], Extent(0, SHARED), Extent(ROOM, ROOM)
+    expected = Prefill(used, arena, Extent(0, ROOM), ids, 0, ROOM, every_row=True).step(rows=range(SHARED, len(ids)))
+    run(Prefill(used, arena, document, ids[:SHARED], 0, CHUNK))
     found = []
-    for prompt, extent in zip(prompts, extents[1:], strict=False):
-        arena.copy(extents[0], extent, SHARED)
-        found.append(run(trunk.branch(prompt, extent)))
-    for prompt, logits in zip(prompts, found, strict=True):
-        expected = run(Prefill(used, arena, extents[3], prompt, 8, CHUNK, every_row=True))
-        assert torch.allclose(logits, expected, rtol=0, atol=1e-4)
-
-
-def test_a_branch_that_would_attend_otherwise_is_refused(tmp_path: Path, prompts: list[np.ndarray]) -> None:
-    used = runner(tmp_path, "fp32", sparse())
-    trunk = Prefill(used, used.new_arena(ROOM), Extent(0, ROOM), prompts[0], 8, CHUNK, every_row=True)
-    run(trunk, SHARED)
-    longer = np.concatenate([prompts[0], prompts[0][:20]])
-    with pytest.raises(ValueError, match="of 18 blocks of 32 tokens where the prefill has 17"):
-        trunk.branch(longer, Extent(0, ROOM))
-    trunk.branch(longer, Extent(0, ROOM), dense=True)
-    uneven = Prefill(used, used.new_arena(ROOM), Extent(0, ROOM), prompts[0], 8, CHUNK, every_row=True)
-    run(uneven, 40)
-    with pytest.raises(ValueError, match="behind 40 tokens"):
-        uneven.branch(prompts[1], Extent(0, ROOM))
-
-
-@pytest.mark.parametrize("precision", ["fp32", "fp8"])
-def test_a_dense_branch_attends_to_everything(tmp_path: Path, prompts: list[np.ndarray], precision: str) -> None:
-    """Behind a dense prefill it is the same whatever the layers' policy; behind a sparse one it is not."""
-    used = runner(tmp_path, precision, None)
-    arena = used.new_arena(ROOM)
-    expected = run(Prefill(used, arena, Extent(0, ROOM), prompts[0], 8, CHUNK, every_row=True))
-    trunk = Prefill(used, arena, Extent(0, ROOM), prompts[0][:SHARED], 8, CHUNK, every_row=True)
-    run(trunk)
-    used.attend(sparse())
-    assert torch.allclose(run(trunk.branch(prompts[0], Extent(0, ROOM), dense=True)), expected, atol=1e-4)
-    cut = Prefill(used, arena, Extent(0, ROOM), prompts[0][:SHARED], 8, CHUNK, every_row=True)
-    run(cut)
-    assert not torch.allclose(run(cut.branch(prompts[0], Extent(0, ROOM), dense=True)), expected, atol=1e-2)
+    tail = TailPrefill(used, arena, document, SHARED, place, ids[SHARED:], ROOM)
+    while not tail.done:
+        found.append(tail.step(every_token=True))
+    assert torch.allclose(torch.cat(found), expected, atol=1e-4)
+    last = TailPrefill(used, arena, document, SHARED, place, ids[SHARED:], ROOM).step()
+    assert torch.allclose(last, expected[-1:], atol=1e-4)
 
 
 def test_a_prefill_in_fp8_begins_at_the_beginning(tmp_path: Path, prompts: list[np.ndarray]) -> None:
