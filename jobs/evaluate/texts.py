@@ -80,7 +80,7 @@ def read_text(reader: Reader, text: Text, reference: Reference) -> tuple[Answer,
         inside = reader.run(reader.prefill(text.ids[:length], document), text.places)
         seconds = reader.now() - begun
         # As what is decoded: densely, to the keys and values that the arm left.
-        behind = reader.behind(document, length, text.ids[length:-1], place)
+        behind = reader.behind(document, length, text.ids[length:-1], place, every_token=True)
 
     def answer(part: str, logits: torch.Tensor, places: Sequence[int]) -> Answer:
         found = Answer(reader.arm, None, length, density=reader.density(length), prefill_seconds=seconds)

@@ -214,13 +214,16 @@ class Reader:
                 found.append(logits)
         return torch.cat(found) if found else torch.empty(0, self._runner.vocabulary, device=self.device)
 
-    def behind(self, document: Extent, tokens: int, ids: np.ndarray, place: Extent) -> Tensor:
-        """Read int64 [L] into a place of their own, behind a document of so many tokens. Returns logits [L, V]."""
+    def behind(
+        self, document: Extent, tokens: int, ids: np.ndarray, place: Extent, every_token: bool = False
+    ) -> Tensor:
+        """Read int64 [L] into a place of their own, behind a document of so many tokens. Returns the last one's logits
+        [1, V], or [L, V] of each."""
         tail = TailPrefill(self._runner, self._arena, document, tokens, place, ids, self._longest)
         found = []
         while not tail.done:
-            found.append(tail.step(every_token=True))
-        return torch.cat(found)
+            found.append(tail.step(every_token))
+        return torch.cat(found) if every_token else found[-1]
 
     def compare(self, key: object, logits: Tensor, reference: Reference, fill: bool) -> tuple[float, float]:
         """`comparison` of the logits with the reference's of that key; fill: they are the reference."""
@@ -246,7 +249,7 @@ class Reader:
                 place = held.enter_context(self.room(len(tail) + prompt.max_new_tokens))
                 if place is None:
                     break
-                logits = self.behind(document, tokens, tail, place)[-1:]
+                logits = self.behind(document, tokens, tail, place)
                 answer = Answer(self.arm, reading, len(prompt.ids), prompt)
                 answer.kl, _ = self.compare(prompt.question, logits, reference, fill)
                 answers.append(answer)
