@@ -284,7 +284,7 @@ class Engine:
             self._prefilling = entry
 
     def _next_waiting(self) -> Document | Prefix | None:
-        """Out of the waiting line. Where there are states, a prefix has its own beside those of its requests."""
+        """Out of the waiting line. Where there are states, a prefix has its own until its last request has begun."""
         states = self._arena.states
         needed = 2 if any(isinstance(entry, Prefix) for entry in self._waiting) else 1
         if states is not None and states.free < needed:
@@ -362,9 +362,12 @@ class Engine:
             chunk = self._chunk_of(request.chunk_tokens)
             return Prefill(self._runner, self._arena, extent, document.prompt_ids, request.max_new_tokens, chunk)
         assert prefix.extent is not None
-        return TailPrefill(
+        tail = TailPrefill(
             self._runner, self._arena, prefix.extent, prefix.tokens, extent, document.prompt_ids, self.max_context
         )
+        if not prefix.waiting:  # nobody will begin from its states any more
+            self._arena.forget(prefix.extent)
+        return tail
 
     def _start_decoding(self, document: Document, logits: Tensor) -> None:
         """Give the document a row and its first token, and wait for that token."""

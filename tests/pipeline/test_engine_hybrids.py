@@ -12,7 +12,7 @@ import torch
 import transformers
 from engine_models import generate, prompts, run, save_model
 
-from pipeline.engine import Engine, EngineConfig, Request, describe
+from pipeline.engine import Engine, EngineConfig, Request, SharedPrompt, describe
 from pipeline.engine.config import Completion
 from pipeline.engine.kv.arena import ALIGNMENT, ID_BYTES
 from pipeline.engine.kv.cache import EngineCache, UnsupportedCacheError
@@ -163,6 +163,25 @@ def test_an_aborted_document_gives_its_slot_back(qwen: Path) -> None:
         engine.step()  # one chunk of three
         assert engine.abort("gone")
     assert outputs(engine, texts[1:]) == [generate(qwen, texts[1], NEW)]
+
+
+def test_a_prefix_lets_go_of_its_states_with_its_last_request(qwen: Path) -> None:
+    """As many documents are live as of a model without states: each of a job's is a prefix and what is asked of it."""
+    texts = prompts([200] * 8)
+    engine = Engine(config(qwen, max_live=4))
+    for index, text in enumerate(texts):
+        asked = tuple(Request(f"{index}/{name}", text[128 + name :], NEW) for name in range(1 + (index == 5)))
+        engine.add_shared(SharedPrompt(text[:128], asked))
+    most, done = 0, {}
+    while engine.has_work:
+        for completion in engine.step():
+            done[completion.request_id] = list(completion.token_ids)
+        most = max(most, len(engine._live))
+    assert most == 4
+    assert [done[f"{index}/0"] for index in range(8)] == [generate(qwen, text, NEW) for text in texts]
+    assert done["5/1"] == generate(qwen, np.concatenate([texts[5][:128], texts[5][129:]]), NEW)
+    assert engine._arena.states is not None
+    assert sorted(engine._arena.states._free) == [0, 1, 2, 3, 4]
 
 
 def test_recurrent_states_are_float32_in_every_precision(qwen: Path) -> None:

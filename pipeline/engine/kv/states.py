@@ -1,8 +1,8 @@
 """Slots for what layers without a KV cache keep of a document: convolution and recurrent states of linear attention.
 
 A state has one size whatever the document's length. Each live document has one slot, in which all layers keep theirs;
-it is known by where the document's extent begins, so that whoever has an extent (a row of the decode batch, a copy of a
-document) has the slot too. Decode steps look slots up on the device.
+it is known by where the document's extent begins, so that whoever has an extent (a row of the decode batch, a prefix)
+has the slot too. Decode steps look slots up on the device.
 """
 
 from __future__ import annotations
