@@ -37,7 +37,9 @@ class Asking:
         """Find the outcomes of those that have none yet. Raises EngineBrokenError."""
         asks = [ask for ask in self._work.asks if ask.outcome is None]
         for ask, outcome in zip(asks, await self._outcomes(self._work.text, asks, Place()), strict=True):
-            ask.outcome = ask.outcome or await self._review(ask, outcome)
+            if ask.outcome is None:
+                ask.outcome = outcome
+                ask.outcome = await self._review(ask, outcome)
 
     async def _outcomes(self, text: str, asks: list[Ask], place: Place) -> list[Outcome]:
         """What becomes of questions to a text, a document or a part of it, in their order. Raises EngineBrokenError."""
@@ -200,7 +202,8 @@ class Asking:
         ask.fields.tokenize_seconds += time.perf_counter() - begin
         ask.fields.total_seconds = time.perf_counter() - self._work.begun
         if place.is_document:
-            ask.outcome = outcome = await self._review(ask, outcome)  # it stands, though others be late
+            ask.outcome = outcome  # it stands, though its review or others be late
+            ask.outcome = outcome = await self._review(ask, outcome)
         return outcome
 
     async def _review(self, ask: Ask, outcome: Outcome) -> Outcome:

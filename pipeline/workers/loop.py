@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from pipeline.engine.config import Completion, SharedPrompt, SoFar
 from pipeline.errors import JobError, one_line
+
+T = TypeVar("T")
 
 
 class EngineLike(Protocol):
@@ -100,7 +104,7 @@ class EngineLoop:
             for request_id in request_ids:
                 engine.abort(request_id)
                 self._waiting.pop(request_id, None)
-            future.set_result(None)
+            _tell(future, None)
 
         self._calls.put(drop)
         return future
@@ -108,7 +112,7 @@ class EngineLoop:
     def so_far(self) -> Future[dict[str, SoFar]]:
         """What the engine says of its requests between two steps; a hung engine never does."""
         future: Future[dict[str, SoFar]] = Future()
-        self._calls.put(lambda engine: future.set_result(engine.so_far))
+        self._calls.put(lambda engine: _tell(future, engine.so_far))
         return future
 
     def close(self, wait: float = 0.0) -> None:
@@ -118,6 +122,7 @@ class EngineLoop:
             self._thread.join(wait)
 
     def _run(self) -> None:
+        self.ready.set_running_or_notify_cancel()  # who waits for it may leave; the engine is closed by close() then
         try:
             engine = self._build()
         except BaseException as error:
@@ -135,6 +140,9 @@ class EngineLoop:
                         future.set_result(completion)
             engine.close()
         except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # they hold the engine's tensors, and the error is kept
+            with contextlib.suppress(Exception):
+                engine.close()
             self._fail(error)
 
     def _take_calls(self, engine: EngineLike) -> bool:
@@ -159,6 +167,12 @@ class EngineLoop:
             if call is None:
                 return
             call(_Broken(self._failure))
+
+
+def _tell(future: Future[T], result: T) -> None:
+    """The result to who waits for it, if anyone still does."""
+    if future.set_running_or_notify_cancel():
+        future.set_result(result)
 
 
 class _Broken:

@@ -74,6 +74,15 @@ def test_a_list_of_anything_gives_one_row_each_in_order(model: Path) -> None:
     assert set(table["attempts"].to_pylist()) == {1}
 
 
+def test_an_answer_stands_though_its_review_is_late(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.workers.asking.find_flags", lambda *_: time.sleep(patient(2.0)) or ())
+    with Summarizer(model=model, deadline=patient(1.0), **FAKE) as summarizer:
+        (row,) = summarizer({"a": "One short text."}).to_pylist()
+    assert row["status"] == "ok"
+    assert row["output"]
+    assert row["flags"] is None, "its review was not waited for"
+
+
 def test_documents_that_break_the_engine_cost_nobody_else_a_row(model: Path) -> None:
     """As in the job: suspects are tried alone, in a new engine, and the next call finds one that works."""
     with Summarizer(model=model, grace=0.3, deadline=patient(1.0), **FAKE) as summarizer:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import Any
 
 import pytest
 from patience import patient
 
-from pipeline.engine.config import Completion, Request, SharedPrompt
-from pipeline.workers.loop import EngineLoop
+from pipeline.engine.config import Completion, Request, SharedPrompt, SoFar
+from pipeline.workers.loop import EngineBrokenError, EngineLoop
 
 
 class Gated:
@@ -20,6 +21,11 @@ class Gated:
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.held: list[str] = []
+        self.closed = threading.Event()
+
+    @property
+    def so_far(self) -> dict[str, SoFar]:
+        return {}
 
     @property
     def has_work(self) -> bool:
@@ -41,7 +47,7 @@ class Gated:
         return {}
 
     def close(self) -> None:
-        return
+        self.closed.set()
 
 
 def test_a_doubled_id_does_not_cost_the_first_request_its_completion() -> None:
@@ -53,4 +59,61 @@ def test_a_doubled_id_does_not_cost_the_first_request_its_completion() -> None:
     engine.gate.set()
     loop.abort([])  # wakes it
     assert first.result(timeout=patient(10)).status == "ok"
+    loop.close()
+
+
+class Tensors:
+    """What a step holds."""
+
+
+class Breaking(Gated):
+    """Its step raises, with something large at hand."""
+
+    held_by_step: weakref.ref[Tensors]
+
+    def step(self) -> list[Completion]:
+        large = Tensors()
+        self.held_by_step = weakref.ref(large)
+        raise RuntimeError("the device is gone")
+
+
+def test_a_broken_engine_gives_its_memory_back_at_once() -> None:
+    engine = Breaking()
+    loop = EngineLoop(lambda: engine)
+    engine.gate.set()
+    (asked,) = loop.submit(SharedPrompt([1], (Request("a", [1], 1),)))
+    with pytest.raises(EngineBrokenError, match="RuntimeError: the device is gone"):
+        asked.result(timeout=patient(10))
+    assert engine.closed.is_set()
+    assert engine.held_by_step() is None, "kept by the error's traceback"
+    loop.close()
+
+
+def test_an_engine_that_nobody_waits_for_any_more_is_closed() -> None:
+    engine, begun, build = Gated(), threading.Event(), threading.Event()
+
+    def building() -> Gated:
+        begun.set()
+        assert build.wait(patient(10))
+        return engine
+
+    loop = EngineLoop(building)
+    assert begun.wait(patient(10))
+    loop.ready.cancel()  # as when a load is interrupted
+    loop.close()
+    build.set()
+    assert engine.closed.wait(patient(10))
+
+
+def test_who_stops_waiting_for_an_abort_breaks_nothing() -> None:
+    engine = Gated()
+    building = threading.Event()
+    loop = EngineLoop(lambda: engine if building.wait(patient(10)) else None)
+    for future in (loop.abort(["a"]), loop.so_far()):
+        assert future.cancel()
+    building.set()
+    (asked,) = loop.submit(SharedPrompt([1], (Request("a", [1], 1),)))
+    engine.gate.set()
+    loop.abort([])  # wakes it
+    assert asked.result(timeout=patient(10)).status == "ok"
     loop.close()
