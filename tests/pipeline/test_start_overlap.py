@@ -69,7 +69,7 @@ def test_what_compiles_ahead_reaches_all_steps_and_leaves_nothing(
     """Everything runs here, by references, instead of compiling."""
     monkeypatch.setattr(rehearsal, "compiling_ahead", nullcontext)
     launched: list[Any] = []
-    for name in ("prefill", "decode", "verify", "uncached"):
+    for name in ("prefill", "decode", "verify", "uncached", "read_behind"):
         real = getattr(ModelRunner, name)
 
         def note(self: Any, tokens: Any, *args: Any, real: Any = real, name: str = name, **kwargs: Any) -> Any:
@@ -83,7 +83,9 @@ def test_what_compiles_ahead_reaches_all_steps_and_leaves_nothing(
     launched.clear()
     rehearsal.compile_kernels(runner, 300, 128, rows=5, lookup=True)
     steps = [step for rows in (1, 5) for step in (("decode", rows), ("verify", rows, 1 + DRAFTS))]
-    assert launched == [("uncached", 1, 512), *(("prefill", 1, tokens) for tokens in (128, 12, *[32] * 4)), *steps]
+    prompts_read = [("prefill", 1, tokens) for tokens in (128, 12, *[32] * 4, 64)]
+    tails = [("read_behind", 1, tokens) for tokens in (1, 2, 4, 8, 15, 16, 31, 32, 63, 64, 127, 128)]
+    assert launched == [("uncached", 1, 512), *prompts_read, *tails, *steps]
     assert not runner.calibration.scales, "scales of ones are no calibration"
     runner.calibration = Calibration(found)
     requests = [Request(str(i), prompt, 6) for i, prompt in enumerate(prompts([300, 40]))]
@@ -117,13 +119,13 @@ def test_rehearsals_of_shorter_documents_read_a_block(folder: Path, monkeypatch:
     read: list[tuple[int, int]] = []
     prefill = ModelRunner.prefill
 
-    def note(self: Any, ids: Any, arena: Any, extent: Any, context: Any, bound: Any) -> Any:
+    def note(self: Any, ids: Any, arena: Any, extent: Any, context: Any, *more: Any) -> Any:
         read.append((context.start, context.start + ids.shape[1]))
-        return prefill(self, ids, arena, extent, context, bound)
+        return prefill(self, ids, arena, extent, context, *more)
 
     monkeypatch.setattr(ModelRunner, "prefill", note)
     rehearsal.rehearse(runner, arena, plan.max_context, 128)
-    assert read == [(640, 700), (0, 32), (32, 64), (96, 128), (224, 256), (480, 512)]
+    assert read == [(640, 700), (0, 32), (32, 64), (96, 128), (224, 256), (480, 512), (0, 64)]
 
 
 def test_the_gpu_opens_while_python_imports(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,13 @@ from torch import nn
 from kernels.compile_ahead import compiling_ahead
 from kernels.fp8_heads import HeadScales
 from pipeline.engine.devices import device_memory, tensor_bytes
-from pipeline.engine.kv.arena import Arena, Extent, aligned
+from pipeline.engine.kv.arena import ALIGNMENT, Arena, Extent, aligned
 from pipeline.engine.model.runner import ModelRunner
 from pipeline.engine.run.batch import DecodeBatch
 from pipeline.engine.run.decode import DecodeRunner
 from pipeline.engine.run.prefill import Prefill, chunk_size
 from pipeline.engine.run.readings import probe_readings
+from pipeline.engine.run.tail import TAIL_CHUNK, TailPrefill
 from stem_core.attention import empty_bias
 from stem_core.context import PrefillContext
 from stem_core.errors import first_line
@@ -28,6 +29,9 @@ from stem_core.selection import new_key_state
 
 # Tokens of a prompt that is read without a cache, as those are that give the scales of fp8.
 PROMPT_TOKENS = 512
+# Tokens behind a prefix, one number for each set of kernels: they are compiled for the next power of two, and apart for
+# multiples of 16.
+TAILS = sorted({n for k in range(TAIL_CHUNK.bit_length()) for n in (1 << k, (1 << k) - (1 << k >= 16))})
 
 
 def compile_kernels(runner: ModelRunner, context: int, chunk_tokens: int, rows: int, lookup: bool) -> None:
@@ -69,6 +73,7 @@ def _launch(runner: ModelRunner, context: int, chunk_tokens: int, rows: int, loo
     Prefill(runner, arena, Extent(0, chunk_tokens), np.zeros(chunk_tokens, dtype=np.int64), 0, chunk_tokens).step()
     longest = min(context, arena.capacity)
     read_ends(runner, arena, [longest, *_doublings(_block(runner), longest)], _block(runner))
+    read_tails(runner, arena, longest)
     batch = DecodeBatch(rows, runner.device, runner.vocabulary)
     DecodeRunner(runner, arena, batch, longest, use_graphs=False, lookup=lookup).launch_kernels()
 
@@ -94,11 +99,24 @@ def _doublings(block: int, below: int) -> list[int]:
 def rehearse(runner: ModelRunner, arena: Arena, longest: int, chunk_tokens: int) -> None:
     """Run the last chunk of a document of `longest` tokens. Raises torch.OutOfMemoryError.
 
-    The last blocks of documents of 1, 2, 4, ... blocks follow: some kernels are compiled for powers of two of what was
-    read so far, and none should be while a document waits.
+    The last blocks of documents of 1, 2, 4, ... blocks follow, and what stands behind a document: some kernels are
+    compiled for powers of two of what was read so far, and none should be while a document waits.
     """
     read_ends(runner, arena, [longest], chunk_tokens)
     read_ends(runner, arena, _doublings(_block(runner), longest), _block(runner))
+    read_tails(runner, arena, longest)
+
+
+def read_tails(runner: ModelRunner, arena: Arena, longest: int) -> None:
+    """Read what stands behind a prefix, as every request of a job is read, once for each set of kernels."""
+    prefix = Extent(0, ALIGNMENT)
+    Prefill(runner, arena, prefix, np.zeros(ALIGNMENT, dtype=np.int64), 0, chunk_size(ALIGNMENT, None)).step()
+    for tokens in TAILS:
+        if ALIGNMENT + tokens <= arena.capacity:
+            place = Extent(ALIGNMENT, tokens)
+            TailPrefill(runner, arena, prefix, ALIGNMENT, place, np.zeros(tokens, dtype=np.int64), longest).step()
+            arena.forget(place)
+    arena.forget(prefix)
 
 
 def read_ends(runner: ModelRunner, arena: Arena, lengths: Sequence[int], chunk_tokens: int) -> None:
