@@ -6,19 +6,24 @@ Exit codes: 0 all requests ok, 2 some failed (their lines say why), 1 the job co
 from __future__ import annotations
 
 import argparse
-import contextlib
+import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jobs.batch.files import DOCUMENTS, FOLDER, OUTPUT, below, documents_of, write_documents, write_output
+import pyarrow as pa
+
+from jobs.batch.files import DOCUMENTS, FOLDER, OUTPUT, below, documents_of, names_of, write_documents, write_output
 from jobs.batch.requests import Request, model_of, read_requests, settings_of
 from jobs.cli import Parser, add_job_flags, run_main, unheard
 from jobs.summarize import carry_out, refuse_unpacked_paths
 from pipeline.errors import JobError, visible
+from pipeline.results.parts import part_names, recover
 from pipeline.results.store import Store
 from pipeline.settings.config import JobConfig, read_job_file
+from pipeline.settings.options import short
 
 # What the requests say, what is made of them, and what would speak of documents instead of requests.
 WITHOUT = (
@@ -40,20 +45,29 @@ def main(arguments: Sequence[str]) -> int:
     add_job_flags(parser, WITHOUT)
     location, settings = _settings(parser.parse_args(arguments))
     requests = read_requests(location)
-    answered = [request for request in requests if not request.refused]
     if not settings.get("output"):
         raise JobError("--output is missing; it is needed: folder for the results; made if missing")
-    places: dict[str, tuple[str, str]] = {}
+    answered = [request for request in requests if not request.refused]
+    config, agreed = _job(answered, location, settings)
+    refuse_unpacked_paths(config)
+    store = Store(config.output)
+    if not answered:
+        _refuse_rows(store, requests[0], config)
+    table, places = documents_of(answered, agreed, names_of(store))
+    if config.dry_run:
+        return _describe(table, requests, config)
     if answered:
-        code, places = _answer(answered, location, settings)
-        if code is not None:
-            return code
-    store = Store(settings["output"])
+        _write_accepted(table, config)
+        report = carry_out(config)
+        if report and report.stopped:
+            return report.exit_code
     store.create()
     with store.locked():
         failed = write_output(store, requests, places)
     with unheard():
-        _show(below(store.name, OUTPUT), len(requests), failed)
+        _show("failed", failed)
+        told = f"{len(requests) - len(failed):,} of {len(requests):,} requests are answered, in their order"
+        print(visible(f"{told}: {below(store.name, OUTPUT)}"), flush=True)
     return 2 if failed else 0
 
 
@@ -72,40 +86,65 @@ def _settings(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     return location, settings
 
 
-def _answer(
-    requests: Sequence[Request], location: str, settings: dict[str, Any]
-) -> tuple[int | None, dict[str, tuple[str, str]]]:
-    """Run the job of the requests: (exit code if it ends here, the row of each request by its custom_id)."""
+def _job(requests: Sequence[Request], location: str, settings: dict[str, Any]) -> tuple[JobConfig, dict[str, Any]]:
+    """The job that answers the requests, and which of its settings they agree on. Raises JobError."""
     agreed = settings_of(requests, location)
-    settings = settings | {"model": settings.get("model") or model_of(requests, location)} | agreed
-    table, places = documents_of(requests, agreed)
-    with contextlib.ExitStack() as stack:
-        folder = below(settings["output"], FOLDER)
-        if settings.get("dry_run"):  # it leaves nothing in the output
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-        config = JobConfig(
-            **settings, input=(below(folder, DOCUMENTS),), text_column="text", id_column="id",
-            questions_column="questions", prompt_file=str(PROMPT),
-        )  # fmt: skip
-        refuse_unpacked_paths(config)
-        if config.dry_run:
+    # Where no request can be answered, no model is loaded, and none needs to be named.
+    model = settings.get("model") or (model_of(requests, location) if requests else "-")
+    config = JobConfig(
+        **settings | {"model": model} | agreed, input=(below(below(settings["output"], FOLDER), DOCUMENTS),),
+        text_column="text", id_column="id", questions_column="questions", prompt_file=str(PROMPT),
+    )  # fmt: skip
+    return config, agreed
+
+
+def _refuse_rows(store: Store, refused: Request, config: JobConfig) -> None:
+    """Raise JobError if the output holds rows and --force is not given: with no request to answer, they are not ours.
+
+    refused: one of the requests.
+    """
+    if part_names(store) and not config.force:
+        why = f"no request can be answered ({short(refused.custom_id)}: {refused.refused})"
+        raise JobError(
+            f"--output {store.name}: it holds rows, and {why}; choose another output, or --force to keep them"
+        )
+
+
+def _describe(table: pa.Table, requests: Sequence[Request], config: JobConfig) -> int:
+    """Tell which requests are refused, and the plan of the others' job; the exit code. Writes nothing that stays."""
+    refused = [(request.custom_id, request.refused) for request in requests if request.refused]
+    _show("refused", refused)
+    print(f"requests: {len(requests) - len(refused):,} of {len(requests):,} can be answered", flush=True)
+    if len(table):
+        with tempfile.TemporaryDirectory() as folder:
             write_documents(table, folder)
-        else:
-            store = Store(config.output)
-            store.create()
-            with store.locked():
-                write_documents(table, folder)
-        report = carry_out(config)
-    if report is None:
-        return 0, places
-    return (report.exit_code if report.stopped else None), places
+            carry_out(replace(config, input=(below(folder, DOCUMENTS),)))
+    return 2 if refused else 0
 
 
-def _show(output: str, count: int, failed: Sequence[tuple[str, str]]) -> None:
-    """Say where the output is, and why some requests have no answer."""
+def _write_accepted(table: pa.Table, config: JobConfig) -> None:
+    """Write the documents of the job into its output, if the job can go on there.
+
+    Raises JobError if it cannot; the output is then as it was, with the documents that jobs.report shows.
+    """
+    from pipeline.job.plan import make_plan, survey_input
+
+    store = Store(config.output)
+    with tempfile.TemporaryDirectory() as folder:
+        write_documents(table, folder)
+        survey = survey_input(replace(config, input=(below(folder, DOCUMENTS),)))
+        store.create()
+        with store.locked():
+            for message in recover(store):
+                print(visible(message), file=sys.stderr, flush=True)
+            make_plan(survey, store)
+            write_documents(table, below(config.output, FOLDER))
+
+
+def _show(what: str, failed: Sequence[tuple[str, str]]) -> None:
+    """Say why some requests have no answer."""
     for custom_id, why in failed[:FIRST_FAILED]:
-        print(visible(f"failed: {custom_id}: {why}"))
-    print(visible(f"{count - len(failed):,} of {count:,} requests are answered, in their order: {output}"), flush=True)
+        print(visible(f"{what}: {custom_id}: {why}"))
 
 
 if __name__ == "__main__":

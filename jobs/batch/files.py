@@ -5,6 +5,7 @@ Documents are a Parquet file in a folder of its own, where nobody takes them for
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -17,7 +18,7 @@ from jobs.batch.grouping import group
 from jobs.batch.requests import Request
 from pipeline.location import is_uri
 from pipeline.prompts.questions import OWN
-from pipeline.results.parts import part_names, read_columns
+from pipeline.results.parts import part_names, read_columns, read_part
 from pipeline.results.store import Store
 
 FOLDER, DOCUMENTS, OUTPUT = "batch", "documents.parquet", "batch_output.jsonl"
@@ -28,6 +29,8 @@ COLUMNS = (
     "model", "finished_at",
 )  # fmt: skip
 Key = tuple[str, str]
+# A request of a group, and its question.
+Member = tuple[Request, str]
 
 
 def below(location: str, name: str) -> str:
@@ -36,24 +39,46 @@ def below(location: str, name: str) -> str:
     return f"{base.rstrip('/')}/{name}{mark}{query}"
 
 
-def documents_of(requests: Sequence[Request], agreed: Collection[str] = ()) -> tuple[pa.Table, dict[str, Key]]:
+def names_of(store: Store) -> set[str]:
+    """Ids of the documents that have rows. Damaged parts are passed over: the job sets them aside, with their rows."""
+    names: set[str] = set()
+    for part in part_names(store):
+        with contextlib.suppress(OSError, pa.ArrowException):
+            names.update(read_part(store, part, ["document_id"])["document_id"].to_pylist())
+    return names
+
+
+def documents_of(
+    requests: Sequence[Request], agreed: Collection[str] = (), named: Collection[str] = ()
+) -> tuple[pa.Table, dict[str, Key]]:
     """Documents with questions of their own that come to the requests' messages, and by custom_id where each is.
 
     Columns: id, text, space (between text and question) and questions, JSON. The id is the custom_id of the group's
-    first message in their order. agreed: settings that the job has for all requests.
+    first message in their order. agreed: settings that the job has for all requests. named: ids of documents that have
+    rows; each names a document again as long as its request is there, so that rows of a batch that grew stay known.
     """
     rows: list[tuple[str, ...]] = []
     places: dict[str, Key] = {}
     for found in group([request.message for request in requests]):
-        members = [requests[number] for number in found.members]
-        asked = []
-        for number, (request, question) in enumerate(zip(members, found.questions, strict=True), 1):
-            own = {name: value for name, value in request.own.items() if name not in agreed}
-            asked.append({"question": question, **own})
-            places[request.custom_id] = (members[0].custom_id, f"{OWN}-{number}")
-        rows.append((members[0].custom_id, found.document, found.space, json.dumps(asked)))
-    columns = [pa.array(values, pa.large_string()) for values in zip(*rows, strict=True)]
-    return pa.table(columns, names=["id", "text", "space", "questions"]), places
+        members = list(zip([requests[number] for number in found.members], found.questions, strict=True))
+        for document_id, asking in _by_document(members, named):
+            asked = []
+            for number, (request, question) in enumerate(asking, 1):
+                own = {name: value for name, value in request.own.items() if name not in agreed}
+                asked.append({"question": question, **own})
+                places[request.custom_id] = (document_id, f"{OWN}-{number}")
+            rows.append((document_id, found.document, found.space, json.dumps(asked)))
+    schema = pa.schema([(name, pa.large_string()) for name in ("id", "text", "space", "questions")])
+    return pa.Table.from_pylist([dict(zip(schema.names, row, strict=True)) for row in rows], schema), places
+
+
+def _by_document(members: Sequence[Member], named: Collection[str]) -> list[tuple[str, Sequence[Member]]]:
+    """The members of a group by the id of their document: one, unless requests of several documents have met in it."""
+    ids = [request.custom_id for request, _ in members]
+    first, *others = [custom_id for custom_id in ids if custom_id in named] or ids[:1]
+    apart = {custom_id: [member] for custom_id, member in zip(ids, members, strict=True) if custom_id in others}
+    together = [member for member in members if member[0].custom_id not in apart]
+    return [(first, together), *apart.items()]
 
 
 def write_documents(table: pa.Table, folder: str) -> None:

@@ -14,8 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import jobs.summarize
 from jobs.batch import grouping
 from jobs.batch.__main__ import PROMPT, main
+from jobs.batch.files import documents_of
 from jobs.batch.grouping import LEAST_SHARED, group
 from jobs.batch.requests import read_requests, settings_of
 from pipeline import read_results
@@ -273,9 +275,115 @@ def test_a_batch_is_answered_and_resumed(run: Run, tmp_path: Path, model: Path) 
     assert (code, "rows are of documents that the input does not hold" in err) == (1, True), "another batch"
 
 
+def files(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """What an output holds, and when it was written; but for the lock, which a job takes before it looks."""
+    found = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in found}
+
+
+REFUSED = asking("a", "A question", n=2)
+TOLD = "refused: a: body.n 2: each question to a document has one output\n"
+DAM = "\n".join(f"In week {number} the dam leaked at gate {number % 7}, and nobody came." for number in range(40))
+
+
 def test_a_batch_of_which_nothing_can_be_answered_starts_no_job(run: Run, tmp_path: Path) -> None:
-    code, _, _ = run("--input", batch(tmp_path, [asking("a", "A question", n=2)]), "--output", tmp_path / "out")
+    line = ("--input", batch(tmp_path, [REFUSED]), "--output", tmp_path / "out")
+    code, told, err = run(*line, "--dry-run")
+    assert (code, told, err) == (2, TOLD + "requests: 0 of 1 can be answered\n", "")
+    assert not (tmp_path / "out").exists()
+    code, _, _ = run(*line)
     assert (code, [line["error"]["code"] for line in output(tmp_path / "out")]) == (2, ["invalid_request"])
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_a_refused_run_changes_nothing(
+    run: Run, run_command: Callable[..., tuple[int, str, str]], tmp_path: Path, model: Path
+) -> None:
+    path, mine, other = tmp_path / "batch.jsonl", tmp_path / "mine", tmp_path / "other"
+    flags = ("--model", model, "--max-new-tokens", 5)
+    batch(tmp_path, [asking("a", f"{FOUND}Who?")])
+    assert run("--input", path, "--output", mine, *flags)[0] == 0
+    (tmp_path / "text.txt").write_text(FOUND, encoding="utf-8")
+    assert run_command(jobs.summarize.main, "--input", tmp_path / "text.txt", "--output", other, *flags)[0] == 0
+    before = files(mine), files(other)
+    assert {"batch/documents.parquet", "batch_output.jsonl"} <= before[0].keys()
+
+    for requests in ([asking("a", f"{DAM}\n\nWho?")], [REFUSED]):
+        batch(tmp_path, requests)
+        for more in ((), ("--dry-run",)):
+            code, _, err = run("--input", path, "--output", other, *flags, *more)
+            assert (code, err.startswith(f"error: --output {other}: it ")) == (1, True), err
+            code, _, err = run("--input", path, "--output", mine, *flags, "--max-new-tokens", 6, *more)
+            assert (code, err.startswith(f"error: --output {mine}: it ")) == (1, True), err
+            assert (files(mine), files(other)) == before
+
+    batch(tmp_path, [asking("a", f"{DAM}\n\nWho?")])
+    assert run("--input", path, "--output", tmp_path / "new", "--model", tmp_path / "nowhere")[0] == 1
+    assert not (tmp_path / "new").exists()
+
+    batch(tmp_path, [REFUSED])
+    assert run("--input", path, "--output", mine, *flags, "--force")[0] == 2
+    assert [line["error"]["code"] for line in output(mine)] == ["invalid_request"]
+    assert len(read_results(mine)) == 1
+
+
+# Requests of a batch, and how many tokens each is answered with, to know the answers by.
+FIRST = {"m": f"{FOUND}Many or few?", "z": f"{FOUND}Zinc or tin?", "dam": f"{DAM}\n\nWho?", "dim": f"{DAM}\n\nWhy?"}
+MOST = {name: number for number, name in enumerate((*FIRST, "a", "new"), 2)}
+
+
+@pytest.mark.usefixtures("ray_here")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"a": f"{FOUND}And who?"},
+        {"m": f"{FOUND}Zinc or zinc?"},
+        {"dam": f"{FOUND}Who?"},
+        {"m": f"{DAM}\n\nMany?"},
+        {"dam": f"{FOUND}A?", "dim": f"{FOUND}Zzz?", "a": f"{FOUND}And who?", "new": "Something else."},
+    ],
+    ids=["added in front", "first reworded", "two become one", "first goes over", "much at once"],
+)
+def test_requests_are_added_and_reworded(changes: dict[str, str], run: Run, tmp_path: Path, model: Path) -> None:
+    def answer(requests: dict[str, str]) -> str:
+        asked = [asking(name, text, max_tokens=MOST[name]) for name, text in requests.items()]
+        code, told, err = run("--input", batch(tmp_path, asked), "--output", tmp_path / "out", "--model", model)
+        assert code == 0, err
+        lines = {line["custom_id"]: line["response"]["body"] for line in output(tmp_path / "out")}
+        tokens = {name: body["usage"]["completion_tokens"] for name, body in lines.items()}
+        assert tokens == {name: MOST[name] for name in requests}, "each has its own answer"
+        return told
+
+    answer(FIRST)
+    answer(FIRST | changes)
+    rows = read_results(tmp_path / "out")
+    assert len(rows) == len(FIRST | changes)
+    assert "nothing to do" in answer(FIRST | changes)
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_a_damaged_part_is_set_aside_and_told(run: Run, tmp_path: Path, model: Path) -> None:
+    line = ("--input", batch(tmp_path, [asking("a", f"{FOUND}Who?")]), "--output", tmp_path / "out", "--model", model)
+    assert run(*line)[0] == 0
+    (part,) = (tmp_path / "out").glob("part-*.parquet")
+    part.write_bytes(part.read_bytes()[:-9])
+    code, _, err = run(*line)
+    assert (code, f"{part.name} is damaged" in err) == (0, True), err
+    assert output(tmp_path / "out")[0]["response"]
+
+
+def test_documents_keep_their_ids(tmp_path: Path) -> None:
+    path = batch(tmp_path, [asking(name, f"{FOUND}{name}, who?") for name in ("a", "b", "c", "d")])
+    requests = read_requests(str(path))
+    for named, documents in (((), {"a": "abcd"}), (("c", "gone"), {"c": "abcd"}), (("b", "d"), {"b": "abc", "d": "d"})):
+        table, places = documents_of(requests, (), named)
+        assert table["id"].to_pylist() == list(documents)
+        assert len(set(table["text"].to_pylist())) == 1
+        assert places == {
+            request: (document, f"own-{number}")
+            for document, members in documents.items()
+            for number, request in enumerate(members, 1)
+        }
 
 
 def test_flags_that_speak_of_documents_are_not_there(run: Run, tmp_path: Path) -> None:
@@ -292,8 +400,12 @@ def test_flags_that_speak_of_documents_are_not_there(run: Run, tmp_path: Path) -
 def test_a_dry_run_tells_the_plan_and_leaves_nothing(run: Run, tmp_path: Path, model: Path) -> None:
     schema = {"type": "object", "properties": {"town": {"type": "string"}}}
     form = {"type": "json_schema", "json_schema": {"schema": schema}}
-    path = batch(tmp_path, [asking("a", f"{FOUND}Where is it?", response_format=form, max_tokens=7)])
-    code, told, err = run("--input", path, "--output", tmp_path / "out", "--model", model, "--dry-run")
-    assert (code, err) == (0, "")
-    assert "town" in told, "the answers' type"
-    assert not (tmp_path / "out").exists()
+    asked = asking("b", f"{FOUND}Where is it?", response_format=form, max_tokens=7)
+    for requests, expected in (([asked], 0), ([asked, REFUSED], 2)):
+        path = batch(tmp_path, requests)
+        code, told, err = run("--input", path, "--output", tmp_path / "out", "--model", model, "--dry-run")
+        assert (code, err) == (expected, "")
+        assert "town" in told, "the answers' type"
+        assert f"requests: 1 of {len(requests)} can be answered\n" in told
+        assert (TOLD in told) == (REFUSED in requests)
+        assert not (tmp_path / "out").exists()
