@@ -12,14 +12,15 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pipeline.errors import JobError
+from pipeline.errors import JobError, one_line
 from pipeline.imports import WrongPackageError, check_kernels, prefer_ours, without_pandas
-from pipeline.interruptible import left_behind
+from pipeline.interruptible import left_behind, stop_signals
 from pipeline.settings.config import MOST_USED, JobConfig, declared, flag, instead, read_job_file
 from stem_core.settings import kind_of
 
@@ -148,8 +149,12 @@ def check_output(folder: Path) -> None:
     there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
     if not there.is_dir():
         raise JobError(f"--output {folder}: {there} is a file; give a folder")
-    if not os.access(there, os.W_OK):
-        raise JobError(f"--output {folder}: {there} cannot be written to; give another folder")
+    try:
+        tempfile.TemporaryDirectory(dir=there).cleanup()  # permissions alone do not tell: /proc is said to be writable
+    except OSError as error:
+        raise JobError(
+            f"--output {folder}: {there} cannot be written to ({one_line(error)}); give another folder"
+        ) from None
 
 
 def by_script() -> bool:
@@ -195,6 +200,8 @@ def run_main(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | No
         if isinstance(ended, SystemExit) and ended.code != signal.SIGTERM:
             raise
         code = 130
+        for number in stop_signals():  # what is left is to end: one more Ctrl-C would break into Ray's own shutdown
+            signal.signal(number, signal.SIG_IGN)
         _tell("stopped")
     code = _flushed(code)
     if left_behind():

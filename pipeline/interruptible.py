@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -40,6 +41,18 @@ def stop_signals() -> list[int]:
     """The signals that ask a job to stop; a terminal that closes does so, too, unless nohup keeps it out."""
     hung_up = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
     return [signal.SIGTERM, signal.SIGINT, *hung_up]
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Inside, nobody hears the signals that ask to stop: for what ends a job, which half done leaves a crash behind."""
+    here = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in stop_signals()} if here else {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _run(result: Future[T], call: Callable[..., T], arguments: tuple[Any, ...]) -> None:

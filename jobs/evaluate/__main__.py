@@ -34,6 +34,11 @@ def main(arguments: Sequence[str]) -> int:
     if flags.report:
         report(flags.report, flags.output, flags.plots, {"of": [str(folder) for folder in flags.report]})
         return 0
+    if any((flags.output / "rows").glob("*")):
+        raise JobError(
+            f"--output {flags.output}: its folder rows holds files already, of an earlier evaluation perhaps; give "
+            "another folder (--report puts several evaluations together)"
+        )
     if not flags.model:
         raise JobError("--model is needed: a model folder or hub id")
     device = EngineConfig(flags.model, device=flags.device).torch_device()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -36,8 +35,6 @@ def run(options: Options) -> dict[str, Any]:
     readers = load_readers(options)
     print("\n".join(describe(options, style, arms, readers)), flush=True)
     folder = options.output / "rows"
-    if folder.exists():
-        shutil.rmtree(folder)  # an evaluation is one run; several are put together by --report
     stopped, told = "", time.monotonic()
     warm: set[int] = set()
     for part, document in enumerate(documents(options, style, tokenizer)):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,31 @@ def read_yaml(path: str, asked: str) -> Any:
     except (OSError, ValueError) as error:
         raise JobError(f"{asked} {path}: cannot be read: {one_line(error)}") from None
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _unique_keys())
     except yaml.MarkedYAMLError as error:
         raise JobError(f"{asked} {path}: not valid YAML: {_yaml_problem(error)}") from None
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:  # ValueError: a 13th month, say
         raise JobError(f"{asked} {path}: not valid YAML: {one_line(error)}") from None
+
+
+@cache
+def _unique_keys() -> type:
+    """A SafeLoader that refuses a key that is there twice, of which the last would count alone."""
+    import yaml
+
+    class UniqueKeys(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    if key.value in seen:
+                        raise yaml.constructor.ConstructorError(
+                            None, None, f"the key {key.value!r} is there twice", key.start_mark
+                        )
+                    seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    return UniqueKeys
 
 
 def holdable(text: str) -> bool:

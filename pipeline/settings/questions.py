@@ -102,6 +102,10 @@ def _listed(questions: Any) -> list[tuple[Any, str]]:
             raise JobError(f"--questions {short(questions)}: no such file; for a question itself there is --question")
         where, entries = f"--questions {questions}", read_yaml(questions, "--questions")
     if isinstance(entries, Mapping):
+        if "question" in entries and set(entries) <= set(KEYS):
+            raise JobError(
+                f"{where}: expected questions by their names, got the keys of one; put '- ' before the first"
+            )
         entries = [
             {**(item if isinstance(item, Mapping) else {"question": item}), "name": name}
             for name, item in entries.items()

@@ -41,6 +41,8 @@ def find_files(locations: tuple[str, ...]) -> tuple[list[SourceFile], list[str]]
     found: dict[str, SourceFile] = {}
     ignored: list[str] = []
     for location in locations:
+        if not location.strip():
+            raise JobError("--input: a name is empty, as of a variable that is not set; give files, folders or globs")
         try:
             files, passed = interruptible(is_remote(location), _find, location)
         except JobError:

@@ -21,6 +21,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from pipeline.engine.config import SoFar
 from pipeline.errors import JobError, one_line, without_secrets
 from pipeline.imports import ROOT
+from pipeline.interruptible import uninterrupted
 from pipeline.source import Document
 from pipeline.workers.loop import EngineBrokenError, describe_error
 from pipeline.workers.pool import Event, WorkerId, drained, failed_call, failed_start, one_loss_each
@@ -81,7 +82,8 @@ def connected(address: str | None) -> Iterator[Cluster]:
         try:
             yield _describe(local)
         finally:
-            ray.shutdown()
+            with uninterrupted():
+                ray.shutdown()
 
 
 @contextlib.contextmanager

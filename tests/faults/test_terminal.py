@@ -24,7 +24,7 @@ from jobs.cli import run_main
 from jobs.summarize import main, show
 from pipeline.errors import DocumentError, JobError, visible
 from pipeline.imports import ROOT
-from pipeline.interruptible import interruptible, left_behind, stop_signals
+from pipeline.interruptible import interruptible, left_behind, stop_signals, uninterrupted
 from pipeline.job import manifest
 from pipeline.job.progress import Progress
 from pipeline.location import open_filesystem
@@ -189,6 +189,28 @@ def test_calls_that_were_interrupted_are_left_behind() -> None:
     assert interruptible(False, lambda: threading.current_thread().name) == "MainThread"
     with pytest.raises(ZeroDivisionError):
         interruptible(True, lambda: 1 / 0)
+
+
+def test_what_ends_a_job_is_not_broken_off_by_one_more_signal() -> None:
+    with uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_command_that_was_stopped_hears_no_further_signal() -> None:
+    """Ray has work to do when Python ends, and crashes where that is broken off."""
+    code = (
+        "import atexit, signal\n"
+        "from jobs.cli import run_main\n"
+        "def stopped(arguments):\n"
+        "    raise KeyboardInterrupt\n"
+        "atexit.register(lambda: (signal.raise_signal(signal.SIGINT), print('ended in peace')))\n"
+        "run_main(stopped, [])\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=patient(60))
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "ended in peace\n", "stopped\n")
 
 
 def test_hugging_faces_store_without_a_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

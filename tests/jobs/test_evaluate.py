@@ -456,6 +456,11 @@ def test_user_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         {"format": "pt"},
     )
     assert "has 64 tokens, --model" in refused(*both, "--lengths", "300")
+    (tmp_path / "other/rows").mkdir()
+    (tmp_path / "other/rows/mine.csv").write_text("1")
+    assert "its folder rows holds files already" in refused("--output", str(tmp_path / "other"))
+    assert (tmp_path / "other/rows/mine.csv").exists()
+    assert "/proc cannot be written to" in refused("--output", "/proc/x")
     assert "holds no rows" in refused("--report", str(tmp_path))
     assert "cannot be read: No such file" in refused("--essay", str(tmp_path / "none.txt"))
     assert f"{__file__} is a file; give a folder" in refused("--output", __file__)

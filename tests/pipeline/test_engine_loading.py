@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from engine_models import COMMON, prompts, run, save_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
@@ -62,6 +63,17 @@ def broken(folder: Path, target: Path, kind: str) -> str:
     elif kind == "pickle only":
         (target / "model.safetensors").unlink()
         torch.save({}, target / "pytorch_model.bin")
+    elif kind == "whole numbers":
+        tensors = load_file(target / "model.safetensors")
+        name = next(name for name in tensors if name.endswith("q_proj.weight"))
+        save_file(
+            tensors | {name: tensors[name].mul(127).to(torch.int8)}, target / "model.safetensors", {"format": "pt"}
+        )
+    elif kind == "activation":
+        config = json.loads((target / "config.json").read_text())
+        (target / "config.json").write_text(json.dumps(config | {"hidden_act": "no_such"}))
+    elif kind == "end":
+        (target / "generation_config.json").write_text('{"eos_token_id": "x"}')
     return str(target)
 
 
@@ -76,6 +88,8 @@ def broken(folder: Path, target: Path, kind: str) -> str:
         ("truncated", "cannot load model"),
         ("no weights", "cannot load model"),
         ("pickle only", "30 missing"),
+        ("whole numbers", r"1 of its weights are whole numbers \(I8: .*q_proj.weight\)"),
+        ("activation", "its config makes no model: KeyError: 'no_such'"),
     ],
 )
 def test_unreadable_model_says_why(folder: Path, tmp_path: Path, kind: str, message: str) -> None:
@@ -83,6 +97,16 @@ def test_unreadable_model_says_why(folder: Path, tmp_path: Path, kind: str, mess
     with pytest.raises(ModelLoadError, match=message) as caught:
         Engine(EngineConfig(model, device="cpu"))
     assert model in str(caught.value)
+
+
+def test_a_plan_of_a_config_that_makes_no_model_says_why(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match="its config makes no model: KeyError: 'no_such'"):
+        estimate_plan(EngineConfig(broken(folder, tmp_path, "activation"), device="cpu"))
+
+
+def test_an_end_that_is_no_token_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match=r"eos_token_id of the model's generation_config\.json must be a token id"):
+        Engine(EngineConfig(broken(folder, tmp_path, "end"), device="cpu"))
 
 
 def test_models_that_cannot_run_are_named(tmp_path: Path) -> None:

@@ -241,6 +241,8 @@ def test_questions_from_a_file_with_settings_of_their_own(tmp_path: Path, model:
         ("- name: a\n question: b\n", "line 2, column 2: .*the keys of one entry begin in the same column"),
         ('- question: "What" was it?\n', "line 1, column 20: .*quotes stand around a whole text"),
         ("-\tname: a\n\tquestion: b\n", "line 1, column 2: .*indent by spaces"),
+        ("cost: a\nwho: b\ncost: c\n", "line 3, column 1: the key 'cost' is there twice"),
+        ("name: cost\nquestion: a\n", "got the keys of one; put '- ' before the first"),
         ("Why?\nHow?\n", "expected a list of questions .'- ' before each., got 'Why. How.'"),
     ],
 )  # fmt: skip

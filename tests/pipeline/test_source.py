@@ -210,6 +210,8 @@ def test_missing_and_empty_inputs(tmp_path: Path) -> None:
         find_files((f"{tmp_path}_/texts/a.txt",))
     with pytest.raises(JobError, match="no files"):
         find_files((str(tmp_path),))
+    with pytest.raises(JobError, match="--input: a name is empty, as of a variable that is not set"):
+        find_files(("",))
     (tmp_path / "a.odt").write_bytes(b"x")
     with pytest.raises(JobError, match=r"only files of other kinds \(a\.odt\)"):
         find_files((str(tmp_path),))

@@ -92,6 +92,25 @@ def listed(names: list[str], shown: int = SHOWN) -> str:
     return ", ".join(names[:shown]) + ", ..." * (len(names) > shown)
 
 
+def unscaled_weights(model: str) -> str:
+    """What is wrong with a folder whose config tells of no quantisation, if weights in it are whole numbers all the
+    same: transformers would take them as they are. Empty if nothing is, or for what is not a folder.
+    """
+    from safetensors import safe_open
+
+    for file in sorted(Path(model).glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            kinds = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 - no mapping
+        whole = sorted(name for name, kind in kinds.items() if kind[0] in "IU" and name.endswith((".weight", ".bias")))
+        if whole:
+            return (
+                f"{len(whole):,} of its weights are whole numbers ({kinds[whole[0]]}: {listed(whole)}), and its config "
+                "tells of no quantisation that would scale them: use the checkpoint in bf16, or the config.json with "
+                "the quantization_config that belongs to it"
+            )
+    return ""
+
+
 def _remedy(missing: list[str], extra: list[str]) -> str:
     if any(".lora_" in key or ".base_layer." in key for key in extra):
         return (

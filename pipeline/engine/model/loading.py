@@ -23,6 +23,7 @@ from pipeline.engine.model.checkpoint import (
     keys_problem,
     load_report,
     pickle_problem,
+    unscaled_weights,
 )
 from pipeline.engine.model.dummy import dummy_model
 from pipeline.engine.model.files import read_config, weight_files
@@ -171,10 +172,11 @@ def _from_files(
             if not problem:
                 raise
             raise ModelLoadError(f"model {config.model!r}: {problem}") from error
-    problem = keys_problem(found)
+    quantised = getattr(hf_config, "quantization_config", None) is not None
+    problem = keys_problem(found) or ("" if quantised else unscaled_weights(config.model))
     if problem:
         raise ModelLoadError(f"model {config.model!r}: {problem}")
-    if getattr(hf_config, "quantization_config", None) is not None and not stored_fp8:
+    if quantised and not stored_fp8:
         _convert_rest(model, precision.dtype)
     if config.adapter is not None:
         model = merge_adapter(model, config.adapter)
@@ -229,11 +231,18 @@ def _unconnected() -> Iterator[None]:
 
 
 def stop_token_ids(model: nn.Module) -> tuple[int, ...]:
-    """End-of-sequence ids of the generation config, or else of the model config; sorted."""
-    for source in (getattr(model, "generation_config", None), model.config.get_text_config()):  # type: ignore[union-attr, operator]
+    """End-of-sequence ids of the generation config, or else of the model config; sorted. Raises ModelLoadError."""
+    text = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    for source in (getattr(model, "generation_config", None), text):
         ids = getattr(source, "eos_token_id", None)
         if ids is not None:
-            return tuple(sorted({ids} if isinstance(ids, int) else set(ids)))
+            found = [ids] if isinstance(ids, int) else ids
+            if not isinstance(found, list | tuple) or not all(isinstance(one, int) for one in found):
+                raise ModelLoadError(
+                    f"eos_token_id of the model's {'generation_config' if source is not text else 'config'}.json must "
+                    f"be a token id or a list of them, got {ids!r}"
+                )
+            return tuple(sorted(set(found)))
     return ()
 
 

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.engine.config import EngineConfig, ModelRefusedError
+from pipeline.engine.config import EngineConfig, EngineError, ModelRefusedError
 from pipeline.engine.kv.arena import LayerShape
 from pipeline.engine.kv.states import CONV, RECURRENT, StateKey, StateShape
+from pipeline.engine.model.checkpoint import ModelLoadError
 from pipeline.engine.model.precision import Precision, check_fp8_attention
 from pipeline.engine.model.text_part import model_class
+from stem_core.errors import first_line
 from stem_core.fp8 import quantize_linears, sensitive_linears, storage
 from stem_core.patch import UnsupportedModelError, attention_layers, check_model
 
@@ -22,12 +24,20 @@ SLACK_BYTES = 512 * 2**20
 def checked_architecture(config: EngineConfig, hf_config: Any, precision: Precision) -> nn.Module:
     """The architecture on the device "meta", which takes a quarter of a second for a model of 80 layers.
 
-    Raises ModelRefusedError where our kernels do not compute its attention, or not in this precision.
+    Raises ModelRefusedError where our kernels do not compute its attention, or not in this precision, ModelLoadError
+    where transformers makes no model of the config.
     """
-    with torch.device("meta"):
-        model: nn.Module = model_class(hf_config, config.trust_remote_code).from_config(
-            hf_config, dtype=precision.dtype, trust_remote_code=config.trust_remote_code
-        )
+    try:
+        with torch.device("meta"):
+            model: nn.Module = model_class(hf_config, config.trust_remote_code).from_config(
+                hf_config, dtype=precision.dtype, trust_remote_code=config.trust_remote_code
+            )
+    except EngineError:
+        raise
+    except Exception as error:  # whatever its code comes to with such values
+        raise ModelLoadError(
+            f"cannot load model {config.model!r}: its config makes no model: {first_line(error)}"
+        ) from error
     try:
         check_model(model)
     except UnsupportedModelError as error:
