@@ -41,7 +41,7 @@ def compile_kernels(runner: ModelRunner, context: int, chunk_tokens: int, rows: 
     is first launched. The model runs on values that no kernel wrote; experts are chosen, and states kept, by such
     values, so models with any are left alone.
     """
-    if runner.states or any(map(_holds_experts, runner.model.modules())):
+    if _goes_by_values(runner):
         return
     try:
         with torch.inference_mode(), compiling_ahead():
@@ -78,6 +78,11 @@ def _launch(runner: ModelRunner, context: int, chunk_tokens: int, rows: int, loo
     DecodeRunner(runner, arena, batch, longest, use_graphs=False, lookup=lookup).launch_kernels()
 
 
+def _goes_by_values(runner: ModelRunner) -> bool:
+    """Whether what kernels compute decides what is launched next, so that all of them must run."""
+    return bool(runner.states) or any(map(_holds_experts, runner.model.modules()))
+
+
 def _holds_experts(module: nn.Module) -> bool:
     return isinstance(module, Fp8Experts) or is_experts_class(type(module))
 
@@ -99,12 +104,13 @@ def _doublings(block: int, below: int) -> list[int]:
 def rehearse(runner: ModelRunner, arena: Arena, longest: int, chunk_tokens: int) -> None:
     """Run the last chunk of a document of `longest` tokens. Raises torch.OutOfMemoryError.
 
-    The last blocks of documents of 1, 2, 4, ... blocks follow, and what stands behind a document: some kernels are
-    compiled for powers of two of what was read so far, and none should be while a document waits.
+    The last blocks of documents of 1, 2, 4, ... blocks follow: some kernels are compiled for powers of two of what was
+    read so far, and none should be while a document waits.
     """
     read_ends(runner, arena, [longest], chunk_tokens)
     read_ends(runner, arena, _doublings(_block(runner), longest), _block(runner))
-    read_tails(runner, arena, longest)
+    if _goes_by_values(runner):  # else these kernels were compiled ahead
+        read_tails(runner, arena, longest)
 
 
 def read_tails(runner: ModelRunner, arena: Arena, longest: int) -> None:
