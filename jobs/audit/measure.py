@@ -15,7 +15,7 @@ from jobs.audit.known import Known, read_known
 from jobs.audit.options import Arm, Options
 from jobs.audit.sample import Sampled
 from jobs.measurement import TIE
-from pipeline.engine import Completion, Engine, EngineError, Request
+from pipeline.engine import Completion, Engine, EngineError, Request, SharedPrompt
 from pipeline.engine.devices import release_memory
 from pipeline.engine.model.loading import load_runner
 from pipeline.engine.model.runner import ModelRunner
@@ -171,7 +171,7 @@ def measure(options: Options, documents: Sequence[Sampled], known: Known, clock:
 
 
 def _first_outputs(engine: Engine, options: Options, documents: Sequence[Sampled]) -> Reference:
-    seconds, done = run_documents(engine, requests_of(documents, options))
+    seconds, done = run_documents(engine, prompts_of(documents, options))
     ok = {name: completion for name, completion in done.items() if completion.status == "ok"}
     if not ok:
         first = next(iter(done.values()))
@@ -199,7 +199,7 @@ def _measure_arm(
     warm = _warm_up(engine, options, documents[-1]) if not is_reference else None
     for name, token_ids in reference.outputs.items():
         engine.expect(name, token_ids[: options.kl_tokens], note(name))
-    seconds, done = run_documents(engine, requests_of(documents, options))
+    seconds, done = run_documents(engine, prompts_of(documents, options))
     run = ArmRun(arm, engine.describe(), engine.plan().to_dict(), load_seconds, done, seconds - engine.forcing_seconds)
     run.likeness = likeness
     if is_reference:
@@ -217,24 +217,31 @@ def _measure_arm(
     return run
 
 
-def requests_of(documents: Sequence[Sampled], options: Options) -> list[Request]:
-    """Greedy requests, as a job would make them. Random weights end no output before its limit."""
-    stops = options.stop_ids
+def prompts_of(documents: Sequence[Sampled], options: Options, most: int | None = None) -> list[SharedPrompt]:
+    """Greedy requests, each read behind its document as a job reads it. Random weights end no output before its limit.
+
+    most: tokens of an output, if not as many as in the job.
+    """
+    most, stops = most or options.job.max_new_tokens, options.stop_ids
     return [
-        Request(document.document_id, document.prompt, options.job.max_new_tokens, stop_ids=stops)
+        SharedPrompt(
+            document.prompt[: document.prefix_tokens],
+            (Request(document.document_id, document.prompt[document.prefix_tokens :], most, stop_ids=stops),),
+        )
         for document in documents
     ]
 
 
-def run_documents(engine: Engine, requests: Sequence[Request]) -> tuple[float, dict[str, Completion]]:
-    """All requests at once: seconds from the first add() to the last completion, and the completions by id."""
+def run_documents(engine: Engine, prompts: Sequence[SharedPrompt]) -> tuple[float, dict[str, Completion]]:
+    """All at once: seconds from the first add_shared() to the last completion, and the completions by id."""
     begin = time.perf_counter()
-    for request in requests:
-        engine.add(request)
+    for prompt in prompts:
+        engine.add_shared(prompt)
     done: dict[str, Completion] = {}
     while engine.has_work:
         done.update((completion.request_id, completion) for completion in engine.step())
-    return time.perf_counter() - begin, {request.request_id: done[request.request_id] for request in requests}
+    names = [request.request_id for prompt in prompts for request in prompt.requests]
+    return time.perf_counter() - begin, {name: done[name] for name in names}
 
 
 def likeness_of(log_probs: Tensor, reference: Tensor) -> Likeness:
@@ -282,9 +289,9 @@ def same_tokens(a: Sequence[int], b: Sequence[int]) -> int:
 
 def _warm_up(engine: Engine, options: Options, document: Sampled) -> Completion:
     """The document's prefill and first token; on a GPU the second time, when nothing is compiled any more."""
-    (request,) = requests_of([document], options)
+    prompts = prompts_of([document], options, most=1)
     for _ in range(2 if engine.config.torch_device().type == "cuda" else 1):
-        _, done = run_documents(engine, [replace(request, max_new_tokens=1)])
+        _, done = run_documents(engine, prompts)
     return done[document.document_id]
 
 
@@ -304,8 +311,10 @@ def _curve(engine: Engine, arm: Arm, options: Options, documents: Sequence[Sampl
     for length in [n for n in options.lengths if n <= len(prompt)]:
         if not arm.dense and prompt_budget(length, arm.config.attention).budgets is None:
             continue
-        request = Request("curve", prompt[:length], 1)
-        runs = [run_documents(engine, [request])[1]["curve"] for _ in range(GPU_REPEATS + 1 if on_gpu else CPU_REPEATS)]
+        beginning = SharedPrompt(prompt[:length], (Request("curve", prompt[:1], 1),))  # asked anything
+        runs = [
+            run_documents(engine, [beginning])[1]["curve"] for _ in range(GPU_REPEATS + 1 if on_gpu else CPU_REPEATS)
+        ]
         timed = [run for run in (runs[1:] if on_gpu else runs) if run.status == "ok"]
         if timed:
             best = min(timed, key=lambda run: run.prefill_seconds)

@@ -18,11 +18,15 @@ from pipeline.source import Catalogue, DocumentReader, find_files, list_document
 
 @dataclass(frozen=True)
 class Sampled:
-    """A document as it is asked. prompt: int32 [tokens]. text: of the whole document."""
+    """A document as it is asked. prompt: int32 [tokens], of which the question follows the first prefix_tokens.
+
+    text: of the whole document.
+    """
 
     document_id: str
     source: str
     prompt: np.ndarray
+    prefix_tokens: int
     truncated_tokens: int
     text: str = ""
 
@@ -66,7 +70,8 @@ def draw(options: Options, tokens: Tokens) -> Sample:
         except DocumentError as error:
             left_out.append((document.document_id, one_line(error)))
             continue
-        found.append(Sampled(document.document_id, document.source, prompt.ids, prompt.truncated_tokens, text))
+        read = prompt.ids, len(prompt.prefix), prompt.truncated_tokens
+        found.append(Sampled(document.document_id, document.source, *read, text))
     if not found:
         why = f"{left_out[0][0]}: {left_out[0][1]}" if left_out else "none can be read"
         raise JobError(f"--input: none of the documents drawn can be compared; {why}")

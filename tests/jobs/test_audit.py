@@ -143,9 +143,8 @@ def test_an_arm_that_drops_nothing_is_dense(documents: Path, model: Path, tmp_pa
 def test_a_selection_that_is_bad_on_purpose_agrees_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "documents").mkdir()
     for i in range(2):
-        text = (
-            f"{REPORT[3000 * i : 3000 * i + 2000]} Key finding: the {i + 3} towers of Norwich lean by {i + 2} metres."
-        )
+        before, after = REPORT[3000 * i : 3000 * i + 1500], REPORT[3000 * i + 1500 : 3000 * i + 3000]
+        text = f"{before} Key finding: the {i + 3} towers of Norwich lean by {i + 2} metres. {after}"
         (tmp_path / "documents" / f"{i}.txt").write_text(text, encoding="utf-8")
     flags = "--preset sampled --budget 0.35 --question 'List the key findings in order.'"
 

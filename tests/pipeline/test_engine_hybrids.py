@@ -249,8 +249,9 @@ def test_no_document_goes_on_from_a_step_that_failed(qwen: Path, monkeypatch: py
     assert outputs(engine, texts) == [generate(qwen, text, NEW) for text in texts]
 
 
+@pytest.mark.parametrize("behind", [False, True])
 @pytest.mark.parametrize("family", ["qwen3_5", "lfm2", "nemotron_h", "falcon_h1"])
-def test_given_outputs_are_read_and_leave_nothing_behind(family: str, tmp_path: Path) -> None:
+def test_given_outputs_are_read_and_leave_nothing_behind(family: str, behind: bool, tmp_path: Path) -> None:
     """With the probabilities that transformers gives them, also behind a document that ends with its first token."""
     folder, texts = save_model(tmp_path, family), prompts(LENGTHS[:3])
     given = prompts([7, 5, 1], seed=5)
@@ -260,7 +261,12 @@ def test_given_outputs_are_read_and_leave_nothing_behind(family: str, tmp_path: 
     new = [NEW, NEW, 1]
     for i, token_ids in enumerate(given):
         engine.expect(str(i), token_ids.tolist(), lambda rows, i=i: found.update({str(i): rows.clone()}))  # type: ignore[misc]
-    done = run(engine, [Request(str(i), text, new[i]) for i, text in enumerate(texts)])
+    requests = {i: Request(str(i), text, new[i]) for i, text in enumerate(texts)}
+    for i, text in enumerate(texts):
+        if behind and (cut := len(text) // 2):  # a prefix, as a job reads
+            engine.add_shared(SharedPrompt(text[:cut], (Request(str(i), text[cut:], new[i]),)))
+            del requests[i]
+    done = run(engine, list(requests.values()))
     for i, (text, token_ids) in enumerate(zip(texts, given, strict=True)):
         assert done[str(i)].status == "ok", done[str(i)].error
         with torch.inference_mode():

@@ -13,7 +13,7 @@ from engine_models import last_logits, prompts, run, save_model
 from torch import Tensor
 
 from kernels.fp8_heads import KEY_GROUP, reference
-from pipeline.engine import Engine, EngineConfig, Request
+from pipeline.engine import Engine, EngineConfig, Request, SharedPrompt
 from pipeline.engine.model.loading import load_runner
 from pipeline.engine.probes.teacher_forcing import TeacherForcingEngine, spans
 from stem_core import StemConfig
@@ -51,6 +51,22 @@ def test_what_is_read_has_the_probabilities_that_transformers_gives_it(architect
     assert done.status == "ok"
     assert rows.shape == expected.shape
     torch.testing.assert_close(rows, expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("prefix", "alone"), [(128, True), (128, False), (40, True)])
+def test_what_is_read_behind_a_prefix_has_them_too(prefix: int, alone: bool, tmp_path: Path) -> None:
+    """In one piece with it, beside others of it, and behind one that fills no unit of the arena."""
+    folder = save_model(tmp_path, "llama")
+    prompt, token_ids = prompts([147, 2 * KEY_GROUP + 3], seed=3)
+    wanted, _ = read(TeacherForcingEngine(config_for(folder)), prompt, token_ids.tolist(), 40)
+    engine, found = TeacherForcingEngine(config_for(folder)), []
+    engine.expect("a", token_ids.tolist(), lambda rows: found.append(rows.clone()))
+    asked = [Request("a", prompt[prefix:], 40), *([] if alone else [Request("b", prompt[prefix + 1 :], 40)])]
+    engine.add_shared(SharedPrompt(prompt[:prefix], tuple(asked)))
+    done = run(engine, [])
+    assert {name: one.status for name, one in done.items()} == {one.request_id: "ok" for one in asked}
+    assert done["a"].token_ids == run(Engine(config_for(folder)), [Request("a", prompt, 40)])["a"].token_ids
+    torch.testing.assert_close(found[0], wanted, atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("attention", [None, STEM], ids=["dense", "stem"])

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from kernels.decode_attention import Prefixes
 from kernels.fp8_heads import KEY_GROUP
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.document import Document
@@ -16,6 +17,7 @@ from pipeline.engine.engine import Engine
 from pipeline.engine.kv.arena import Extent
 from pipeline.engine.kv.states import StateKey
 from pipeline.engine.model.runner import ModelRunner
+from pipeline.engine.run.batch import RowStart
 
 # Gets log-probabilities float32 [tokens, V], on the engine's device; row i stands before token i of the output.
 Note = Callable[[Tensor], None]
@@ -26,7 +28,8 @@ class TeacherForcingEngine(Engine):
 
     Nothing else changes: prompts are prefilled and outputs written as by Engine. What is read lies where the document's
     own output will be written over it. The first row is the prefill's; the others go through the decode path, a few in
-    one batch of rows that share the document's extent and differ in how much of it they see. A model with recurrent
+    one batch of rows that share the document's extent (and the prefix behind which it may stand) and differ in how much
+    of it they see. A model with recurrent
     states, which rows cannot share, reads one token after the other, and gets its states back.
 
     forcing_seconds: wall time spent so, which is in no completion's prefill_seconds or decode_seconds.
@@ -49,22 +52,19 @@ class TeacherForcingEngine(Engine):
         extent = document.extent
         assert extent is not None
         token_ids, note = self._expected.pop(document.request.request_id, ([], None))
-        states = self._arena.states if note is not None else None
-        saved = None if states is None or document.prefix is not None else states.saved(extent.start)
-        super()._start_decoding(document, logits)
         if note is None:
+            super()._start_decoding(document, logits)
             return
-        if document.prefix is not None:
-            raise ValueError(
-                "outputs are read behind whole prompts, not behind a prefix that requests share: use add()"
-            )
+        states, row = self._arena.states, document.row_start()
+        saved = None if states is None else states.saved(extent.start)
+        super()._start_decoding(document, logits)
         begin = time.perf_counter()
         room = document.request.max_new_tokens
         if len(token_ids) > room:
             raise ValueError(f"an output of {len(token_ids)} tokens is to be read, the request has room for {room}")
         # A document that ended with its first token has given its extent back, but nothing has been written there yet.
         with self._states_of(extent, document.prompt_tokens, saved):
-            note(self._read_along(document, extent, logits, token_ids))
+            note(self._read_along(row, logits, token_ids))
         if logits.is_cuda:
             torch.cuda.synchronize(logits.device)
         self.forcing_seconds += time.perf_counter() - begin
@@ -90,26 +90,39 @@ class TeacherForcingEngine(Engine):
             else:
                 states.release(extent.start)
 
-    def _read_along(self, document: Document, extent: Extent, logits: Tensor, token_ids: list[int]) -> Tensor:
+    def _read_along(self, row: RowStart, logits: Tensor, token_ids: list[int]) -> Tensor:
         """float32 [tokens, V]."""
         log_probs = [logits.float().log_softmax(-1)]
         device = logits.device
         inputs = torch.tensor(token_ids[:-1], device=device)
-        positions = torch.arange(document.prompt_tokens, document.prompt_tokens + len(inputs), device=device)
-        ends = document.prompt_tokens, document.prompt_tokens + len(inputs)
+        bound = row.prompt_tokens + row.max_new_tokens if row.bound is None else row.bound
+        before = row.prefix_tokens  # they lie elsewhere
+        first_own = row.prompt_tokens - before
+        ends = first_own, first_own + len(inputs)
         for first, last in spans(*ends) if self._arena.states is None else ((i, i + 1) for i in range(*ends)):
-            part = slice(first - document.prompt_tokens, last - document.prompt_tokens)
-            lengths = positions[part] + 1
+            lengths = torch.arange(before + first + 1, before + last + 1, device=device)
             rows = self._runner.decode(
-                inputs[part],
-                torch.full_like(lengths, extent.start),
+                inputs[first - first_own : last - first_own],
+                torch.full_like(lengths, row.extent.start),
                 lengths,
-                torch.full_like(lengths, document.need),
+                torch.full_like(lengths, bound),
                 self._arena,
                 self._plan.max_context,
+                self._prefixes_of(row, len(lengths), device) if before else None,
             )
             log_probs.append(rows.float().log_softmax(-1))
         return torch.cat(log_probs)[: len(token_ids)]
+
+    def _prefixes_of(self, row: RowStart, rows: int, device: torch.device) -> Prefixes:
+        """So many rows that share the row's prefix."""
+        members = torch.full((1, 1 << (rows - 1).bit_length()), -1, dtype=torch.int32, device=device)
+        members[0, :rows] = torch.arange(rows, dtype=torch.int32, device=device)
+        return Prefixes(
+            torch.full((rows,), row.prefix_start, dtype=torch.int64, device=device),
+            torch.full((rows,), row.prefix_tokens, dtype=torch.int32, device=device),
+            members,
+            self._plan.max_context,
+        )
 
 
 def spans(first: int, last: int) -> Iterator[tuple[int, int]]:
