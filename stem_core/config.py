@@ -66,7 +66,7 @@ class StemConfig(EstimatorSettings):
     dense_tail: int = setting(
         0,
         "blocks at the prompt's end whose rows keep every causal block",
-        more="ours; the question usually stands there",
+        more="ours",
         low=0,
         high=MOST,
     )
@@ -140,8 +140,8 @@ DENSE_BELOW = 6144
 DEFAULT_PRESET = "sampled"
 
 # "sampled" scores blocks by single queries, an eighth of all, and lets the heads of a row share its blocks: what loses
-# least on real models. Its end, where the question usually stands, sees everything. "paper" and "release" are Stem as
-# published: they lose needles on real models. docs/quality.md has the figures.
+# least on real models. The end of a document sees everything, and so does the question behind it. "paper" and "release"
+# are Stem as published: they lose needles on real models. docs/quality.md has the figures.
 PRESETS: dict[str, StemConfig] = {
     "sampled": StemConfig(schedule="growing", decay=1.0, estimator="sample", dense_tail=1, dense_below=DENSE_BELOW),
     "paper": StemConfig(schedule="paper", dense_below=DENSE_BELOW),

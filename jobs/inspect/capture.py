@@ -17,6 +17,7 @@ from pipeline.engine.kv.arena import ALIGNMENT, Extent
 from pipeline.engine.model.loading import context_limit, load_model
 from pipeline.engine.model.precision import describe_precision
 from pipeline.engine.model.runner import ModelRunner
+from pipeline.engine.prefix import Prefix
 from pipeline.engine.run.prefill import Prefill, attention_plan, chunk_size
 from pipeline.errors import DocumentError, JobError
 from pipeline.job.configs import make_engine_config
@@ -52,7 +53,9 @@ class Capture:
 
 
 def capture(job: JobConfig, text: str) -> Capture:
-    """Prefill the prompt that the job would make of `text`, with its attention, and note what every layer keeps.
+    """Prefill `text` as the job would, up to its question, with its attention, and note what every layer keeps.
+
+    What stands behind a document, the question, is read densely by all jobs.
 
     Raises JobError if the model cannot run here, if the prompt does not fit its context, or runs dense.
     """
@@ -114,7 +117,8 @@ def _prompt(job: JobConfig, tokens: Tokens, text: str, context: int) -> np.ndarr
     builder = PromptBuilder(tokens, first_task(job), job.chat_template_args, job.today(), job.thinking)
     limit = min(context, job.max_context or context) - job.max_new_tokens
     try:
-        return builder.build(text, limit, truncate=job.too_long == "truncate").ids.astype(np.int64)
+        read = builder.build(text, limit, truncate=job.too_long == "truncate").prefix.astype(np.int64)
+        return Prefix.of(read, None, 1, states=False).ids  # the rest of it is read with the question
     except DocumentError as error:
         raise JobError(f"{error}; --too-long truncate cuts its middle") from None
 

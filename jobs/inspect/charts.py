@@ -113,7 +113,7 @@ def _budget_words(stem: StemConfig) -> str:
             "The budget falls towards the end: an error in an early row spreads to all later rows, one in a late row "
             "does not."
         )
-    tail = f" The last {stem.dense_tail} query blocks read everything: the question usually stands there."
+    tail = f" The last {stem.dense_tail} query blocks read everything."
     return words + (tail if stem.dense_tail else "")
 
 
