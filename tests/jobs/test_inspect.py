@@ -69,11 +69,12 @@ def seen(model: Path, text: str) -> Capture:
 
 
 def masks_of_the_model(model: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[torch.Tensor], int]:
-    """bool [H, n, n] of each sparse layer, from plain transformers with patch_model, in one piece; prompt tokens."""
+    """bool [H, n, n] of each sparse layer, from plain transformers with patch_model, in one piece; tokens read."""
     from transformers import AutoModelForCausalLM
 
     stem = job(model).stem()
-    ids = PromptBuilder(load_tokens(str(model)), make_task("summarize", QUESTION, None)).build(text, 1 << 20).ids
+    ids = PromptBuilder(load_tokens(str(model)), make_task("summarize", QUESTION, None)).build(text, 1 << 20).prefix
+    ids = ids[: len(ids) // 64 * 64]  # whole units of the arena: the rest is read densely, with the question
     found: list[torch.Tensor] = []
 
     def spy(scores: torch.Tensor, *args: Any, **kwargs: Any) -> BlockSelection:

@@ -37,8 +37,8 @@ PACKAGES: dict[str, Rooms] = {
         "engine": {"adapters", "answers", "errors", "model_files", "results", "settings", "versions"},
         "inputs": {"errors", "location", "results", "settings", "source"},
         "workers": {
-            "answers", "engine", "errors", "imports", "inputs", "interruptible", "prompts", "results", "review", "settings",
-            "source",
+            "answers", "engine", "errors", "imports", "inputs", "interruptible", "prompts", "results", "review",
+            "settings", "source",
         },
         "job": {
             "adapters", "interruptible", "answers", "engine", "errors", "imports", "location", "model_files", "prompts",
