@@ -78,7 +78,7 @@ class EngineConfig(EngineSettings):
     attention: sparse prefill; None is dense attention through the same kernels.
     seed: of the dummy weights.
     fp8_fast_accumulation: let fp8 linears sum in the tensor cores' reduced precision (Hopper): faster, less exact.
-        Decode steps of up to 64 rows sum precisely all the same.
+        Decode steps of up to 64 rows sum precisely all the same, but for experts.
     fuse: run norms, MLPs, projections and rotary embeddings through our kernels; None does on a GPU and in fp8.
     cuda_graphs: replay captured decode steps (GPU only).
     decode_lag: decode steps that the host may launch ahead of the tokens that it has read back; steps launched for a

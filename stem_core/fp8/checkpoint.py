@@ -59,16 +59,24 @@ class Fp8Layout:
 
     def applies_to(self, name: str) -> bool:
         """Whether the linear called `name` is stored in fp8."""
+        bare = _bare(name)
         for pattern in self.ignore:
             if pattern.startswith("re:"):
-                if re.match(pattern[3:], name):
+                if any(re.match(pattern[3:], known) for known in (name, bare)):
                     return False
-            elif name == pattern or name.startswith(pattern + "."):
+            elif f"{bare}.".startswith(f"{_bare(pattern)}."):
                 return False
         return True
 
     def scale_shape(self, outputs: int) -> tuple[int, ...]:
         return {"channel": (outputs, 1), "tensor": (1,), "scalar": ()}[self.scale]
+
+
+def _bare(name: str) -> str:
+    """A module's name without where the language model lies, which transformers 5 moved (language_model.model ->
+    model.language_model): checkpoints have the names of the version that wrote them.
+    """
+    return ".".join(part for part in name.split(".") if part not in ("model", "language_model"))
 
 
 def read_layout(quantization: dict[str, Any]) -> Fp8Layout:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stem_core.fp8 import Fp8Linear, UnsupportedCheckpointError, describe_fp8, prepare_quantized_config
-from stem_core.fp8.checkpoint import METHOD, read_layout
+from stem_core.fp8.checkpoint import METHOD, Fp8Layout, read_layout
 from stem_core.fuse import describe_fusion, fuse_model
 from tests.stem_core.test_fuse import LAYERS, prompt, tiny
 
@@ -136,4 +136,14 @@ def test_layouts_ignore_names_prefixes_and_patterns():
     assert not layout.applies_to("model.layers.3.mlp.up_proj")
     assert not layout.applies_to("model.layers.5.mlp.experts.0.up_proj")
     assert not layout.applies_to("lm_head")
+    # As older versions of transformers name what lies in a model that sees, too.
+    older = Fp8Layout(
+        "channel",
+        ("language_model.lm_head", "language_model.model.layers.3", "multi_modal_projector.linear_1", "re:projector.*"),
+        False,
+    )
+    assert older.applies_to("model.language_model.layers.30.mlp.up_proj")
+    for name in ("lm_head", "model.language_model.layers.3.mlp.up_proj", "model.multi_modal_projector.linear_1"):
+        assert not older.applies_to(name)
+    assert not older.applies_to("model.projector.linear_2")
     assert METHOD not in ("fp8", "compressed-tensors")
