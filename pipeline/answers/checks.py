@@ -8,11 +8,14 @@ references to other files.
 from __future__ import annotations
 
 import json
+import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.errors import nearest, one_line
+from pipeline.results.columns import valid_text
 
 Json = dict[str, Any]
 
@@ -25,6 +28,8 @@ ONE = (
 MANY = ("prefixItems", "anyOf", "allOf", "oneOf")
 NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 DEFINITIONS = ("$defs", "definitions")
+WITHIN_DEFINITIONS = tuple(f"#/{key}/" for key in DEFINITIONS)
+BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
 # Others that mean something to an answer.
 PLAIN = (
     "type", "enum", "const", "required", "minProperties", "maxProperties", "minItems", "maxItems", "uniqueItems",
@@ -91,8 +96,40 @@ def everywhere(schema: Json, pointer: str = "#") -> Iterator[tuple[str, Json]]:
 
 
 def problem(schema: Json) -> str:
-    """Why an output cannot be held to `schema`: what was found, where, what to use instead. Empty if it can."""
-    return _not_a_schema(schema) or _passed_over(schema) or _unsupported(schema) or _impossible(schema)
+    """Why an output cannot be held to a well-formed schema: what, where, what to use instead. Empty if it can."""
+    return _unsupported(schema) or _impossible(schema)
+
+
+def malformed(schema: Json) -> str:
+    """Why `schema` is no JSON Schema, or not one that can be read here: what, where, how to mend it. Empty if it is."""
+    return _unreadable(schema) or _not_a_schema(schema) or _passed_over(schema)
+
+
+def _unreadable(schema: Json) -> str:
+    """What Python reads as JSON, and llguidance does not: at the first such value, by the order of the schema."""
+    waiting: list[tuple[str, Any]] = [("#", schema)]
+    while waiting:
+        pointer, value = waiting.pop()
+        inside: list[tuple[Any, Any]] = []
+        if isinstance(value, dict):
+            inside = [*value.items()]
+        elif isinstance(value, list):
+            inside = [*enumerate(value)]
+        elif isinstance(value, float) and math.isnan(value):
+            return f"{pointer}: NaN is not a number of JSON; leave it out"
+        elif isinstance(value, int | float) and not abs(value) <= sys.float_info.max:
+            return f"{pointer}: a number beyond 64-bit floats; give one that is nearer to 0, or leave it out"
+        names = [key for key, _ in inside] if isinstance(value, dict) else [value]
+        for text in names:
+            if isinstance(text, str) and valid_text(text) != text:
+                half = f"{one_line(repr(text), 80)} holds half of a surrogate pair, which UTF-8 cannot hold"
+                return f"{pointer}: {half}; write both halves, or leave it out"
+        waiting.extend((f"{pointer}/{escaped(str(key))}", each) for key, each in reversed(inside))
+    try:
+        grammar_text(json.dumps(schema))
+    except (ValueError, RecursionError) as error:
+        return "#: it is nested too deeply" if "recursion" in str(error) else f"#: {one_line(error, 200)}"
+    return ""
 
 
 def _not_a_schema(schema: Json) -> str:
@@ -103,6 +140,10 @@ def _not_a_schema(schema: Json) -> str:
         return (
             "#: this is a response_format of OpenAI's; give the schema in it alone, which stands at /json_schema/schema"
         )
+    draft = schema.get("$schema", "")
+    if not isinstance(draft, str):
+        expected = f"the address of a draft of JSON Schema, like {Draft202012Validator.META_SCHEMA['$id']}"
+        return f"#/$schema: not JSON Schema: expected {expected}, got {one_line(repr(draft), 80)}; or leave it out"
     try:
         validator_for(schema, default=Draft202012Validator).check_schema(schema)
     except SchemaError as error:
@@ -158,6 +199,30 @@ def _impossible(schema: Json) -> str:
             message = refusal(each)
             if message:
                 return f"{pointer}: {_in_words(message, '')}"
+    return ""
+
+
+def dead_end(schema: Json) -> str:
+    """A part for which llguidance finds no number, though it takes it: bounds and multipleOf in several parts, say.
+
+    Empty if there is none. Not known of a part that refers elsewhere than into the definitions.
+    """
+    from llguidance import LLMatcher, LLTokenizer
+
+    definitions = {key: schema[key] for key in DEFINITIONS if key in schema}
+    tokens = LLTokenizer("byte")
+    for pointer, each in everywhere(schema):
+        if not ({"allOf", "multipleOf"} & set(each) or ("$ref" in each and BOUNDS & set(each))):
+            continue
+        references = [part["$ref"] for _, part in everywhere(each) if "$ref" in part]
+        if not all(text.startswith(WITHIN_DEFINITIONS) for text in references):
+            continue
+        matcher = LLMatcher(tokens, grammar_text(json.dumps({**definitions, **each})), log_level=0)
+        if matcher.is_error():
+            continue
+        matcher.compute_logit_bias()
+        if matcher.is_error():
+            return f"{pointer}: no output can be held to its bounds and multipleOf together; give them in one schema"
     return ""
 
 

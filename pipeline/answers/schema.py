@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pipeline.answers.checks import everywhere, problem
+from pipeline.answers.checks import dead_end, everywhere, malformed, problem
+from pipeline.answers.circles import circle
+from pipeline.answers.multiples import checked, narrow
 from pipeline.answers.typed import JSON, MisfitError, Typed, json_text, typed
 from pipeline.errors import JobError, one_line
 
@@ -45,9 +47,13 @@ class Schema:
 
     @cached_property
     def _validator(self) -> Any:
-        from jsonschema.validators import Draft202012Validator, validator_for
+        from jsonschema.validators import Draft202012Validator, extend, validator_for
 
-        return validator_for(self._root, default=Draft202012Validator)(self._root)
+        kind = extend(validator_for(self._root, default=Draft202012Validator), {"multipleOf": checked})
+        root = json.loads(self.text)
+        for _, each in everywhere(root):
+            each.pop("$schema", None)  # at each it would take a validator of its own, which knows no `checked`
+        return kind(root)
 
     @property
     def arrow_type(self) -> pa.DataType:
@@ -71,13 +77,15 @@ class Schema:
             return AnswerError(f"is not JSON: {one_line(error, 100)}")
         except RecursionError:
             return AnswerError("is nested too deeply")
-        wrong = next(iter(self._validator.iter_errors(value)), None)
-        if wrong is not None:
-            return AnswerError(f"does not fit the schema at {wrong.json_path}: {one_line(wrong.message, 200)}")
         try:
+            wrong = next(iter(self._validator.iter_errors(value)), None)
+            if wrong is not None:
+                return AnswerError(f"does not fit the schema at {wrong.json_path}: {one_line(wrong.message, 200)}")
             return self._typed.value(value) if as_type else json_text(value)
         except MisfitError as misfit:
             return AnswerError(f"does not fit its column: {misfit}")
+        except RecursionError:
+            return AnswerError("is nested too deeply")
 
     def __getstate__(self) -> dict[str, Any]:
         return {"text": self.text}  # the rest is made anew where it is needed
@@ -95,7 +103,7 @@ def compile_schema(schema: Mapping[str, Any] | str, origin: str = "--schema") ->
     wrong, where (a JSON pointer), what to use instead. origin: what the message begins with.
     """
     try:
-        text = schema if isinstance(schema, str) else json.dumps(schema, allow_nan=False, ensure_ascii=False)
+        text = schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)
         value = json.loads(text)
     except (TypeError, ValueError, RecursionError) as error:
         raise JobError(f"{origin}: not JSON: {one_line(error, 200)}") from None
@@ -110,12 +118,16 @@ def compile_schema(schema: Mapping[str, Any] | str, origin: str = "--schema") ->
 
 @lru_cache(maxsize=64)
 def _compiled(text: str) -> tuple[Schema | None, str]:
-    wrong = problem(json.loads(text))
+    value = json.loads(text)
+    wrong = malformed(value)
+    if not wrong:
+        for _, each in everywhere(value):
+            narrow(each)
+        wrong = problem(value)
     if wrong:
         return None, wrong
-    value = json.loads(text)
     _close(value)
-    wrong = problem(value)
+    wrong = problem(value) or circle(value) or dead_end(value)
     return (None, wrong) if wrong else (Schema(json.dumps(value, ensure_ascii=False)), "")
 
 

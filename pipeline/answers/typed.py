@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 
@@ -72,7 +73,7 @@ def typed(schema: Any, root: Mapping[str, Any], inside: tuple[str, ...] = ()) ->
         return JSON
     if "$ref" in schema:
         reference = str(schema["$ref"])
-        return JSON if reference in inside else typed(_target(reference, root), root, (*inside, reference))
+        return JSON if reference in inside else typed(target(reference, root), root, (*inside, reference))
     for key in ("anyOf", "oneOf"):
         if key in schema:
             return JSON if "properties" in schema else _one_of(schema[key], root, inside)
@@ -133,10 +134,10 @@ def _struct(schema: Mapping[str, Any], root: Mapping[str, Any], inside: tuple[st
     return Typed(arrow, lambda value: {name: part.value(value.get(name)) for name, part in parts.items()})
 
 
-def _target(reference: str, root: Mapping[str, Any]) -> Any:
+def target(reference: str, root: Mapping[str, Any]) -> Any:
     """What a reference inside of the schema stands for; None if nothing is there."""
     found: Any = root
-    for part in reference.removeprefix("#").split("/")[1:]:
+    for part in unquote(reference).removeprefix("#").split("/")[1:]:
         name = part.replace("~1", "/").replace("~0", "~")
         if isinstance(found, list) and name.isdecimal() and int(name) < len(found):
             found = found[int(name)]
