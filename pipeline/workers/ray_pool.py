@@ -28,8 +28,8 @@ from pipeline.workers.pool import Event, WorkerId, drained, failed_call, failed_
 from pipeline.workers.work import WorkerConfig
 from pipeline.workers.worker import Worker
 
-# Calls that a worker takes at once beside those of live documents: documents held ahead, and how far it is.
-SPARE_CALLS = 64
+# Calls that a worker takes at once: as many documents as --max-live allows at most, those held ahead, and how far it is.
+MOST_CALLS = 1024 + 64
 START_TIMEOUT = 900.0
 PRESTART = "RAY_prestart_worker_first_driver"
 READING_EVERY = 2.0  # seconds between two questions to a worker, how far it is
@@ -205,7 +205,7 @@ class RayPool:
         options: dict[str, Any] = {
             "num_cpus": share.cpus, "num_gpus": share.gpus,
             "max_restarts": 0, "max_task_retries": 0,
-            "max_concurrency": config.engine.max_live + SPARE_CALLS,
+            "max_concurrency": MOST_CALLS,
         }  # fmt: skip
         if not local and not ray.get_runtime_context().runtime_env.get("working_dir"):
             path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

@@ -175,9 +175,9 @@ def test_frequencies_go_by_the_prefix(tmp_path: Path) -> None:
     engine, bounds = make(folder), set()
     logits = engine._runner.logits
 
-    def note(ids: Any, positions: Any, cache: Any, context: Any, bound: torch.Tensor, *args: Any) -> Any:
+    def note(ids: Any, positions: Any, cache: Any, context: Any, bound: torch.Tensor, *args: Any, **more: Any) -> Any:
         bounds.update(bound.tolist())
-        return logits(ids, positions, cache, context, bound, *args)
+        return logits(ids, positions, cache, context, bound, *args, **more)
 
     engine._runner.logits = note  # type: ignore[method-assign]
     done = together(engine, questions, [])
