@@ -28,7 +28,7 @@ from pipeline.workers.pool import Event, WorkerId, drained, failed_call, failed_
 from pipeline.workers.work import WorkerConfig
 from pipeline.workers.worker import Worker
 
-# Calls that a worker takes at once: as many documents as --max-live allows at most, those held ahead, and how far it is.
+# Calls that a worker takes at once: as many documents as --max-live allows at most, some held ahead, how far it is.
 MOST_CALLS = 1024 + 64
 START_TIMEOUT = 900.0
 PRESTART = "RAY_prestart_worker_first_driver"
