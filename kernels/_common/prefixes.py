@@ -29,6 +29,19 @@ class Prefixes:
     members: Tensor
     max_length: int
 
+    @staticmethod
+    def of_all(rows: int, start: int, tokens: int, max_length: int, device: torch.device) -> Prefixes:
+        """So many rows that share one prefix, which begins at `start`: its keys are read once for all of them."""
+        # Padded, so that kernels are not compiled for every number of rows.
+        members = torch.full((1, 1 << (rows - 1).bit_length()), -1, dtype=torch.int32, device=device)
+        members[0, :rows] = torch.arange(rows, dtype=torch.int32, device=device)
+        return Prefixes(
+            torch.full((rows,), start, dtype=torch.int64, device=device),
+            torch.full((rows,), tokens, dtype=torch.int32, device=device),
+            members,
+            max_length,
+        )
+
     def check(self, rows: int) -> None:
         """Raise ValueError unless the shapes and types are those of a batch of so many rows."""
         check_rows("prefixes.starts", self.starts, torch.int64, rows)

@@ -231,20 +231,11 @@ class ModelRunner:
         """
         rows, device = ids.shape[1], ids.device
         positions = torch.arange(seen, seen + rows, device=device)
-        # Padded, so that kernels are not compiled for every number of tokens.
-        padded = 1 << (rows - 1).bit_length()
-        members = torch.full((1, padded), -1, dtype=torch.int32, device=device)
-        members[0, :rows] = torch.arange(rows, dtype=torch.int32, device=device)
-        prefixes = Prefixes(
-            starts=torch.full_like(positions, prefix.start),
-            lengths=torch.full((rows,), prefix_tokens, dtype=torch.int32, device=device),
-            members=members,
-            max_length=max_length,
-        )
+        prefixes = Prefixes.of_all(rows, prefix.start, prefix_tokens, max_length, device)
         context = DecodeContext(
             starts=torch.full_like(positions, extent.start),
             lengths=(positions + 1).to(torch.int32),
-            max_length=seen + padded,  # by nobody's room for an output
+            max_length=seen + prefixes.members.shape[1],  # by nobody's room for an output
             quantized=arena.quantized(),
             prefixes=prefixes,
         )

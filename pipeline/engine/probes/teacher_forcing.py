@@ -29,8 +29,8 @@ class TeacherForcingEngine(Engine):
     Nothing else changes: prompts are prefilled and outputs written as by Engine. What is read lies where the document's
     own output will be written over it. The first row is the prefill's; the others go through the decode path, a few in
     one batch of rows that share the document's extent (and the prefix behind which it may stand) and differ in how much
-    of it they see. A model with recurrent
-    states, which rows cannot share, reads one token after the other, and gets its states back.
+    of it they see. A model with recurrent states, which rows cannot share, reads one token after the other, and gets
+    its states back.
 
     forcing_seconds: wall time spent so, which is in no completion's prefill_seconds or decode_seconds.
     """
@@ -108,21 +108,12 @@ class TeacherForcingEngine(Engine):
                 torch.full_like(lengths, bound),
                 self._arena,
                 self._plan.max_context,
-                self._prefixes_of(row, len(lengths), device) if before else None,
+                Prefixes.of_all(len(lengths), row.prefix_start, before, self._plan.max_context, device)
+                if before
+                else None,
             )
             log_probs.append(rows.float().log_softmax(-1))
         return torch.cat(log_probs)[: len(token_ids)]
-
-    def _prefixes_of(self, row: RowStart, rows: int, device: torch.device) -> Prefixes:
-        """So many rows that share the row's prefix."""
-        members = torch.full((1, 1 << (rows - 1).bit_length()), -1, dtype=torch.int32, device=device)
-        members[0, :rows] = torch.arange(rows, dtype=torch.int32, device=device)
-        return Prefixes(
-            torch.full((rows,), row.prefix_start, dtype=torch.int64, device=device),
-            torch.full((rows,), row.prefix_tokens, dtype=torch.int32, device=device),
-            members,
-            self._plan.max_context,
-        )
 
 
 def spans(first: int, last: int) -> Iterator[tuple[int, int]]:
