@@ -168,8 +168,9 @@ class Reader:
                 found = self._ask(reading, document, tokens, asked, reference, fill)
                 answers += found
                 asked = asked[len(found) :]
+        density = self.density(tokens)
         for answer in answers:
-            answer.density, answer.prefill_seconds = self.density(tokens), seconds
+            answer.density, answer.prefill_seconds = density, seconds
         return answers
 
     @property
