@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stem_core.config import StemConfig
+from stem_core.estimators import ESTIMATORS
 
 # Stem paper: the starting budget is 20% of the blocks up to this many tokens and 10% above, never below 54 blocks.
 PAPER_LONG_PROMPT = 16_384
@@ -33,7 +34,7 @@ def row_budgets(n_blocks: int, config: StemConfig) -> np.ndarray:
     elif config.schedule == "release":
         wanted = _release(n_blocks, config)
     elif config.schedule == "growing":
-        wanted = np.floor(config.base_blocks + config.growth * np.arange(n_blocks) + 1e-9).astype(np.int64)
+        wanted = _growing(n_blocks, config)
     else:
         return _solve_density(n_blocks, config).astype(np.int32)
     return _with_forced(wanted, causal, config).astype(np.int32)
@@ -66,6 +67,14 @@ def _release(n: int, config: StemConfig) -> np.ndarray:
     start = int(np.floor((0.2 if n < RELEASE_LONG_PROMPT else 0.1) * n)) + 30
     fall = np.clip((np.arange(n) - start) / (n - 1 - start), 0.0, 1.0)
     return np.maximum(np.floor(start + (config.decay - 1) * start * fall), 1).astype(np.int64)
+
+
+def _growing(n: int, config: StemConfig) -> np.ndarray:
+    kept = np.floor(config.base_blocks + config.growth * np.arange(n) + 1e-9).astype(np.int64)
+    causal = np.arange(1, n + 1)
+    left_out = 1 - causal_density(np.minimum(kept, causal))
+    # Scores that cost more than they save are not worth what is lost.
+    return causal if left_out < ESTIMATORS[config.estimator].cost(config) else kept
 
 
 def _solve_density(n: int, config: StemConfig) -> np.ndarray:

@@ -30,7 +30,8 @@ class StemConfig(EstimatorSettings):
     schedule: str = setting(
         "release",
         "row budgets: paper and release are Stem's two published schedules; ours are growing and density",
-        more="growing keeps base_blocks and a share growth of the blocks before, density solves for density",
+        more="growing keeps base_blocks and a share growth of the blocks before, or all where that saves less than the "
+        "scores cost; density solves for density",
         choices=SCHEDULES,
     )
     density: float | None = setting(
@@ -41,7 +42,7 @@ class StemConfig(EstimatorSettings):
         high=1,
     )
     base_blocks: int = setting(
-        40,
+        48,
         "blocks that every row keeps, with the schedule of sampled",
         more="short prompts lose little or nothing by that",
         low=0,
@@ -140,10 +141,18 @@ DENSE_BELOW = 6144
 DEFAULT_PRESET = "sampled"
 
 # "sampled" scores blocks by single queries, an eighth of all, and lets the heads of a row share its blocks: what loses
-# least on real models. The end of a document sees everything, and so does the question behind it. "paper" and "release"
-# are Stem as published: they lose needles on real models. docs/quality.md has the figures.
+# least on real models. The end of a document sees everything, and so does the question behind it. No leading layers are
+# dense: at equal cost, more blocks in every layer lose less. "paper" and "release" are Stem as published: they lose
+# needles on real models. docs/quality.md has the figures.
 PRESETS: dict[str, StemConfig] = {
-    "sampled": StemConfig(schedule="growing", decay=1.0, estimator="sample", dense_tail=1, dense_below=DENSE_BELOW),
+    "sampled": StemConfig(
+        schedule="growing",
+        decay=1.0,
+        estimator="sample",
+        dense_layers=0,
+        dense_tail=1,
+        dense_below=DENSE_BELOW,
+    ),
     "paper": StemConfig(schedule="paper", dense_below=DENSE_BELOW),
     "release": StemConfig(schedule="release", dense_below=DENSE_BELOW),
 }

@@ -76,6 +76,22 @@ def test_paper_schedule_by_hand():
     assert budgets[1023] == int(np.ceil(103 * (1 - 0.3 * 1023 / 1024)))
 
 
+def test_growing_schedule_by_hand():
+    # 48 blocks and 6% of those before; the last row is the dense tail.
+    budgets = row_budgets(256, StemConfig.preset("sampled"))
+    assert budgets[:48].tolist() == list(range(1, 49))
+    assert [int(budgets[i]) for i in (50, 51, 100, 254, 255)] == [51, 51, 54, 63, 256]
+
+
+def test_growing_schedule_keeps_all_where_scores_cost_more_than_they_save():
+    # Scores cost 1 / 16. Of 67 blocks rows 51 to 66 leave out 6% without the tail, of 68 there are 6.6%.
+    sampled = StemConfig.preset("sampled")
+    assert row_budgets(67, sampled).tolist() == list(range(1, 68))
+    assert row_budgets(68, sampled).tolist() == [*range(1, 52), *[51] * 16, 68]
+    cheap = sampled.replace(sample_rows=4)
+    assert prompt_budget(60 * 128, cheap).density < 1 == prompt_budget(60 * 128, sampled).density
+
+
 @pytest.mark.parametrize(
     ("tokens", "decay", "low", "high"),
     [(131_072, 0.7, 0.20, 0.22), (131_072, 1.0, 0.24, 0.255), (32_768, 0.7, 0.32, 0.38), (16_384, 0.7, 0.59, 0.66)],

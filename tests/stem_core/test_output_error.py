@@ -102,8 +102,8 @@ def test_what_is_sampled() -> None:
     assert len(sampled(100 * LENGTH)) == 4, "however long the prompt is"
     assert sampled(LENGTH, max_output_error=0.0) == ()
     assert sampled(LENGTH, dense_below=2000) == sampled(60) == (), "prompts that are dense anyway"
-    few = StemConfig.preset("sampled", max_output_error=0.5, dense_below=0)
-    assert sampled_blocks(prompt_budget(44 * 128, few), few) == (42,), "rows that keep all are left out"
+    few = StemConfig.preset("sampled", max_output_error=0.5, dense_below=0, sample_rows=1, dense_tail=8)
+    assert sampled_blocks(prompt_budget(60 * 128, few), few) == (51,), "rows that keep all are left out"
 
 
 def test_rows_are_weighed_alike_and_zeros_are_no_error() -> None:

@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=tuple(PRESETS), help="instead of --budget")
     parser.add_argument("--budget", "--density", type=float, default=0.25, help="Stem's share of blocks (0.25)")
     parser.add_argument("--block-size", type=int, default=128)
-    parser.add_argument("--dense-layers", type=int, default=2, help="Stem's leading dense layers (default: 2)")
+    parser.add_argument("--dense-layers", type=int, help="Stem's leading dense layers (unset: the preset's, or 2)")
     parser.add_argument(
         "--max-output-error",
         type=float,
@@ -165,11 +165,9 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _stem(arguments: argparse.Namespace) -> StemConfig:
-    common = {
-        "block_size": arguments.block_size,
-        "dense_layers": arguments.dense_layers,
-        "max_output_error": arguments.max_output_error,
-    }
+    common = {"block_size": arguments.block_size, "max_output_error": arguments.max_output_error}
+    if arguments.dense_layers is not None:
+        common["dense_layers"] = arguments.dense_layers
     try:
         if arguments.preset:
             return StemConfig.preset(arguments.preset, **common)
