@@ -129,13 +129,13 @@ def test_figures_are_those_of_the_page() -> None:
 
 def test_documents_that_attend_densely_are_counted() -> None:
     stem = StemConfig.preset("sampled")
-    assert (
-        dense_line(np.array([100, 6143]), stem) == "all 2 documents are shorter than 6,144 tokens: they attend densely"
-    )
-    told = "2 of 3 documents are shorter than 6,144 tokens: they attend densely"
-    assert dense_line(np.array([100, 6143, 6144]), stem) == told
-    assert dense_line(np.array([5]), stem) == "the only document is shorter than 6,144 tokens: it attends densely"
-    assert dense_line(np.array([6144]), stem) == ""
+    both = "all 2 documents are too short for sparse attention: they attend densely"
+    assert dense_line(np.array([100, 8576]), stem) == both, "the budget keeps all of 67 blocks"
+    told = "2 of 3 documents are too short for sparse attention: they attend densely"
+    assert dense_line(np.array([100, 8577, 8576]), stem) == told
+    assert dense_line(np.array([5]), stem) == "the only document is too short for sparse attention: it attends densely"
+    assert dense_line(np.array([8577]), stem) == ""
+    assert dense_line(np.array([8990, 9000]), stem.replace(dense_below=9000)).startswith("1 of 2 documents"), "9,088"
     assert dense_line(np.array([5]), None) == ""
 
 
@@ -148,7 +148,7 @@ def test_a_dry_run_says_time_and_cost(tmp_path: Path, model: Path) -> None:
     }
     settings |= {"device": "cpu", "workers": 1, "gpu_hour_price": 2.0}
     lines = list(describe_plan(JobConfig(**settings)))
-    assert "dense: the only document is shorter than 6,144 tokens: it attends densely" in lines
+    assert "dense: the only document is too short for sparse attention: it attends densely" in lines
     assert "time: not known for this model on these CPUs" in lines
     assert not any("--shard" in line for line in lines), "one document has no shares"
     row = {"prompt_tokens": 3000, "output_tokens": 20, "prefill_seconds": 3.0, "end": 5.0, "model": str(model)}

@@ -180,7 +180,8 @@ default:
 {table(header, estimators)}
 
 `--budget 0.25` is `schedule` `density` with `density` 0.25. Below {DENSE_BELOW:,} tokens dense attention is
-faster, so the presets leave shorter prompts dense.
+faster, so the presets leave shorter prompts dense; `sampled` those up to {_longest_dense():,} tokens, of which it
+would leave out less than its scores cost.
 
 Share of the causal key blocks that the presets read, in each layer that is not dense, by tokens of the prompt
 (1.00 is dense):
@@ -189,6 +190,12 @@ Share of the causal key blocks that the presets read, in each layer that is not 
 
 What a document's prefill did read, over all layers, is the column [`density`](results.md#columns) of its row.
 """
+
+
+def _longest_dense() -> int:
+    """Tokens of the longest prompt of which the preset sampled leaves nothing out."""
+    stem = PRESETS["sampled"]
+    return next(n for n in range(stem.dense_below, 1 << 20) if prompt_budget(n + 1, stem).budgets is not None)
 
 
 def _vllm_section() -> str:

@@ -90,6 +90,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--dense-layers", type=int, help="Stem's leading dense layers (unset: the preset's, or 2)")
     parser.add_argument(
+        "--base-blocks", type=int, help="blocks that every row keeps with sampled (unset: the preset's)"
+    )
+    parser.add_argument(
         "--max-output-error",
         type=float,
         default=0.0,
@@ -166,8 +169,9 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _stem(arguments: argparse.Namespace) -> StemConfig:
     common = {"block_size": arguments.block_size, "max_output_error": arguments.max_output_error}
-    if arguments.dense_layers is not None:
-        common["dense_layers"] = arguments.dense_layers
+    for name in ("dense_layers", "base_blocks"):
+        if (value := getattr(arguments, name)) is not None:
+            common[name] = value
     try:
         if arguments.preset:
             return StemConfig.preset(arguments.preset, **common)
